@@ -1,0 +1,101 @@
+"""The key ranges that rankers use; every mask of the project is one of these.
+
+| use                    | history query i           | candidate c           |
+| ---------------------- | ------------------------- | --------------------- |
+| bidirectional          | [0, length)               | [0, visible)          |
+| causal                 | [0, min(i+1, length))     | [0, visible)          |
+| causal with a window W | the last W of the causal  | the last W of those   |
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from histjax.types import KeyRange
+
+
+def history_range(
+  length: Int[Array, 'B'],
+  num_events: int,
+  *,
+  causal: bool,
+  window: int | None = None,
+) -> KeyRange:
+  """What each history event sees of the history.
+
+  Args:
+    length: int32 `[B]`, real events in each row.
+    num_events: L, real events and padding.
+    causal: an event sees itself and earlier ones; else every real event.
+    window: with `causal`, at most this many of them, the most recent.
+
+  Returns:
+    Ranges `[B, L]`. Padding events see what the last event sees.
+
+  Raises:
+    ValueError: a window without `causal`, or below 1.
+  """
+  _check_window(window)
+  if window is not None and not causal:
+    raise ValueError(
+      f'window={window} needs causal=True: a bidirectional history has no '
+      'most recent events to keep; set window=None'
+    )
+  shape = (length.shape[0], num_events)
+  stop = jnp.broadcast_to(length.astype(jnp.int32)[:, None], shape)
+  if causal:
+    ordinal = jnp.arange(1, num_events + 1, dtype=jnp.int32)[None]
+    stop = jnp.minimum(stop, jnp.broadcast_to(ordinal, shape))
+  structure = 'causal' if causal else 'prefix'
+  return _last(stop, window, structure)
+
+
+def candidate_range(
+  visible: Int[Array, 'B C'],
+  *,
+  window: int | None = None,
+  shared: bool = False,
+) -> KeyRange:
+  """What each candidate sees of the history: `[visible - window, visible)`.
+
+  Args:
+    visible: int32 `[B, C]`, events before the impression.
+    window: at most this many of them, the most recent.
+    shared: all candidates of a row are known to have the same `visible`.
+
+  Returns:
+    Ranges `[B, C]`.
+
+  Raises:
+    ValueError: a window below 1.
+  """
+  _check_window(window)
+  return _last(
+    visible.astype(jnp.int32), window, 'prefix' if shared else 'any'
+  )
+
+
+def concatenate(history: KeyRange, candidates: KeyRange) -> KeyRange:
+  """The ranges `[B, L + C]` of the joint pass; candidates come second.
+
+  The structure survives where both halves have it and `visible` is the
+  history's length, which the structure 'prefix' of the candidates says.
+  """
+  structure = history.structure if candidates.structure == 'prefix' else 'any'
+  return KeyRange(
+    start=jnp.concatenate([history.start, candidates.start], axis=1),
+    stop=jnp.concatenate([history.stop, candidates.stop], axis=1),
+    structure=structure,
+  )
+
+
+def _last(stop, window, structure) -> KeyRange:
+  if window is None:
+    return KeyRange(jnp.zeros_like(stop), stop, structure)
+  return KeyRange(jnp.maximum(stop - window, 0), stop, 'any')
+
+
+def _check_window(window: int | None) -> None:
+  if window is not None and window < 1:
+    raise ValueError(f'window={window} must be at least 1, or None for all')
