@@ -68,12 +68,18 @@ class Candidates:
       that only become known after the impression (the user's action).
     visible: int32 `[B, C]`, the number of history events that happened before
       the impression: candidate `c` may attend to events `[0, visible[c])`.
-    mask: bool `[B, C]`, False at padding.
+      None: all of them, as when serving.
+    mask: bool `[B, C]`, False at padding. None: no padding.
   """
 
   features: dict[str, Shaped[Array, 'B C']]
-  visible: Int[Array, 'B C']
-  mask: Bool[Array, 'B C']
+  visible: Int[Array, 'B C'] | None = None
+  mask: Bool[Array, 'B C'] | None = None
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """`(B, C)`."""
+    return next(iter(self.features.values())).shape
 
 
 @flax.struct.dataclass

@@ -15,7 +15,8 @@ of them, a candidate has only those known when it is shown.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Schema:
 
   Attributes:
     user: the column that says whose event it is (integer or string).
-    time: the column that orders a user's events: a number >= 0 in
-      `time_unit`s, or a timestamp. Ties keep the log's order.
+    time: the column that orders a user's events: a number >= 0 or a
+      timestamp (ISO 8601 in a CSV file). Ties keep the log's order.
     item: features known at the impression.
     action: features known only afterwards.
     context: features of the user or request.
@@ -117,10 +118,12 @@ class Schema:
     request: a column whose equal values (within a user) make one request, for
       request rows; empty if the log has none.
     time_gap_buckets: if positive, adds the item feature `time_gap`: the time
-      since the user's previous event (for a candidate: since the last event
-      it sees) in `floor(log2(1 + gap in time_units))`, capped at
-      `time_gap_buckets - 1`; the first event of a user gets bucket 0.
-    time_unit: seconds per unit of the time column; only `time_gap` reads it.
+      from the last event that the user had been through when this one was
+      shown (the last one visible to it as a candidate), as the bucket
+      `floor(log2(1 + gap in seconds))`, capped at `time_gap_buckets - 1`;
+      0 if there is none. An event keeps its bucket when it becomes history.
+    time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
+      a timestamp column knows its own. Only `time_gap` reads it.
   """
 
   user: str
@@ -144,6 +147,8 @@ class Schema:
       raise ValueError(
         f'schema: time_gap_buckets={self.time_gap_buckets} must be >= 0'
       )
+    if not self.time_unit > 0:
+      raise ValueError(f'schema: time_unit={self.time_unit} must be positive')
     for group in (self.features, self.tasks):
       names = [f.name for f in group]
       for name in names:
@@ -198,6 +203,62 @@ def categorical(features: tuple[Feature, ...]) -> tuple[Categorical, ...]:
 def dense(features: tuple[Feature, ...]) -> tuple[Dense, ...]:
   """The dense ones among `features`, in order."""
   return tuple(f for f in features if isinstance(f, Dense))
+
+
+def schema_to_dict(schema: Schema) -> dict[str, Any]:
+  """`schema` as plain dicts, lists, strings and numbers."""
+  fields: dict[str, Any] = {}
+  for field in dataclasses.fields(schema):
+    value = getattr(schema, field.name)
+    if isinstance(value, tuple):
+      value = [dataclasses.asdict(v) for v in value]
+    fields[field.name] = value
+  return fields
+
+
+def schema_from_dict(mapping: Mapping[str, Any]) -> Schema:
+  """The inverse of `schema_to_dict`, for schemas kept in configs and JSON.
+
+  A feature with a `size` is `Categorical`, one without is `Dense`.
+
+  Args:
+    mapping: fields of `Schema`; features and tasks as mappings.
+
+  Raises:
+    ValueError: a field is unknown, missing or has a wrong value.
+  """
+  fields = dict(mapping.items())
+  for role in ('item', 'action', 'context'):
+    fields[role] = tuple(
+      f
+      if isinstance(f, Categorical | Dense)
+      else _build(
+        Categorical if 'size' in f else Dense, f, f'schema: a feature of {role}'
+      )
+      for f in fields.get(role, ())
+    )
+  fields['tasks'] = tuple(
+    t if isinstance(t, Task) else _build(Task, t, 'schema: a task')
+    for t in fields.get('tasks', ())
+  )
+  return _build(Schema, fields, 'schema')
+
+
+def _build(cls, mapping, what: str):
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  given = dict(mapping.items())
+  for name in given:
+    if name not in fields:
+      raise ValueError(
+        f'{what}: {name!r} is no field of {cls.__name__}, which has '
+        f'{sorted(fields)}; given was {given}'
+      )
+  for name, field in fields.items():
+    if field.default is dataclasses.MISSING and name not in given:
+      raise ValueError(
+        f'{what}: {cls.__name__} needs {name!r}; given was {given}'
+      )
+  return cls(**given)
 
 
 def _check_name(feature) -> None:

@@ -1,0 +1,31 @@
+"""Ranking with long user histories in JAX and Flax."""
+
+from histjax.models.ranker import Ranker, RankerConfig
+from histjax.nn.encoder import EncoderConfig
+from histjax.nn.interaction import InteractionConfig
+from histjax.ops import history_attention
+from histjax.scoring import Scorer, ScorerConfig
+from histjax.types import (
+  Candidates,
+  History,
+  HistoryCache,
+  KeyRange,
+  RankingBatch,
+)
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'Candidates',
+  'EncoderConfig',
+  'History',
+  'HistoryCache',
+  'InteractionConfig',
+  'KeyRange',
+  'Ranker',
+  'RankerConfig',
+  'RankingBatch',
+  'Scorer',
+  'ScorerConfig',
+  'history_attention',
+]

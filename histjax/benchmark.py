@@ -1,0 +1,320 @@
+"""Times the three ways to score, and says what share of the machine they use.
+
+Times are of whole calls that wait for their result, after a warm-up that
+compiles; medians over at least `repeats` calls. Arithmetic is counted by XLA
+on the dense reference implementation, whose loops it can see through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from histjax import scoring
+from histjax.data import schema as schema_lib
+from histjax.models.ranker import Ranker, RankerConfig
+from histjax.types import Candidates, History, RankingBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Wall time of one call, in seconds.
+
+  Attributes:
+    median: over the calls.
+    low: their 10th percentile.
+    high: their 90th percentile.
+    calls: how many were timed.
+  """
+
+  median: float
+  low: float
+  high: float
+  calls: int
+
+
+def measure(
+  function: Callable[[], Any], *, repeats: int = 5, seconds: float = 0.5
+) -> Timing:
+  """Times `function()` until both `repeats` and `seconds` are reached.
+
+  Args:
+    function: returns JAX arrays, which are waited for.
+    repeats: the least number of timed calls.
+    seconds: the least time spent on them.
+
+  Returns:
+    The timing, without the first call.
+  """
+  jax.block_until_ready(function())
+  times: list[float] = []
+  while len(times) < repeats or sum(times) < seconds:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    times.append(time.perf_counter() - start)
+  low, median, high = np.percentile(times, (10, 50, 90))
+  return Timing(float(median), float(low), float(high), len(times))
+
+
+def matmul_ceiling(dtype: str, size: int | None = None) -> float:
+  """FLOP/s of a large square matrix product here and now, the best of 5."""
+  if size is None:
+    size = 1024 if jax.default_backend() == 'cpu' else 8192
+  rng = np.random.default_rng(0)  # Random: zeros draw less power on a GPU.
+  x = jnp.asarray(rng.normal(size=(size, size)), dtype)
+  product = jax.jit(jnp.matmul)
+  timing = measure(lambda: product(x, x), seconds=0.2)
+  return 2 * size**3 / timing.low
+
+
+def environment() -> dict[str, Any]:
+  """Date, device and versions, to stand beside every measurement."""
+  return {
+    'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+    'device': jax.devices()[0].device_kind,
+    'platform': jax.default_backend(),
+    'cpu_count': os.cpu_count(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+    'flax': flax.__version__,
+  }
+
+
+def random_batch(
+  schema: schema_lib.Schema,
+  num_rows: int,
+  num_events: int,
+  num_candidates: int,
+  seed: int = 0,
+) -> RankingBatch:
+  """Rows of random features, `num_events` real events in each."""
+  rng = np.random.default_rng(seed)
+
+  def values(spec, *shape):
+    return {
+      f.name: rng.integers(0, f.size, shape, dtype=np.int32)
+      if isinstance(f, schema_lib.Categorical)
+      else rng.normal(size=shape).astype(np.float32)
+      for f in spec
+    }
+
+  return RankingBatch(
+    context=values(schema.context, num_rows),
+    history=History(
+      values(schema.history_features, num_rows, num_events),
+      np.full(num_rows, num_events, np.int32),
+    ),
+    candidates=Candidates(
+      values(schema.item_features, num_rows, num_candidates)
+    ),
+    labels={},
+    group=np.zeros(num_rows, np.int32),
+  )
+
+
+def flops(config: RankerConfig, batch: RankingBatch) -> dict[str, float]:
+  """Floating-point operations of each way to score `batch`.
+
+  Returns:
+    `{'plain', 'joint', 'encode', 'cached'}`; 'cached' is of scoring alone.
+  """
+  dense = dataclasses.replace(
+    config,
+    encoder=dataclasses.replace(config.encoder, attention='reference'),
+  )
+  model = Ranker(dense)
+  params = jax.eval_shape(model.init, jax.random.key(0), batch)
+
+  def count(function, *args) -> float:
+    compiled = jax.jit(function).lower(*args).compile()
+    return float(compiled.cost_analysis()['flops'])
+
+  def encode(variables, batch):
+    return model.apply(
+      variables, batch.context, batch.history, method='encode'
+    )
+
+  def score(variables, cache, candidates):
+    return model.apply(variables, cache, candidates, method='score')
+
+  single = batch.replace(
+    candidates=jax.tree.map(lambda x: x[:, :1], batch.candidates)
+  )
+  cache = jax.eval_shape(encode, params, batch)
+  num_candidates = batch.candidates.shape[1]
+  return {
+    'plain': num_candidates * count(model.apply, params, single),
+    'joint': count(model.apply, params, batch),
+    'encode': count(encode, params, batch),
+    'cached': count(score, params, cache, batch.candidates),
+  }
+
+
+def scoring_suite(
+  config: RankerConfig,
+  params: Mapping[str, Any],
+  lengths: Sequence[int],
+  candidates: Sequence[int],
+  *,
+  num_rows: int = 1,
+  seconds: float = 0.5,
+  progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Times plain, joint and cached scoring over history lengths and candidates.
+
+  Args:
+    config: of the model; its fusion must be amortizable.
+    params: its parameters.
+    lengths: history lengths L.
+    candidates: numbers of candidates C.
+    num_rows: users scored at once.
+    seconds: least time spent on each measurement.
+    progress: called with a line per workload.
+
+  Returns:
+    A JSON-able report: `environment`, `ceiling_flops`, and `results`, one
+    entry per workload: for each way its `Timing` in seconds, FLOPs, fraction
+    of the ceiling, and the largest difference of its scores from plain ones.
+  """
+  config.require_amortizable()
+  scorer = scoring.Scorer(config, params)
+  ceiling = matmul_ceiling(config.dtype)
+  results = []
+  for num_events in lengths:
+    for num_candidates in candidates:
+      batch = random_batch(
+        config.schema, num_rows, num_events, num_candidates
+      )
+      batch = jax.device_put(batch)
+      results.append(_workload(scorer, batch, ceiling, seconds))
+      progress(_line(results[-1]))
+  return {
+    'environment': environment(),
+    'dtype': config.dtype,
+    'num_layers': config.encoder.num_layers,
+    'width': config.encoder.width,
+    'num_heads': config.encoder.num_heads,
+    'ceiling_flops': ceiling,
+    'results': results,
+  }
+
+
+def _workload(scorer, batch, ceiling, seconds) -> dict[str, Any]:
+  cache = scorer.encode(batch.context, batch.history)
+  ways: dict[str, Callable] = {
+    'plain': lambda: scorer.score_plain(batch),
+    'joint': lambda: scorer.score_joint(batch),
+    'encode': lambda: scorer.encode(batch.context, batch.history),
+    'cached': lambda: scorer.score(cache, batch.candidates),
+  }
+  counted = flops(scorer.config, batch)
+  plain = ways['plain']()
+  entry: dict[str, Any] = {
+    'rows': batch.history.length.shape[0],
+    'history_length': batch.history.features[
+      next(iter(batch.history.features))
+    ].shape[1],
+    'candidates': batch.candidates.shape[1],
+  }
+  for name, function in ways.items():
+    timing = measure(function, seconds=seconds)
+    entry[name] = dataclasses.asdict(timing) | {
+      'flops': counted[name],
+      'fraction_of_ceiling': counted[name] / timing.median / ceiling,
+    }
+    if name != 'encode':
+      scores = function()
+      entry[name]['max_difference_from_plain'] = max(
+        float(jnp.abs(scores[task] - plain[task]).max()) for task in plain
+      )
+  return entry
+
+
+HEADER = (
+  f'{"rows":>5} {"L":>6} {"C":>6} {"plain ms":>10} {"joint ms":>10} '
+  f'{"encode ms":>10} {"cached ms":>10} {"plain/joint":>12} '
+  f'{"plain/cached":>12} {"largest diff":>13}'
+)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+  ms = {k: 1e3 * entry[k]['median'] for k in _WAYS}
+  difference = max(
+    entry[k]['max_difference_from_plain'] for k in ('joint', 'cached')
+  )
+  return (
+    f'{entry["rows"]:>5} {entry["history_length"]:>6} '
+    f'{entry["candidates"]:>6} {ms["plain"]:>10.2f} {ms["joint"]:>10.2f} '
+    f'{ms["encode"]:>10.2f} {ms["cached"]:>10.2f} '
+    f'{ms["plain"] / ms["joint"]:>11.1f}x '
+    f'{ms["plain"] / ms["cached"]:>11.1f}x {difference:>13.2e}'
+  )
+
+
+_WAYS = ('plain', 'joint', 'encode', 'cached')
+
+
+def write_report(report: Mapping[str, Any], output: str) -> list[str]:
+  """Writes `<output>.json` and the plot `<output>.png`; returns their paths."""
+  path = pathlib.Path(output)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  json_path = path.with_name(path.name + '.json')
+  json_path.write_text(json.dumps(report, indent=2) + '\n')
+  figure_path = path.with_name(path.name + '.png')
+  plot(report).savefig(figure_path, dpi=150)
+  return [str(json_path), str(figure_path)]
+
+
+def plot(report: Mapping[str, Any]):
+  """Latency against C at the longest L, and against L at the largest C.
+
+  Returns:
+    A matplotlib figure with logarithmic axes.
+  """
+  from matplotlib import figure as figure_lib
+
+  results = report['results']
+  figure = figure_lib.Figure(figsize=(9, 3.6), layout='constrained')
+  axes = figure.subplots(1, 2, sharey=True)
+  panels = (('candidates', 'history_length'), ('history_length', 'candidates'))
+  for axis, (x, fixed) in zip(axes, panels, strict=True):
+    value = max(r[fixed] for r in results)
+    rows = sorted(
+      (r for r in results if r[fixed] == value), key=lambda r: r[x]
+    )
+    for way in _WAYS:
+      median = np.array([r[way]['median'] for r in rows])
+      low = median - [r[way]['low'] for r in rows]
+      high = np.array([r[way]['high'] for r in rows]) - median
+      axis.errorbar(
+        [r[x] for r in rows],
+        1e3 * median,
+        1e3 * np.maximum([low, high], 0),
+        marker='o',
+        markersize=3,
+        label=way,
+      )
+    axis.set(xscale='log', yscale='log', xlabel=x.replace('_', ' '))
+    axis.set_title(f'{fixed.replace("_", " ")} = {value}', fontsize=10)
+    axis.grid(alpha=0.3)
+  axes[0].set_ylabel('milliseconds per call')
+  axes[0].legend()
+  device = report['environment']['device']
+  figure.suptitle(
+    f'{report["num_layers"]} layers, width {report["width"]}, '
+    f'{report["dtype"]}, {device}',
+    fontsize=10,
+  )
+  return figure

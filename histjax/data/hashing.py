@@ -1,0 +1,58 @@
+"""A fixed hash from integers and strings to table rows.
+
+The same key gets the same row on every platform, in every process and in
+every version of this library, because tables are trained against it:
+
+* an integer `k` is taken modulo 2**64 and mixed by the finaliser of SplitMix64
+  (Steele, Lea and Flood, OOPSLA 2014),
+* a string is read as an integer if it is one in canonical decimal form (so
+  that `7` and `'7'` agree: CSV files do not tell them apart), else as the
+  little-endian integer of its 8-byte BLAKE2b digest (RFC 7693) of its UTF-8
+  bytes, and then mixed likewise,
+
+and the row is the mixed value modulo the table's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+_DECIMAL = re.compile(r'0|-?[1-9][0-9]{0,18}')
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+  """The SplitMix64 finaliser.
+
+  Args:
+    values: int64 or uint64 `[n]`.
+
+  Returns:
+    uint64 `[n]`.
+  """
+  with np.errstate(over='ignore'):
+    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def hash_integers(values: np.ndarray, size: int) -> np.ndarray:
+  """Rows in `[0, size)` of int64 or uint64 keys `[n]`, as int32 `[n]`."""
+  return (mix(values) % np.uint64(size)).astype(np.int32)
+
+
+def hash_strings(values: Iterable[str], size: int) -> np.ndarray:
+  """Rows in `[0, size)` of string keys, as int32 `[n]`."""
+  keys = [_key(v) for v in values]
+  return hash_integers(np.array(keys, np.uint64), size)
+
+
+def _key(value: str) -> int:
+  if _DECIMAL.fullmatch(value) and -(2**63) <= int(value) < 2**64:
+    return int(value) % 2**64
+  digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'little')

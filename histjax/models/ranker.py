@@ -1,0 +1,246 @@
+"""The ranking model: tables, history encoder, interaction, task logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from histjax.data import schema as schema_lib
+from histjax.nn import embedding, fusion, interaction
+from histjax.nn import encoder as encoder_lib
+from histjax.types import Candidates, History, HistoryCache, RankingBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class RankerConfig:
+  """A deep ranking model with a Transformer over the user's history.
+
+  Attributes:
+    schema: the features, shared tables and tasks.
+    fusion: how candidate and history meet, a name of `nn.fusion.FUSIONS`.
+    encoder: the Transformer.
+    interaction: the network on top.
+    embedding_dim: width of every embedding table.
+    embedding_dropout: probability, on the features given to `interaction`.
+    dtype: of the computation; parameters and logits are always float32.
+  """
+
+  schema: schema_lib.Schema
+  fusion: str = 'append_cross'
+  encoder: encoder_lib.EncoderConfig = encoder_lib.EncoderConfig()
+  interaction: interaction.InteractionConfig = interaction.InteractionConfig()
+  embedding_dim: int = 32
+  embedding_dropout: float = 0.0
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+  def __post_init__(self):
+    if self.fusion not in fusion.FUSIONS:
+      raise ValueError(
+        f'fusion={self.fusion!r} is unknown; choose from '
+        f'{sorted(fusion.FUSIONS)}'
+      )
+    if self.embedding_dim < 1:
+      raise ValueError(f'embedding_dim={self.embedding_dim} must be >= 1')
+    if not 0 <= self.embedding_dropout < 1:
+      raise ValueError(
+        f'embedding_dropout={self.embedding_dropout} must be in [0, 1)'
+      )
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(
+        f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
+      )
+
+  @property
+  def amortizable(self) -> bool:
+    """Whether one pass over the history can serve every candidate."""
+    return fusion.FUSIONS[self.fusion].amortizable
+
+  def require_amortizable(self) -> None:
+    """Raises ValueError, with what to use instead, if it is not."""
+    if not self.amortizable:
+      raise ValueError(
+        f'fusion={self.fusion!r} cannot score from a cached history: in it '
+        "every candidate changes the history's tokens. Use score_plain or "
+        'score_joint, or train with a fusion that can: '
+        f'{list(fusion.amortizable())}'
+      )
+
+  def require_extendable(self) -> None:
+    """Raises ValueError if new events change what is cached of old ones."""
+    self.require_amortizable()
+    if not self.encoder.causal:
+      raise ValueError(
+        'encoder.causal=False: in a bidirectional history a new event changes '
+        'every earlier one; call encode on the longer history, or train with '
+        'encoder.causal=True'
+      )
+    if self.encoder.positions == 'recency':
+      raise ValueError(
+        "encoder.positions='recency' counts from the end, so a new event "
+        'moves every earlier one; call encode on the longer history, or train '
+        "with encoder.positions='rotary'"
+      )
+
+
+class Ranker(nn.Module):
+  """Scores candidates given a user's history.
+
+      tokens    = W_item item (+ W_action action)            events, candidates
+      readout   = fusion(tokens)                             [B, C, D]
+      logits    = head([context] ; [item features, readout])  {task: [B, C]}
+
+  `__call__` is the joint pass. `encode`, `score` and `extend` are its
+  amortized halves and share its parameters: use them through
+  `model.apply(variables, ..., method='encode')`, or `histjax.Scorer`.
+  The readout is sown as the intermediate `readout`.
+  """
+
+  config: RankerConfig
+
+  def setup(self):
+    config, schema = self.config, self.config.schema
+    dtype = jnp.dtype(config.dtype)
+    self.tables = embedding.EmbeddingTables(
+      schema.tables, config.embedding_dim, dtype
+    )
+    self.tokens = embedding.EventTokens(config.encoder.width, dtype)
+    self.fusion = fusion.FUSIONS[config.fusion](config.encoder, dtype)
+    self.head = interaction.InteractionHead(
+      config.interaction,
+      num_tasks=len(schema.tasks),
+      user_width=max(1, _width(schema.context, config)),
+      candidate_width=_width(schema.item_features, config)
+      + config.encoder.width,
+      dtype=dtype,
+    )
+    self.feature_dropout = nn.Dropout(config.embedding_dropout)
+
+  def __call__(
+    self, batch: RankingBatch, *, train: bool = False
+  ) -> dict[str, Float[Array, 'B C']]:
+    """Logits of every candidate in one pass over each row's history.
+
+    Args:
+      batch: rows; labels are not read.
+      train: whether dropout is on (needs the rng `dropout`).
+
+    Returns:
+      `{task: [B, C]}` float32. Values at padding mean nothing.
+
+    Raises:
+      ValueError: a feature of the schema is missing, or `visible` varies in a
+        row whose history is bidirectional (checked only outside of jit).
+    """
+    self._check_visible(batch.candidates.visible, batch.history.length)
+    features, tokens = self._candidate_inputs(batch.candidates)
+    readout = self.fusion(
+      self._event_tokens(batch.history),
+      tokens,
+      batch.history.length,
+      batch.candidates.visible,
+      train=train,
+    )
+    user = self._user(batch.context, batch.history.length.shape[0])
+    user = self.feature_dropout(user, deterministic=not train)
+    features = self.feature_dropout(features, deterministic=not train)
+    return self._logits(
+      self.head.user_half(user), features, readout, train=train
+    )
+
+  def encode(
+    self, context: dict[str, Array], history: History
+  ) -> HistoryCache:
+    """One pass over each history; see `histjax.Scorer.encode`."""
+    self.config.require_amortizable()
+    keys, values = self.fusion.encode(
+      self._event_tokens(history), history.length
+    )
+    user = self._user(context, history.length.shape[0])
+    return HistoryCache(
+      keys=keys,
+      values=values,
+      length=history.length,
+      context=self.head.user_half(user),
+    )
+
+  def score(
+    self, cache: HistoryCache, candidates: Candidates
+  ) -> dict[str, Float[Array, 'B C']]:
+    """Logits from a cached history; see `histjax.Scorer.score`."""
+    self.config.require_amortizable()
+    self._check_visible(candidates.visible, cache.length)
+    features, tokens = self._candidate_inputs(candidates)
+    readout = self.fusion.score(
+      cache.keys, cache.values, cache.length, tokens, candidates.visible
+    )
+    return self._logits(cache.context, features, readout)
+
+  def extend(self, cache: HistoryCache, events: History) -> HistoryCache:
+    """Appends new events to a cache; see `histjax.Scorer.extend`."""
+    self.config.require_extendable()
+    keys, values = self.fusion.extend(
+      cache.keys,
+      cache.values,
+      cache.length,
+      self._event_tokens(events),
+      events.length,
+    )
+    return cache.replace(
+      keys=keys, values=values, length=cache.length + events.length
+    )
+
+  def _event_tokens(self, history: History):
+    schema = self.config.schema
+    item = self.tables(history.features, schema.item_features)
+    action = None
+    if schema.action:
+      action = self.tables(history.features, schema.action)
+    return self.tokens.events(item, action)
+
+  def _candidate_inputs(self, candidates: Candidates):
+    features = self.tables(
+      candidates.features, self.config.schema.item_features
+    )
+    return features, self.tokens.candidates(features)
+
+  def _user(self, context: dict[str, Array], num_rows: int):
+    if not self.config.schema.context:  # The head wants at least a channel.
+      return jnp.zeros((num_rows, 1), self.config.dtype)
+    return self.tables(context, self.config.schema.context)
+
+  def _logits(self, user_half, features, readout, *, train: bool = False):
+    self.sow('intermediates', 'readout', readout)
+    candidate = jnp.concatenate([features, readout], axis=-1)
+    logits = self.head(user_half, candidate, train=train)  # [B, C, T]
+    return {
+      task.name: logits[..., i]
+      for i, task in enumerate(self.config.schema.tasks)
+    }
+
+  def _check_visible(self, visible, length) -> None:
+    if visible is None or self.config.encoder.causal:
+      return
+    if isinstance(visible, jax.core.Tracer) or isinstance(
+      length, jax.core.Tracer
+    ):
+      return
+    if (jnp.asarray(visible) != jnp.asarray(length)[:, None]).any():
+      raise ValueError(
+        'candidates.visible differs from history.length, but '
+        'encoder.causal=False: in a bidirectional history every event has '
+        'seen the later ones, so a candidate that may see only some of them '
+        'would learn of the rest. Use pointwise or request rows, or '
+        'encoder.causal=True'
+      )
+
+
+def _width(features: tuple[schema_lib.Feature, ...], config: RankerConfig):
+  """Channels of `EmbeddingTables.__call__` for these features."""
+  num_categorical = len(schema_lib.categorical(features))
+  num_dense = len(schema_lib.dense(features))
+  return config.embedding_dim * num_categorical + num_dense

@@ -1,0 +1,150 @@
+"""Embedding tables, shared by name, and the tokens made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from histjax.data import schema as schema_lib
+
+
+class EmbeddingTables(nn.Module):
+  """One embedding table per table name of a schema.
+
+  Attributes:
+    sizes: `{table: number of rows}`, as `Schema.tables`.
+    dim: width of every table.
+    dtype: of the vectors returned; the tables themselves are float32.
+  """
+
+  sizes: Mapping[str, int]
+  dim: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    # Small at first: a vector never trained on must not outweigh the others.
+    init = nn.initializers.normal(stddev=0.05)
+    self.embeddings = {
+      table: self.param(table, init, (rows, self.dim), jnp.float32)
+      for table, rows in self.sizes.items()
+    }
+
+  def __call__(
+    self,
+    features: Mapping[str, Shaped[Array, '...']],
+    spec: tuple[schema_lib.Feature, ...],
+  ) -> Float[Array, '... F']:
+    """Concatenates the vectors of categorical and values of dense features.
+
+    Args:
+      features: `{name: [...]}`, int32 ids or float32 values, all of one shape.
+      spec: the features to read, in the order of the result.
+
+    Returns:
+      `[..., F]` with `F = dim * categorical + dense`. An id outside its table
+      gives NaN, never another id's vector.
+
+    Raises:
+      ValueError: a feature of `spec` is missing.
+    """
+    parts = []
+    for feature in spec:
+      if feature.name not in features:
+        raise ValueError(
+          f'feature {feature.name!r} is missing; the batch has '
+          f'{sorted(features)}, the schema asks for {[f.name for f in spec]}'
+        )
+      value = jnp.asarray(features[feature.name])
+      if isinstance(feature, schema_lib.Categorical):
+        table = self.embeddings[feature.table]
+        vector = jnp.take(table, value, axis=0, mode='fill')
+        parts.append(vector.astype(self.dtype))
+      else:
+        parts.append(value[..., None].astype(self.dtype))
+    return jnp.concatenate(parts, axis=-1)
+
+
+class EventTokens(nn.Module):
+  """Turns events and candidates into tokens of one space.
+
+  `token(event) = W_item item + W_action action + b`, a projected concatenation;
+  a candidate has the same item features through the same weights, and a
+  learned vector ("to be decided") in place of `W_action action`.
+
+  Attributes:
+    width: D.
+    dtype: of the computation and the result.
+  """
+
+  width: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.item = nn.Dense(self.width, dtype=self.dtype)
+    self.action = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+    self.undecided = self.param(
+      'undecided', nn.initializers.normal(stddev=0.05), (self.width,)
+    )
+
+  def events(
+    self,
+    item: Float[Array, 'B L F'],
+    action: Float[Array, 'B L G'] | None,
+  ) -> Float[Array, 'B L D']:
+    """Tokens of history events, `[B, L, D]`; `action` None: has no action."""
+    token = self.item(item)
+    return token if action is None else token + self.action(action)
+
+  def candidates(self, item: Float[Array, 'B C F']) -> Float[Array, 'B C D']:
+    """Tokens of candidates, `[B, C, D]`."""
+    undecided = self.undecided.astype(self.dtype)
+    return self.item(item) + undecided[None, None, :]
+
+
+def rotary(
+  x: Float[Array, 'B Q N H'],
+  position: Shaped[Array, 'B Q'],
+  *,
+  max_wavelength: float = 10_000.0,
+) -> Float[Array, 'B Q N H']:
+  """Rotates pairs of channels by angles proportional to the position.
+
+  `(x_i, x_{i+H/2})` turns by `position * max_wavelength^(-2i/H)`, so that a
+  dot product of two rotated vectors depends on their distance alone
+  (Su et al., RoFormer, arXiv 2104.09864).
+
+  Args:
+    x: queries or keys, H even.
+    position: int32 `[B, Q]`, the ordinal of each event.
+    max_wavelength: the largest distance told apart, in events, over 2 pi.
+
+  Returns:
+    `[B, Q, N, H]` in the dtype of `x`; angles are computed in float32.
+  """
+  half = x.shape[-1] // 2
+  exponent = jnp.arange(half, dtype=jnp.float32) / half
+  frequency = jnp.power(jnp.float32(max_wavelength), -exponent)
+  angle = position.astype(jnp.float32)[:, :, None, None] * frequency[
+    None, None, None, :
+  ]
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return rotated.astype(x.dtype)
+
+
+def recency(
+  length: Shaped[Array, 'B'], num_events: int, num_positions: int
+) -> jax.Array:
+  """The distance of each event from the end, int32 `[B, L]`.
+
+  The last real event has 1, the one before it 2, and so on; a candidate is 0.
+  Events further back than `num_positions - 1` share the last position.
+  """
+  ordinal = jnp.arange(num_events, dtype=jnp.int32)[None, :]
+  distance = length.astype(jnp.int32)[:, None] - ordinal
+  return jnp.clip(distance, 1, num_positions - 1)

@@ -1,0 +1,158 @@
+"""The pre-norm Transformer block whose keys and values are history only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from histjax import ops
+from histjax.nn import embedding
+from histjax.types import KeyRange
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """The Transformer over the history.
+
+  Attributes:
+    num_layers: blocks.
+    width: D, channels of a token.
+    num_heads: N; `width / num_heads` is the head dimension H.
+    mlp_width: hidden channels of the MLP; 0 means `4 * width`.
+    dropout: probability, on tokens and on both residual branches.
+    causal: an event sees itself and earlier ones; False: all events.
+    window: with `causal`, each layer sees at most this many events back.
+    positions: 'rotary' over event ordinals (relative); 'recency' learned
+      vectors by distance from the end, for rows whose candidates share one
+      history; 'none'.
+    num_recency: with 'recency', distances told apart.
+    attention: the implementation of `ops.history_attention`; None picks.
+  """
+
+  num_layers: int = 2
+  width: int = 64
+  num_heads: int = 4
+  mlp_width: int = 0
+  dropout: float = 0.0
+  causal: bool = True
+  window: int | None = None
+  positions: Literal['rotary', 'recency', 'none'] = 'rotary'
+  num_recency: int = 512
+  attention: str | None = None
+
+  def __post_init__(self):
+    for field in ('num_layers', 'width', 'num_heads', 'num_recency'):
+      value = getattr(self, field)
+      if value < 1:
+        raise ValueError(f'encoder.{field}={value} must be at least 1')
+    if self.mlp_width < 0:
+      raise ValueError(f'encoder.mlp_width={self.mlp_width} must be >= 0')
+    if self.width % self.num_heads:
+      raise ValueError(
+        f'encoder.width={self.width} must be a multiple of '
+        f'encoder.num_heads={self.num_heads}'
+      )
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'encoder.dropout={self.dropout} must be in [0, 1)')
+    if self.positions not in ('rotary', 'recency', 'none'):
+      raise ValueError(
+        f"encoder.positions={self.positions!r} must be 'rotary', 'recency' "
+        "or 'none'"
+      )
+    if self.positions == 'rotary' and self.head_dim % 2:
+      raise ValueError(
+        f'encoder.width / encoder.num_heads = {self.head_dim} must be even '
+        "for encoder.positions='rotary'"
+      )
+    if self.window is not None and (self.window < 1 or not self.causal):
+      raise ValueError(
+        f'encoder.window={self.window} must be at least 1 and needs '
+        'encoder.causal=True; set encoder.window=None for the whole history'
+      )
+
+  @property
+  def head_dim(self) -> int:
+    """H."""
+    return self.width // self.num_heads
+
+  @property
+  def receptive_field(self) -> int | None:
+    """How many events back a score can depend on; None: all of them.
+
+    Layer by layer a window reaches further: the candidate sees W events, and
+    the first of those has itself seen W - 1 more, `num_layers` times over.
+    """
+    if self.window is None:
+      return None
+    return self.num_layers * (self.window - 1) + 1
+
+
+class Block(nn.Module):
+  """`x += Attention(norm(x), history)`, then `x += MLP(norm(x))`.
+
+  Keys and values are a function of the history's tokens alone, so they are
+  made by `keys_values` and given to `__call__`, whose queries may be events,
+  candidates or both.
+  """
+
+  config: EncoderConfig
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    config = self.config
+    self.attention_norm = nn.LayerNorm(dtype=self.dtype)
+    self.query = nn.Dense(config.width, use_bias=False, dtype=self.dtype)
+    self.key = nn.Dense(config.width, use_bias=False, dtype=self.dtype)
+    self.value = nn.Dense(config.width, use_bias=False, dtype=self.dtype)
+    self.output = nn.Dense(config.width, dtype=self.dtype)
+    self.mlp_norm = nn.LayerNorm(dtype=self.dtype)
+    self.mlp_in = nn.Dense(
+      config.mlp_width or 4 * config.width, dtype=self.dtype
+    )
+    self.mlp_out = nn.Dense(config.width, dtype=self.dtype)
+    self.dropout = nn.Dropout(config.dropout)
+
+  def keys_values(
+    self, history: Float[Array, 'B L D'], position: Int[Array, 'B L']
+  ) -> tuple[Float[Array, 'B L N H'], Float[Array, 'B L N H']]:
+    """The keys, rotated if the config says so, and the values of events."""
+    x = self.attention_norm(history)
+    return self._turn(self.key(x), position), self._heads(self.value(x))
+
+  def __call__(
+    self,
+    x: Float[Array, 'B Q D'],
+    position: Int[Array, 'B Q'],
+    key: Float[Array, 'B L N H'],
+    value: Float[Array, 'B L N H'],
+    key_range: KeyRange,
+    *,
+    train: bool = False,
+  ) -> Float[Array, 'B Q D']:
+    """Updates tokens `x`; each sees the keys in its range.
+
+    The attention's output before its projection, `[B, Q, D]`, is sown as the
+    intermediate `attention`.
+    """
+    query = self._turn(self.query(self.attention_norm(x)), position)
+    attended = ops.history_attention(
+      query, key, value, key_range, implementation=self.config.attention
+    )
+    attended = attended.reshape(x.shape)  # [B, Q, D]
+    self.sow('intermediates', 'attention', attended)
+    x = x + self.dropout(self.output(attended), deterministic=not train)
+    hidden = nn.gelu(self.mlp_in(self.mlp_norm(x)))
+    return x + self.dropout(self.mlp_out(hidden), deterministic=not train)
+
+  def _heads(self, x):
+    return x.reshape(*x.shape[:2], self.config.num_heads, -1)  # [B, L, N, H]
+
+  def _turn(self, x, position):
+    x = self._heads(x)
+    if self.config.positions == 'rotary':
+      x = embedding.rotary(x, position)
+    return x

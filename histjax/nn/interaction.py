@@ -1,0 +1,123 @@
+"""Feature interaction and the task heads, the user's half computed once.
+
+The input of the head is `x0 = [user ; candidate]`. Its first matrix products
+split into `W_user user + W_candidate candidate`; the first term is one per
+row, whatever the number of candidates, and is what `user_half` returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractionConfig:
+  """The DLRM's interaction network.
+
+  Attributes:
+    kind: 'dcn_v2' crosses features beside the MLP; 'mlp' has the MLP alone.
+    cross_layers: cross layers of 'dcn_v2'.
+    cross_rank: rank of their matrices, `W = U V`.
+    mlp_widths: hidden channels of the MLP.
+    dropout: probability, after each hidden layer of the MLP.
+  """
+
+  kind: Literal['dcn_v2', 'mlp'] = 'dcn_v2'
+  cross_layers: int = 2
+  cross_rank: int = 64
+  mlp_widths: tuple[int, ...] = (128, 64)
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    if self.kind not in ('dcn_v2', 'mlp'):
+      raise ValueError(
+        f"interaction.kind={self.kind!r} must be 'dcn_v2' or 'mlp'"
+      )
+    for field in ('cross_layers', 'cross_rank'):
+      if getattr(self, field) < 1:
+        raise ValueError(
+          f'interaction.{field}={getattr(self, field)} must be at least 1'
+        )
+    if not self.mlp_widths or min(self.mlp_widths) < 1:
+      raise ValueError(
+        f'interaction.mlp_widths={self.mlp_widths} must name at least one '
+        'layer, each at least 1 wide'
+      )
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'interaction.dropout={self.dropout} must be in [0, 1)')
+
+
+class InteractionHead(nn.Module):
+  """`[user ; candidate] -> DCN-v2 beside an MLP -> one logit per task`.
+
+  A cross layer is `x_{l+1} = x_0 * (U (V x_l) + b) + x_l` (Wang et al.,
+  DCN V2, arXiv 2008.13535, equations 1 and 2), the parallel structure of its
+  figure 1.
+  """
+
+  config: InteractionConfig
+  num_tasks: int
+  user_width: int
+  candidate_width: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    config = self.config
+    width = self.user_width + self.candidate_width
+    self.mlp_user = nn.Dense(config.mlp_widths[0], dtype=self.dtype)
+    self.mlp_candidate = nn.Dense(
+      config.mlp_widths[0], use_bias=False, dtype=self.dtype
+    )
+    self.mlp = [nn.Dense(n, dtype=self.dtype) for n in config.mlp_widths[1:]]
+    self.dropout = nn.Dropout(config.dropout)
+    if config.kind == 'dcn_v2':
+      self.cross_user = nn.Dense(
+        config.cross_rank, use_bias=False, dtype=self.dtype
+      )
+      self.cross_candidate = nn.Dense(
+        config.cross_rank, use_bias=False, dtype=self.dtype
+      )
+      self.cross_in = [
+        nn.Dense(config.cross_rank, use_bias=False, dtype=self.dtype)
+        for _ in range(config.cross_layers - 1)
+      ]
+      self.cross_out = [
+        nn.Dense(width, dtype=self.dtype) for _ in range(config.cross_layers)
+      ]
+    # Logits are float32 whatever the rest is computed in.
+    self.logits = nn.Dense(self.num_tasks, dtype=jnp.float32)
+
+  def user_half(self, user: Float[Array, 'B U']) -> dict[str, Array]:
+    """What the head needs of the user: `{'user', 'mlp', 'cross'}: [B, ..]`."""
+    half = {'user': user, 'mlp': self.mlp_user(user)}
+    if self.config.kind == 'dcn_v2':
+      half['cross'] = self.cross_user(user)
+    return half
+
+  def __call__(
+    self,
+    user_half: dict[str, Float[Array, 'B ...']],
+    candidate: Float[Array, 'B C V'],
+    *,
+    train: bool = False,
+  ) -> Float[Array, 'B C T']:
+    """Logits of the tasks, float32."""
+    hidden = user_half['mlp'][:, None, :] + self.mlp_candidate(candidate)
+    hidden = self.dropout(nn.relu(hidden), deterministic=not train)
+    for layer in self.mlp:
+      hidden = self.dropout(nn.relu(layer(hidden)), deterministic=not train)
+    if self.config.kind == 'mlp':
+      return self.logits(hidden)
+    user = user_half['user'][:, None, :]
+    user = jnp.broadcast_to(user, (*candidate.shape[:2], user.shape[-1]))
+    x0 = jnp.concatenate([user, candidate], axis=-1)
+    low_rank = user_half['cross'][:, None, :] + self.cross_candidate(candidate)
+    x = x0 * self.cross_out[0](low_rank) + x0
+    for down, up in zip(self.cross_in, self.cross_out[1:], strict=True):
+      x = x0 * up(down(x)) + x
+    return self.logits(jnp.concatenate([x, hidden], axis=-1))

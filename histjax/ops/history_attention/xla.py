@@ -1,0 +1,262 @@
+"""History attention in plain JAX operations, for any platform.
+
+Online softmax over blocks of keys (Milakov & Gimelshein, arXiv 1805.02867;
+Dao et al., arXiv 2205.14135), so that memory grows as `Q + L`. The backward
+pass saves the output and the log-sum-exp and recomputes the weights. A block of
+keys that no query of a block sees is never read: windowed causal ranges cost
+`Q W`, not `Q L`. Small calls run as a single block.
+
+Inside, queries and keys are blocked as `[blocks, B, N, block, H]`: heads before
+time, because XLA multiplies matrices fastest when the batch axes come first.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from histjax.types import KeyRange
+
+# Of the scores of one block, `B N block_q block_k`, over all rows and heads.
+_MAX_SCORES = 1 << 21
+_MIN_BLOCK = 128
+
+
+class Blocks(NamedTuple):
+  """How many queries and keys a block holds."""
+
+  query: int
+  key: int
+
+
+def history_attention(
+  query: Float[Array, 'B Q N H'],
+  key: Float[Array, 'B L N H'],
+  value: Float[Array, 'B L N H'],
+  key_range: KeyRange,
+  *,
+  scale: float,
+) -> Float[Array, 'B Q N H']:
+  """See `api.history_attention`; first-order gradients in reverse mode only.
+
+  Under `vmap` over the ranges, blocks are skipped if no mapped call sees them.
+  """
+  num_rows, num_queries, num_heads, _ = query.shape
+  num_keys = key.shape[1]
+  blocks = block_sizes(num_rows * num_heads, num_queries, num_keys)
+  start, stop = _clip(key_range, num_keys)
+  # Keys outside all ranges of their row may hold anything, NaN included.
+  first, last = start.min(axis=1), stop.max(axis=1)  # [B]
+  index = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
+  seen = (index >= first[:, None]) & (index < last[:, None])  # [B, L]
+  key, value = (
+    jnp.where(seen[:, :, None, None], x, jnp.zeros_like(x))
+    for x in (key, value)
+  )
+  out = _attend(
+    _split(query, blocks.query),
+    _split(key, blocks.key),
+    _split(value, blocks.key),
+    _split(start, blocks.query, num_keys),
+    _split(stop, blocks.query, 0),
+    scale,
+  )
+  return _join(out, num_queries)
+
+
+def block_sizes(num_matrices: int, num_queries: int, num_keys: int) -> Blocks:
+  """The blocks of a call with `num_matrices = B N` score matrices.
+
+  One block if the scores are few, else near-equal blocks of at least 128.
+  """
+  if num_matrices * num_queries * num_keys <= _MAX_SCORES:
+    return Blocks(num_queries, num_keys)
+  side = max(_MIN_BLOCK, int((_MAX_SCORES / num_matrices) ** 0.5))
+  return Blocks(_balanced(num_queries, side), _balanced(num_keys, side))
+
+
+def block_bounds(
+  start: Int[Array, 'blocks B block'],
+  stop: Int[Array, 'blocks B block'],
+  block_key: int,
+) -> tuple[Int[Array, 'blocks'], Int[Array, 'blocks']]:
+  """The key blocks `[lower, upper)` that any query of a query block sees.
+
+  Args:
+    start: first key of each query; at an empty range, L or more.
+    stop: its last key plus one; at an empty range, 0.
+    block_key: keys in a block.
+
+  Returns:
+    int32, per query block; `lower >= upper` where nothing is seen.
+  """
+  lower = start.min(axis=(1, 2)) // block_key
+  upper = -(-stop.max(axis=(1, 2)) // block_key)
+  return lower, upper
+
+
+def _balanced(size: int, limit: int) -> int:
+  """A block size up to about `limit` that splits `size` evenly."""
+  num_blocks = -(-size // limit)
+  block = -(-size // num_blocks)
+  return min(size, -(-block // 8) * 8)
+
+
+def _clip(key_range: KeyRange, num_keys: int):
+  """Ranges within `[0, L)`; an empty one becomes `[L, 0)`."""
+  start = jnp.clip(key_range.start, 0, num_keys)
+  stop = jnp.clip(key_range.stop, 0, num_keys)
+  empty = start >= stop
+  return jnp.where(empty, num_keys, start), jnp.where(empty, 0, stop)
+
+
+def _split(x, block: int, fill: int = 0):
+  """`[B, T, ..]` to `[T / block, B, N, block, H]` or `[.., B, block]`."""
+  num_rows, size = x.shape[:2]
+  num_blocks = -(-size // block)
+  pad = [(0, 0)] * x.ndim
+  pad[1] = (0, num_blocks * block - size)
+  x = jnp.pad(x, pad, constant_values=fill)
+  x = x.reshape(num_rows, num_blocks, block, *x.shape[2:])
+  return x.transpose((1, 0, 3, 2, 4) if x.ndim == 5 else (1, 0, 2))
+
+
+def _join(x, size: int):
+  """`[blocks, B, N, block, H]` to `[B, T, N, H]`."""
+  num_blocks, num_rows, num_heads, block, head_dim = x.shape
+  x = x.transpose(1, 0, 3, 2, 4)
+  x = x.reshape(num_rows, num_blocks * block, num_heads, head_dim)
+  return x[:, :size]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(query, key, value, start, stop, scale):
+  return _forward(query, key, value, start, stop, scale)[0]
+
+
+def _forward_rule(query, key, value, start, stop, scale):
+  out, log_total = _forward(query, key, value, start, stop, scale)
+  return out, (query, key, value, start, stop, out, log_total)
+
+
+def _forward(query, key, value, start, stop, scale):
+  """The output and `log(sum(exp(scores)))`, infinite at an empty range."""
+  dtype = _accumulator(query)
+  block_key = key.shape[3]
+
+  def query_block(args):
+    q, first, last, lower, upper = args
+
+    def key_block(j, carry):
+      acc, largest, total = carry
+      scores = _scores(q, key[j], first, last, j * block_key, scale)
+      new_largest = jnp.maximum(largest, scores.max(axis=-1))
+      weights = jnp.exp(scores - new_largest[..., None])  # [B, N, q, k]
+      shrink = jnp.exp(largest - new_largest)
+      total = shrink * total + weights.sum(axis=-1)
+      acc = shrink[..., None] * acc + _dot('bnqk,bnkh->bnqh', weights, value[j])
+      return acc, new_largest, total
+
+    acc = jnp.zeros_like(q, dtype)  # [B, N, q, H]
+    total = acc[..., 0]
+    # Finite, so that masked scores are below it and weigh exp(-inf) = 0.
+    largest = jnp.full_like(total, jnp.finfo(dtype).min / 2)
+    acc, largest, total = _loop(
+      lower, upper, len(key), key_block, (acc, largest, total)
+    )
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    out = (acc / total[..., None]).astype(q.dtype)
+    return out, jnp.where(empty, jnp.inf, largest + jnp.log(total))
+
+  bounds = block_bounds(start, stop, block_key)
+  return _map(query_block, (query, start, stop, *bounds))
+
+
+def _backward_rule(scale, residuals, cotangent):
+  """`dS = P (dP - delta)`, `delta = sum(dO O)`; arXiv 2205.14135, B.4."""
+  query, key, value, start, stop, out, log_total = residuals
+  dtype = _accumulator(query)
+  block_key = key.shape[3]
+  delta = jnp.sum(cotangent.astype(dtype) * out.astype(dtype), axis=-1)
+
+  def query_block(carry, args):
+    q, d_out, delta, log_total, first, last, lower, upper = args
+
+    def key_block(j, carry):
+      d_query, d_key, d_value = carry
+      scores = _scores(q, key[j], first, last, j * block_key, scale)
+      weights = jnp.exp(scores - log_total[..., None])  # [B, N, q, k]
+      d_weights = _dot('bnqh,bnkh->bnqk', d_out, value[j])
+      # A huge value outside the range may make d_weights infinite there.
+      d_scores = jnp.where(
+        jnp.isneginf(scores), 0, weights * (d_weights - delta[..., None])
+      )
+      d_query += _dot('bnqk,bnkh->bnqh', d_scores, key[j])
+      d_key = d_key.at[j].add(scale * _dot('bnqk,bnqh->bnkh', d_scores, q))
+      d_value = d_value.at[j].add(_dot('bnqk,bnqh->bnkh', weights, d_out))
+      return d_query, d_key, d_value
+
+    d_query, *carry = _loop(
+      lower, upper, len(key), key_block, (jnp.zeros_like(q, dtype), *carry)
+    )
+    return tuple(carry), (scale * d_query).astype(q.dtype)
+
+  blocks = (query, cotangent, delta, log_total, start, stop)
+  blocks += block_bounds(start, stop, block_key)
+  carry = (jnp.zeros_like(key, dtype), jnp.zeros_like(value, dtype))
+  if len(query) == 1:
+    carry, d_query = query_block(carry, [x[0] for x in blocks])
+    d_query = d_query[None]
+  else:
+    carry, d_query = jax.lax.scan(query_block, carry, blocks)
+  d_key, d_value = carry
+  return (
+    d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None, None
+  )
+
+
+_attend.defvjp(_forward_rule, _backward_rule)
+
+
+def _scores(q, k, first, last, offset, scale):
+  """Scaled products `[B, N, q, k]`, -inf outside the ranges `[B, q]`."""
+  scores = scale * _dot('bnqh,bnkh->bnqk', q, k)
+  index = offset + jnp.arange(k.shape[2], dtype=jnp.int32)[None, None, None, :]
+  first, last = first[:, None, :, None], last[:, None, :, None]
+  return jnp.where((first <= index) & (index < last), scores, -jnp.inf)
+
+
+def _dot(spec: str, x, y):
+  """A product whose wider operand is rounded to the inputs' type."""
+  dtype = min(x.dtype, y.dtype, key=lambda d: d.itemsize)
+  return jnp.einsum(
+    spec,
+    x.astype(dtype),
+    y.astype(dtype),
+    preferred_element_type=_accumulator(y),
+  )
+
+
+def _accumulator(x) -> jnp.dtype:
+  """float32, or float64 for float64 inputs."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _loop(lower, upper, num_blocks: int, body, carry: Any):
+  """`fori_loop`; a single block needs no loop, masks say what is seen."""
+  if num_blocks == 1:
+    return body(0, carry)
+  return jax.lax.fori_loop(lower, upper, body, carry)
+
+
+def _map(body, blocks):
+  """`lax.map`; a single block needs no loop."""
+  if len(blocks[0]) == 1:
+    out = body([x[0] for x in blocks])
+    return jax.tree.map(lambda x: x[None], out)
+  return jax.lax.map(body, blocks)

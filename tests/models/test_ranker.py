@@ -1,0 +1,320 @@
+"""The model against its equations, and what training on rows means."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from histjax.data import schema as schema_lib
+from histjax.models import ranker
+from histjax.types import Candidates, History, RankingBatch
+from tests import oracle, support
+
+# Float32 against float64 through two layers; logits are of order 1.
+TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
+VARIANTS = {
+  'causal': {},
+  'window': {'encoder__window': 2},
+  'bidirectional': {'encoder__causal': False},
+  'recency': {
+    'encoder__causal': False,
+    'encoder__positions': 'recency',
+    'encoder__num_recency': 4,
+  },
+  'no_context': {
+    'schema': schema_lib.Schema(
+      user='user',
+      time='time',
+      item=(schema_lib.Categorical('item', 40),),
+      tasks=(schema_lib.Task('click'),),
+    ),
+    'encoder__num_layers': 1,
+  },
+  'mlp': {
+    'interaction': support.interaction.InteractionConfig(
+      kind='mlp', mlp_widths=(8, 4)
+    )
+  },
+}
+
+
+def bce(logits, batch):
+  """The sum over real candidates of both tasks' cross entropies."""
+  total = jnp.zeros(())
+  for task, value in logits.items():
+    loss = optax.sigmoid_binary_cross_entropy(value, batch.labels[task])
+    total += jnp.where(batch.candidates.mask, loss, 0).sum()
+  return total
+
+
+@functools.cache
+def gradient_of_loss(window):
+  """Parameters of a ranker and its compiled gradient."""
+  model, params = support.init(support.config(encoder__window=window))
+
+  def loss(params, batch):
+    return bce(model.apply({'params': params}, batch), batch)
+
+  return params, jax.jit(jax.grad(loss))
+
+
+class RankerTest(parameterized.TestCase):
+
+  @parameterized.parameters(*VARIANTS)
+  @settings(max_examples=5)
+  @given(seed=st.integers(0, 2**32 - 1))
+  def test_equals_the_float64_oracle(self, variant, seed):
+    config = support.config(**VARIANTS[variant])
+    model, params = support.init(config, seed % 1000)
+    batch = support.batch(
+      np.random.default_rng(seed),
+      num_events=6,
+      schema=config.schema,
+      shared_visible=not config.encoder.causal,
+    )
+    found = jax.jit(model.apply)({'params': params}, batch)
+    for b in range(3):
+      length = int(batch.history.length[b])
+      events = [
+        {k: v[b, i] for k, v in batch.history.features.items()}
+        for i in range(length)
+      ]
+      context = {k: v[b] for k, v in batch.context.items()}
+      for c in np.flatnonzero(batch.candidates.mask[b]):
+        expected = oracle.logits(
+          params,
+          config,
+          context,
+          events,
+          {k: v[b, c] for k, v in batch.candidates.features.items()},
+          int(batch.candidates.visible[b, c]),
+        )
+        np.testing.assert_allclose(
+          [found[t.name][b, c] for t in config.schema.tasks],
+          expected,
+          **TOLERANCE,
+        )
+
+  @parameterized.parameters(None, 3)
+  @settings(max_examples=5)
+  @given(seed=st.integers(0, 2**32 - 1))
+  def test_streaming_gradients_are_the_sum_of_pointwise_ones(
+    self, window, seed
+  ):
+    params, grad = gradient_of_loss(window)
+    streaming = support.batch(
+      np.random.default_rng(seed), 2, num_events=7, num_candidates=4
+    )
+
+    def pointwise(batch):
+      """A row per candidate, its history cut to what the candidate sees."""
+      count = batch.candidates.visible.shape[1]
+      repeated = jax.tree.map(lambda x: x.repeat(count, axis=0), batch)
+      column = jax.tree.map(
+        lambda x: x.reshape(-1, 1), (batch.candidates, batch.labels)
+      )
+      visible = batch.candidates.visible.reshape(-1)
+      return repeated.replace(
+        history=repeated.history.replace(length=visible),
+        candidates=column[0],
+        labels=column[1],
+      )
+
+    expected, found = grad(params, pointwise(streaming)), grad(params, streaming)
+    # Sums of up to 8 rows' gradients in another order.
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
+    self.assertGreater(optax.tree.norm(expected), 1e-2)
+
+  def test_bfloat16_keeps_float32_parameters_and_logits(self):
+    model, params = support.init(support.config(dtype='bfloat16'))
+    chex.assert_trees_all_equal_dtypes(
+      params, jax.tree.map(lambda x: x.astype(np.float32), params)
+    )
+    batch = support.batch(np.random.default_rng(0))
+    logits = model.apply({'params': params}, batch)
+    exact = ranker.Ranker(support.config()).apply({'params': params}, batch)
+    for task in logits:
+      self.assertEqual(logits[task].dtype, jnp.float32)
+      mask = batch.candidates.mask
+      # 8 bits of mantissa, about 20 roundings deep.
+      np.testing.assert_allclose(
+        logits[task][mask], exact[task][mask], rtol=0.1, atol=0.1
+      )
+
+  def test_parameters_are_shared_by_every_way_to_score(self):
+    config = support.config()
+    model, params = support.init(config)
+    batch = support.batch(np.random.default_rng(0), shared_visible=True)
+    cached = model.init(
+      jax.random.key(0), batch.context, batch.history, method='encode'
+    )
+    # `encode` alone makes what it needs, and under the same names.
+    flat = jax.tree_util.tree_flatten_with_path(cached['params'])[0]
+    joint = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    for path, value in flat:
+      self.assertEqual(joint[path].shape, value.shape)
+
+  def test_features_of_one_table_share_it(self):
+    _, params = support.init(support.config())
+    self.assertEqual(set(params['tables']), {'user', 'item', 'tag', 'rating'})
+    self.assertEqual(params['tables']['tag'].shape, (7, 8))
+
+  def test_intermediates_can_be_captured(self):
+    model, params = support.init(support.config())
+    batch = support.batch(np.random.default_rng(0))
+    _, state = model.apply(
+      {'params': params}, batch, mutable=['intermediates']
+    )
+    captured = state['intermediates']
+    self.assertEqual(captured['readout'][0].shape, (3, 5, 16))
+    blocks = captured['fusion']
+    self.assertEqual(blocks['blocks_0']['attention'][0].shape, (3, 9 + 5, 16))
+    # Nothing reads the last layer's events, so it has none.
+    self.assertEqual(blocks['blocks_1']['attention'][0].shape, (3, 5, 16))
+
+  def test_dropout_is_on_in_training_alone(self):
+    config = support.config(encoder__dropout=0.5, embedding_dropout=0.5)
+    model, params = support.init(config)
+    batch = support.batch(np.random.default_rng(0))
+
+    def run(seed, **kwargs):
+      rngs = {'dropout': jax.random.key(seed)}
+      logits = model.apply({'params': params}, batch, rngs=rngs, **kwargs)
+      return np.asarray(logits['click'])
+
+    np.testing.assert_array_equal(run(0), run(1))
+    np.testing.assert_array_equal(run(0, train=True), run(0, train=True))
+    self.assertFalse(np.array_equal(run(0, train=True), run(1, train=True)))
+
+  def test_missing_feature(self):
+    model, params = support.init(support.config())
+    batch = support.batch(np.random.default_rng(0))
+    batch = batch.replace(
+      context={k: v for k, v in batch.context.items() if k != 'user'}
+    )
+    with self.assertRaisesRegex(ValueError, "feature 'user' is missing"):
+      model.apply({'params': params}, batch)
+
+  @parameterized.parameters(
+    ({'fusion': 'append'}, "fusion='append' is unknown.*append_cross"),
+    ({'dtype': 'float16'}, "dtype='float16' must be"),
+    ({'embedding_dim': 0}, 'embedding_dim=0'),
+    ({'encoder__width': 15}, 'multiple of encoder.num_heads=2'),
+    ({'encoder__width': 6}, 'must be even'),
+    ({'encoder__dropout': 1.0}, 'encoder.dropout=1.0'),
+    ({'encoder__num_layers': 0}, 'encoder.num_layers=0'),
+    ({'encoder__positions': 'sine'}, "encoder.positions='sine'"),
+    (
+      {'encoder__causal': False, 'encoder__window': 4},
+      'needs encoder.causal=True',
+    ),
+  )
+  def test_bad_config(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      support.config(**fields)
+
+  @parameterized.parameters(
+    ({'kind': 'fm'}, "kind='fm'"),
+    ({'cross_rank': 0}, 'cross_rank=0'),
+    ({'mlp_widths': ()}, 'at least one layer'),
+  )
+  def test_bad_interaction(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      support.interaction.InteractionConfig(**fields)
+
+
+class CostTest(parameterized.TestCase):
+  """Floating-point operations, as XLA counts them, against the design's.
+
+  A layer costs, per history token, keys and values (4 D^2), the query and
+  output projections (4 D^2), the MLP (16 D^2) and attention (4 L D); per
+  candidate token the same without keys and values. The last layer needs of
+  the history keys and values alone. The dense implementation is counted,
+  since XLA counts a loop's body once.
+  """
+
+  DIM, LAYERS = 128, 3
+
+  def setUp(self):
+    super().setUp()
+    schema = schema_lib.Schema(
+      user='user',
+      time='time',
+      item=(schema_lib.Categorical('item', 10),),
+      action=(schema_lib.Categorical('rating', 5),),
+      tasks=(schema_lib.Task('click'),),
+    )
+    self.config = support.config(
+      schema=schema,
+      encoder__num_layers=self.LAYERS,
+      encoder__width=self.DIM,
+      encoder__attention='reference',
+      interaction=support.interaction.InteractionConfig(
+        kind='mlp', mlp_widths=(4,)
+      ),
+    )
+    self.model, params = support.init(self.config)
+    self.variables = {'params': params}
+
+  def flops(self, function, *args):
+    compiled = jax.jit(function).lower(*args).compile()
+    return compiled.cost_analysis()['flops']
+
+  def rows(self, n, m):
+    rng = np.random.default_rng(0)
+    schema = self.config.schema
+    return RankingBatch(
+      context={},
+      history=History(
+        support.features(rng, schema.history_features, (1, n)),
+        np.full(1, n, np.int32),
+      ),
+      candidates=Candidates(support.features(rng, schema.item, (1, m))),
+      labels={},
+      group=np.zeros(1, np.int32),
+    )
+
+  def joint(self, n, m):
+    return self.flops(self.model.apply, self.variables, self.rows(n, m))
+
+  def cached(self, n, m):
+    batch = self.rows(n, m)
+    cache = jax.eval_shape(
+      lambda v, b: self.model.apply(v, b.context, b.history, method='encode'),
+      self.variables,
+      batch,
+    )
+    return self.flops(
+      lambda v, c, x: self.model.apply(v, c, x, method='score'),
+      self.variables,
+      cache,
+      batch.candidates,
+    )
+
+  @parameterized.parameters((128, 128), (512, 128), (128, 512), (512, 512))
+  def test_joint(self, n, m):
+    d, layers = self.DIM, self.LAYERS
+    candidates = layers * m * (20 * d**2 + 4 * n * d)
+    history = (layers - 1) * n * (24 * d**2 + 4 * n * d) + n * 4 * d**2
+    measured = self.joint(n, m)
+    self.assertLess(abs(measured / (history + candidates) - 1), 0.1)
+    # Never above `l (n + m) d^2 + l n (n + m) d` with those constants.
+    self.assertLess(
+      measured, 1.1 * layers * (n + m) * (24 * d**2 + 4 * n * d)
+    )
+
+  def test_cached_is_linear_in_candidates_and_in_events(self):
+    base = self.cached(256, 256)
+    self.assertLess(abs(self.cached(256, 512) / base - 2), 0.02)
+    self.assertLess(abs(self.cached(256, 1024) / base - 4), 0.04)
+    costs = [self.cached(n, 256) for n in (256, 512, 768, 1024)]
+    steps = np.diff(costs)
+    np.testing.assert_allclose(steps, steps[0], rtol=0.01)
+    expected = self.LAYERS * 256 * 4 * 256 * self.DIM
+    np.testing.assert_allclose(steps, expected, rtol=0.1)

@@ -1,0 +1,152 @@
+"""The ranker in NumPy float64, one user and one candidate at a time.
+
+Written from the equations, with loops instead of masks and padding.
+"""
+
+import math
+
+import numpy as np
+
+from histjax.data import schema as schema_lib
+
+
+def logits(params, config, context, events, candidate, visible):
+  """Logits `[T]` of one candidate.
+
+  Args:
+    params: of `Ranker`.
+    config: a `RankerConfig`, fusion 'append_cross'.
+    context: `{name: scalar}`.
+    events: a list of `{name: scalar}`, all the events of the row.
+    candidate: `{name: scalar}`.
+    visible: how many of the events it may see.
+  """
+  p = _Params(params)
+  encoder, schema = config.encoder, config.schema
+  item = p['tokens']['item']
+  tokens = []
+  for event in events:
+    token = item.dense(_vector(p, schema.item_features, event))
+    if schema.action:
+      action = _vector(p, schema.action, event)
+      token = token + p['tokens']['action'].dense(action)
+    tokens.append(token)
+  features = _vector(p, schema.item_features, candidate)
+  target = item.dense(features) + p['tokens'].array('undecided')
+  if encoder.positions == 'recency':
+    table = p['fusion'].array('recency')
+    for i in range(len(tokens)):
+      distance = min(len(tokens) - i, encoder.num_recency - 1)
+      tokens[i] = tokens[i] + table[distance]
+    target = target + table[0]
+  for i in range(encoder.num_layers):
+    block = p['fusion'][f'blocks_{i}']
+    keys = [_turned(block, 'key', x, j, encoder) for j, x in enumerate(tokens)]
+    values = [_turned(block, 'value', x, None, encoder) for x in tokens]
+    first = 0
+    if encoder.window is not None:
+      first = max(0, visible - encoder.window)
+    target = _block(
+      block, target, visible, range(first, visible), keys, values, encoder
+    )
+    updated = []
+    for j, x in enumerate(tokens):
+      seen = range(len(tokens))
+      if encoder.causal:
+        first = 0
+        if encoder.window is not None:
+          first = max(0, j + 1 - encoder.window)
+        seen = range(first, j + 1)
+      updated.append(_block(block, x, j, seen, keys, values, encoder))
+    tokens = updated
+  readout = p['fusion']['final_norm'].norm(target)
+  user = np.zeros(1)
+  if schema.context:
+    user = _vector(p, schema.context, context)
+  return _head(p['head'], config.interaction, user, features, readout)
+
+
+def _head(p, config, user, features, readout):
+  x0 = np.concatenate([user, features, readout])
+  split = len(user)
+  hidden = p['mlp_user'].dense(user) + p['mlp_candidate'].dense(x0[split:])
+  hidden = np.maximum(hidden, 0)
+  for i in range(len(config.mlp_widths) - 1):
+    hidden = np.maximum(p[f'mlp_{i}'].dense(hidden), 0)
+  if config.kind == 'mlp':
+    return p['logits'].dense(hidden)
+  down = np.concatenate(
+    [p['cross_user'].array('kernel'), p['cross_candidate'].array('kernel')]
+  )
+  x = x0
+  for i in range(config.cross_layers):
+    v = down if i == 0 else p[f'cross_in_{i - 1}'].array('kernel')
+    x = x0 * p[f'cross_out_{i}'].dense(x @ v) + x
+  return p['logits'].dense(np.concatenate([x, hidden]))
+
+
+def _block(p, x, position, seen, keys, values, encoder):
+  query = _turned(p, 'query', x, position, encoder)  # [N, H]
+  attended = np.zeros_like(query)
+  for n in range(encoder.num_heads):
+    if len(seen):
+      score = np.array([query[n] @ keys[j][n] for j in seen])
+      weight = np.exp((score - score.max()) / math.sqrt(encoder.head_dim))
+      weight = weight / weight.sum()
+      attended[n] = sum(
+        w * values[j][n] for w, j in zip(weight, seen, strict=True)
+      )
+  x = x + p['output'].dense(attended.reshape(-1))
+  hidden = p['mlp_in'].dense(p['mlp_norm'].norm(x))
+  # The tanh form of GELU, as flax.linen.gelu.
+  hidden = 0.5 * hidden * (
+    1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))
+  )
+  return x + p['mlp_out'].dense(hidden)
+
+
+def _turned(p, name, x, position, encoder):
+  x = p[name].dense(p['attention_norm'].norm(x))
+  x = x.reshape(encoder.num_heads, encoder.head_dim)
+  if position is None or encoder.positions != 'rotary':
+    return x
+  half = encoder.head_dim // 2
+  out = np.zeros_like(x)
+  for i in range(half):
+    angle = position * 10_000.0 ** (-i / half)
+    a, b = x[:, i], x[:, i + half]
+    out[:, i] = a * math.cos(angle) - b * math.sin(angle)
+    out[:, i + half] = a * math.sin(angle) + b * math.cos(angle)
+  return out
+
+
+def _vector(p, spec, values):
+  parts = []
+  for feature in spec:
+    value = values[feature.name]
+    if isinstance(feature, schema_lib.Categorical):
+      parts.append(p['tables'].array(feature.table)[value])
+    else:
+      parts.append(np.array([value], np.float64))
+  return np.concatenate(parts)
+
+
+class _Params:
+  """A subtree of the parameters, in float64."""
+
+  def __init__(self, tree):
+    self._tree = tree
+
+  def __getitem__(self, name):
+    return _Params(self._tree[name])
+
+  def array(self, name):
+    return np.asarray(self._tree[name], np.float64)
+
+  def dense(self, x):
+    y = x @ self.array('kernel')
+    return y + self.array('bias') if 'bias' in self._tree else y
+
+  def norm(self, x):
+    x = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+    return x * self.array('scale') + self.array('bias')

@@ -1,0 +1,103 @@
+"""A small schema with every kind of feature, and random ragged batches."""
+
+import jax
+import numpy as np
+
+from histjax.data import schema as schema_lib
+from histjax.models import ranker
+from histjax.nn import encoder, interaction
+from histjax.types import Candidates, History, RankingBatch
+
+SCHEMA = schema_lib.Schema(
+  user='user',
+  time='time',
+  context=(
+    schema_lib.Categorical('user', 50),
+    schema_lib.Dense('age'),
+  ),
+  item=(
+    schema_lib.Categorical('item', 40),
+    schema_lib.Categorical('tag_0', 7, table='tag'),
+    schema_lib.Categorical('tag_1', 7, table='tag'),
+    schema_lib.Dense('duration'),
+  ),
+  action=(schema_lib.Categorical('rating', 5),),
+  tasks=(schema_lib.Task('click'), schema_lib.Task('like')),
+)
+
+
+def config(**fields) -> ranker.RankerConfig:
+  """A small ranker; `encoder__window=3` sets `encoder.window`."""
+  encoder_fields = {'num_layers': 2, 'width': 16, 'num_heads': 2}
+  for name in list(fields):
+    if name.startswith('encoder__'):
+      encoder_fields[name.removeprefix('encoder__')] = fields.pop(name)
+  fields.setdefault('schema', SCHEMA)
+  fields.setdefault('embedding_dim', 8)
+  fields.setdefault(
+    'interaction',
+    interaction.InteractionConfig(cross_rank=8, mlp_widths=(16, 8)),
+  )
+  return ranker.RankerConfig(
+    encoder=encoder.EncoderConfig(**encoder_fields), **fields
+  )
+
+
+def features(rng: np.random.Generator, spec, shape) -> dict:
+  """Random values of the features of `spec`."""
+  return {
+    f.name: rng.integers(0, f.size, shape, dtype=np.int32)
+    if isinstance(f, schema_lib.Categorical)
+    else rng.normal(size=shape).astype(np.float32)
+    for f in spec
+  }
+
+
+def batch(
+  rng: np.random.Generator,
+  num_rows: int = 3,
+  num_events: int = 9,
+  num_candidates: int = 5,
+  *,
+  schema: schema_lib.Schema = SCHEMA,
+  shared_visible: bool = False,
+) -> RankingBatch:
+  """Random rows, some with an empty history, padded with random junk."""
+  length = rng.integers(0, num_events + 1, num_rows, dtype=np.int32)
+  length[rng.integers(num_rows)] = 0
+  length[rng.integers(num_rows)] = num_events
+  shape = (num_rows, num_candidates)
+  visible = np.broadcast_to(length[:, None], shape).astype(np.int32)
+  if not shared_visible:
+    visible = rng.integers(0, length[:, None] + 1, shape, dtype=np.int32)
+  mask = rng.random(shape) < 0.8
+  mask[:, 0] = True
+  return RankingBatch(
+    context=features(rng, schema.context, (num_rows,)),
+    history=History(
+      features(rng, schema.history_features, (num_rows, num_events)), length
+    ),
+    candidates=Candidates(
+      features(rng, schema.item_features, shape), visible, mask
+    ),
+    labels={
+      t.name: rng.integers(0, 2, shape).astype(np.float32)
+      for t in schema.tasks
+    },
+    group=rng.integers(0, 50, num_rows, dtype=np.int32),
+  )
+
+
+def init(config, seed: int = 0):
+  """Parameters with every entry random, so that none hides a mistake."""
+  model = ranker.Ranker(config)
+  example = batch(
+    np.random.default_rng(0), schema=config.schema, shared_visible=True
+  )
+  params = model.init(jax.random.key(seed), example)['params']
+  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(seed)
+  leaves = [
+    x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves
+  ]
+  return model, jax.tree.unflatten(tree, leaves)

@@ -1,0 +1,74 @@
+"""Dependencies between modules go one way."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+from absl.testing import absltest
+
+ROOT = pathlib.Path(__file__).parents[1] / 'histjax'
+# A module may import from its own layer and from those before it.
+LAYERS = (
+  ('config', 'types', 'data.schema'),
+  ('ops',),
+  ('nn',),
+  ('models',),
+  ('scoring',),
+  ('benchmark',),
+  ('data',),
+  ('training',),
+)
+
+
+def layer(module: str) -> int:
+  """The index of a module's layer; the longest matching prefix decides."""
+  found = [
+    (len(prefix), i)
+    for i, prefixes in enumerate(LAYERS)
+    for prefix in prefixes
+    if f'{module}.'.startswith(f'histjax.{prefix}.')
+  ]
+  if not found:
+    raise AssertionError(f'{module} is in no layer; add it to LAYERS')
+  return max(found)[1]
+
+
+def imports(path: pathlib.Path):
+  """The histjax modules that a file imports, at any depth of its code."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+      base = node.module or ''
+      names = [f'{base}.{alias.name}' for alias in node.names]
+    else:
+      continue
+    yield from (n for n in names if n.split('.')[0] == 'histjax')
+
+
+class ImportTest(absltest.TestCase):
+
+  def test_layers(self):
+    for path in sorted(ROOT.rglob('*.py')):
+      relative = path.relative_to(ROOT.parent).with_suffix('')
+      module = '.'.join(relative.parts).removesuffix('.__init__')
+      if module == 'histjax':
+        continue
+      for name in imports(path):
+        self.assertLessEqual(
+          layer(name),
+          layer(module),
+          f'{module} imports {name}, which stands above it',
+        )
+
+  def test_serving_needs_no_data_or_training_package(self):
+    code = (
+      'import sys, histjax;'
+      'print([m for m in ("grain", "tensorflow_datasets", "pyarrow",'
+      ' "orbax", "optax", "tensorflow") if m in sys.modules])'
+    )
+    result = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    self.assertEqual(result.stdout.strip(), '[]')
