@@ -139,12 +139,11 @@ def flops(config: RankerConfig, batch: RankingBatch) -> dict[str, float]:
 
   def count(function, *args) -> float:
     compiled = jax.jit(function).lower(*args).compile()
-    return float(compiled.cost_analysis()['flops'])
+    cost: Any = compiled.cost_analysis()
+    return float(cost['flops'])
 
   def encode(variables, batch):
-    return model.apply(
-      variables, batch.context, batch.history, method='encode'
-    )
+    return model.apply(variables, batch.context, batch.history, method='encode')
 
   def score(variables, cache, candidates):
     return model.apply(variables, cache, candidates, method='score')
@@ -194,9 +193,7 @@ def scoring_suite(
   results = []
   for num_events in lengths:
     for num_candidates in candidates:
-      batch = random_batch(
-        config.schema, num_rows, num_events, num_candidates
-      )
+      batch = random_batch(config.schema, num_rows, num_events, num_candidates)
       batch = jax.device_put(batch)
       results.append(_workload(scorer, batch, ceiling, seconds))
       progress(_line(results[-1]))
@@ -291,9 +288,7 @@ def plot(report: Mapping[str, Any]):
   panels = (('candidates', 'history_length'), ('history_length', 'candidates'))
   for axis, (x, fixed) in zip(axes, panels, strict=True):
     value = max(r[fixed] for r in results)
-    rows = sorted(
-      (r for r in results if r[fixed] == value), key=lambda r: r[x]
-    )
+    rows = sorted((r for r in results if r[fixed] == value), key=lambda r: r[x])
     for way in _WAYS:
       median = np.array([r[way]['median'] for r in rows])
       low = median - [r[way]['low'] for r in rows]

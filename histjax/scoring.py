@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from histjax.data import schema as schema_lib
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.types import Candidates, History, HistoryCache, RankingBatch
 
-Logits = dict[str, Float[Array, 'B C']]
+Logits: TypeAlias = Any
+"""`{task: [B, C]}` float32."""
 
 
 def score_microbatched(
@@ -97,9 +97,7 @@ def score_plain(
       group=repeat(batch.group),
     )
     logits = model.apply(variables, rows)
-    return jax.tree.map(
-      lambda x: x.reshape(num_rows, num_candidates), logits
-    )
+    return jax.tree.map(lambda x: x.reshape(num_rows, num_candidates), logits)
 
   return _in_chunks(score, batch.candidates, microbatch)
 
@@ -208,7 +206,11 @@ class Scorer:
   def num_compilations(self) -> int:
     """Programs compiled so far, over all methods."""
     functions: list[Any] = [
-      self._encode, self._score, self._extend, self._joint, self._plain
+      self._encode,
+      self._score,
+      self._extend,
+      self._joint,
+      self._plain,
     ]
     return sum(f._cache_size() for f in functions)
 
@@ -503,9 +505,7 @@ def _check_shapes(
     if shape is None:
       shape = found
     if found != shape:
-      raise ValueError(
-        f'{field}[{name!r}] has shape {found}; expected {shape}'
-      )
+      raise ValueError(f'{field}[{name!r}] has shape {found}; expected {shape}')
   return shape or ()
 
 
@@ -546,9 +546,7 @@ def _check_values(
       )
 
 
-def _bucket(
-  n: int, buckets: tuple[int, ...], what: str, smallest: int
-) -> int:
+def _bucket(n: int, buckets: tuple[int, ...], what: str, smallest: int) -> int:
   if not buckets:
     return bucket_size(n, smallest)
   for size in buckets:

@@ -11,16 +11,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import flax.struct
-import jax
-import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-Array: TypeAlias = jax.Array | np.ndarray
-"""A host or device array. Containers hold NumPy until they meet a device."""
+Array: TypeAlias = Any
+"""A `jax.Array` or `np.ndarray`: containers hold either."""
 
 
-@flax.struct.dataclass
-class KeyRange:
+class KeyRange(flax.struct.PyTreeNode):
   """The contiguous range of history keys that each query sees.
 
   Key `j` is visible to query `q` of row `b` iff
@@ -45,8 +42,7 @@ class KeyRange:
   )
 
 
-@flax.struct.dataclass
-class History:
+class History(flax.struct.PyTreeNode):
   """What each user did, oldest event first, padded at the end.
 
   Attributes:
@@ -59,8 +55,7 @@ class History:
   length: Int[Array, 'B']
 
 
-@flax.struct.dataclass
-class Candidates:
+class Candidates(flax.struct.PyTreeNode):
   """What each user is being ranked for, padded at the end.
 
   Attributes:
@@ -82,8 +77,7 @@ class Candidates:
     return next(iter(self.features.values())).shape
 
 
-@flax.struct.dataclass
-class RankingBatch:
+class RankingBatch(flax.struct.PyTreeNode):
   """A batch of rows: a user, a history, candidates and (if known) labels.
 
   Attributes:
@@ -102,8 +96,7 @@ class RankingBatch:
   group: Int[Array, 'B']
 
 
-@flax.struct.dataclass
-class HistoryCache:
+class HistoryCache(flax.struct.PyTreeNode):
   """Everything about a user that scoring a candidate needs.
 
   Attributes:

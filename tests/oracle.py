@@ -99,8 +99,10 @@ def _block(p, x, position, seen, keys, values, encoder):
   x = x + p['output'].dense(attended.reshape(-1))
   hidden = p['mlp_in'].dense(p['mlp_norm'].norm(x))
   # The tanh form of GELU, as flax.linen.gelu.
-  hidden = 0.5 * hidden * (
-    1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))
+  hidden = (
+    0.5
+    * hidden
+    * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
   )
   return x + p['mlp_out'].dense(hidden)
 

@@ -81,8 +81,7 @@ def batch(
       features(rng, schema.item_features, shape), visible, mask
     ),
     labels={
-      t.name: rng.integers(0, 2, shape).astype(np.float32)
-      for t in schema.tasks
+      t.name: rng.integers(0, 2, shape).astype(np.float32) for t in schema.tasks
     },
     group=rng.integers(0, 50, num_rows, dtype=np.int32),
   )
@@ -94,7 +93,7 @@ def init(config, seed: int = 0):
   example = batch(
     np.random.default_rng(0), schema=config.schema, shared_visible=True
   )
-  params = model.init(jax.random.key(seed), example)['params']
+  params = jax.jit(model.init)(jax.random.key(seed), example)['params']
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(seed)
   leaves = [

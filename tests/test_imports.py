@@ -48,7 +48,6 @@ def imports(path: pathlib.Path):
 
 
 class ImportTest(absltest.TestCase):
-
   def test_layers(self):
     for path in sorted(ROOT.rglob('*.py')):
       relative = path.relative_to(ROOT.parent).with_suffix('')

@@ -68,7 +68,6 @@ def rows(tree, index):
 
 
 class EquivalenceTest(parameterized.TestCase):
-
   @parameterized.parameters(*VARIANTS)
   @given(seed=SEEDS)
   def test_joint_equals_plain_equals_cached(self, variant, seed):
@@ -83,7 +82,9 @@ class EquivalenceTest(parameterized.TestCase):
     np.testing.assert_allclose(
       real(s.score_joint(batch), batch), plain, **tolerance
     )
-    np.testing.assert_allclose(real(cached(s, batch), batch), plain, **tolerance)
+    np.testing.assert_allclose(
+      real(cached(s, batch), batch), plain, **tolerance
+    )
 
   @parameterized.parameters('causal', 'window', 'bfloat16')
   @given(seed=SEEDS)
@@ -202,7 +203,6 @@ class EquivalenceTest(parameterized.TestCase):
 
 
 class InvarianceTest(parameterized.TestCase):
-
   @parameterized.parameters(
     *(
       {'way': way, 'seed': seed}
@@ -313,7 +313,6 @@ class InvarianceTest(parameterized.TestCase):
 
 
 class BadInputTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.s = scorer()

@@ -1,0 +1,1 @@
+"""Logs of events become rows, and rows become batches."""

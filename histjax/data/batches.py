@@ -37,7 +37,10 @@ def validate_batch(batch: RankingBatch, schema: Schema) -> None:
   )
   length = _whole('history.length', batch.history.length, rows)
   _range('history.length', length, 0, events)
-  shape = (*rows, _width('candidates.features', batch.candidates.features, rows))
+  shape = (
+    *rows,
+    _width('candidates.features', batch.candidates.features, rows),
+  )
   _features(
     'candidates.features',
     batch.candidates.features,

@@ -9,21 +9,14 @@ import bisect
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
 from histjax.data import hashing
 from histjax.data.schema import Categorical, Dense, Task
-
-_CSV = ('.csv', '.csv.gz', '.csv.bz2', '.csv.zst')
-_PARQUET = ('.parquet', '.pq')
-_TICKS = {'s': 10**9, 'ms': 10**6, 'us': 10**3, 'ns': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,92 +115,6 @@ def from_mapping(
   return Columns(pa.table(arrays), (source,))
 
 
-def from_files(paths: Sequence[str], wanted: Sequence[str]) -> Columns:
-  """Reads Parquet and CSV files, one after the other, in the order given.
-
-  Args:
-    paths: files ending in .parquet, .pq, .csv or .csv.gz (.bz2, .zst); or
-      folders, which stand for such files in them, by name.
-    wanted: the columns to read.
-
-  Raises:
-    ValueError: a file is missing, empty, unreadable, of another format, given
-      twice, or lacks a column; or two files disagree on a column's type.
-  """
-  files = _expand(paths)
-  tables = [_read(path, list(wanted)) for path in files]
-  starts = [0]
-  for table in tables:
-    starts.append(starts[-1] + table.num_rows)
-  try:
-    table = pa.concat_tables(tables, promote_options='permissive')
-  except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-    raise ValueError(
-      f'{[str(f) for f in files]} disagree on the type of a column: {error}; '
-      'write them with one type'
-    ) from error
-  return Columns(table, tuple(map(str, files)), tuple(starts[:-1]))
-
-
-def _expand(paths: Sequence[str]) -> list[Path]:
-  if isinstance(paths, (str, Path)):
-    paths = [str(paths)]
-  if not paths:
-    raise ValueError('paths is empty; name at least one Parquet or CSV file')
-  files: list[Path] = []
-  for path in map(Path, paths):
-    if path.is_dir():
-      found = sorted(p for p in path.iterdir() if _format(p))
-      if not found:
-        raise ValueError(f'{path} holds no {", ".join(_PARQUET + _CSV)} file')
-      files += found
-    else:
-      files.append(path)
-  seen: set[Path] = set()
-  for file in files:
-    if not file.is_file():
-      raise ValueError(f'{file} does not exist; check `paths`')
-    if not _format(file):
-      raise ValueError(
-        f'{file} is neither Parquet nor CSV by its name; it must end in one '
-        f'of {", ".join(_PARQUET + _CSV)}'
-      )
-    if file.resolve() in seen:
-      raise ValueError(f'{file} is given twice; its events would count twice')
-    seen.add(file.resolve())
-  return files
-
-
-def _format(path: Path) -> str:
-  if path.name.startswith(('.', '_')):
-    return ''
-  if path.name.endswith(_PARQUET):
-    return 'parquet'
-  return 'csv' if path.name.endswith(_CSV) else ''
-
-
-def _read(path: Path, wanted: list[str]) -> pa.Table:
-  try:
-    if _format(path) == 'parquet':
-      # The schema first: asking for an unknown column gives no message.
-      check_names(pq.read_schema(path).names, wanted, str(path))
-      table = pq.ParquetFile(path).read(columns=wanted)
-    else:
-      with pa_csv.open_csv(path) as reader:
-        check_names(reader.schema.names, wanted, str(path))
-      table = pa_csv.read_csv(
-        path, convert_options=pa_csv.ConvertOptions(include_columns=wanted)
-      )
-  except (pa.ArrowInvalid, OSError) as error:
-    raise ValueError(
-      f'{path} cannot be read as {_format(path)}: {error}; it is empty, cut '
-      'short or of another format'
-    ) from error
-  if not table.num_rows:
-    raise ValueError(f'{path} holds no events')
-  return table
-
-
 def encode_categorical(columns: Columns, feature: Categorical) -> np.ndarray:
   """int32 ids `[n]` in `[0, feature.size)`.
 
@@ -300,6 +207,8 @@ def encode_time(columns: Columns, name: str) -> tuple[np.ndarray, bool]:
       timestamp.
   """
   array = columns.array(name)
+  if pa.types.is_large_string(array.type):
+    array = _parse_times(columns, name, array)
   is_timestamp = pa.types.is_timestamp(array.type) or pa.types.is_date(
     array.type
   )
@@ -312,13 +221,6 @@ def encode_time(columns: Columns, name: str) -> tuple[np.ndarray, bool]:
         'lie between 1970 and 2262'
       ) from error
     values = array.to_numpy()
-  elif pa.types.is_large_string(array.type):
-    columns.fail(
-      name,
-      0,
-      array[0].as_py(),
-      'a time must be a number or an ISO 8601 timestamp, the same throughout',
-    )
   elif pa.types.is_integer(array.type):
     values = integers(columns, name)
   else:
@@ -331,6 +233,22 @@ def encode_time(columns: Columns, name: str) -> tuple[np.ndarray, bool]:
     'a time must be >= 0 (a timestamp: 1970 or later); fix it or shift all',
   )
   return values, is_timestamp
+
+
+def _parse_times(columns: Columns, name: str, array: pa.Array) -> pa.Array:
+  """ISO 8601 strings as timestamps; all with a time zone, or none."""
+  for zone in (None, 'UTC'):
+    try:
+      return array.cast(pa.timestamp('ns', zone))
+    except pa.ArrowInvalid:
+      continue
+  columns.fail(
+    name,
+    0,
+    array[0].as_py(),
+    'a time must be a number or an ISO 8601 timestamp; this column is of '
+    'strings that are not all of one such form',
+  )
 
 
 def encode_keys(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:

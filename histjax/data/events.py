@@ -1,8 +1,8 @@
 """A log of events, in memory, by user and time: what a user brings.
 
-    log = EventLog.from_files(['events.parquet'], schema)
-    masks = TimeSplit('2022-05-01', '2022-05-03').masks(log)
-    rows = log.rows(masks['train'], RowConfig('streaming', history_length=50))
+log = EventLog.from_files(['events.parquet'], schema)
+masks = TimeSplit('2022-05-01', '2022-05-03').masks(log)
+rows = log.rows(masks['train'], RowConfig('streaming', history_length=50))
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import fractions
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from histjax.data import columns as columns_lib
+from histjax.data import files, grouping
 from histjax.data import rows as rows_lib
 from histjax.data.schema import Categorical, Schema
 
@@ -60,7 +62,7 @@ class EventLog:
     extra: Sequence[str] = (),
     require_sorted: bool = False,
   ) -> EventLog:
-    """Reads Parquet and CSV files; see `columns.from_files`.
+    """Reads Parquet and CSV files; see `files.read`.
 
     Args:
       paths: files or folders of files, in the order of the log.
@@ -73,7 +75,7 @@ class EventLog:
       ValueError: a file or a value in it is bad; the message says which.
     """
     wanted = _wanted(schema, extra)
-    table = columns_lib.from_files(paths, wanted)
+    table = files.read(paths, wanted)
     return cls._from_table(table, schema, extra, require_sorted)
 
   @classmethod
@@ -137,10 +139,22 @@ class EventLog:
     """The number of users."""
     return len(self.keys)
 
-  @property
+  @functools.cached_property
   def offsets(self) -> np.ndarray:
     """int64 `[users + 1]`: user `u` has the events `offsets[u:u + 2]`."""
     return np.searchsorted(self.user, np.arange(self.num_users + 1))
+
+  def key(self, event: int) -> int | str:
+    """The user's own key of an event."""
+    return self.keys[self.user[event]].item()
+
+  def with_tasks(self, names: Sequence[str]) -> EventLog:
+    """This log with the labels of the tasks `names` alone; empty: of all."""
+    if not names:
+      return self
+    schema = self.schema.with_tasks(names)
+    labels = {name: self.labels[name] for name in names}
+    return dataclasses.replace(self, schema=schema, labels=labels)
 
   def visible(self, ties: Ties = 'order') -> np.ndarray:
     """Where each event's past ends.
@@ -166,16 +180,15 @@ class EventLog:
   def time_gap(self, ties: Ties = 'order') -> np.ndarray:
     """The feature `time_gap`, int32 `[n]`; see `Schema.time_gap_buckets`."""
     stop = self.visible(ties)
-    unit = 1e-9 if self.is_timestamp else self.schema.time_unit
-    gap = (self.time - self.time[np.maximum(stop - 1, 0)]) * unit
-    gap = np.where(stop > self.offsets[self.user], gap, 0.0)
-    # frexp, not log2: powers of two must not round down.
-    bucket = np.frexp(1 + gap)[1] - 1
-    return np.minimum(bucket, self.schema.time_gap_buckets - 1).astype(np.int32)
+    begin = self.offsets[self.user]
+    last = self.time[np.maximum(stop - 1, 0)]
+    return gap_buckets(
+      np.where(stop > begin, self.time - last, 0),
+      self.schema,
+      self.is_timestamp,
+    )
 
-  def rows(
-    self, mask: np.ndarray, config: rows_lib.RowConfig
-  ) -> rows_lib.Rows:
+  def rows(self, mask: np.ndarray, config: rows_lib.RowConfig) -> rows_lib.Rows:
     """The events of `mask` as candidates, each with its user's past.
 
     Args:
@@ -186,7 +199,7 @@ class EventLog:
     Raises:
       ValueError: the rows cannot be made as asked; the message says why.
     """
-    return rows_lib.make_rows(self, mask, config)
+    return grouping.make_rows(self, mask, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,12 +248,12 @@ class TimeSplit:
   Attributes:
     validation_start: the first moment of validation; training is before it.
     test_start: the first moment of testing. Both are numbers in the time
-      column's unit or, if it holds timestamps, an ISO 8601 string or a
-      datetime (without a time zone: UTC).
+      column's unit or, if it holds timestamps, ISO 8601 strings (without a
+      time zone: UTC).
   """
 
-  validation_start: float | str | datetime.datetime
-  test_start: float | str | datetime.datetime
+  validation_start: int | float | str
+  test_start: int | float | str
 
   def masks(self, log: EventLog) -> dict[str, np.ndarray]:
     """`{'train', 'validation', 'test'}: bool [n]`.
@@ -259,6 +272,16 @@ class TimeSplit:
 
 
 Split = FractionSplit | TimeSplit
+
+
+def gap_buckets(
+  gap: np.ndarray, schema: Schema, is_timestamp: bool
+) -> np.ndarray:
+  """`Schema.time_gap_buckets` of gaps in the log's unit, as int32."""
+  seconds = gap * (1e-9 if is_timestamp else schema.time_unit)
+  # frexp, not log2: powers of two must not round down.
+  bucket = np.frexp(1 + seconds)[1] - 1
+  return np.minimum(bucket, schema.time_gap_buckets - 1).astype(np.int32)
 
 
 def _three(position, first, second) -> dict[str, np.ndarray]:
@@ -283,16 +306,15 @@ def _moment(value, log: EventLog, field: str):
       f"{log.schema.time!r} holds numbers; give it in the column's unit"
     )
   try:
-    if isinstance(value, str):
-      value = datetime.datetime.fromisoformat(value)
-    if value.tzinfo is not None:
-      value = value.astimezone(datetime.UTC).replace(tzinfo=None)
-    return np.datetime64(value, 'ns').astype(np.int64)
-  except (ValueError, AttributeError) as error:
+    moment = datetime.datetime.fromisoformat(value)
+  except ValueError as error:
     raise ValueError(
       f'split: {field}={value!r} is no ISO 8601 moment ({error}); write it '
       "as '2022-05-01' or '2022-05-01T08:00'"
     ) from error
+  if moment.tzinfo is not None:
+    moment = moment.astimezone(datetime.UTC).replace(tzinfo=None)
+  return np.datetime64(moment, 'ns').astype(np.int64)
 
 
 def _wanted(schema: Schema, extra: Sequence[str]) -> list[str]:
@@ -313,7 +335,7 @@ def _check_sorted(table, schema, user, keys, time) -> None:
       schema.time,
       row,
       time[row].item(),
-      f'earlier than an event of user {keys[user[row]]!r} further up; sort '
+      f'earlier than an event of user {keys[user[row]].item()!r} further up; sort '
       'the log by time, or set require_sorted=False to have it sorted',
     )
 

@@ -15,8 +15,8 @@ of them, a candidate has only those known when it is shown.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Schema:
     """`item` and, if it is on, the derived `time_gap`."""
     if not self.time_gap_buckets:
       return self.item
-    return self.item + (Categorical('time_gap', self.time_gap_buckets),)
+    return (*self.item, Categorical('time_gap', self.time_gap_buckets))
 
   @property
   def history_features(self) -> tuple[Feature, ...]:
@@ -175,6 +175,18 @@ class Schema:
   def features(self) -> tuple[Feature, ...]:
     """Every feature: context, item, action."""
     return self.context + self.history_features
+
+  def with_tasks(self, names: Sequence[str]) -> Schema:
+    """This schema with the tasks `names` alone, in that order.
+
+    Raises:
+      ValueError: a name is none of its tasks.
+    """
+    tasks = {t.name: t for t in self.tasks}
+    for name in names:
+      if name not in tasks:
+        raise ValueError(f'task {name!r} is none of {sorted(tasks)}')
+    return dataclasses.replace(self, tasks=tuple(tasks[n] for n in names))
 
   @property
   def tables(self) -> dict[str, int]:
@@ -205,65 +217,9 @@ def dense(features: tuple[Feature, ...]) -> tuple[Dense, ...]:
   return tuple(f for f in features if isinstance(f, Dense))
 
 
-def schema_to_dict(schema: Schema) -> dict[str, Any]:
-  """`schema` as plain dicts, lists, strings and numbers."""
-  fields: dict[str, Any] = {}
-  for field in dataclasses.fields(schema):
-    value = getattr(schema, field.name)
-    if isinstance(value, tuple):
-      value = [dataclasses.asdict(v) for v in value]
-    fields[field.name] = value
-  return fields
-
-
-def schema_from_dict(mapping: Mapping[str, Any]) -> Schema:
-  """The inverse of `schema_to_dict`, for schemas kept in configs and JSON.
-
-  A feature with a `size` is `Categorical`, one without is `Dense`.
-
-  Args:
-    mapping: fields of `Schema`; features and tasks as mappings.
-
-  Raises:
-    ValueError: a field is unknown, missing or has a wrong value.
-  """
-  fields = dict(mapping.items())
-  for role in ('item', 'action', 'context'):
-    fields[role] = tuple(
-      f
-      if isinstance(f, Categorical | Dense)
-      else _build(
-        Categorical if 'size' in f else Dense, f, f'schema: a feature of {role}'
-      )
-      for f in fields.get(role, ())
-    )
-  fields['tasks'] = tuple(
-    t if isinstance(t, Task) else _build(Task, t, 'schema: a task')
-    for t in fields.get('tasks', ())
-  )
-  return _build(Schema, fields, 'schema')
-
-
-def _build(cls, mapping, what: str):
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  given = dict(mapping.items())
-  for name in given:
-    if name not in fields:
-      raise ValueError(
-        f'{what}: {name!r} is no field of {cls.__name__}, which has '
-        f'{sorted(fields)}; given was {given}'
-      )
-  for name, field in fields.items():
-    if field.default is dataclasses.MISSING and name not in given:
-      raise ValueError(
-        f'{what}: {cls.__name__} needs {name!r}; given was {given}'
-      )
-  return cls(**given)
-
-
 def _check_name(feature) -> None:
   if not feature.name.isidentifier():
     raise ValueError(
       f'{type(feature).__name__}: name={feature.name!r} must be a Python '
-      'identifier (it names a parameter); set `column` to the log\'s own name'
+      "identifier (it names a parameter); set `column` to the log's own name"
     )

@@ -8,12 +8,18 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from histjax.data import schema as schema_lib
 from histjax.nn import embedding, fusion, interaction
 from histjax.nn import encoder as encoder_lib
-from histjax.types import Candidates, History, HistoryCache, RankingBatch
+from histjax.types import (
+  Array,
+  Candidates,
+  History,
+  HistoryCache,
+  RankingBatch,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +38,12 @@ class RankerConfig:
 
   schema: schema_lib.Schema
   fusion: str = 'append_cross'
-  encoder: encoder_lib.EncoderConfig = encoder_lib.EncoderConfig()
-  interaction: interaction.InteractionConfig = interaction.InteractionConfig()
+  encoder: encoder_lib.EncoderConfig = dataclasses.field(
+    default_factory=encoder_lib.EncoderConfig
+  )
+  interaction: interaction.InteractionConfig = dataclasses.field(
+    default_factory=interaction.InteractionConfig
+  )
   embedding_dim: int = 32
   embedding_dropout: float = 0.0
   dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -51,9 +61,7 @@ class RankerConfig:
         f'embedding_dropout={self.embedding_dropout} must be in [0, 1)'
       )
     if self.dtype not in ('float32', 'bfloat16'):
-      raise ValueError(
-        f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'"
-      )
+      raise ValueError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 
   @property
   def amortizable(self) -> bool:
@@ -152,9 +160,7 @@ class Ranker(nn.Module):
       self.head.user_half(user), features, readout, train=train
     )
 
-  def encode(
-    self, context: dict[str, Array], history: History
-  ) -> HistoryCache:
+  def encode(self, context: dict[str, Array], history: History) -> HistoryCache:
     """One pass over each history; see `histjax.Scorer.encode`."""
     self.config.require_amortizable()
     keys, values = self.fusion.encode(

@@ -128,9 +128,10 @@ def rotary(
   half = x.shape[-1] // 2
   exponent = jnp.arange(half, dtype=jnp.float32) / half
   frequency = jnp.power(jnp.float32(max_wavelength), -exponent)
-  angle = position.astype(jnp.float32)[:, :, None, None] * frequency[
-    None, None, None, :
-  ]
+  angle = (
+    position.astype(jnp.float32)[:, :, None, None]
+    * frequency[None, None, None, :]
+  )
   sin, cos = jnp.sin(angle), jnp.cos(angle)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

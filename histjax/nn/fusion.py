@@ -50,9 +50,7 @@ class _Transformer(nn.Module):
     """Adds the learned positions, if the config has them."""
     if self.config.positions != 'recency':
       return history
-    index = embedding.recency(
-      length, history.shape[1], self.config.num_recency
-    )
+    index = embedding.recency(length, history.shape[1], self.config.num_recency)
     return history + self.recency.astype(self.dtype)[index]
 
   def _place_candidates(self, candidates):
@@ -70,9 +68,10 @@ class _Transformer(nn.Module):
 
 
 class AppendCross(_Transformer):
-  """The candidate is appended to the history and attends to it; arXiv 2412.06924.
+  """The candidate is appended to the history and attends to it.
 
-  In every layer `Q = W_q [H_1..H_n, C_1..C_m]`, `K = W_k [H_1..H_n]`,
+  The paper's fusion (arXiv 2412.06924, "append" with cross-attention). In
+  every layer `Q = W_q [H_1..H_n, C_1..C_m]`, `K = W_k [H_1..H_n]`,
   `V = W_v [H_1..H_n]`: no token ever sees a candidate, so one pass over the
   history serves all of them. `__call__` is that joint pass, with one attention
   call a layer; its last layer has candidates' queries only, since nothing
@@ -249,9 +248,9 @@ class Concat(_Transformer):
     if self.config.window is not None:
       read &= ordinal >= (seen - self.config.window)[:, None]
     x = jnp.where(read[..., None], self.final_norm(x), 0)
-    pooled = x.sum(axis=1) / jnp.maximum(read.sum(axis=1), 1).astype(x.dtype)[
-      :, None
-    ]
+    pooled = (
+      x.sum(axis=1) / jnp.maximum(read.sum(axis=1), 1).astype(x.dtype)[:, None]
+    )
     return pooled.reshape(num_rows, num_candidates, width)
 
 

@@ -65,7 +65,6 @@ def gradient_of_loss(window):
 
 
 class RankerTest(parameterized.TestCase):
-
   @parameterized.parameters(*VARIANTS)
   @settings(max_examples=5)
   @given(seed=st.integers(0, 2**32 - 1))
@@ -126,7 +125,10 @@ class RankerTest(parameterized.TestCase):
         labels=column[1],
       )
 
-    expected, found = grad(params, pointwise(streaming)), grad(params, streaming)
+    expected, found = (
+      grad(params, pointwise(streaming)),
+      grad(params, streaming),
+    )
     # Sums of up to 8 rows' gradients in another order.
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
     self.assertGreater(optax.tree.norm(expected), 1e-2)
@@ -137,8 +139,9 @@ class RankerTest(parameterized.TestCase):
       params, jax.tree.map(lambda x: x.astype(np.float32), params)
     )
     batch = support.batch(np.random.default_rng(0))
-    logits = model.apply({'params': params}, batch)
-    exact = ranker.Ranker(support.config()).apply({'params': params}, batch)
+    logits = jax.jit(model.apply)({'params': params}, batch)
+    exact_model = ranker.Ranker(support.config())
+    exact = jax.jit(exact_model.apply)({'params': params}, batch)
     for task in logits:
       self.assertEqual(logits[task].dtype, jnp.float32)
       mask = batch.candidates.mask
@@ -168,9 +171,7 @@ class RankerTest(parameterized.TestCase):
   def test_intermediates_can_be_captured(self):
     model, params = support.init(support.config())
     batch = support.batch(np.random.default_rng(0))
-    _, state = model.apply(
-      {'params': params}, batch, mutable=['intermediates']
-    )
+    _, state = model.apply({'params': params}, batch, mutable=['intermediates'])
     captured = state['intermediates']
     self.assertEqual(captured['readout'][0].shape, (3, 5, 16))
     blocks = captured['fusion']
@@ -305,9 +306,7 @@ class CostTest(parameterized.TestCase):
     measured = self.joint(n, m)
     self.assertLess(abs(measured / (history + candidates) - 1), 0.1)
     # Never above `l (n + m) d^2 + l n (n + m) d` with those constants.
-    self.assertLess(
-      measured, 1.1 * layers * (n + m) * (24 * d**2 + 4 * n * d)
-    )
+    self.assertLess(measured, 1.1 * layers * (n + m) * (24 * d**2 + 4 * n * d))
 
   def test_cached_is_linear_in_candidates_and_in_events(self):
     base = self.cached(256, 256)

@@ -71,9 +71,7 @@ def candidate_range(
     ValueError: a window below 1.
   """
   _check_window(window)
-  return _last(
-    visible.astype(jnp.int32), window, 'prefix' if shared else 'any'
-  )
+  return _last(visible.astype(jnp.int32), window, 'prefix' if shared else 'any')
 
 
 def concatenate(history: KeyRange, candidates: KeyRange) -> KeyRange:

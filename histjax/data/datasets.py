@@ -1,0 +1,135 @@
+"""Any dataset by name: a schema, and rows to train, choose and test on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from histjax.data import synthetic as synthetic_lib
+from histjax.data.events import EventLog, FractionSplit, TimeSplit
+from histjax.data.rows import RowConfig, Rows
+from histjax.data.schema import Schema
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which dataset, and how its rows are made.
+
+  Attributes:
+    name: 'synthetic': planted preferences (no files). 'movielens': MovieLens
+      1M, protocol `ml1m`. 'kuairand': KuaiRand-Pure, protocol `kuairand`.
+      'events': a log of your own.
+    rows: the rows to train on.
+    eval_rows: those of validation and test; None: as `rows`.
+    tasks: what to predict, by the names of the schema's tasks; empty: all of
+      them (of kuairand: 'click').
+    data_dir: of movielens and kuairand, where prepared data is kept; TFDS's
+      own default if empty.
+    manual_dir: of movielens and kuairand, a folder with the official files;
+      if empty, that of the environment's HISTJAX_DATA_DIR; if that is not
+      set, they are downloaded.
+    synthetic: what is planted.
+    paths: of events, the Parquet and CSV files or folders of them.
+    schema: of events, what their columns mean.
+    split: of events, how they are split.
+    require_sorted: of events, refuse a log that is not in order of time.
+  """
+
+  name: Literal['synthetic', 'movielens', 'kuairand', 'events'] = 'synthetic'
+  rows: RowConfig = dataclasses.field(default_factory=RowConfig)
+  eval_rows: RowConfig | None = None
+  tasks: tuple[str, ...] = ()
+  data_dir: str = ''
+  manual_dir: str = ''
+  synthetic: synthetic_lib.SyntheticConfig = dataclasses.field(
+    default_factory=synthetic_lib.SyntheticConfig
+  )
+  paths: tuple[str, ...] = ()
+  schema: Schema | None = None
+  split: FractionSplit | TimeSplit = dataclasses.field(
+    default_factory=FractionSplit
+  )
+  require_sorted: bool = False
+
+  def __post_init__(self):
+    object.__setattr__(self, 'tasks', tuple(self.tasks))
+    object.__setattr__(self, 'paths', tuple(self.paths))
+    if self.name not in _LOADERS:
+      raise ValueError(
+        f'data: name={self.name!r} must be one of {sorted(_LOADERS)}'
+      )
+    if self.name == 'events' and (not self.paths or self.schema is None):
+      raise ValueError(
+        "data: name='events' needs paths, the files of the log, and schema, "
+        'the meaning of their columns'
+      )
+    if self.name != 'events' and (self.paths or self.schema is not None):
+      raise ValueError(
+        f"data: paths and schema are of name='events', not of {self.name!r}; "
+        'set the name, or leave them out'
+      )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """Rows by split, and what their columns mean.
+
+  Attributes:
+    schema: the features and tasks.
+    splits: `{'train', 'validation', 'test'}`.
+    log: the events that all rows are of.
+  """
+
+  schema: Schema
+  splits: dict[str, Rows]
+  log: EventLog
+
+
+def load(config: DataConfig) -> Dataset:
+  """Loads a dataset, preparing it first if need be.
+
+  Raises:
+    ValueError: files or values in them are bad; the message says which.
+  """
+  log, masks = _LOADERS[config.name](config)
+  eval_rows = config.eval_rows or config.rows
+  splits = {
+    split: log.rows(mask, config.rows if split == 'train' else eval_rows)
+    for split, mask in masks.items()
+  }
+  return Dataset(log.schema, splits, log)
+
+
+def _synthetic(config: DataConfig):
+  log = synthetic_lib.generate(config.synthetic)
+  return log.with_tasks(config.tasks), synthetic_lib.SPLIT.masks(log)
+
+
+def _movielens(config: DataConfig):
+  from histjax.data import movielens  # TFDS takes a second to import.
+
+  log = movielens.load(data_dir=config.data_dir, manual_dir=config.manual_dir)
+  return log.with_tasks(config.tasks), movielens.SPLIT.masks(log)
+
+
+def _kuairand(config: DataConfig):
+  from histjax.data import kuairand  # TFDS takes a second to import.
+
+  log = kuairand.load(data_dir=config.data_dir, manual_dir=config.manual_dir)
+  return log.with_tasks(config.tasks or ('click',)), kuairand.masks(log)
+
+
+def _events(config: DataConfig):
+  assert config.schema is not None  # DataConfig has checked it.
+  log = EventLog.from_files(
+    config.paths, config.schema, require_sorted=config.require_sorted
+  )
+  return log.with_tasks(config.tasks), config.split.masks(log)
+
+
+_LOADERS = {
+  'synthetic': _synthetic,
+  'movielens': _movielens,
+  'kuairand': _kuairand,
+  'events': _events,
+}

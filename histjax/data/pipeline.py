@@ -1,0 +1,327 @@
+"""Batches of rows on Grain: shuffled, bucketed, padded, sharded, resumable.
+
+A batch has the shape of a bucket, so a program is compiled once per bucket.
+Every row comes once an epoch; what is missing in a bucket's last batch are
+empty rows. All hosts walk through the same batches, and each takes its own
+rows of every one: shapes agree at every step, and nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from histjax.data.rows import Rows
+from histjax.types import RankingBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+  """How rows become batches.
+
+  Attributes:
+    batch_events: events and candidates, padding included, of a batch over all
+      hosts; a batch has as many rows as fit, and at least one a device.
+    history_buckets: the lengths L that histories are padded to, increasing.
+      Empty: up to `auto_buckets` of them from the data.
+    candidate_buckets: likewise, the numbers C of candidates. Empty: for each
+      history bucket, the most candidates that a row of it has.
+    auto_buckets: at most this many history buckets are made up.
+    seed: of the order of rows and batches.
+    num_threads: threads that make batches ahead; 0: none, in the caller's.
+    prefetch: batches made ahead.
+  """
+
+  batch_events: int = 32_768
+  history_buckets: tuple[int, ...] = ()
+  candidate_buckets: tuple[int, ...] = ()
+  auto_buckets: int = 4
+  seed: int = 0
+  num_threads: int = 2
+  prefetch: int = 8
+
+  def __post_init__(self):
+    for field in ('history_buckets', 'candidate_buckets'):
+      buckets = tuple(getattr(self, field))
+      object.__setattr__(self, field, buckets)
+      if any(b < 1 for b in buckets) or list(buckets) != sorted(set(buckets)):
+        raise ValueError(
+          f'pipeline: {field}={buckets} must be increasing and >= 1'
+        )
+    for field, least in (
+      ('batch_events', 1),
+      ('auto_buckets', 1),
+      ('seed', 0),
+      ('num_threads', 0),
+      ('prefetch', 0),
+    ):
+      if getattr(self, field) < least:
+        raise ValueError(
+          f'pipeline: {field}={getattr(self, field)} must be >= {least}'
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bucket:
+  """Rows of one shape.
+
+  Attributes:
+    num_events: L.
+    num_candidates: C.
+    num_rows: rows of a batch over all hosts.
+    rows: int64 `[n]`, the rows in the bucket.
+  """
+
+  num_events: int
+  num_candidates: int
+  num_rows: int
+  rows: np.ndarray
+
+  @property
+  def num_batches(self) -> int:
+    """Batches an epoch."""
+    return -(-len(self.rows) // self.num_rows)
+
+
+def make_buckets(
+  rows: Rows,
+  config: PipelineConfig,
+  *,
+  row_multiple: int = 1,
+  shard_count: int = 1,
+) -> list[Bucket]:
+  """The buckets that hold a row, each row in the smallest that it fits.
+
+  Raises:
+    ValueError: a row is larger than the largest bucket, or there is no row.
+  """
+  if not len(rows):
+    raise ValueError('there are no rows; the split has no events')
+  length, count = rows.history_lengths, rows.candidate_counts
+  wide = np.array(
+    config.history_buckets or _auto(length, config.auto_buckets), np.int64
+  )
+  row_l = _fit(rows, length, wide, 'history_buckets', 'events of history')
+  if config.candidate_buckets:
+    tall = np.array(config.candidate_buckets, np.int64)
+    row_c = _fit(rows, count, tall, 'candidate_buckets', 'candidates')
+  else:
+    most = np.zeros(len(rows), np.int64)
+    for size in np.unique(row_l):
+      most[row_l == size] = _round_up(int(count[row_l == size].max()))
+    row_c = most
+  multiple = math.lcm(row_multiple, shard_count)
+  buckets = []
+  for num_events, num_candidates in np.unique(
+    np.stack([row_l, row_c], 1), axis=0
+  ).tolist():
+    fits = config.batch_events // (num_events + num_candidates)
+    buckets.append(
+      Bucket(
+        num_events,
+        num_candidates,
+        max(multiple, fits // multiple * multiple),
+        np.flatnonzero((row_l == num_events) & (row_c == num_candidates)),
+      )
+    )
+  return buckets
+
+
+class BatchIterator(Iterator[RankingBatch]):
+  """Batches of one host, with a position that can be saved.
+
+  Attributes:
+    buckets: the shapes that batches have.
+    batches_per_epoch: batches, of this and of every other host.
+  """
+
+  def __init__(
+    self,
+    dataset: grain.MapDataset,
+    rows: Rows,
+    buckets: list[Bucket],
+    config: PipelineConfig,
+  ):
+    self.buckets = buckets
+    self.batches_per_epoch = sum(b.num_batches for b in buckets)
+    self._order = _order(rows, buckets, config)
+    options = grain.ReadOptions(
+      num_threads=config.num_threads,
+      prefetch_buffer_size=config.prefetch if config.num_threads else 0,
+    )
+    self._iterator = iter(dataset.to_iter_dataset(options))
+
+  def __next__(self) -> RankingBatch:
+    return next(self._iterator)
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, to be kept as JSON: that after the last batch given."""
+    return {**self._iterator.get_state(), 'order': self._order}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position, such that the next batch is the one after it.
+
+    Raises:
+      ValueError: the state is of other rows, buckets, batch sizes or seed.
+    """
+    state = dict(state)
+    if state.pop('order', None) != self._order:
+      raise ValueError(
+        'the saved position in the data is of another order of batches: the '
+        'rows, the seed, batch_events, the buckets or the number of devices '
+        'have changed; restore them, or start a new run'
+      )
+    self._iterator.set_state(state)
+
+  def close(self) -> None:
+    """Ends the threads. The iterator cannot be used any more."""
+    self._iterator.close()
+
+
+def train_batches(
+  rows: Rows,
+  config: PipelineConfig,
+  *,
+  row_multiple: int = 1,
+  shard_index: int = 0,
+  shard_count: int = 1,
+  num_epochs: int | None = None,
+) -> BatchIterator:
+  """Batches in an order of their own each epoch.
+
+  Args:
+    rows: what to train on.
+    config: how they become batches.
+    row_multiple: rows of a batch over all hosts are a multiple of it: the
+      number of devices.
+    shard_index: this host.
+    shard_count: hosts; each yields the same number of batches, of the same
+      shapes, with `1 / shard_count` of the rows of each.
+    num_epochs: None: without end.
+
+  Returns:
+    An iterator over `RankingBatch` of NumPy arrays.
+
+  Raises:
+    ValueError: a row does not fit the buckets, or an argument is bad.
+  """
+  _check_shard(shard_index, shard_count, row_multiple)
+  buckets = make_buckets(
+    rows, config, row_multiple=row_multiple, shard_count=shard_count
+  )
+  # Grain uses seed + epoch: the seeds of different things must be far apart.
+  seeds = np.random.SeedSequence(config.seed).generate_state(len(buckets) + 1)
+  parts = [_batched(b, i, int(seeds[i])) for i, b in enumerate(buckets)]
+  dataset = grain.MapDataset.concatenate(parts).shuffle(seed=int(seeds[-1]))
+  dataset = dataset.repeat(num_epochs)
+  load = _Load(rows, tuple(buckets), shard_index, shard_count)
+  return BatchIterator(dataset.map(load), rows, buckets, config)
+
+
+def eval_batches(
+  rows: Rows,
+  config: PipelineConfig,
+  *,
+  row_multiple: int = 1,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> BatchIterator:
+  """Every row once, in order, bucket by bucket; see `train_batches`."""
+  _check_shard(shard_index, shard_count, row_multiple)
+  buckets = make_buckets(
+    rows, config, row_multiple=row_multiple, shard_count=shard_count
+  )
+  parts = [_batched(b, i, None) for i, b in enumerate(buckets)]
+  dataset = grain.MapDataset.concatenate(parts)
+  load = _Load(rows, tuple(buckets), shard_index, shard_count)
+  return BatchIterator(dataset.map(load), rows, buckets, config)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Load:
+  """Makes this host's part of a batch from its bucket and row numbers."""
+
+  rows: Rows
+  buckets: tuple[Bucket, ...]
+  shard_index: int
+  shard_count: int
+
+  def __call__(self, batch: tuple[int, np.ndarray]) -> RankingBatch:
+    number, indices = batch
+    bucket = self.buckets[number]
+    share = bucket.num_rows // self.shard_count
+    start = self.shard_index * share
+    return self.rows.batch(
+      indices[start : start + share],
+      num_rows=share,
+      num_events=bucket.num_events,
+      num_candidates=bucket.num_candidates,
+    )
+
+
+def _batched(bucket: Bucket, number: int, seed: int | None):
+  """`(number, row indices)` of each batch of a bucket."""
+  dataset = grain.MapDataset.source(bucket.rows)
+  if seed is not None:
+    dataset = dataset.shuffle(seed=seed)
+  return dataset.batch(bucket.num_rows, batch_fn=np.array).map(
+    lambda rows: (number, rows)
+  )
+
+
+def _order(rows: Rows, buckets: list[Bucket], config: PipelineConfig) -> str:
+  """Identifies the order of batches that a position counts in."""
+  shapes = [(b.num_events, b.num_candidates, b.num_rows) for b in buckets]
+  digest = hashlib.sha256(json.dumps([config.seed, shapes]).encode())
+  arrays = [rows.events, rows.offsets, rows.start, rows.stop]
+  for array in arrays + [b.rows for b in buckets]:
+    digest.update(np.ascontiguousarray(array, '<i8').tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _auto(length: np.ndarray, limit: int) -> tuple[int, ...]:
+  """Up to `limit` sizes, each half the next, the last one for the longest.
+
+  A size that would hold less than 2 % of the rows is left out: each is a
+  program to compile and a last batch to pad.
+  """
+  sizes = [_round_up(int(length.max()))]
+  while len(sizes) < limit and sizes[-1] > 16:
+    sizes.append(_round_up(sizes[-1] // 2))
+  sizes = sizes[::-1]
+  place = np.searchsorted(sizes, length)
+  share = np.bincount(place, minlength=len(sizes)) / len(length)
+  kept = [s for s, part in zip(sizes, share, strict=True) if part >= 0.02]
+  return tuple(sorted({*kept, sizes[-1]}))
+
+
+def _round_up(size: int) -> int:
+  """To a multiple of 8, which vector units like, unless it is tiny."""
+  return 1 if size <= 1 else -(-size // 8) * 8
+
+
+def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:
+  place = np.searchsorted(buckets, sizes)
+  if place.max() == len(buckets):
+    row = int(np.argmax(sizes))
+    user = rows.log.key(rows.events[rows.offsets[row]])
+    raise ValueError(
+      f'pipeline: a row of user {user!r} has {sizes[row]} {what}, more than '
+      f'the largest of {field}={tuple(buckets.tolist())}; add a larger bucket, '
+      'or make shorter rows (RowConfig.history_length, max_candidates)'
+    )
+  return buckets[place]
+
+
+def _check_shard(index: int, count: int, row_multiple: int) -> None:
+  if not 0 <= index < count:
+    raise ValueError(f'shard_index={index} must be in [0, shard_count={count})')
+  if row_multiple < 1:
+    raise ValueError(f'row_multiple={row_multiple} must be >= 1')

@@ -1,0 +1,184 @@
+"""One row from plain values, as a server or a file of candidates has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from histjax.data import columns as columns_lib
+from histjax.data import events as events_lib
+from histjax.data import rows as rows_lib
+from histjax.data.schema import Categorical, Feature, Schema
+
+Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
+
+
+def make_row(
+  schema: Schema,
+  *,
+  context: Mapping[str, Any],
+  history: Events,
+  candidates: Events,
+  config: rows_lib.RowConfig | None = None,
+) -> rows_lib.Row:
+  """A row to score, checked and encoded as a log would be.
+
+  Keys are the log's columns, as the schema names them; others are ignored, so
+  that a log's own records can be passed.
+
+  Args:
+    schema: which columns are read.
+    context: one value a column.
+    history: the user's events, oldest first, as `[{column: value}]` or
+      `{column: [values]}`; may be empty.
+    candidates: the items to score, likewise; at least one. The time column,
+      if the schema has `time_gap`, may be in `context` instead.
+    config: as the model was trained; only `history_length`, `on_overflow` and
+      `ties` are read. None: `RowConfig()`.
+
+  Returns:
+    The row, without labels. Candidates see the whole history; under
+    ties='strict' what is strictly earlier.
+
+  Raises:
+    ValueError: a value is missing or bad, events are out of order, or a
+      candidate is earlier than one of them.
+  """
+  config = config or rows_lib.RowConfig()
+  past = _columns(history, 'history')
+  shown = _columns(candidates, 'candidates')
+  num_events, num_candidates = _length(past), _length(shown)
+  if not num_candidates:
+    raise ValueError('candidates is empty; give at least one item to score')
+  if schema.time not in shown and schema.time in context:
+    shown[schema.time] = [context[schema.time]] * num_candidates
+  visible, gaps = _times(schema, past, shown, config.ties)
+  start = 0
+  if config.history_length is not None:
+    least = int(visible.min())
+    if config.on_overflow == 'error' and least > config.history_length:
+      raise ValueError(
+        f'history has {least} events, more than history_length='
+        f"{config.history_length}; shorten it, or set on_overflow='truncate'"
+      )
+    start = max(0, least - config.history_length)
+  one = {name: [value] for name, value in context.items()}
+  encoded_history = _encode(
+    past, schema.item + schema.action, num_events, 'history'
+  )
+  encoded_candidates = _encode(shown, schema.item, num_candidates, 'candidates')
+  if schema.time_gap_buckets:
+    encoded_history['time_gap'] = gaps[:num_events]
+    encoded_candidates['time_gap'] = gaps[num_events:]
+  stop = int(visible.max())
+  return rows_lib.Row(
+    context={
+      name: values[0]
+      for name, values in _encode(one, schema.context, 1, 'context').items()
+    },
+    history={name: x[start:stop] for name, x in encoded_history.items()},
+    candidates=encoded_candidates,
+    visible=(visible - start).astype(np.int32),
+    labels={},
+  )
+
+
+def _columns(events: Events, source: str) -> dict[str, Sequence[Any]]:
+  if isinstance(events, Mapping):
+    return dict(events)
+  names = dict.fromkeys(name for event in events for name in event)
+  for row, event in enumerate(events):
+    for name in names:
+      if name not in event:
+        raise ValueError(
+          f'{source} row {row} lacks {name!r}, which another row has; give '
+          'all rows the same keys'
+        )
+  return {name: [event[name] for event in events] for name in names}
+
+
+def _length(columns: Mapping[str, Sequence[Any]]) -> int:
+  return len(next(iter(columns.values()))) if columns else 0
+
+
+def _encode(
+  columns: Mapping[str, Sequence[Any]],
+  features: tuple[Feature, ...],
+  length: int,
+  source: str,
+) -> dict[str, np.ndarray]:
+  if not length:
+    return {
+      f.name: np.zeros(
+        0, np.int32 if isinstance(f, Categorical) else np.float32
+      )
+      for f in features
+    }
+  table = columns_lib.from_mapping(
+    columns, [f.column for f in features], source
+  )
+  return {
+    f.name: columns_lib.encode_categorical(table, f)
+    if isinstance(f, Categorical)
+    else columns_lib.encode_dense(table, f)
+    for f in features
+  }
+
+
+def _times(schema: Schema, past, shown, ties):
+  """What each candidate sees, `[c]`, and all time gaps, `[l + c]`."""
+  num_events, num_candidates = _length(past), _length(shown)
+  visible = np.full(num_candidates, num_events)
+  gaps = np.zeros(num_events + num_candidates, np.int32)
+  needed = bool(schema.time_gap_buckets) or ties == 'strict'
+  if not needed and not (schema.time in past and schema.time in shown):
+    return visible, gaps
+  both = {
+    schema.time: [*past.get(schema.time, ()), *shown.get(schema.time, ())]
+  }
+  if len(both[schema.time]) < num_events + num_candidates:
+    lacking = 'candidates' if schema.time not in shown else 'history'
+    raise ValueError(
+      f'{lacking} lacks column {schema.time!r}, the time, which '
+      "Schema.time_gap_buckets or ties='strict' needs; give it"
+    )
+  table = columns_lib.from_mapping(both, [schema.time], 'history + candidates')
+  time, is_timestamp = columns_lib.encode_time(table, schema.time)
+  _check_order(schema, time, num_events)
+  first = np.arange(num_events)
+  if ties == 'strict':
+    first = np.searchsorted(time[:num_events], time[:num_events], 'left')
+    visible = np.searchsorted(time[:num_events], time[num_events:], 'left')
+  if schema.time_gap_buckets:
+    stop = np.concatenate([_by_request(schema, past, first), visible])
+    last = time[np.maximum(stop - 1, 0)]
+    gap = np.where(stop > 0, time - last, 0)
+    gaps = events_lib.gap_buckets(gap, schema, is_timestamp)
+  return visible, gaps
+
+
+def _by_request(schema: Schema, past, stop: np.ndarray) -> np.ndarray:
+  """Moves `stop` before the event's own request, if the history says so."""
+  if not schema.request or not len(stop):
+    return stop
+  table = columns_lib.from_mapping(past, [schema.request], 'history')
+  codes, _ = columns_lib.encode_keys(table, schema.request)
+  _, first = np.unique(codes, return_index=True)
+  return stop[first[codes]]
+
+
+def _check_order(schema: Schema, time: np.ndarray, num_events: int) -> None:
+  late = np.flatnonzero(np.diff(time[:num_events]) < 0)
+  if late.size:
+    raise ValueError(
+      f'column {schema.time!r}: history row {late[0] + 1} is earlier than the '
+      'row before; order the history oldest first'
+    )
+  early = np.flatnonzero(time[num_events:] < time[max(num_events - 1, 0)])
+  if num_events and early.size:
+    raise ValueError(
+      f'column {schema.time!r}: candidate {early[0]} is earlier than the '
+      "history's last event; drop the events after it"
+    )

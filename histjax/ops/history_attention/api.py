@@ -1,0 +1,220 @@
+"""The public function: checks its arguments and picks a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from histjax.ops.history_attention import cudnn, reference, xla
+from histjax.types import KeyRange
+
+
+class _Backend(NamedTuple):
+  """One implementation.
+
+  Attributes:
+    attend: takes what `history_attention` does, checked, no axis empty, and a
+      `scale`. Raises NotImplementedError, while being traced, at a call that
+      it cannot compute.
+    check_device: raises NotImplementedError at a device that it cannot run on.
+  """
+
+  attend: Callable[..., jax.Array]
+  check_device: Callable[[jax.Device], None]
+
+
+def _any_device(device: jax.Device) -> None:
+  del device
+
+
+# The best first. The last but one computes every call on every device.
+_BACKENDS = {
+  'cudnn': _Backend(cudnn.history_attention, cudnn.check_device),
+  'xla': _Backend(xla.history_attention, _any_device),
+  'reference': _Backend(reference.history_attention, _any_device),
+}
+
+
+def history_attention(
+  query: Float[Array, 'B Q N H'],
+  key: Float[Array, 'B L N H'],
+  value: Float[Array, 'B L N H'],
+  key_range: KeyRange,
+  *,
+  scale: float | None = None,
+  implementation: str | None = None,
+) -> Float[Array, 'B Q N H']:
+  """Attention of each query to a contiguous range of the history's keys.
+
+      out[q] = sum_j softmax_j(scale query[q] . key[j]) value[j],
+      start[q] <= j < stop[q],
+
+  per row and head; zeros, with zero gradients, where the range is empty. A
+  range is cut to `[0, L)`.
+
+  This is the cross-attention of arXiv 2412.06924: `Q = W_q [H_1..H_n, C]` may
+  hold history and candidates, `K = W_k [H_1..H_n]` and `V = W_v [H_1..H_n]`
+  are of the history alone, so nothing ever attends to a candidate.
+
+  Accumulates in float32 (float64 for float64 inputs). First-order gradients
+  in reverse mode work in every backend; forward mode and second order only in
+  'reference'. Works under jit, vmap, checkpoint and with `B` sharded.
+
+  Args:
+    query: `[B, Q, N, H]`, float16, bfloat16, float32 or float64.
+    key: `[B, L, N, H]`, of the same type.
+    value: `[B, L, N, H]`, of the same type.
+    key_range: int32 `[B, Q]` each. Its `structure` opens faster backends.
+    scale: a Python number, of the products; None: `1 / sqrt(H)`.
+    implementation: 'cudnn' (16-bit, 'prefix' or 'causal' ranges; keys and
+      values must all be finite), 'xla' (everything, everywhere) or
+      'reference' (readable; memory `B N Q L`). None: the fastest that supports
+      the call. In 'xla' and 'reference', keys and values that lie before or
+      after all ranges of their row may hold anything, NaN included; those
+      between must be finite.
+
+  Returns:
+    `[B, Q, N, H]`, of the query's type.
+
+  Raises:
+    ValueError: an argument is malformed, or no such implementation.
+    NotImplementedError: the named implementation cannot compute this call on
+      this device; the message says why.
+  """
+  query, key, value = (jnp.asarray(x) for x in (query, key, value))
+  _check(query, key, value, key_range, implementation)
+  scale = _check_scale(scale, query.shape[-1])
+  if 0 in query.shape or 0 in key.shape:
+    return jnp.zeros_like(query)
+  device = _device(query)
+  return _dispatch(query, key, value, key_range, scale, implementation, device)[
+    1
+  ]
+
+
+def history_attention_backend(
+  query: Any,
+  key: Any,
+  value: Any,
+  key_range: KeyRange,
+  *,
+  implementation: str | None = None,
+) -> str:
+  """The name of the backend that `history_attention` would run.
+
+  Computes nothing. It answers "are the kernels used?"; to learn why one is
+  not, name it as `implementation` and read the error.
+
+  Args:
+    query: as `history_attention`, or its `jax.ShapeDtypeStruct`, as are the
+      other arrays.
+    key: likewise.
+    value: likewise.
+    key_range: likewise.
+    implementation: likewise.
+
+  Returns:
+    'cudnn', 'xla' or 'reference'.
+
+  Raises:
+    ValueError: as `history_attention`.
+    NotImplementedError: as `history_attention`.
+  """
+  _check(query, key, value, key_range, implementation)
+  device = _device(query)
+  name = ''
+
+  def trace(query, key, value, key_range):
+    nonlocal name
+    name, out = _dispatch(
+      query, key, value, key_range, 1.0, implementation, device
+    )
+    return out
+
+  jax.eval_shape(trace, query, key, value, key_range)
+  return name
+
+
+def _dispatch(query, key, value, key_range, scale, implementation, device):
+  """Runs the named backend, or the first that can; returns its name too."""
+  names = _BACKENDS if implementation is None else (implementation,)
+  for name in names:
+    backend = _BACKENDS[name]
+    try:
+      backend.check_device(device)
+      return name, backend.attend(query, key, value, key_range, scale=scale)
+    except NotImplementedError:
+      if implementation is not None:
+        raise
+  raise AssertionError('some backend computes every call')
+
+
+def _device(query) -> jax.Device:
+  """Where the call will run: where `query` is, else the default device."""
+  if isinstance(query, jax.Array) and not isinstance(query, jax.core.Tracer):
+    return next(iter(query.devices()))
+  default = jax.config.jax_default_device
+  if default is None:
+    return jax.local_devices()[0]
+  if isinstance(default, str):
+    return jax.local_devices(backend=default)[0]
+  return default
+
+
+def _check(query, key, value, key_range, implementation):
+  """Raises ValueError at a malformed call."""
+  if implementation is not None and implementation not in _BACKENDS:
+    raise ValueError(
+      f'implementation={implementation!r} is unknown; use one of '
+      f'{", ".join(map(repr, _BACKENDS))}, or None for the fastest'
+    )
+  for name, x, axes in (
+    ('query', query, '[B, Q, N, H]'),
+    ('key', key, '[B, L, N, H]'),
+    ('value', value, '[B, L, N, H]'),
+  ):
+    if len(x.shape) != 4:
+      raise ValueError(f'{name} has shape {x.shape}; make it {axes}')
+    if x.dtype != query.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f'{name} is {x.dtype} and query is {query.dtype}; cast query, key '
+        'and value to one float type'
+      )
+  num_rows, num_queries, num_heads, head_dim = query.shape
+  expected = (num_rows, key.shape[1], num_heads, head_dim)
+  for name, x in (('key', key), ('value', value)):
+    if x.shape != expected:
+      raise ValueError(
+        f'{name} has shape {x.shape}; with query {query.shape} and key '
+        f'{key.shape} it must be [B, L, N, H] = {expected}'
+      )
+  if not head_dim:
+    raise ValueError(f'query has shape {query.shape}; H must be at least 1')
+  for name in ('start', 'stop'):
+    x = getattr(key_range, name)
+    if x.shape != (num_rows, num_queries) or x.dtype != jnp.int32:
+      raise ValueError(
+        f'key_range.{name} is {x.dtype} {x.shape}; with query {query.shape} '
+        f'it must be int32 [B, Q] = {(num_rows, num_queries)}'
+      )
+  if key_range.structure not in ('any', 'prefix', 'causal'):
+    raise ValueError(
+      f'key_range.structure={key_range.structure!r} is unknown; use '
+      "'prefix' or 'causal' where that is true, else 'any'"
+    )
+
+
+def _check_scale(scale, head_dim: int) -> float:
+  if scale is None:
+    return head_dim**-0.5
+  if isinstance(scale, jax.core.Tracer) or not math.isfinite(scale):
+    raise ValueError(
+      f'scale={scale} must be a finite Python number; to learn a scale, '
+      'multiply query by it'
+    )
+  return float(scale)

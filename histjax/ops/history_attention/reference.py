@@ -1,0 +1,43 @@
+"""What history attention means: the backends are tested against this.
+
+It holds all scores `[B, N, Q, L]` in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from histjax.types import KeyRange
+
+
+def history_attention(
+  query: Float[Array, 'B Q N H'],
+  key: Float[Array, 'B L N H'],
+  value: Float[Array, 'B L N H'],
+  key_range: KeyRange,
+  *,
+  scale: float,
+) -> Float[Array, 'B Q N H']:
+  """See `api.history_attention`."""
+  index = jnp.arange(key.shape[1], dtype=jnp.int32)[None, None, None, :]
+  start = key_range.start[:, None, :, None]  # [B, 1, Q, 1]
+  stop = key_range.stop[:, None, :, None]
+  visible = (start <= index) & (index < stop)  # [B, 1, Q, L]
+
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  q, k, v = (x.astype(dtype) for x in (query, key, value))
+  # 0 NaN = NaN, so what no query of the row sees is not only weighed by 0.
+  seen = visible.any(axis=(1, 2))[:, :, None, None]  # [B, L, 1, 1]
+  k, v = (jnp.where(seen, x, 0) for x in (k, v))
+
+  highest = jax.lax.Precision.HIGHEST
+  scores = scale * jnp.einsum('bqnh,blnh->bnql', q, k, precision=highest)
+  largest = scores.max(axis=-1, keepdims=True, initial=-jnp.inf, where=visible)
+  largest = jax.lax.stop_gradient(jnp.maximum(largest, jnp.finfo(dtype).min))
+  weights = jnp.exp(jnp.where(visible, scores - largest, -jnp.inf))
+  total = weights.sum(axis=-1, keepdims=True)
+  weights /= jnp.where(total > 0, total, 1)  # All zeros at an empty range.
+  out = jnp.einsum('bnql,blnh->bqnh', weights, v, precision=highest)
+  return out.astype(query.dtype)

@@ -1,0 +1,119 @@
+"""Everything that training changes, as one pytree."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from histjax.data import schema as schema_lib
+from histjax.types import Candidates, History, RankingBatch
+
+
+@flax.struct.dataclass
+class LossWindow:
+  """What happened since the last report; it stays on the device until then.
+
+  Attributes:
+    loss: the sum of the steps' losses.
+    steps: how many steps.
+    candidates: how many candidates were trained on, padding left out.
+    diverged_at: the first step whose loss or gradient was not finite; -1.
+  """
+
+  loss: Float[Array, '']
+  steps: Int[Array, '']
+  candidates: Int[Array, '']
+  diverged_at: Int[Array, '']
+
+  @classmethod
+  def empty(cls) -> LossWindow:
+    """No step yet."""
+    zero = np.zeros((), np.int32)
+    return cls(np.zeros((), np.float32), zero, zero, zero - np.int32(1))
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The state of training before step `step`.
+
+  Attributes:
+    step: int32, how many updates were made.
+    params: the model's, float32.
+    opt_state: the optimizer's.
+    rng: the key that dropout of step t is drawn from, as `fold_in(rng, t)`.
+    window: the loss since the last report.
+  """
+
+  step: Int[Array, '']
+  params: Any
+  opt_state: Any
+  rng: Key[Array, '']
+  window: LossWindow
+
+
+def create_state(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  schema: schema_lib.Schema,
+  seed: int,
+) -> TrainState:
+  """The state before the first step; a function of the seed alone.
+
+  Args:
+    model: a `Ranker`, or any module with its call signature.
+    tx: the optimizer.
+    schema: says what batches hold.
+    seed: of initialisation and dropout.
+
+  Returns:
+    The state, on the default device.
+  """
+  return _create(model, tx, schema, seed)
+
+
+def example_batch(schema: schema_lib.Schema) -> RankingBatch:
+  """One row, one event and one candidate, all zeros: the shapes of a batch."""
+
+  def zeros(features, shape):
+    return {
+      f.name: np.zeros(
+        shape,
+        np.int32 if isinstance(f, schema_lib.Categorical) else np.float32,
+      )
+      for f in features
+    }
+
+  return RankingBatch(
+    context=zeros(schema.context, (1,)),
+    history=History(
+      zeros(schema.history_features, (1, 1)), np.ones(1, np.int32)
+    ),
+    candidates=Candidates(
+      zeros(schema.item_features, (1, 1)),
+      np.ones((1, 1), np.int32),
+      np.ones((1, 1), bool),
+    ),
+    labels={t.name: np.zeros((1, 1), np.float32) for t in schema.tasks},
+    group=np.zeros(1, np.int32),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _create(model, tx, schema, seed) -> TrainState:
+  init, dropout = jax.random.split(jax.random.key(seed))
+  params = model.init(init, example_batch(schema))['params']
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    rng=dropout,
+    window=LossWindow.empty(),
+  )

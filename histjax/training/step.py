@@ -1,0 +1,203 @@
+"""One update, as a jitted function of the state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from histjax.training import sharding
+from histjax.training.state import LossWindow, TrainState
+from histjax.types import RankingBatch
+
+TrainStep = Callable[[TrainState, RankingBatch], TrainState]
+EvalStep = Callable[[Any, RankingBatch], dict[str, Array]]
+
+
+def loss_sum(
+  logits: Mapping[str, Float[Array, 'B C']],
+  labels: Mapping[str, Float[Array, 'B C']],
+  mask: Bool[Array, 'B C'] | None,
+  task_weights: Mapping[str, float] | None = None,
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """The binary cross-entropy summed over tasks and candidates, and its weight.
+
+      sum   = sum_t w_t sum_{b,c} mask (softplus(z_t) - y_t z_t)
+      loss  = sum / weight,    weight = sum_t w_t sum_{b,c} mask
+
+  Args:
+    logits: `{task: [B, C]}`; what stands at padding has no influence, NaN
+      included.
+    labels: `{task: [B, C]}`, 0 or 1.
+    mask: the candidates that count; None: all.
+    task_weights: `{task: w_t}`; tasks left out, and None, mean 1.
+
+  Returns:
+    `(sum, weight)`, float32 scalars. They add up over parts of a batch.
+  """
+  total = weight = jnp.zeros((), jnp.float32)
+  for task, z in logits.items():
+    w = 1.0 if task_weights is None else task_weights.get(task, 1.0)
+    keep = jnp.ones(z.shape, bool) if mask is None else mask
+    # Before the loss as well as after it: the gradient of a NaN that `where`
+    # drops is still NaN.
+    z = jnp.where(keep, z, 0.0).astype(jnp.float32)
+    y = jnp.where(keep, labels[task], 0.0)
+    loss = jnp.where(keep, optax.sigmoid_binary_cross_entropy(z, y), 0.0)
+    total += w * jnp.sum(loss)
+    weight += w * jnp.sum(keep, dtype=jnp.float32)
+  return total, weight
+
+
+def make_train_step(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  *,
+  task_weights: Mapping[str, float] | None = None,
+  mesh: Mesh | None = None,
+) -> TrainStep:
+  """The jitted update; the state given to it is donated, so use its result.
+
+  With a mesh the batch is sharded over 'data' and the state replicated; the
+  loss is the mean over the global batch, so the update does not depend on how
+  many devices share it.
+
+  Args:
+    model: a `Ranker`, or any module with its call signature.
+    tx: the optimizer.
+    task_weights: see `loss_sum`.
+    mesh: of `sharding.data_mesh`; None: wherever the arguments are.
+
+  Returns:
+    `(state, batch) -> state`; the loss is in `state.window`.
+  """
+
+  def step(state: TrainState, batch: RankingBatch) -> TrainState:
+    return _update(model, tx, state, batch, task_weights)
+
+  out = None if mesh is None else NamedSharding(mesh, P())
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def make_pmap_train_step(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  *,
+  task_weights: Mapping[str, float] | None = None,
+) -> TrainStep:
+  """The update through `jax.pmap`, for programs built on it.
+
+  The same as `make_train_step`, up to the order of float32 sums and to
+  dropout: here each device draws its own masks.
+
+  Args:
+    model: a `Ranker`, or any module with its call signature.
+    tx: the optimizer.
+    task_weights: see `loss_sum`.
+
+  Returns:
+    `(state, batch) -> state`. Every array of the state has a leading axis of
+    one copy per device; those of the batch one of a shard per device, as
+    `split_for_pmap` makes.
+  """
+
+  def step(state: TrainState, batch: RankingBatch) -> TrainState:
+    return _update(model, tx, state, batch, task_weights, axis_name='data')
+
+  return jax.pmap(step, axis_name='data', donate_argnums=0)
+
+
+def split_for_pmap(batch: RankingBatch, num_devices: int) -> RankingBatch:
+  """`[B, ...]` as `[num_devices, B / num_devices, ...]`.
+
+  Raises:
+    ValueError: B is not a multiple of `num_devices`.
+  """
+  sharding.check_rows(batch, num_devices)
+  return jax.tree.map(
+    lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch
+  )
+
+
+def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
+  """The jitted forward pass, without dropout.
+
+  Args:
+    model: a `Ranker`, or any module with its call signature.
+    mesh: of `sharding.data_mesh`; None: wherever the arguments are.
+
+  Returns:
+    `(params, batch) -> {task: [B, C]}`.
+  """
+
+  def step(params: Any, batch: RankingBatch) -> dict[str, Array]:
+    return model.apply({'params': params}, batch, train=False)
+
+  out = None if mesh is None else NamedSharding(mesh, P('data'))
+  return jax.jit(step, out_shardings=out)
+
+
+def _update(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  state: TrainState,
+  batch: RankingBatch,
+  task_weights: Mapping[str, float] | None,
+  axis_name: str | None = None,
+) -> TrainState:
+  """One step; `axis_name` is the mapped axis of pmap, if there is one."""
+
+  def over_devices(x):
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+  rng = jax.random.fold_in(state.rng, state.step)
+  if axis_name is not None:
+    rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+  mask = batch.candidates.mask
+
+  def loss_fn(params):
+    logits = model.apply(
+      {'params': params}, batch, train=True, rngs={'dropout': rng}
+    )
+    total, weight = loss_sum(logits, batch.labels, mask, task_weights)
+    # A batch of padding alone has loss 0, not 0 / 0.
+    weight = over_devices(weight)
+    return total / jnp.where(weight > 0, weight, 1.0)
+
+  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  loss, grads = over_devices(loss), over_devices(grads)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  if mask is None:
+    mask = jnp.ones(batch.candidates.shape, bool)
+  window = _extend(
+    state.window,
+    step=state.step,
+    loss=loss,
+    candidates=over_devices(jnp.sum(mask, dtype=jnp.int32)),
+    finite=jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)),
+  )
+  return state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    window=window,
+  )
+
+
+def _extend(window: LossWindow, *, step, loss, candidates, finite):
+  diverged = jnp.where(
+    finite | (window.diverged_at >= 0), window.diverged_at, step
+  )
+  return LossWindow(
+    loss=window.loss + loss,
+    steps=window.steps + 1,
+    candidates=window.candidates + candidates,
+    diverged_at=diverged.astype(jnp.int32),
+  )

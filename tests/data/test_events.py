@@ -1,0 +1,442 @@
+"""A log from files and memory, its splits, and what is refused."""
+
+import datetime
+import fractions
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histjax.data import files
+from histjax.data.events import EventLog, FractionSplit, TimeSplit
+from histjax.data.rows import RowConfig
+from histjax.data.schema import Categorical, Dense, Schema, Task
+from tests.data import logs
+
+DATA = {
+  'uid': ['b', 'a', 'b', 'b'],
+  'ts': [3, 1, 1, 1],
+  'user_age': [2, 1, 2, 2],
+  'item_id': [0, 1, 2, 3],
+  'price': [1.0, 3.0, 5.0, 7.0],
+  'stars': [5, 4, 3, 1],
+  'click': [1, 0, 1, 0],
+}
+
+
+def with_value(name: str, value, row: int = 2) -> dict:
+  return {**DATA, name: [*DATA[name][:row], value, *DATA[name][row + 1 :]]}
+
+
+def load(data, schema=None, **kwargs) -> EventLog:
+  return EventLog.from_columns(data, schema or logs.schema(), **kwargs)
+
+
+class LogTest(parameterized.TestCase):
+  def test_sorts_by_user_time_and_file_order(self):
+    log = load(DATA, extra=['click'])
+    self.assertEqual(log.keys.tolist(), ['a', 'b'])
+    self.assertEqual(log.user.tolist(), [0, 1, 1, 1])
+    self.assertEqual(log.time.tolist(), [1, 1, 1, 3])
+    self.assertEqual(log.features['item'].tolist(), [1, 2, 3, 0])
+    self.assertEqual(log.features['price'].tolist(), [1.0, 2.0, 3.0, 0.0])
+    self.assertEqual(log.labels['liked'].tolist(), [1, 0, 0, 1])
+    self.assertEqual(log.extra['click'].tolist(), [0, 1, 0, 1])
+    self.assertEqual(log.offsets.tolist(), [0, 1, 4])
+    self.assertEqual(log.key(3), 'b')
+    self.assertLen(log, 4)
+
+  def test_with_tasks(self):
+    log = load(DATA).with_tasks(['click'])
+    self.assertEqual([t.name for t in log.schema.tasks], ['click'])
+    self.assertEqual(list(log.labels), ['click'])
+    with self.assertRaisesRegex(ValueError, "task 'clik' is none of"):
+      log.with_tasks(['clik'])
+
+  @parameterized.parameters(
+    ([30, 4, 30, 30], [4, 30]),
+    (['30', '4', '30', '30'], ['30', '4']),
+    ([2**63, 5, 2**63, 2**63], [5, 2**63]),
+  )
+  def test_user_keys(self, users, keys):
+    users = np.array(users, np.uint64 if users[0] == 2**63 else None)
+    log = load({**DATA, 'uid': users})
+    self.assertEqual(log.keys.tolist(), keys)
+    self.assertEqual([log.key(i) for i in range(4)], [keys[u] for u in log.user])
+
+  @parameterized.parameters('order', 'strict')
+  @given(data=logs.columns())
+  def test_order_of_the_file_does_not_matter_but_for_ties(self, ties, data):
+    data = {**data, 'ts': np.arange(len(data['ts']))}
+    order = np.random.default_rng(0).permutation(len(data['ts']))
+    first = load(data)
+    second = load({name: v[order] for name, v in data.items()})
+    for name in first.features:
+      np.testing.assert_array_equal(first.features[name], second.features[name])
+    np.testing.assert_array_equal(first.visible(ties), second.visible(ties))
+
+  def test_log_scale(self):
+    schema = Schema(
+      user='uid',
+      time='ts',
+      item=(Dense('price', log=True, offset=1, scale=2),),
+      tasks=(Task('click'),),
+    )
+    np.testing.assert_allclose(
+      load(DATA, schema).features['price'],
+      (np.log(1 + np.array([3.0, 5.0, 7.0, 1.0])) - 1) / 2,
+      rtol=1e-6,
+    )
+
+  def test_whole_floats_and_booleans_are_ids_and_labels(self):
+    data = {**DATA, 'stars': [5.0, 4.0, 3.0, 1.0], 'click': [True, False] * 2}
+    log = load(data)
+    self.assertEqual(log.features['stars'].tolist(), [4, 3, 1, 5])
+    self.assertEqual(log.labels['click'].tolist(), [0, 1, 0, 1])
+
+  def test_hashed_ids(self):
+    schema = Schema(
+      user='uid',
+      time='ts',
+      item=(Categorical('item', 1000, column='item_id', ids='hash'),),
+      tasks=(Task('click'),),
+    )
+    numbers = load({**DATA, 'item_id': [7, -1, 10**15, 7]}, schema)
+    strings = load({**DATA, 'item_id': ['7', '-1', str(10**15), '7']}, schema)
+    np.testing.assert_array_equal(
+      numbers.features['item'], strings.features['item']
+    )
+    names = load({**DATA, 'item_id': ['x', 'y', 'x', 'z']}, schema)
+    item = names.features['item']
+    self.assertEqual(item[1], item[3])  # Both of 'x'.
+    self.assertLen(set(item.tolist()), 3)
+
+  def test_dictionary_and_decimal_columns(self):
+    data = {
+      **DATA,
+      'uid': pa.array(DATA['uid']).dictionary_encode(),
+      'price': pa.array(DATA['price']).cast(pa.decimal128(8, 2)),
+    }
+    np.testing.assert_array_equal(
+      load(data).features['price'], load(DATA).features['price']
+    )
+
+
+class TimeTest(parameterized.TestCase):
+  SECONDS = (3, 1, 1, 1)
+
+  @parameterized.parameters(
+    pa.timestamp('s'),
+    pa.timestamp('ms'),
+    pa.timestamp('us'),
+    pa.timestamp('ns'),
+    pa.timestamp('ms', 'Europe/Berlin'),
+  )
+  def test_timestamps(self, kind):
+    time = pa.array([s * 10**9 for s in self.SECONDS])
+    time = time.cast(pa.timestamp('ns')).cast(kind, safe=False)
+    log = load({**DATA, 'ts': time})
+    self.assertTrue(log.is_timestamp)
+    self.assertEqual(log.time.tolist(), [10**9] * 3 + [3 * 10**9])
+    np.testing.assert_array_equal(log.time_gap(), load(DATA).time_gap())
+
+  @parameterized.parameters(
+    '1970-01-01T00:00:{:02d}', '1970-01-01T02:00:{:02d}+02:00'
+  )
+  def test_strings(self, form):
+    log = load({**DATA, 'ts': [form.format(s) for s in self.SECONDS]})
+    self.assertEqual(log.time.tolist(), [10**9] * 3 + [3 * 10**9])
+
+  def test_unit(self):
+    schema = logs.schema()
+    coarse = Schema(**{**vars(schema), 'time_unit': 60.0})
+    # 2 minutes are 120 s: floor(log2(121)) = 6, capped at 5.
+    self.assertEqual(load(DATA, coarse).time_gap().tolist(), [0, 0, 0, 5])
+    fine = Schema(**{**vars(schema), 'time_unit': 1e-3})
+    data = {**DATA, 'ts': [8001, 1, 1, 1]}
+    # 8 s: floor(log2(9)) = 3. Under strict ties, the same last event.
+    self.assertEqual(load(data, fine).time_gap().tolist(), [0, 0, 0, 3])
+    self.assertEqual(load(data, fine).time_gap('strict').tolist(), [0, 0, 0, 3])
+
+  @given(st.integers(0, 2**40))
+  def test_bucket_is_the_floor_of_the_logarithm(self, gap):
+    schema = Schema(
+      user='uid',
+      time='ts',
+      item=(Categorical('item_id', 4),),
+      tasks=(Task('click'),),
+      time_gap_buckets=64,
+    )
+    data = {**DATA, 'uid': ['a', 'b', 'c', 'c'], 'ts': [0, 0, 5, 5 + gap]}
+    self.assertEqual(
+      load(data, schema).time_gap()[3], (gap + 1).bit_length() - 1
+    )
+
+
+class SplitTest(parameterized.TestCase):
+  @parameterized.product(
+    train=(0.8, 0.7, 0.1, 1 / 3), validation=(0.1, 0.2), n=(1, 9, 10, 20, 100)
+  )
+  def test_fractions(self, train, validation, n):
+    data = {k: np.resize(v, n) for k, v in DATA.items()}
+    data |= {'uid': np.zeros(n, int), 'ts': np.arange(n)}
+    masks = FractionSplit(train, validation).masks(load(data))
+    first = fractions.Fraction(str(train))
+    second = first + fractions.Fraction(str(validation))
+    self.assertEqual(masks['train'].sum(), (first * n).__floor__())
+    self.assertEqual(
+      masks['train'].sum() + masks['validation'].sum(),
+      (second * n).__floor__(),
+    )
+    # In time order, and each event in one part.
+    order = np.select(list(masks.values()), [0, 1, 2], -1)
+    self.assertEqual(order.tolist(), sorted(order.tolist()))
+    self.assertNotIn(-1, order)
+
+  def test_nine_tenths_of_ten_is_nine(self):
+    # In floats 0.7 + 0.2 is below 0.9.
+    data = {k: np.resize(v, 10) for k, v in DATA.items()} | {'uid': [1] * 10}
+    masks = FractionSplit(0.7, 0.2).masks(load(data))
+    self.assertEqual([m.sum() for m in masks.values()], [7, 2, 1])
+
+  def test_times(self):
+    masks = TimeSplit(2, 3).masks(load(DATA))
+    self.assertEqual(
+      {k: v.tolist() for k, v in masks.items()},
+      {
+        'train': [True, True, True, False],
+        'validation': [False] * 4,
+        'test': [False, False, False, True],
+      },
+    )
+
+  @parameterized.parameters(
+    ('1970-01-01T00:00:02', '1970-01-01T00:00:03'),
+    ('1970-01-01T02:00:02+02:00', '1970-01-01 00:00:03'),
+  )
+  def test_moments(self, first, second):
+    time = pa.array([3, 1, 1, 1], pa.timestamp('s'))
+    masks = TimeSplit(first, second).masks(load({**DATA, 'ts': time}))
+    self.assertEqual(masks['test'].tolist(), [False, False, False, True])
+    self.assertEqual(masks['train'].sum(), 3)
+
+  def test_refused(self):
+    with self.assertRaisesRegex(ValueError, 'train=0.8 and validation=0.3'):
+      FractionSplit(0.8, 0.3)
+    with self.assertRaisesRegex(ValueError, 'validation_start=3 is after'):
+      TimeSplit(3, 2).masks(load(DATA))
+    with self.assertRaisesRegex(ValueError, "'2022-05-01' is no number"):
+      TimeSplit('2022-05-01', 5).masks(load(DATA))
+    time = pa.array([3, 1, 1, 1], pa.timestamp('s'))
+    stamped = load({**DATA, 'ts': time})
+    with self.assertRaisesRegex(ValueError, 'test_start=5 is a number'):
+      TimeSplit('2022-05-01', 5).masks(stamped)
+    with self.assertRaisesRegex(ValueError, "'May 1st' is no ISO 8601"):
+      TimeSplit('May 1st', '2022-05-01').masks(stamped)
+
+
+class BadValueTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('negative_time', 'ts', -1, r"'ts'.*row 2 holds -1: a time must be >= 0"),
+    ('null_time', 'ts', None, "'ts'.*row 2 has no value"),
+    ('nan_time', 'ts', float('nan'), "'ts'.*row 2 holds nan.*finite"),
+    (
+      'early_timestamp',
+      'ts',
+      None,
+      "'ts'.*row 2 has no value",
+    ),
+    ('null_user', 'uid', None, "'uid'.*row 2 has no value.*fill it in"),
+    ('nan_dense', 'price', float('nan'), "'price'.*row 2 holds nan"),
+    ('infinite_dense', 'price', float('inf'), "'price'.*row 2 holds inf"),
+    ('null_dense', 'price', None, "'price'.*row 2 has no value"),
+    ('huge_dense', 'price', 1e300, "'price'.*row 2 holds 1e\\+300.*scale"),
+    (
+      'id_too_large',
+      'item_id',
+      logs.SIZE,
+      r"'item_id'.*row 2 holds 64: outside.*'item', \[0, 64\).*ids='hash'",
+    ),
+    ('negative_id', 'item_id', -3, "'item_id'.*row 2 holds -3: outside"),
+    ('fractional_id', 'item_id', 1.5, "'item_id'.*row 2 holds 1.5.*whole"),
+    ('label', 'click', 2, "'click'.*row 2 holds 2.*'click' is 0 or 1.*thresh"),
+    ('nan_label', 'click', float('nan'), "'click'.*row 2 holds nan"),
+    ('fraction_label', 'click', 0.5, "'click'.*row 2 holds 0.5"),
+  )
+  def test_value(self, name, value, message):
+    with self.assertRaisesRegex(ValueError, message):
+      load(with_value(name, value))
+
+  @parameterized.named_parameters(
+    ('string_id', 'item_id', list('abcd'), "'item_id'.*'a'.*ids='hash'"),
+    ('string_dense', 'price', list('abcd'), "'price'.*'a'.*a number is needed"),
+    ('string_time', 'ts', list('abcd'), "'ts'.*'a'.*ISO 8601"),
+    ('mixed', 'price', [1, 'x', 2, 3], "'price'.*not a column of numbers"),
+    ('dates', 'price', [datetime.date(2022, 1, 1)] * 4, 'a number is needed'),
+    ('fraction_user', 'uid', [0.5] * 4, "'uid'.*0.5.*whole number"),
+    (
+      'before_1970',
+      'ts',
+      [datetime.datetime(1969, 1, 1)] * 4,
+      "'ts'.*1970 or later",
+    ),
+    ('short', 'price', [1.0], 'differ in length'),
+    ('far_future', 'ts', pa.array([2**40] * 4, pa.timestamp('s')), '2262'),
+  )
+  def test_column(self, name, values, message):
+    with self.assertRaisesRegex(ValueError, message):
+      load({**DATA, name: values})
+
+  def test_unknown_column(self):
+    data = {k: v for k, v in DATA.items() if k != 'item_id'} | {'item_ids': []}
+    with self.assertRaisesRegex(
+      ValueError, "'item_id' is not in .*'price'.*did you mean 'item_ids'"
+    ):
+      load(data)
+
+  def test_negative_under_log(self):
+    schema = Schema(
+      user='uid',
+      time='ts',
+      item=(Dense('price', log=True),),
+      tasks=(Task('click'),),
+    )
+    with self.assertRaisesRegex(ValueError, "'price'.*holds -2.0: log needs"):
+      load(with_value('price', -2.0), schema)
+
+  def test_no_events(self):
+    with self.assertRaisesRegex(ValueError, 'has no events'):
+      load({name: [] for name in DATA})
+
+  def test_require_sorted(self):
+    # User b goes from 3 back to 1 in the third row.
+    with self.assertRaisesRegex(
+      ValueError, "'ts'.*row 2 holds 1: earlier .* user 'b' further up"
+    ):
+      load(DATA, require_sorted=True)
+    load({**DATA, 'ts': [1, 9, 1, 2]}, require_sorted=True)
+
+
+class FilesTest:
+  """Uses tmp_path of pytest."""
+
+  def write(self, path, data, **types):
+    table = pa.table({k: pa.array(v) for k, v in data.items()})
+    for name, kind in types.items():
+      column = table[name].cast(kind)
+      table = table.set_column(table.column_names.index(name), name, column)
+    if path.name.endswith('.parquet'):
+      pq.write_table(table, path)
+    elif path.name.endswith('.gz'):
+      with pa.CompressedOutputStream(str(path), 'gzip') as out:
+        pa_csv.write_csv(table, out)
+    else:
+      pa_csv.write_csv(table, path)
+    return str(path)
+
+
+@pytest.fixture
+def write(tmp_path):
+  def write_file(name, data=None):
+    return FilesTest().write(tmp_path / name, data or DATA)
+
+  return write_file
+
+
+@pytest.mark.parametrize('name', ['log.parquet', 'log.csv', 'log.csv.gz'])
+def test_formats_agree(write, name):
+  log = EventLog.from_files([write(name)], logs.schema())
+  wanted = load(DATA)
+  for field in ('features', 'labels'):
+    for key, values in getattr(wanted, field).items():
+      np.testing.assert_array_equal(getattr(log, field)[key], values)
+  assert log.keys.tolist() == wanted.keys.tolist()
+  mask = np.ones(4, bool)
+  assert len(log.rows(mask, RowConfig())) == 2
+
+
+def test_parts_of_a_folder_in_order(write, tmp_path):
+  write('a.csv', {k: v[:2] for k, v in DATA.items()})
+  write('b.csv', {k: v[2:] for k, v in DATA.items()})
+  write('_b.csv')
+  (tmp_path / 'notes.txt').write_text('not a log')
+  log = EventLog.from_files([str(tmp_path)], logs.schema())
+  np.testing.assert_array_equal(
+    log.features['item'], load(DATA).features['item']
+  )
+
+
+def test_message_names_file_and_row(write):
+  first = write('a.csv')
+  second = write('b.csv', with_value('click', 7, row=1))
+  with pytest.raises(ValueError, match=r"'click': .*b\.csv row 1 holds 7"):
+    EventLog.from_files([first, second], logs.schema())
+
+
+def test_csv_timestamps(tmp_path):
+  path = tmp_path / 'log.csv'
+  path.write_text(
+    'uid,ts,item_id,click,note\n'
+    'x,2022-05-01 10:00:00,1,0,a\n'
+    'x,2022-05-01 09:59:56,2,1,b\n'
+  )
+  schema = Schema(
+    user='uid',
+    time='ts',
+    item=(Categorical('item_id', 4),),
+    tasks=(Task('click'),),
+    time_gap_buckets=9,
+  )
+  log = EventLog.from_files([str(path)], schema)
+  assert log.features['item_id'].tolist() == [2, 1]
+  assert log.time_gap().tolist() == [0, 2]
+
+
+def test_bad_files(write, tmp_path):
+  def message(*paths):
+    with pytest.raises(ValueError) as error:
+      EventLog.from_files(list(paths), logs.schema())
+    return str(error.value)
+
+  good = write('good.csv')
+  assert 'missing.csv does not exist' in message(str(tmp_path / 'missing.csv'))
+  assert 'paths is empty' in message()
+  assert 'is given twice' in message(good, good)
+  empty = tmp_path / 'empty.csv'
+  empty.write_text('')
+  assert 'empty.csv cannot be read as csv' in message(str(empty))
+  header = tmp_path / 'header.csv'
+  header.write_text(','.join(DATA) + '\n')
+  assert 'header.csv holds no events' in message(str(header))
+  broken = tmp_path / 'broken.parquet'
+  broken.write_bytes(b'PAR1 not really')
+  assert 'broken.parquet cannot be read as parquet' in message(str(broken))
+  other = tmp_path / 'log.json'
+  other.write_text('{}')
+  assert 'neither Parquet nor CSV' in message(str(other))
+  ragged = tmp_path / 'ragged.csv'
+  ragged.write_text(','.join(DATA) + '\n1,2\n')
+  assert 'ragged.csv cannot be read as csv' in message(str(ragged))
+  twice = tmp_path / 'twice.csv'
+  twice.write_text('uid,' + ','.join(DATA) + '\n' + '1,' * 7 + '1\n')
+  assert "'uid' occurs 2 times" in message(str(twice))
+  renamed = write('renamed.parquet', {('uids' if k == 'uid' else k): v for k, v in DATA.items()})
+  assert "did you mean 'uids'" in message(renamed)
+  (tmp_path / 'none').mkdir()
+  assert 'none holds no' in message(str(tmp_path / 'none'))
+  mixed = write('mixed.csv', {**DATA, 'uid': [1, 2, 3, 4]})
+  assert 'disagree on the type' in message(good, mixed)
+
+
+def test_one_path_is_a_list_of_one(write):
+  columns = files.read(write('a.csv'), ['uid'])
+  assert len(columns) == 4
+
+
+if __name__ == '__main__':
+  absltest.main()

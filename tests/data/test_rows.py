@@ -1,0 +1,260 @@
+"""Rows show each candidate its past, all of it and nothing else."""
+
+import itertools
+import math
+
+import chex
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histjax.data import batches
+from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig, collate
+from tests.data import logs
+
+KINDS = ('pointwise', 'request', 'streaming')
+
+
+def views(rows) -> dict[int, list]:
+  """`{item: [everything about a candidate]}`; items identify events."""
+  found: dict[int, list] = {}
+  for row in rows:
+    for c, item in enumerate(row.candidates['item'].tolist()):
+      stop = row.visible[c]
+      view = {
+        'seen': row.history['item'][:stop].tolist(),
+        'stars': row.history['stars'][:stop].tolist(),
+        'gaps': row.history['time_gap'][:stop].tolist(),
+        'candidate': {k: v[c].item() for k, v in row.candidates.items()},
+        'context': {k: v.item() for k, v in row.context.items()},
+        'labels': {k: v[c].item() for k, v in row.labels.items()},
+        'group': row.group,
+      }
+      found.setdefault(item, []).append(view)
+  return found
+
+
+class RowsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (kind, ties, request)
+    for kind, ties, request in itertools.product(
+      KINDS, ('order', 'strict'), (False, True)
+    )
+    # See test_request_rows_without_column.
+    if (kind, ties, request) != ('request', 'order', False)
+  )
+  @given(data=logs.columns(), seed=st.integers(0, 99), limit=st.integers(1, 4))
+  def test_sees_its_past_alone(self, kind, ties, request, data, seed, limit):
+    log = EventLog.from_columns(data, logs.schema(request=request))
+    mask = np.random.default_rng(seed).random(len(log)) < 0.6
+    config = RowConfig(kind, ties=ties, max_candidates=limit)
+    rows = log.rows(mask, config)
+    found = views(rows)
+    wanted = set(log.features['item'][mask].tolist())
+    self.assertEqual(set(found), wanted)
+    for user, events in logs.records(data).items():
+      for index, event in enumerate(events):
+        if event['item_id'] not in wanted:
+          continue
+        (view,) = found[event['item_id']]  # Once.
+        past = logs.seen(events, index, ties, request)
+        self.assertEqual(view['seen'], [events[i]['item_id'] for i in past])
+        self.assertEqual(view['stars'], [events[i]['stars'] for i in past])
+        self.assertEqual(
+          view['gaps'],
+          [
+            self._gap(events, i, logs.seen(events, i, ties, request))
+            for i in past
+          ],
+        )
+        self.assertEqual(set(view['candidate']), {'item', 'price', 'time_gap'})
+        self.assertEqual(
+          view['candidate']['time_gap'], self._gap(events, index, past)
+        )
+        np.testing.assert_allclose(
+          view['candidate']['price'], (event['price'] - 1) / 2, rtol=1e-6
+        )
+        self.assertEqual(view['context'], {'age': event['user_age']})
+        self.assertEqual(
+          view['labels'],
+          {'liked': float(event['stars'] >= 4), 'click': float(event['click'])},
+        )
+        self.assertEqual(log.keys[view['group']], user)
+
+  def _gap(self, events, index, past) -> int:
+    if not past:
+      return 0
+    gap = events[index]['ts'] - events[past[-1]]['ts']
+    return min(math.floor(math.log2(1 + gap)), 5)
+
+  @parameterized.product(kind=KINDS, length=(0, 1, 3))
+  @given(data=logs.columns())
+  def test_history_length(self, kind, length, data):
+    log = EventLog.from_columns(data, logs.schema(request=True))
+    mask = np.ones(len(log), bool)
+    whole = views(log.rows(mask, RowConfig(kind)))
+    rows = log.rows(mask, RowConfig(kind, length))
+    for item, (view,) in views(rows).items():
+      (full,) = whole[item]
+      kept = len(view['seen'])
+      # The most recent ones, and as many as asked for, if there are any.
+      self.assertEqual(view['seen'], full['seen'][len(full['seen']) - kept :])
+      self.assertGreaterEqual(kept, min(length, len(full['seen'])))
+      if kind == 'pointwise':
+        self.assertLessEqual(kept, length)
+    for row in rows:
+      self.assertLessEqual(row.visible.min(), length)
+      self.assertEqual(row.visible.max(), len(row.history['item']))
+
+  @parameterized.parameters(*KINDS)
+  @given(data=logs.columns(), seed=st.integers(0, 99))
+  def test_batch_is_collate(self, kind, data, seed):
+    rng = np.random.default_rng(seed)
+    schema = logs.schema(request=True)
+    log = EventLog.from_columns(data, schema)
+    rows = log.rows(np.ones(len(log), bool), RowConfig(kind, ties='strict'))
+    indices = rng.permutation(len(rows))[: rng.integers(1, len(rows) + 1)]
+    shape = {
+      'num_rows': len(indices) + int(rng.integers(3)),
+      'num_events': int(rows.history_lengths.max()) + int(rng.integers(3)),
+      'num_candidates': int(rows.candidate_counts.max()) + int(rng.integers(3)),
+    }
+    batch = rows.batch(indices, **shape)
+    chex.assert_trees_all_equal(
+      batch, collate([rows[i] for i in indices], **shape), strict=True
+    )
+    batches.validate_batch(batch, schema)
+    self.assertEqual(batch.candidates.mask.shape[0], shape['num_rows'])
+    self.assertEqual(
+      batch.candidates.mask.sum(), rows.candidate_counts[indices].sum()
+    )
+    np.testing.assert_array_equal(
+      batch.history.length[: len(indices)], rows.history_lengths[indices]
+    )
+
+  @given(data=logs.columns())
+  def test_lengths_and_counts(self, data):
+    log = EventLog.from_columns(data, logs.schema())
+    rows = log.rows(np.ones(len(log), bool), RowConfig(max_candidates=3))
+    for row, length, count in zip(
+      rows, rows.history_lengths, rows.candidate_counts, strict=True
+    ):
+      self.assertLen(row.history['stars'], length)
+      self.assertLen(row.candidates['item'], count)
+      self.assertLessEqual(count, 3)
+      self.assertEqual(row.visible.dtype, np.int32)
+      self.assertEqual(row.history['item'].dtype, np.int32)
+      self.assertEqual(row.candidates['price'].dtype, np.float32)
+
+  def test_request_rows_share_visible(self):
+    data = {
+      'uid': ['a'] * 5,
+      'ts': [0, 1, 1, 2, 3],
+      'rid': [7, 8, 8, 7, 9],
+      'user_age': [1] * 5,
+      'item_id': [10, 11, 12, 13, 14],
+      'price': [0.0] * 5,
+      'stars': [1, 2, 3, 4, 5],
+      'click': [0] * 5,
+    }
+    log = EventLog.from_columns(data, logs.schema(request=True))
+    rows = log.rows(np.ones(5, bool), RowConfig('request'))
+    self.assertEqual(
+      [(r.candidates['item'].tolist(), r.visible.tolist()) for r in rows],
+      # Request 7 goes on after 8 began, and still sees nothing of either.
+      [([10, 13], [0, 0]), ([11, 12], [1, 1]), ([14], [4])],
+    )
+
+  def test_negative_index_and_slice(self):
+    rows = self._rows(RowConfig('pointwise'))
+    self.assertEqual(rows[-1].candidates['item'], rows[1].candidates['item'])
+    self.assertLen(rows[:5], 2)
+    with self.assertRaises(IndexError):
+      rows[2]
+
+  def test_empty_mask(self):
+    log = self._log()
+    for kind in ('pointwise', 'streaming'):
+      rows = log.rows(np.zeros(2, bool), RowConfig(kind, 3))
+      self.assertEmpty(rows)
+      self.assertEmpty(rows.history_lengths)
+
+  def test_overflow_is_refused(self):
+    config = RowConfig('pointwise', history_length=0, on_overflow='error')
+    with self.assertRaisesRegex(
+      ValueError, "user 'a' has 1 events .* history_length=0.*truncate"
+    ):
+      self._rows(config)
+    self.assertLen(
+      self._rows(RowConfig('streaming', 0, on_overflow='error')), 1
+    )
+
+  def test_request_rows_without_column(self):
+    with self.assertRaisesRegex(ValueError, "ties='strict'"):
+      self._rows(RowConfig('request'))
+
+  @parameterized.parameters('request', 'streaming')
+  def test_context_that_changes_is_refused(self, kind):
+    log = EventLog.from_columns(
+      {**self._data(), 'user_age': [1, 2], 'rid': [1, 1]},
+      logs.schema(request=True),
+    )
+    mask = np.ones(2, bool)
+    with self.assertRaisesRegex(ValueError, "'age'.*'user_age'.*user 'a'"):
+      log.rows(mask, RowConfig(kind))
+    self.assertLen(log.rows(mask, RowConfig('pointwise')), 2)
+
+  @parameterized.parameters(
+    ({'kind': 'stream'}, "kind='stream' must be one of"),
+    ({'ties': 'none'}, "ties='none'"),
+    ({'on_overflow': 'drop'}, "on_overflow='drop'"),
+    ({'history_length': -1}, 'history_length=-1'),
+    ({'max_candidates': 0}, 'max_candidates=0'),
+  )
+  def test_bad_config(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      RowConfig(**fields)
+
+  def test_bad_mask(self):
+    with self.assertRaisesRegex(ValueError, r'int64\[2\].*bool \[2\]'):
+      self._log().rows(np.array([0, 1]), RowConfig())
+
+  @parameterized.parameters(
+    ({'num_rows': 1}, '2 rows do not fit into num_rows=1'),
+    ({'num_events': 0}, '1 events do not fit into num_events=0'),
+    ({'num_candidates': 0}, '1 candidates do not fit into num_candidates=0'),
+  )
+  def test_too_small_batch(self, small, message):
+    rows = self._rows(RowConfig('pointwise'))
+    shape = {'num_rows': 2, 'num_events': 1, 'num_candidates': 1, **small}
+    with self.assertRaisesRegex(ValueError, message):
+      rows.batch([0, 1], **shape)
+    with self.assertRaisesRegex(ValueError, message):
+      collate(rows[:], **shape)
+
+  def test_collate_of_nothing(self):
+    with self.assertRaisesRegex(ValueError, 'rows is empty'):
+      collate([], num_rows=1, num_events=1, num_candidates=1)
+
+  def _data(self):
+    return {
+      'uid': ['a', 'a'],
+      'ts': [0, 1],
+      'user_age': [1, 1],
+      'item_id': [3, 4],
+      'price': [0.0, 1.0],
+      'stars': [1, 5],
+      'click': [0, 1],
+    }
+
+  def _log(self):
+    return EventLog.from_columns(self._data(), logs.schema())
+
+  def _rows(self, config):
+    return self._log().rows(np.ones(2, bool), config)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,241 @@
+"""Checkpoints: what comes back, and what damage does."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from histjax.models import ranker
+from histjax.training import checkpoints, optimizer, sharding, state, step
+from tests import support
+
+MODEL = ranker.Ranker(support.config(encoder__num_layers=1))
+TX = optimizer.make_optimizer(optimizer.OptimizerConfig())
+META = {'best_step': None, 'config': {'a': [1, 2.5, None]}}
+
+
+def new_state(model=MODEL, tx=TX, seed=0):
+  """A state of the right shapes, and random in all its numbers."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(
+    lambda: state.create_state(model, tx, support.SCHEMA, 0)
+  )
+
+  def draw(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.key(seed)
+    value = rng.integers(1, 9, x.shape) + rng.random(x.shape)
+    return jnp.asarray(value.astype(x.dtype))
+
+  return jax.tree.map(draw, shapes)
+
+
+def as_numpy(tree):
+  return jax.device_get(
+    tree.replace(rng=jax.random.key_data(tree.rng))
+  )
+
+
+def at(current, step_number):
+  return current.replace(step=np.asarray(step_number, np.int32))
+
+
+def save_some(workdir, steps, *, keep=2, best=None):
+  """Saves states whose seed is their step; returns the last."""
+  with checkpoints.Checkpoints(workdir, keep=keep) as manager:
+    for s in steps:
+      current = at(new_state(seed=s), s)
+      manager.save(current, {**META, 'best_step': best, 'at': s})
+  return current
+
+
+def steps_in(workdir):
+  return sorted(
+    int(p.name)
+    for p in (workdir / 'checkpoints').iterdir()
+    if p.name.isdigit()
+  )
+
+
+class TestSaveAndRestore:
+
+  def test_everything_comes_back(self, tmp_path):
+    mesh = sharding.data_mesh()
+    train_step = step.make_train_step(MODEL, TX, mesh=mesh)
+    current = sharding.replicate(new_state(), mesh)
+    batch = sharding.put_batch(
+      support.batch(np.random.default_rng(0), 8), mesh
+    )
+    current = train_step(current, batch)
+    expected = as_numpy(current)
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      manager.save(current, META)
+      # Donated at once: what is being saved must not change under it.
+      for _ in range(3):
+        current = train_step(current, batch)
+    template = sharding.replicate(new_state(seed=9), mesh)
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      found, meta = manager.restore(template)
+    assert meta == META
+    chex.assert_trees_all_equal(as_numpy(found), expected)
+    assert found.params['tables']['item'].sharding.mesh == mesh
+    jax.random.fold_in(found.rng, 0)  # A typed key again.
+
+  def test_nothing_there(self, tmp_path):
+    with checkpoints.Checkpoints(tmp_path / 'new' / 'run') as manager:
+      assert manager.restore(new_state()) is None
+    assert checkpoints.load_meta(tmp_path / 'new' / 'run') is None
+    assert checkpoints.load_meta(tmp_path / 'none') is None
+
+  def test_keeps_the_latest_and_the_best(self, tmp_path):
+    save_some(tmp_path, [1, 2, 3, 4, 5], best=2)
+    assert steps_in(tmp_path) == [2, 4, 5]
+    save_some(tmp_path, [6], best=6)
+    assert steps_in(tmp_path) == [5, 6]
+
+  def test_params_for_scoring(self, tmp_path):
+    last = save_some(tmp_path, [1, 2, 3], best=2)
+    params, config = checkpoints.load_params(tmp_path, 'latest')
+    chex.assert_trees_all_equal(params, last.params)
+    assert config == META['config']
+    params, _ = checkpoints.load_params(str(tmp_path), template=last.params)
+    chex.assert_trees_all_equal(params, new_state(seed=2).params)
+
+  def test_bad_requests(self, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none' has no folder 'check"):
+      checkpoints.load_params(tmp_path / 'none')
+    (tmp_path / 'empty' / 'checkpoints').mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match='no complete checkpoint'):
+      checkpoints.load_params(tmp_path / 'empty')
+    save_some(tmp_path, [1])
+    with pytest.raises(FileNotFoundError, match='not validated yet'):
+      checkpoints.load_params(tmp_path)
+    with pytest.raises(ValueError, match="'best' or 'latest'"):
+      checkpoints.load_params(tmp_path, 'last')
+    with pytest.raises(ValueError, match='keep_checkpoints=0'):
+      checkpoints.Checkpoints(tmp_path, keep=0)
+
+
+class TestOtherConfig:
+
+  def test_other_keys_are_both_shown(self, tmp_path):
+    save_some(tmp_path, [1])
+    model = ranker.Ranker(support.config())
+    template = new_state(model)
+    with (
+      checkpoints.Checkpoints(tmp_path) as manager,
+      pytest.raises(ValueError) as error,
+    ):
+      manager.restore(template)
+    message = str(error.value)
+    assert 'Keys of the checkpoint: [' in message
+    assert 'Keys of the config: [' in message
+    only = message.split('Only in the config: ')[1].splitlines()[0]
+    assert 'blocks_1.query.kernel' in only and 'blocks_0' not in only
+    with pytest.raises(ValueError, match='Only in the checkpoint'):
+      checkpoints.load_params(tmp_path, 'latest', template=template.params)
+
+  def test_other_shapes_are_shown(self, tmp_path):
+    save_some(tmp_path, [1])
+    template = new_state(ranker.Ranker(
+      support.config(encoder__num_layers=1, embedding_dim=4)
+    ))
+    with (
+      checkpoints.Checkpoints(tmp_path) as manager,
+      pytest.raises(
+        ValueError,
+        match=r'tables\.item: float32\[40, 8\] in the checkpoint, '
+        r'float32\[40, 4\] by the config',
+      ),
+    ):
+      manager.restore(template)
+
+  def test_other_optimizer(self, tmp_path):
+    save_some(tmp_path, [1])
+    tx = optimizer.make_optimizer(
+      optimizer.OptimizerConfig(table_optimizer='adam')
+    )
+    with (
+      checkpoints.Checkpoints(tmp_path) as manager,
+      pytest.raises(ValueError, match=r'accumulator\.tables\.item'),
+    ):
+      manager.restore(new_state(tx=tx))
+
+
+class TestDamage:
+
+  @pytest.mark.parametrize('item', ['params', 'state', 'meta', 'arrays'])
+  def test_a_truncated_step_is_passed_over(self, tmp_path, item):
+    save_some(tmp_path, [1, 2])
+    folder = tmp_path / 'checkpoints' / '2'
+    if item == 'arrays':
+      shutil.rmtree(folder / 'params' / 'd')
+    else:
+      shutil.rmtree(folder / item)
+    params, _ = checkpoints.load_params(tmp_path, 'latest')
+    chex.assert_trees_all_equal(params, new_state(seed=1).params)
+    assert folder.is_dir()  # Reading changes nothing.
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      found, meta = manager.restore(new_state())
+      assert int(found.step) == meta['at'] == 1
+      manager.save(at(new_state(seed=7), 2), META)
+    chex.assert_trees_all_equal(
+      checkpoints.load_params(tmp_path, 'latest')[0],
+      new_state(seed=7).params,
+    )
+    assert (folder.parent / 'incomplete-2').is_dir()
+
+  def test_killed_in_the_middle_of_a_save(self, tmp_path):
+    save_some(tmp_path, [1])
+    code = textwrap.dedent(f"""
+      import os, signal, sys, threading, time
+      sys.path.insert(0, {str(pathlib.Path.cwd())!r})
+      from tests.training import test_checkpoints as t
+      from histjax.training import checkpoints
+      folder = {str(tmp_path / 'checkpoints')!r}
+      def watch():
+        while not any('tmp' in n for n in os.listdir(folder)):
+          time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+      threading.Thread(target=watch).start()
+      with checkpoints.Checkpoints({str(tmp_path)!r}) as manager:
+        manager.save(t.at(t.new_state(seed=2), 2), t.META)
+      time.sleep(60)
+    """)
+    process = subprocess.run(
+      [sys.executable, '-c', code],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      timeout=120,
+    )
+    assert process.returncode == -signal.SIGKILL
+    left = os.listdir(tmp_path / 'checkpoints')
+    assert any('tmp' in name for name in left), left
+    params, _ = checkpoints.load_params(tmp_path, 'latest')
+    chex.assert_trees_all_equal(params, new_state(seed=1).params)
+    last = save_some(tmp_path, [2])
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      found, _ = manager.restore(new_state())
+    chex.assert_trees_all_equal(as_numpy(found), as_numpy(last))
+    left = os.listdir(tmp_path / 'checkpoints')
+    assert not any('tmp' in name for name in left), left
+
+
+class TestWorkdir:
+
+  @pytest.mark.parametrize(
+    'parent, error', [('file', NotADirectoryError), ('/proc', OSError)]
+  )
+  def test_cannot_be_written(self, tmp_path, parent, error):
+    (tmp_path / 'file').touch()
+    workdir = tmp_path / parent / 'run'
+    with pytest.raises(error, match=r"workdir='.*/run' cannot be written"):
+      checkpoints.Checkpoints(workdir)

@@ -1,0 +1,187 @@
+"""Metrics against scikit-learn and pencil and paper."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as sklearn_metrics
+
+from histjax.training import metrics
+
+
+def draw(seed, n, *, ties=False, users=7):
+  rng = np.random.default_rng(seed)
+  logits = rng.normal(size=n).astype(np.float32)
+  if ties:
+    logits = np.round(logits)
+  labels = (rng.random(n) < 0.3).astype(np.float32)
+  return logits, labels, rng.integers(0, users, n).astype(np.int32)
+
+
+def accumulate(logits, labels, group, mask=None):
+  """A batch `[B, 1]` of each."""
+  acc = metrics.RankingMetrics(['y'])
+  acc.update(
+    {'y': logits[:, None]},
+    {'y': labels[:, None]},
+    None if mask is None else mask[:, None],
+    group,
+  )
+  return acc
+
+
+class FunctionsTest(parameterized.TestCase):
+
+  @parameterized.product(seed=[0, 1, 2, 3], ties=[False, True])
+  def test_equals_scikit_learn(self, seed, ties):
+    logits, labels, group = draw(seed, 200, ties=ties)
+    labels[:2] = 0, 1
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    np.testing.assert_allclose(
+      metrics.auc(logits, labels),
+      sklearn_metrics.roc_auc_score(labels, logits),
+      rtol=1e-12,
+    )
+    loss = sklearn_metrics.log_loss(labels, p)
+    np.testing.assert_allclose(
+      metrics.logloss(logits, labels), loss, rtol=1e-12
+    )
+    base = sklearn_metrics.log_loss(labels, np.full_like(p, labels.mean()))
+    np.testing.assert_allclose(
+      metrics.normalized_entropy(logits, labels), loss / base, rtol=1e-6
+    )
+    areas, counts = [], []
+    for user in np.unique(group):
+      mine = group == user
+      if 0 < labels[mine].sum() < mine.sum():
+        areas.append(
+          sklearn_metrics.roc_auc_score(labels[mine], logits[mine])
+        )
+        counts.append(mine.sum())
+    np.testing.assert_allclose(
+      metrics.gauc(logits, labels, group),
+      np.average(areas, weights=counts),
+      rtol=1e-12,
+    )
+
+  def test_by_hand(self):
+    # Pairs: (.8, .5) won, (.5, .5) tied, (.8, .1) and (.5, .1) won: 3.5 / 4.
+    scores = np.array([0.8, 0.5, 0.5, 0.1])
+    labels = np.array([1, 1, 0, 0])
+    self.assertEqual(metrics.auc(scores, labels), 3.5 / 4)
+    self.assertEqual(metrics.auc(-scores, labels), 0.5 / 4)
+    self.assertEqual(metrics.auc(np.zeros(4), labels), 0.5)
+    # User 0: 1 of 1 pairs, 2 impressions; user 1: 1 / 2 of 2 pairs, 3
+    # impressions; user 2 has one class only.
+    self.assertEqual(
+      metrics.gauc(
+        np.array([2.0, 1.0, 3.0, 2.0, 1.0, 9.0]),
+        np.array([1, 0, 0, 1, 0, 1]),
+        np.array([0, 0, 1, 1, 1, 2]),
+      ),
+      (1.0 * 2 + 0.5 * 3) / 5,
+    )
+    self.assertEqual(metrics.logloss(np.zeros(4), labels), math.log(2))
+    self.assertEqual(metrics.normalized_entropy(np.zeros(4), labels), 1.0)
+
+  def test_extreme_logits_lose_no_precision(self):
+    # In float32 the sigmoid of both is 1: only logits tell them apart.
+    logits, labels = np.array([40.0, 50.0]), np.array([0, 1])
+    self.assertEqual(metrics.auc(logits, labels), 1.0)
+    self.assertEqual(metrics.logloss(logits, labels), 20.0)
+    self.assertEqual(metrics.logloss(np.array([-1e4]), np.array([1])), 1e4)
+
+  @parameterized.parameters([0], [1])
+  def test_one_class_is_nan(self, label):
+    scores, labels = np.array([0.1, 0.2]), np.full(2, label)
+    group = np.zeros(2, np.int32)
+    self.assertTrue(math.isnan(metrics.auc(scores, labels)))
+    self.assertTrue(math.isnan(metrics.gauc(scores, labels, group)))
+    self.assertTrue(math.isnan(metrics.normalized_entropy(scores, labels)))
+    self.assertTrue(math.isfinite(metrics.logloss(scores, labels)))
+
+  @parameterized.parameters(math.nan, math.inf, -math.inf)
+  def test_refuses_what_is_not_finite(self, bad):
+    with self.assertRaisesRegex(ValueError, '1 of 2 scores are not finite'):
+      metrics.auc(np.array([0.0, bad]), np.array([0, 1]))
+
+  def test_refuses_labels_other_than_0_and_1(self):
+    with self.assertRaisesRegex(ValueError, 'label 0.5 must be 0 or 1'):
+      metrics.logloss(np.zeros(2), np.array([0, 0.5]))
+
+  def test_many_users_are_quick(self):
+    logits, labels, group = draw(0, 500_000, users=25_000)
+    start = time.process_time()
+    metrics.gauc(logits, labels, group)
+    self.assertLess(time.process_time() - start, 1.0)
+
+  def test_direction(self):
+    self.assertTrue(metrics.higher_is_better('like/gauc'))
+    self.assertFalse(metrics.higher_is_better('like/ne'))
+
+
+class AccumulatorTest(parameterized.TestCase):
+
+  @given(
+    st.integers(0, 2**31), st.integers(0, 60), st.integers(0, 60), st.booleans()
+  )
+  def test_any_split_in_any_order_gives_the_same(self, seed, i, j, ties):
+    data = draw(seed, 60, ties=ties)
+    i, j = sorted((i, j))
+    parts = [
+      accumulate(*(x[part] for x in data))
+      for part in (slice(i), slice(i, j), slice(j, None))
+    ]
+    whole = accumulate(*data).result()
+    a = parts[0].merge(parts[1]).merge(parts[2]).result()
+    b = parts[2].merge(parts[1].merge(parts[0])).result()
+    np.testing.assert_equal(a, whole)  # NaN equals NaN here.
+    np.testing.assert_equal(b, whole)
+
+  def test_masked_equals_left_out(self):
+    logits, labels, group = draw(3, 50)
+    mask = np.random.default_rng(0).random(50) < 0.5
+    expected = accumulate(logits[mask], labels[mask], group[mask]).result()
+    logits[~mask], labels[~mask] = np.nan, -1
+    found = accumulate(logits, labels, group, mask).result()
+    self.assertEqual(found, expected)
+
+  def test_rows_share_their_group(self):
+    acc = metrics.RankingMetrics(['a', 'b'])
+    labels = np.array([[1.0, 0.0], [0.0, 1.0]])
+    acc.update(
+      {'a': np.array([[2.0, 1.0], [4.0, 3.0]]), 'b': np.zeros((2, 2))},
+      {'a': labels, 'b': labels},
+      None,
+      np.array([5, 6]),
+    )
+    result = acc.result()
+    self.assertEqual(result['a/gauc'], 0.5)  # Users 1 and 0.
+    self.assertEqual(result['a/auc'], 0.5)
+    self.assertEqual(
+      set(result), {f'{t}/{m}' for t in 'ab' for m in metrics.METRICS}
+    )
+    np.testing.assert_array_equal(acc.predictions().group, [5, 5, 6, 6])
+
+  def test_empty(self):
+    result = metrics.RankingMetrics(['y']).gather().result()
+    self.assertTrue(all(math.isnan(v) for v in result.values()))
+
+  def test_refusals(self):
+    acc = metrics.RankingMetrics(['y'])
+    with self.assertRaisesRegex(ValueError, "task 'y': 1 of 1 scores"):
+      acc.update(
+        {'y': np.array([[np.nan]])}, {'y': np.ones((1, 1))}, None, np.zeros(1)
+      )
+    with pytest.raises(ValueError, match="labels of task 'y' are missing"):
+      acc.update({'y': np.ones((1, 1))}, {}, None, np.zeros(1))
+    with pytest.raises(ValueError, match='cannot merge'):
+      acc.merge(metrics.RankingMetrics(['z']))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,208 @@
+"""One update: what it computes, and that devices do not change it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from histjax.models import ranker
+from histjax.training import optimizer, sharding, state, step
+from tests import support
+
+CONFIG = support.config(encoder__num_layers=1)
+MODEL = ranker.Ranker(CONFIG)
+TX = optimizer.make_optimizer(
+  optimizer.OptimizerConfig(weight_decay=0.1, clip_norm=1.0)
+)
+
+
+def new_state(model=MODEL):
+  return state.create_state(model, TX, support.SCHEMA, seed=3)
+
+
+def batches(n, num_rows=16):
+  rng = np.random.default_rng(1)
+  found = [support.batch(rng, num_rows) for _ in range(n)]
+  # A whole device's share without a single candidate, as eval has at its end.
+  found[-1].candidates.mask[-2:] = False
+  return found
+
+
+class LossTest(parameterized.TestCase):
+
+  def test_equals_numpy(self):
+    rng = np.random.default_rng(0)
+    z = {t: rng.normal(size=(3, 4)).astype(np.float32) for t in 'ab'}
+    y = {t: rng.integers(0, 2, (3, 4)).astype(np.float32) for t in 'ab'}
+    mask = rng.random((3, 4)) < 0.6
+    total, weight = step.loss_sum(z, y, mask, {'b': 3.0})
+    expected = 0.0
+    for task, w in (('a', 1.0), ('b', 3.0)):
+      p = 1 / (1 + np.exp(-z[task].astype(np.float64)))
+      nll = -np.log(np.where(y[task] == 1, p, 1 - p))
+      expected += w * nll[mask].sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    self.assertEqual(weight, 4 * mask.sum())
+
+  def test_padding_may_be_nan(self):
+    mask = np.array([[True, False]])
+    labels = {'a': np.array([[1.0, np.nan]], np.float32)}
+
+    def loss(z):
+      return step.loss_sum({'a': z}, labels, mask)[0]
+
+    value, grad = jax.value_and_grad(loss)(jnp.array([[0.0, jnp.nan]]))
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(grad, [[-0.5, 0.0]])
+
+  def test_no_mask_means_all(self):
+    ones = {'a': np.ones((2, 3), np.float32)}
+    self.assertEqual(step.loss_sum(ones, ones, None)[1], 6)
+
+
+class TrainStepTest(parameterized.TestCase):
+
+  def test_equals_an_update_written_out(self):
+    (batch,) = batches(1, 4)
+    train_step = step.make_train_step(MODEL, TX)
+    found = train_step(new_state(), batch)
+
+    start = new_state()
+
+    def loss(params):
+      logits = MODEL.apply({'params': params}, batch)
+      losses = [
+        optax.sigmoid_binary_cross_entropy(logits[t], batch.labels[t])[
+          batch.candidates.mask
+        ]
+        for t in logits
+      ]
+      return jnp.mean(jnp.stack(losses))
+
+    value, grads = jax.value_and_grad(loss)(start.params)
+    updates, _ = TX.update(grads, start.opt_state, start.params)
+    expected = optax.apply_updates(start.params, updates)
+    chex.assert_trees_all_close(found.params, expected, atol=1e-5)
+    np.testing.assert_allclose(found.window.loss, value, rtol=1e-5)
+    self.assertEqual(found.window.candidates, batch.candidates.mask.sum())
+    self.assertEqual(found.window.steps, 1)
+    self.assertEqual(found.step, 1)
+    self.assertEqual(found.window.diverged_at, -1)
+
+  def test_learns(self):
+    (batch,) = batches(1)
+    train_step = step.make_train_step(MODEL, TX)
+    current = new_state()
+    losses = []
+    for _ in range(40):
+      current = train_step(current, batch)
+      losses.append(float(current.window.loss))
+    losses = np.diff([0.0, *losses])
+    self.assertLess(losses[-1], 0.7 * losses[0])
+
+  def test_dropout_is_a_function_of_seed_and_step(self):
+    model = ranker.Ranker(support.config(encoder__num_layers=1, encoder__dropout=0.5))
+    train_step = step.make_train_step(model, TX)
+    (batch,) = batches(1)
+
+    def loss(at):
+      start = new_state(model)
+      start = start.replace(step=jnp.asarray(at, jnp.int32))
+      return float(train_step(start, batch).window.loss)
+
+    self.assertEqual(loss(0), loss(0))
+    self.assertNotEqual(loss(0), loss(1))
+
+  def test_remembers_the_first_step_that_diverged(self):
+    (batch,) = batches(1)
+    train_step = step.make_train_step(MODEL, TX)
+    current = train_step(new_state(), batch)
+    bad = support.batch(np.random.default_rng(0), 16)
+    bad.candidates.features['duration'][:] = np.nan
+    for _ in range(2):
+      current = train_step(current, bad)
+    self.assertEqual(current.window.diverged_at, 1)
+
+  def test_a_batch_of_padding_alone_has_no_loss(self):
+    (batch,) = batches(1)
+    batch.candidates.mask[:] = False
+    found = step.make_train_step(MODEL, TX)(new_state(), batch)
+    self.assertEqual(found.window.loss, 0)
+    self.assertEqual(found.window.diverged_at, -1)
+
+
+class ParallelTest(parameterized.TestCase):
+  """Eight fake devices; the suite's conftest makes them."""
+
+  def setUp(self):
+    super().setUp()
+    self.assertLen(jax.devices(), 8)
+    self.data = batches(3)
+    train_step = step.make_train_step(MODEL, TX)
+    self.expected = new_state()
+    for batch in self.data:
+      self.expected = train_step(self.expected, batch)
+
+  def assert_same(self, found):
+    # Eight partial sums in place of one change the last bits of a gradient;
+    # Adam's first steps are near its sign, which makes most of small ones.
+    found, expected = jax.device_get((found, self.expected))
+    chex.assert_trees_all_close(found.params, expected.params, atol=1e-5)
+    chex.assert_trees_all_close(
+      found.window, expected.window, rtol=1e-6, atol=1e-6
+    )
+    self.assertEqual(found.step, expected.step)
+
+  def test_mesh_equals_one_device(self):
+    mesh = sharding.data_mesh()
+    train_step = step.make_train_step(MODEL, TX, mesh=mesh)
+    found = sharding.replicate(new_state(), mesh)
+    for batch in self.data:
+      placed = sharding.put_batch(batch, mesh)
+      self.assertLen(placed.group.sharding.device_set, 8)
+      self.assertEqual(placed.group.addressable_shards[0].data.shape, (2,))
+      found = train_step(found, placed)
+    self.assertTrue(found.params['tables']['item'].is_fully_replicated)
+    self.assert_same(found)
+
+  def test_pmap_equals_jit(self):
+    train_step = step.make_pmap_train_step(MODEL, TX)
+    found = jax.tree.map(lambda x: jnp.stack([x] * 8), new_state())
+    for batch in self.data:
+      found = train_step(found, step.split_for_pmap(batch, 8))
+    for i in (0, 7):
+      self.assert_same(jax.tree.map(lambda x, i=i: x[i], found))
+
+  def test_eval_step_on_a_mesh(self):
+    mesh = sharding.data_mesh()
+    eval_step = step.make_eval_step(MODEL, mesh=mesh)
+    params = sharding.replicate(self.expected.params, mesh)
+    batch = self.data[-1]
+    found = eval_step(params, sharding.put_batch(batch, mesh))
+    expected = step.make_eval_step(MODEL)(self.expected.params, batch)
+    chex.assert_trees_all_close(
+      sharding.to_host(found), jax.device_get(expected), atol=1e-5
+    )
+
+  @parameterized.parameters('mesh', 'pmap')
+  def test_rows_must_divide(self, which):
+    (batch,) = batches(1, num_rows=12)
+    with self.assertRaisesRegex(
+      ValueError, '12 rows cannot be split over 8 devices: pad it'
+    ):
+      if which == 'mesh':
+        sharding.put_batch(batch, sharding.data_mesh())
+      else:
+        step.split_for_pmap(batch, 8)
+
+  def test_rows_must_agree(self):
+    (batch,) = batches(1)
+    batch = batch.replace(group=batch.group[:8])
+    with self.assertRaisesRegex(ValueError, r'have \[8, 16\] rows'):
+      sharding.put_batch(batch, sharding.data_mesh())
+
+
+if __name__ == '__main__':
+  absltest.main()
