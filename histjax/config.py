@@ -262,7 +262,11 @@ def _args(hint: Any, origins: tuple) -> tuple:
 
 def _kinds(args: tuple) -> dict[str, type]:
   """`{kind: class}` of the dataclasses among the members of a union."""
-  return {a.__name__.lower(): a for a in args if dataclasses.is_dataclass(a)}
+  return {
+    a.__name__.lower(): a
+    for a in args
+    if isinstance(a, type) and dataclasses.is_dataclass(a)
+  }
 
 
 @functools.cache

@@ -115,6 +115,13 @@ def _movielens(config: DataConfig):
 def _kuairand(config: DataConfig):
   from histjax.data import kuairand  # TFDS takes a second to import.
 
+  for rows in (config.rows, config.eval_rows or config.rows):
+    if rows.ties != 'strict':
+      raise ValueError(
+        'data: some impressions of kuairand occur twice, and with '
+        f"rows.ties={rows.ties!r} one would see the other's outcome; set "
+        "ties='strict'"
+      )
   log = kuairand.load(data_dir=config.data_dir, manual_dir=config.manual_dir)
   return log.with_tasks(config.tasks or ('click',)), kuairand.masks(log)
 

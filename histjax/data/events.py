@@ -331,12 +331,13 @@ def _check_sorted(table, schema, user, keys, time) -> None:
   late = (np.diff(user[order]) == 0) & (np.diff(time[order]) < 0)
   if late.any():
     row = int(order[np.flatnonzero(late)[0] + 1])
+    key = keys[user[row]].item()
     table.fail(
       schema.time,
       row,
       time[row].item(),
-      f'earlier than an event of user {keys[user[row]].item()!r} further up; sort '
-      'the log by time, or set require_sorted=False to have it sorted',
+      f'earlier than an event of user {key!r} further up; sort the log by '
+      'time, or set require_sorted=False to have it sorted',
     )
 
 

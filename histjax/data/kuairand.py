@@ -207,8 +207,8 @@ class KuairandPure(tfds.core.GeneratorBasedBuilder):
 def load(*, data_dir: str = '', manual_dir: str = '') -> EventLog:
   """The impressions as a log, prepared first if need be.
 
-  Use ties='strict': a line may occur twice, and one copy must not see the
-  other.
+  Rows need ties='strict': some lines occur twice, and one copy must not see
+  the other.
 
   Args:
     data_dir: see `sources.prepare`.
@@ -247,7 +247,7 @@ def features_of(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     columns[name] = raw[name] - MISSING
   for i in range(MAX_TAGS):
     columns[f'tag_{i}'] = raw[f'tag_{i}'] - MISSING
-  seconds = raw['duration_ms'] / 1000
+  seconds = np.maximum(raw['duration_ms'], 0) / 1000
   known = seconds > 0
   columns['duration'] = seconds
   columns['duration_bucket'] = np.where(
@@ -258,7 +258,7 @@ def features_of(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   bits = [raw[name] << bit for bit, name in enumerate(_FEEDBACK)]
   columns['feedback'] = np.sum(bits, axis=0)
   ratio = raw['play_time_ms'] * 10 // np.maximum(raw['duration_ms'], 1)
-  columns['play_ratio'] = np.where(known, 1 + np.minimum(ratio, 10), 0)
+  columns['play_ratio'] = np.where(known, 1 + np.clip(ratio, 0, 10), 0)
   return columns
 
 

@@ -91,29 +91,31 @@ class Source:
 
   def read_archive(self, path: Path) -> dict[str, bytes]:
     """The files in the archive at `path`; see `read`."""
+    wanted = {
+      f'{self.folder}/{name}': name for name in (*self.files, *self.optional)
+    }
+    contents = {}
     try:
       if self.archive.endswith('.zip'):
         with zipfile.ZipFile(path) as archive:
-          members = {n: archive.read(n) for n in archive.namelist()}
+          for member in set(archive.namelist()) & set(wanted):
+            contents[wanted[member]] = archive.read(member)
       else:
         with tarfile.open(path) as archive:
-          members = {
-            m.name: archive.extractfile(m).read()  # type: ignore[union-attr]
-            for m in archive.getmembers()
-            if m.isfile()
-          }
+          for info in archive:
+            file = archive.extractfile(info) if info.name in wanted else None
+            if file is not None:
+              contents[wanted[info.name]] = file.read()
     except _UNREADABLE as error:
       raise ValueError(
         f'{path} is corrupt ({error}); delete it, then download it again '
         f'from {self.url}'
       ) from error
-    contents = {}
-    for name in (*self.files, *self.optional):
-      member = f'{self.folder}/{name}'
-      if member in members:
-        contents[name] = members[member]
-      elif name in self.files:
-        raise ValueError(f'{path} lacks {member}; get it from {self.url}')
+    for name in self.files:
+      if name not in contents:
+        raise ValueError(
+          f'{path} lacks {self.folder}/{name}; get it from {self.url}'
+        )
     return contents
 
 
@@ -157,7 +159,6 @@ def prepare(
         download_config=tfds.download.DownloadConfig(
           manual_dir=manual_dir or None,
           force_checksums_validation=True,
-          verify_ssl=True,
         )
       )
   except (tfds.download.DownloadError, _WrongChecksum) as error:

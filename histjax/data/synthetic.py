@@ -53,15 +53,15 @@ class SyntheticConfig:
   """
 
   seed: int = 0
-  num_users: int = 2000
+  num_users: int = 8000
   requests_per_user: int = 20
   candidates_per_request: int = 4
-  num_items: int = 300
+  num_items: int = 200
   num_categories: int = 6
   quality_scale: float = 0.5
   segment_scale: float = 0.3
-  strength: float = 0.6
-  decay: float = 0.9
+  strength: float = 0.4
+  decay: float = 0.85
   bias: float = -0.2
   like_bias: float = -0.5
 

@@ -1,0 +1,1 @@
+"""Training: metrics, optimizer, steps, checkpoints and the loop."""

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.experimental import multihost_utils
 
+from histjax.training import trees
 from histjax.training.state import TrainState
 
 FOLDER = 'checkpoints'
+_REPLACED = 'replaced-'
 _UNREADABLE = (KeyError, ValueError, OSError)
 """What Orbax raises for a checkpoint of which some files are missing."""
 
@@ -49,6 +51,7 @@ class Checkpoints:
     if keep < 1:
       raise ValueError(f'keep_checkpoints={keep} must be at least 1')
     self.workdir = prepare_workdir(workdir)
+    _finish_replacing(_folder(self.workdir))
     self._preserve = _LatestAndBest(keep)
     self._manager = _manager(
       self.workdir,
@@ -65,20 +68,42 @@ class Checkpoints:
   def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Saves at `state.step`, and then deletes what need not be kept.
 
+    A checkpoint of the same step is replaced; it stays until the new one is
+    complete.
+
     Args:
       state: it may be donated as soon as this returns.
       meta: JSON-able; `meta['best_step']`, a step or None, is kept too.
     """
+    step = int(state.step)
     self._preserve.best_step = meta['best_step']
+    self._manager.wait_until_finished()
+    replaces = step in self._manager.all_steps()
+    if replaces:
+      self._rename(step, f'{_REPLACED}{step}')
     self._manager.save(
-      int(state.step),
+      step,
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
-        state=ocp.args.StandardSave(_flatten(state)),
+        state=ocp.args.StandardSave(trees.flatten(state)),
         meta=ocp.args.JsonSave(dict(meta)),
       ),
       force=True,
     )
+    if replaces:
+      self._manager.wait_until_finished()
+      _finish_replacing(_folder(self.workdir))
+
+  def restore_params(self, step: int, template: Any) -> Any:
+    """The parameters of one step, on the devices of the template's."""
+    self._manager.wait_until_finished()
+    found = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(jax.tree.map(_abstract, template))
+      ),
+    )
+    return found['params']
 
   def restore(
     self, template: TrainState
@@ -98,12 +123,12 @@ class Checkpoints:
       ValueError: the checkpoint is of another model or optimizer.
     """
     where = jax.tree.map(_abstract, template.params)
-    rest = jax.tree.map(_abstract, _flatten(template))
+    rest = jax.tree.map(_abstract, trees.flatten(template))
     for step, meta in _complete_steps(self._manager, self._set_aside):
       name = f'the checkpoint {_folder(self.workdir) / str(step)}'
       stored = self._manager.item_metadata(step)
-      _check_same(name, stored['params'].tree, where)
-      _check_same(name, stored['state'].tree, rest)
+      trees.check_same(name, stored['params'].tree, where)
+      trees.check_same(name, stored['state'].tree, rest)
       try:
         found = self._manager.restore(
           step,
@@ -115,7 +140,7 @@ class Checkpoints:
       except _UNREADABLE as e:
         self._set_aside(step, e)
         continue
-      return _unflatten(template, found['params'], found['state']), meta
+      return trees.unflatten(template, found['params'], found['state']), meta
     return None
 
   def close(self) -> None:
@@ -123,19 +148,22 @@ class Checkpoints:
     self._manager.close()
 
   def _set_aside(self, step: int, error: Exception) -> None:
-    folder = _folder(self.workdir)
-    target = folder / f'incomplete-{step}'
+    name = f'incomplete-{step}'
     _log.warning(
       'The checkpoint %s is not complete and is renamed to %s: %s',
-      folder / str(step),
-      target.name,
+      _folder(self.workdir) / str(step),
+      name,
       error,
     )
+    self._rename(step, name)
+
+  def _rename(self, step: int, name: str) -> None:
+    target = _folder(self.workdir) / name
     if jax.process_index() == 0:
       shutil.rmtree(target, ignore_errors=True)
-      (folder / str(step)).rename(target)
+      (_folder(self.workdir) / str(step)).rename(target)
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('histjax_incomplete_checkpoint')
+      multihost_utils.sync_global_devices(f'histjax_checkpoint_{name}')
     self._manager.reload()
 
 
@@ -182,7 +210,7 @@ def load_params(
     stored = manager.item_metadata(step)['params'].tree
     if template is not None:
       name = f'the checkpoint {_folder(workdir) / str(step)}'
-      _check_same(name, stored, template)
+      trees.check_same(name, stored, template)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored
@@ -249,6 +277,18 @@ def _folder(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / FOLDER
 
 
+def _finish_replacing(folder: pathlib.Path) -> None:
+  """Deletes checkpoints that were replaced, or puts them back if not."""
+  if jax.process_index() > 0:
+    return
+  for old in folder.glob(f'{_REPLACED}*'):
+    new = folder / old.name.removeprefix(_REPLACED)
+    if new.exists():
+      shutil.rmtree(old)
+    else:
+      old.rename(new)
+
+
 def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
     _folder(workdir),
@@ -267,9 +307,7 @@ def _reading(workdir: pathlib.Path) -> ocp.CheckpointManager:
       f'workdir={str(workdir)!r} has no folder {FOLDER!r}: name the workdir of '
       'a training run, or train first'
     )
-  return _manager(
-    workdir, read_only=True, create=False, save_interval_steps=0
-  )
+  return _manager(workdir, read_only=True, create=False, save_interval_steps=0)
 
 
 def _newest(manager, workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
@@ -287,9 +325,8 @@ def _complete_steps(
   """Steps, latest first, with their meta, of those whose items all open."""
   for step in sorted(manager.all_steps(), reverse=True):
     try:
-      items = manager.item_metadata(step)
-      if items['params'] is None or items['state'] is None:
-        raise ValueError('params or state are missing')
+      for item in ('params', 'state'):
+        _check_opens(pathlib.Path(manager.directory) / str(step) / item)
       found = manager.restore(
         step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
       )
@@ -300,74 +337,18 @@ def _complete_steps(
     yield step, found['meta']
 
 
-def _check_same(name: str, stored: Any, expected: Any) -> None:
-  """Raises ValueError, with both sets of keys, unless the trees agree."""
-  a, b = _shapes(stored), _shapes(expected)
-  if a == b:
-    return
-  lines = [f'{name} is of another model or optimizer than this config has.']
-  if a.keys() != b.keys():
-    lines += [
-      f'Keys of the checkpoint: {sorted(a)}',
-      f'Keys of the config: {sorted(b)}',
-      f'Only in the checkpoint: {sorted(a.keys() - b.keys())}',
-      f'Only in the config: {sorted(b.keys() - a.keys())}',
-    ]
-  lines += [
-    f'{key}: {a[key]} in the checkpoint, {b[key]} by the config'
-    for key in sorted(a.keys() & b.keys())
-    if a[key] != b[key]
-  ]
-  lines.append(
-    'Use the config that the run was trained with (load_params returns it), '
-    'or another workdir.'
-  )
-  raise ValueError('\n'.join(lines))
+def _check_opens(folder: pathlib.Path) -> None:
+  """Raises one of `_UNREADABLE` if the arrays in `folder` are not all listed.
 
-
-def _shapes(tree: Any) -> dict[str, str]:
-  return {
-    key: f'{np.dtype(x.dtype).name}{list(x.shape)}'
-    for key, x in _by_name(tree).items()
-  }
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): x
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
-
-
-def _flatten(state: TrainState) -> dict[str, Any]:
-  """All of the state but the parameters, by name, without typed keys."""
-  return _by_name(
-    {
-      'step': state.step,
-      'opt_state': state.opt_state,
-      'rng': jax.random.key_data(state.rng),
-      'window': state.window,
-    }
-  )
-
-
-def _unflatten(
-  template: TrainState, params: Any, flat: Mapping[str, Any]
-) -> TrainState:
-  rest = {
-    'step': template.step,
-    'opt_state': template.opt_state,
-    'rng': template.rng,
-    'window': template.window,
-  }
-  names = list(_by_name(rest))
-  rest = jax.tree.unflatten(
-    jax.tree.structure(rest), [flat[name] for name in names]
-  )
-  rng = jax.random.wrap_key_data(
-    rest.pop('rng'), impl=jax.random.key_impl(template.rng)
-  )
-  return TrainState(params=params, rng=rng, **rest)
+  Orbax would find out as well, but while reading many of them at once, and
+  each of the others then complains on stderr that its event loop is closed.
+  """
+  if not folder.is_dir():
+    raise FileNotFoundError(f'{folder} is missing')
+  if (folder / 'manifest.ocdbt').exists():
+    base = {'driver': 'file', 'path': f'{folder}/'}
+    store = ts.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
+    store.list().result()
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
+
+from histjax.types import Array
 
 METRICS = ('auc', 'gauc', 'logloss', 'ne')
 """What `RankingMetrics.result` computes for each task."""
@@ -223,8 +225,8 @@ class RankingMetrics:
   def predictions(self) -> Predictions:
     """Everything accumulated, in order."""
     return Predictions(
-      {t: _join((c.logits[t] for c in self._chunks)) for t in self.tasks},
-      {t: _join((c.labels[t] for c in self._chunks)) for t in self.tasks},
+      {t: _join(c.logits[t] for c in self._chunks) for t in self.tasks},
+      {t: _join(c.labels[t] for c in self._chunks) for t in self.tasks},
       _join((c.group for c in self._chunks), np.int32),
     )
 

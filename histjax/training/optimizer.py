@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 TABLES = 'tables'
 """The key of the embedding tables in the parameters."""
@@ -29,7 +29,7 @@ class OptimizerConfig:
       None: never.
     warmup_steps: both learning rates grow linearly to their peak over these.
     schedule: 'constant' after the warmup, or down to 0 at the last step,
-      'linear' or along a half 'cosine'; those two need `num_steps`.
+      'linear' or along a half 'cosine'.
     table_optimizer: 'rowwise_adagrad', or 'adam' (two more floats per
       parameter, and rows that are not in the batch move too).
     table_learning_rate: of the tables, at its peak.
@@ -114,8 +114,9 @@ def scale_by_rowwise_adagrad(
   def update(updates, state, params=None):
     del params
     accumulator = jax.tree.map(
-      lambda a, g: a
-      + jnp.mean(jnp.square(g.astype(jnp.float32)), axis=1, keepdims=True),
+      lambda a, g: (
+        a + jnp.mean(jnp.square(g.astype(jnp.float32)), axis=1, keepdims=True)
+      ),
       state.accumulator,
       updates,
     )
@@ -150,22 +151,20 @@ def schedule(
     ValueError: the schedule decays, and T is unknown or within the warmup.
   """
   warmup = config.warmup_steps
-  if config.schedule != 'constant' and not num_steps:
+  decays = config.schedule != 'constant'
+  last = num_steps or 0
+  if decays and last <= warmup:
     raise ValueError(
-      f'optimizer.schedule={config.schedule!r} ends at the last step: set '
-      "num_steps (in place of num_epochs), or optimizer.schedule='constant'"
-    )
-  if num_steps and config.schedule != 'constant' and num_steps <= warmup:
-    raise ValueError(
-      f'optimizer.warmup_steps={warmup} must be below num_steps={num_steps} '
-      f'for optimizer.schedule={config.schedule!r}'
+      f'optimizer.warmup_steps={warmup} with num_steps={num_steps}: '
+      f'optimizer.schedule={config.schedule!r} needs a last step after the '
+      "warmup; use fewer warmup_steps, or optimizer.schedule='constant'"
     )
 
   def rate(step):
     step = jnp.asarray(step, jnp.float32)
     value = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
-    if config.schedule != 'constant':
-      x = jnp.clip((step - warmup) / (num_steps - warmup), 0.0, 1.0)
+    if decays:
+      x = jnp.clip((step - warmup) / (last - warmup), 0.0, 1.0)
       linear = config.schedule == 'linear'
       value *= 1 - x if linear else (1 + jnp.cos(jnp.pi * x)) / 2
     return peak * value
@@ -186,11 +185,21 @@ def make_optimizer(
     num_steps: of the whole training; schedules that decay need it.
 
   Returns:
-    An optax transformation for parameters `{'tables': ..., ...}`.
+    An optax transformation for parameters `{'tables': ..., ...}`; the same
+    object for the same arguments.
 
   Raises:
     ValueError: see `schedule`.
   """
+  return _make_optimizer(
+    config, None if config.schedule == 'constant' else num_steps
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _make_optimizer(
+  config: OptimizerConfig, num_steps: int | None
+) -> optax.GradientTransformation:
   rate = schedule(config, config.learning_rate, num_steps)
   table_rate = schedule(config, config.table_learning_rate, num_steps)
   adam = {'b1': config.b1, 'b2': config.b2, 'eps': config.eps}
@@ -220,11 +229,7 @@ def _labels(params: Any) -> Any:
 
 
 def _matrices(params: Any) -> Any:
-  return jax.tree.map(lambda x: _ndim(x) >= 2, params)
-
-
-def _ndim(x: Array | Any) -> int:
-  return getattr(x, 'ndim', 0)
+  return jax.tree.map(lambda x: x.ndim >= 2, params)
 
 
 def _key(entry: Any) -> str:

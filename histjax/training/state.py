@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Float, Int, Key
 
 from histjax.data import schema as schema_lib
-from histjax.types import Candidates, History, RankingBatch
+from histjax.types import Array, Candidates, History, RankingBatch
 
 
 @flax.struct.dataclass
@@ -25,7 +25,8 @@ class LossWindow:
     loss: the sum of the steps' losses.
     steps: how many steps.
     candidates: how many candidates were trained on, padding left out.
-    diverged_at: the first step whose loss or gradient was not finite; -1.
+    diverged_at: the first step whose loss, gradient or new parameters were not
+      finite; -1: none.
   """
 
   loss: Float[Array, '']
@@ -37,7 +38,8 @@ class LossWindow:
   def empty(cls) -> LossWindow:
     """No step yet."""
     zero = np.zeros((), np.int32)
-    return cls(np.zeros((), np.float32), zero, zero, zero - np.int32(1))
+    none = np.full((), -1, np.int32)
+    return cls(np.zeros((), np.float32), zero, zero, none)
 
 
 @flax.struct.dataclass
@@ -55,7 +57,7 @@ class TrainState:
   step: Int[Array, '']
   params: Any
   opt_state: Any
-  rng: Key[Array, '']
+  rng: Key[jax.Array, '']
   window: LossWindow
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +21,9 @@ from histjax.types import RankingBatch
 
 TrainStep = Callable[[TrainState, RankingBatch], TrainState]
 EvalStep = Callable[[Any, RankingBatch], dict[str, Array]]
+_CACHED = 8
+"""How many jitted functions are kept, so that a second run in a notebook, or a
+second validation, compiles nothing."""
 
 
 def loss_sum(
@@ -76,14 +81,10 @@ def make_train_step(
     mesh: of `sharding.data_mesh`; None: wherever the arguments are.
 
   Returns:
-    `(state, batch) -> state`; the loss is in `state.window`.
+    `(state, batch) -> state`; the loss is in `state.window`. The same
+    function, with what it has compiled, for the same arguments.
   """
-
-  def step(state: TrainState, batch: RankingBatch) -> TrainState:
-    return _update(model, tx, state, batch, task_weights)
-
-  out = None if mesh is None else NamedSharding(mesh, P())
-  return jax.jit(step, donate_argnums=0, out_shardings=out)
+  return _jit_train_step(model, tx, tuple((task_weights or {}).items()), mesh)
 
 
 def make_pmap_train_step(
@@ -121,11 +122,10 @@ def split_for_pmap(batch: RankingBatch, num_devices: int) -> RankingBatch:
     ValueError: B is not a multiple of `num_devices`.
   """
   sharding.check_rows(batch, num_devices)
-  return jax.tree.map(
-    lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch
-  )
+  return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
 
 
+@functools.lru_cache(maxsize=_CACHED)
 def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
   """The jitted forward pass, without dropout.
 
@@ -134,14 +134,25 @@ def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
     mesh: of `sharding.data_mesh`; None: wherever the arguments are.
 
   Returns:
-    `(params, batch) -> {task: [B, C]}`.
+    `(params, batch) -> {task: [B, C]}`. The same function, with what it has
+    compiled, for the same arguments.
   """
 
   def step(params: Any, batch: RankingBatch) -> dict[str, Array]:
-    return model.apply({'params': params}, batch, train=False)
+    logits: Any = model.apply({'params': params}, batch, train=False)
+    return logits
 
   out = None if mesh is None else NamedSharding(mesh, P('data'))
   return jax.jit(step, out_shardings=out)
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _jit_train_step(model, tx, task_weights, mesh) -> TrainStep:
+  def step(state: TrainState, batch: RankingBatch) -> TrainState:
+    return _update(model, tx, state, batch, dict(task_weights))
+
+  out = None if mesh is None else NamedSharding(mesh, P())
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def _update(
@@ -163,7 +174,7 @@ def _update(
   mask = batch.candidates.mask
 
   def loss_fn(params):
-    logits = model.apply(
+    logits: Any = model.apply(
       {'params': params}, batch, train=True, rngs={'dropout': rng}
     )
     total, weight = loss_sum(logits, batch.labels, mask, task_weights)
@@ -174,6 +185,7 @@ def _update(
   loss, grads = jax.value_and_grad(loss_fn)(state.params)
   loss, grads = over_devices(loss), over_devices(grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
   if mask is None:
     mask = jnp.ones(batch.candidates.shape, bool)
   window = _extend(
@@ -181,11 +193,14 @@ def _update(
     step=state.step,
     loss=loss,
     candidates=over_devices(jnp.sum(mask, dtype=jnp.int32)),
-    finite=jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)),
+    finite=jnp.isfinite(loss)
+    & jnp.isfinite(optax.tree.norm(grads))
+    & jnp.isfinite(optax.tree.norm(params)),
   )
-  return state.replace(
+  return dataclasses.replace(
+    state,
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     opt_state=opt_state,
     window=window,
   )

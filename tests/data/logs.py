@@ -62,6 +62,4 @@ def seen(events: list[dict], index: int, ties: str, request: bool) -> list[int]:
     first = same.index(True)
   if ties == 'order':
     return list(range(first))
-  return [
-    i for i, e in enumerate(events) if e['ts'] < events[first]['ts']
-  ]
+  return [i for i, e in enumerate(events) if e['ts'] < events[first]['ts']]

@@ -40,9 +40,7 @@ def new_state(model=MODEL, tx=TX, seed=0):
 
 
 def as_numpy(tree):
-  return jax.device_get(
-    tree.replace(rng=jax.random.key_data(tree.rng))
-  )
+  return jax.device_get(tree.replace(rng=jax.random.key_data(tree.rng)))
 
 
 def at(current, step_number):
@@ -60,21 +58,16 @@ def save_some(workdir, steps, *, keep=2, best=None):
 
 def steps_in(workdir):
   return sorted(
-    int(p.name)
-    for p in (workdir / 'checkpoints').iterdir()
-    if p.name.isdigit()
+    int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()
   )
 
 
 class TestSaveAndRestore:
-
   def test_everything_comes_back(self, tmp_path):
     mesh = sharding.data_mesh()
     train_step = step.make_train_step(MODEL, TX, mesh=mesh)
     current = sharding.replicate(new_state(), mesh)
-    batch = sharding.put_batch(
-      support.batch(np.random.default_rng(0), 8), mesh
-    )
+    batch = sharding.put_batch(support.batch(np.random.default_rng(0), 8), mesh)
     current = train_step(current, batch)
     expected = as_numpy(current)
     with checkpoints.Checkpoints(tmp_path) as manager:
@@ -126,7 +119,6 @@ class TestSaveAndRestore:
 
 
 class TestOtherConfig:
-
   def test_other_keys_are_both_shown(self, tmp_path):
     save_some(tmp_path, [1])
     model = ranker.Ranker(support.config())
@@ -146,9 +138,9 @@ class TestOtherConfig:
 
   def test_other_shapes_are_shown(self, tmp_path):
     save_some(tmp_path, [1])
-    template = new_state(ranker.Ranker(
-      support.config(encoder__num_layers=1, embedding_dim=4)
-    ))
+    template = new_state(
+      ranker.Ranker(support.config(encoder__num_layers=1, embedding_dim=4))
+    )
     with (
       checkpoints.Checkpoints(tmp_path) as manager,
       pytest.raises(
@@ -172,7 +164,6 @@ class TestOtherConfig:
 
 
 class TestDamage:
-
   @pytest.mark.parametrize('item', ['params', 'state', 'meta', 'arrays'])
   def test_a_truncated_step_is_passed_over(self, tmp_path, item):
     save_some(tmp_path, [1, 2])
@@ -230,7 +221,6 @@ class TestDamage:
 
 
 class TestWorkdir:
-
   @pytest.mark.parametrize(
     'parent, error', [('file', NotADirectoryError), ('/proc', OSError)]
   )

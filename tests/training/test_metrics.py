@@ -35,7 +35,6 @@ def accumulate(logits, labels, group, mask=None):
 
 
 class FunctionsTest(parameterized.TestCase):
-
   @parameterized.product(seed=[0, 1, 2, 3], ties=[False, True])
   def test_equals_scikit_learn(self, seed, ties):
     logits, labels, group = draw(seed, 200, ties=ties)
@@ -58,9 +57,7 @@ class FunctionsTest(parameterized.TestCase):
     for user in np.unique(group):
       mine = group == user
       if 0 < labels[mine].sum() < mine.sum():
-        areas.append(
-          sklearn_metrics.roc_auc_score(labels[mine], logits[mine])
-        )
+        areas.append(sklearn_metrics.roc_auc_score(labels[mine], logits[mine]))
         counts.append(mine.sum())
     np.testing.assert_allclose(
       metrics.gauc(logits, labels, group),
@@ -125,7 +122,6 @@ class FunctionsTest(parameterized.TestCase):
 
 
 class AccumulatorTest(parameterized.TestCase):
-
   @given(
     st.integers(0, 2**31), st.integers(0, 60), st.integers(0, 60), st.booleans()
   )

@@ -31,7 +31,6 @@ def batches(n, num_rows=16):
 
 
 class LossTest(parameterized.TestCase):
-
   def test_equals_numpy(self):
     rng = np.random.default_rng(0)
     z = {t: rng.normal(size=(3, 4)).astype(np.float32) for t in 'ab'}
@@ -63,7 +62,6 @@ class LossTest(parameterized.TestCase):
 
 
 class TrainStepTest(parameterized.TestCase):
-
   def test_equals_an_update_written_out(self):
     (batch,) = batches(1, 4)
     train_step = step.make_train_step(MODEL, TX)
@@ -81,7 +79,7 @@ class TrainStepTest(parameterized.TestCase):
       ]
       return jnp.mean(jnp.stack(losses))
 
-    value, grads = jax.value_and_grad(loss)(start.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
     updates, _ = TX.update(grads, start.opt_state, start.params)
     expected = optax.apply_updates(start.params, updates)
     chex.assert_trees_all_close(found.params, expected, atol=1e-5)
@@ -103,7 +101,9 @@ class TrainStepTest(parameterized.TestCase):
     self.assertLess(losses[-1], 0.7 * losses[0])
 
   def test_dropout_is_a_function_of_seed_and_step(self):
-    model = ranker.Ranker(support.config(encoder__num_layers=1, encoder__dropout=0.5))
+    model = ranker.Ranker(
+      support.config(encoder__num_layers=1, encoder__dropout=0.5)
+    )
     train_step = step.make_train_step(model, TX)
     (batch,) = batches(1)
 
@@ -124,6 +124,19 @@ class TrainStepTest(parameterized.TestCase):
     for _ in range(2):
       current = train_step(current, bad)
     self.assertEqual(current.window.diverged_at, 1)
+
+  def test_parameters_that_overflow_count_as_diverged(self):
+    (batch,) = batches(1)
+    start = new_state()
+    # Its square does not fit into float32; the item table's rows 30 and on are
+    # of no use to the loss.
+    batch.history.features['item'][:] %= 30
+    batch.candidates.features['item'][:] %= 30
+    item = start.params['tables']['item'].at[35].set(3e30)
+    start.params['tables']['item'] = item
+    found = step.make_train_step(MODEL, TX)(start, batch)
+    self.assertTrue(np.isfinite(found.window.loss))
+    self.assertEqual(found.window.diverged_at, 0)
 
   def test_a_batch_of_padding_alone_has_no_loss(self):
     (batch,) = batches(1)

@@ -55,14 +55,17 @@ def history_attention(
   # number of keys that the diagonal lets anyone see.
   length = jnp.clip(key_range.stop[:, -1], 0, key.shape[1])
   out = jax.nn.dot_product_attention(
-    query,
-    key,
-    value,
+    *map(_to_even, (query, key, value)),
     scale=scale,
     is_causal=key_range.structure == 'causal',
     key_value_seq_lengths=jnp.maximum(length, 1),
     implementation='cudnn',
-  )
+  )[:, : query.shape[1]]
   # A length of 0 has no softmax; it attended one key, which this undoes.
   some = (length > 0)[:, None, None, None]
   return jnp.where(some, out, jnp.zeros_like(out))
+
+
+def _to_even(x: Float[Array, 'B T N H']) -> Float[Array, 'B T N H']:
+  """Pads T to an even number: JAX differentiates this call for no other."""
+  return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))

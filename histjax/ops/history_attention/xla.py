@@ -201,9 +201,9 @@ def _backward_rule(scale, residuals, cotangent):
         jnp.isneginf(scores), 0, weights * (d_weights - delta[..., None])
       )
       d_query += _dot('bnqk,bnkh->bnqh', d_scores, key[j])
-      d_key = d_key.at[j].add(_dot('bnhq,bnqk->bnhk', q_turned, d_scores))
-      d_value = d_value.at[j].add(
-        _dot('bnhq,bnqk->bnhk', d_out_turned, weights)
+      d_key = _add_at(d_key, j, _dot('bnhq,bnqk->bnhk', q_turned, d_scores))
+      d_value = _add_at(
+        d_value, j, _dot('bnhq,bnqk->bnhk', d_out_turned, weights)
       )
       return d_query, d_key, d_value
 
@@ -245,6 +245,11 @@ def _dot(spec: str, x, y):
     y.astype(dtype),
     preferred_element_type=_accumulator(y),
   )
+
+
+def _add_at(x, j, update):
+  """`x[j] += update`."""
+  return jax.lax.dynamic_update_index_in_dim(x, x[j] + update, j, axis=0)
 
 
 def _accumulator(x) -> jnp.dtype:

@@ -140,32 +140,55 @@ def oracle(call: Call, scale: float | None = None):
 
 def attend(call: Call, implementation: str | None, scale=None):
   """The output, jitted."""
-
-  def function(query, key, value, key_range):
-    return ops.history_attention(
-      query, key, value, key_range, scale=scale, implementation=implementation
-    )
-
-  return jax.jit(function)(call.query, call.key, call.value, call.key_range)
+  return _attend(
+    call.query,
+    call.key,
+    call.value,
+    call.key_range,
+    scale=scale,
+    implementation=implementation,
+  )
 
 
 def attend_with_gradients(call: Call, implementation: str | None, scale=None):
   """The output and the gradients of query, key and value, jitted."""
-
-  def function(query, key, value, cotangent, key_range):
-    out, pull = jax.vjp(
-      lambda *x: ops.history_attention(
-        *x, key_range, scale=scale, implementation=implementation
-      ),
-      query,
-      key,
-      value,
-    )
-    return out, pull(cotangent)
-
-  return jax.jit(function)(
-    call.query, call.key, call.value, call.cotangent, call.key_range
+  return _attend_with_gradients(
+    call.query,
+    call.key,
+    call.value,
+    call.cotangent,
+    call.key_range,
+    scale=scale,
+    implementation=implementation,
   )
+
+
+def gradients(
+  query,
+  key,
+  value,
+  cotangent,
+  key_range: KeyRange,
+  *,
+  implementation,
+  scale=None,
+  wrap=lambda f: f,
+):
+  """The output and the gradients, of `wrap`ped attention."""
+
+  def function(query, key, value):
+    return ops.history_attention(
+      query, key, value, key_range, scale=scale, implementation=implementation
+    )
+
+  out, pull = jax.vjp(wrap(function), query, key, value)
+  return out, pull(cotangent)
+
+
+# One function each, so that a call of a shape is compiled once for all tests.
+_STATIC = ('scale', 'implementation')
+_attend = jax.jit(ops.history_attention, static_argnames=_STATIC)
+_attend_with_gradients = jax.jit(gradients, static_argnames=_STATIC)
 
 
 def refusal(call: Call, implementation: str) -> str | None:
@@ -214,11 +237,22 @@ class BackendTestCase(parameterized.TestCase):
         atol=tolerance,
       )
 
+  def assert_same(self, actual, expected, implementation):
+    """Compares an output and its gradients bit by bit.
+
+    cuDNN adds up a gradient in an order that changes from run to run.
+    """
+    np.testing.assert_array_equal(actual[0], expected[0])
+    if implementation == 'cudnn':
+      dtype = str(actual[0].dtype)
+      self.assert_close(actual[1], expected[1], dtype, gradient=True)
+    else:
+      for a, e in zip(actual[1], expected[1], strict=True):
+        np.testing.assert_array_equal(a, e)
+
 
 def double_precision(dtype: str):
   """A context in which float64 arrays stay float64."""
   if dtype == 'float64':
     return jax.enable_x64(True)
   return contextlib.nullcontext()
-
-

@@ -1,0 +1,33 @@
+"""Planted preferences: the demo, no files needed.
+
+  python experiments/train.py --config=experiments/configs/synthetic.py \
+    --workdir=/tmp/synthetic
+
+Two CPU cores: about a minute and a half. Expect a test AUC of `click` of at
+least 97 % of the best possible margin over 0.5.
+"""
+
+import config_util
+
+
+def get_config():
+  return config_util.config_dict(
+    {
+      'data': {'name': 'synthetic', 'rows': {'kind': 'streaming'}},
+      'model': {
+        'encoder': {'num_layers': 1, 'width': 32, 'num_heads': 2},
+        'embedding_dim': 16,
+        'interaction': {'cross_rank': 16, 'mlp_widths': (32, 16)},
+      },
+      'pipeline': {'batch_events': 16_384},
+      'optimizer': {
+        'learning_rate': 5e-3,
+        'table_learning_rate': 0.1,
+        'warmup_steps': 20,
+        'schedule': 'cosine',
+      },
+      'task_weights': {'click': 1.0, 'like': 1.0},
+      'num_epochs': 20,
+      'log_every': 50,
+    }
+  )

@@ -1,0 +1,51 @@
+"""Trains a ranker and tests it; run again to go on where it stopped.
+
+  python experiments/train.py --config=experiments/configs/synthetic.py \
+    --workdir=/tmp/synthetic [--config.num_epochs=1]
+"""
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+import config_util
+from histjax.data import synthetic
+from histjax.training.loop import train_and_evaluate
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The run; every field can be set, as --config.seed=1.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder for checkpoints, scalars and metrics.json.'
+)
+_MULTI_HOST = flags.DEFINE_bool(
+  'multi_host', False, 'Whether this is one process of several (one a host).'
+)
+flags.mark_flags_as_required(['config', 'workdir'])
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  if _MULTI_HOST.value:
+    jax.distributed.initialize()
+  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+  try:
+    config, dataset = config_util.load(_CONFIG.value)
+    result = train_and_evaluate(config, _WORKDIR.value, dataset=dataset)
+  except (ValueError, OSError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+  if result['interrupted'] or jax.process_index():
+    return
+  if config.data.name == 'synthetic':
+    best = synthetic.bayes_auc(dataset.splits['test'])
+    for task, bayes in best.items():
+      auc = result['test'][f'{task}/auc']
+      print(
+        f'{task}: test AUC {auc:.4f}; the best possible is {bayes:.4f}; '
+        f'{(auc - 0.5) / (bayes - 0.5):.1%} of its margin over 0.5'
+      )
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,210 @@
+"""What a training run is, and the checks that need more than one part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from histjax import config as dicts
+from histjax.data.datasets import DataConfig, Dataset
+from histjax.data.pipeline import PipelineConfig
+from histjax.data.rows import RowConfig
+from histjax.models.ranker import RankerConfig
+from histjax.training import metrics
+from histjax.training.optimizer import OptimizerConfig
+
+SPLITS = ('train', 'validation', 'test')
+_FREE = (
+  'data.data_dir',
+  'data.manual_dir',
+  'keep_checkpoints',
+  'pipeline.num_threads',
+  'pipeline.prefetch',
+  'tensorboard',
+)
+"""Fields that a resumed run may change: they change no result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A training run; `histjax.config.from_dict` makes one of a dict.
+
+  Attributes:
+    model: the ranker. Its schema must be the dataset's.
+    data: where rows come from.
+    pipeline: how they become batches.
+    optimizer: how parameters are updated.
+    num_epochs: how often to go through the training rows; or set
+    num_steps: how many batches to train on.
+    eval_every: steps from one validation to the next; 0: an epoch.
+    checkpoint_every: steps from one checkpoint to the next; 0: after each
+      validation and when interrupted only, where there is one in any case.
+    keep_checkpoints: how many of the latest are kept, besides the best.
+    log_every: steps from one report of the training loss to the next.
+    patience: stop after this many validations in a row that were no better
+      than the best; None: never.
+    select: the validation metric that says which parameters are the best, as
+      'like/auc'; empty: AUC of the first task.
+    task_weights: `{task: weight}` in the loss; tasks left out weigh 1.
+    seed: of initialisation and dropout. `pipeline.seed` orders the data.
+    tensorboard: write scalars to `<workdir>/tensorboard`.
+  """
+
+  model: RankerConfig
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  num_epochs: int | None = None
+  num_steps: int | None = None
+  eval_every: int = 0
+  checkpoint_every: int = 0
+  keep_checkpoints: int = 2
+  log_every: int = 100
+  patience: int | None = None
+  select: str = ''
+  task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  seed: int = 0
+  tensorboard: bool = True
+
+  def __post_init__(self):
+    if (self.num_epochs is None) == (self.num_steps is None):
+      raise ValueError(
+        f'num_epochs={self.num_epochs} and num_steps={self.num_steps}: set one '
+        'of them, and leave the other None'
+      )
+    for field, least in (
+      ('num_epochs', 1),
+      ('num_steps', 1),
+      ('eval_every', 0),
+      ('checkpoint_every', 0),
+      ('keep_checkpoints', 1),
+      ('log_every', 1),
+      ('patience', 1),
+      ('seed', 0),
+    ):
+      value = getattr(self, field)
+      if value is not None and value < least:
+        raise ValueError(f'{field}={value} must be at least {least}')
+    self._check_tasks()
+    self.check_rows('data.rows', self.data.rows)
+    if self.data.eval_rows is not None:
+      self.check_rows('data.eval_rows', self.data.eval_rows)
+
+  @property
+  def select_metric(self) -> str:
+    """`select`, or what stands for it if it is empty."""
+    return self.select or f'{self.model.schema.tasks[0].name}/auc'
+
+  def check_rows(self, field: str, rows: RowConfig) -> None:
+    """Raises ValueError if the encoder would get wrong scores of such rows.
+
+    In a streaming row candidates share one history and see different parts of
+    it, so what the encoder makes of an event must not depend on later events,
+    nor on where the row was cut.
+
+    Args:
+      field: what to call the rows.
+      rows: the way they are made.
+    """
+    encoder = self.model.encoder
+    if rows.kind != 'streaming':
+      return
+    if not encoder.causal:
+      raise ValueError(
+        f"{field}.kind='streaming' with model.encoder.causal=False: in a "
+        'bidirectional history events that a candidate sees have seen later '
+        'ones, its own outcome included. Set model.encoder.causal=True, or '
+        f"{field}.kind='pointwise' or 'request'"
+      )
+    if encoder.positions == 'recency':
+      raise ValueError(
+        f"{field}.kind='streaming' with model.encoder.positions='recency': "
+        'positions count from the end of the row, which candidates do not '
+        "share. Set model.encoder.positions='rotary', or "
+        f"{field}.kind='pointwise' or 'request'"
+      )
+    if rows.history_length is None or rows.on_overflow == 'error':
+      return
+    field_of_view = encoder.receptive_field
+    if field_of_view is None or field_of_view > rows.history_length:
+      reach = 'the whole history' if field_of_view is None else field_of_view
+      window = (rows.history_length - 1) // encoder.num_layers + 1
+      raise ValueError(
+        f"{field}.kind='streaming' cuts histories to {field}.history_length="
+        f'{rows.history_length} events before the first candidate, but with '
+        f'model.encoder.window={encoder.window} and model.encoder.num_layers='
+        f'{encoder.num_layers} a score reads {reach}: it would depend on how '
+        f'users are cut into rows. Set model.encoder.window to {window} or '
+        f'less, or {field}.history_length=None'
+      )
+
+  def _check_tasks(self) -> None:
+    tasks = [t.name for t in self.model.schema.tasks]
+    known = [f'{t}/{m}' for t in tasks for m in metrics.METRICS]
+    if self.select_metric not in known:
+      raise ValueError(f'select={self.select!r} must be one of {known}')
+    for task, weight in self.task_weights.items():
+      if task not in tasks:
+        raise ValueError(
+          f'task_weights has {task!r}, which is not a task of the schema; it '
+          f'has {tasks}'
+        )
+      if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(
+          f'task_weights[{task!r}]={weight} must be >= 0 and finite'
+        )
+    if not any(self.task_weights.get(task, 1.0) for task in tasks):
+      raise ValueError(
+        f'task_weights={dict(self.task_weights)}: all tasks weigh 0, so there '
+        'is nothing to train; make one of them positive'
+      )
+
+
+def check_same_run(
+  config: TrainConfig, old: dict[str, Any], workdir: pathlib.Path
+) -> None:
+  """Raises ValueError, with the fields, unless `old` is the same run.
+
+  Args:
+    config: the run that is asked for.
+    old: `to_dict` of the config of the one in `workdir`.
+    workdir: its folder.
+  """
+  lines = [
+    line
+    for line in dicts.differences(
+      old, dicts.to_dict(config), ('in workdir', 'asked for')
+    )
+    if not line.startswith(tuple(f'{field}:' for field in _FREE))
+  ]
+  if lines:
+    raise ValueError(
+      f'workdir={str(workdir)!r} holds a run of another config; name another '
+      'workdir, or take over these fields:\n' + '\n'.join(lines)
+    )
+
+
+def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
+  """Raises ValueError if the run cannot be of this dataset."""
+  lines = dicts.differences(
+    dicts.to_dict(config.model.schema),
+    dicts.to_dict(dataset.schema),
+    ('model.schema', 'dataset'),
+  )
+  if lines:
+    raise ValueError(
+      'model.schema is not that of the dataset; set model.schema to its '
+      '`schema`. They differ in:\n' + '\n'.join(lines)
+    )
+  for split in SPLITS:
+    if split not in dataset.splits or not len(dataset.splits[split]):
+      raise ValueError(
+        f'the dataset has no rows in its split {split!r}; training needs '
+        f'{SPLITS}: change how the data is split'
+      )
+    config.check_rows(f'{split} rows', dataset.splits[split].config)

@@ -1,0 +1,87 @@
+"""Scores every row of a split and computes its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from histjax.data import pipeline as pipeline_lib
+from histjax.data.rows import Rows
+from histjax.training import metrics, sharding, step
+
+
+def evaluate(
+  model: nn.Module,
+  params: Any,
+  rows: Rows,
+  pipeline: pipeline_lib.PipelineConfig,
+  mesh: Mesh | None = None,
+) -> dict[str, float]:
+  """The metrics of `params` on `rows`, `{'task/metric': value}`.
+
+  See `predict`, which also gives the single scores.
+  """
+  found = predict(model, params, rows, pipeline, mesh)
+  assert found is not None  # Nothing asked it to stop.
+  return found.result()
+
+
+def predict(
+  model: nn.Module,
+  params: Any,
+  rows: Rows,
+  pipeline: pipeline_lib.PipelineConfig,
+  mesh: Mesh | None = None,
+  *,
+  should_stop: Callable[[], bool] | None = None,
+) -> metrics.RankingMetrics | None:
+  """Scores every candidate of `rows` once, each host its share of them.
+
+  Args:
+    model: a `Ranker`, or any module with its call signature.
+    params: its parameters, on the host or replicated over the mesh.
+    rows: what to score.
+    pipeline: how rows become batches; the metrics do not depend on it.
+    mesh: of `sharding.data_mesh`; None: over all devices.
+    should_stop: asked before each batch.
+
+  Returns:
+    The scores of all hosts, with `result()` and `predictions()`; None if
+    stopped.
+
+  Raises:
+    ValueError: a score is not finite.
+  """
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  # No host waits for another in a batch, since rows are scored one by one.
+  local = sharding.local_mesh(mesh)
+  if jax.process_count() > 1:
+    params = sharding.to_host(params)
+  params = sharding.replicate(params, local)
+  eval_step = step.make_eval_step(model, mesh=local)
+  batches = pipeline_lib.eval_batches(
+    rows,
+    pipeline,
+    row_multiple=mesh.size,
+    shard_index=jax.process_index(),
+    shard_count=jax.process_count(),
+  )
+  found = metrics.RankingMetrics([t.name for t in rows.schema.tasks])
+  try:
+    for batch in batches:
+      if should_stop is not None and should_stop():
+        return None
+      logits = eval_step(params, sharding.put_batch(batch, local))
+      found.update(
+        sharding.to_host(logits),
+        batch.labels,
+        batch.candidates.mask,
+        batch.group,
+      )
+  finally:
+    batches.close()
+  return found.gather()

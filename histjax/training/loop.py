@@ -1,0 +1,349 @@
+"""One training run, from its config to the metrics on the test split."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from histjax import config as dicts
+from histjax.data import datasets, pipeline
+from histjax.models.ranker import Ranker
+from histjax.training import checkpoints as checkpoints_lib
+from histjax.training import config as config_lib
+from histjax.training import evaluation, metrics, sharding
+from histjax.training import optimizer as optimizer_lib
+from histjax.training import report as report_lib
+from histjax.training import state as state_lib
+from histjax.training import step as step_lib
+from histjax.training.config import TrainConfig
+from histjax.training.interrupt import Interrupt
+
+
+def train_and_evaluate(
+  config: TrainConfig,
+  workdir: str | os.PathLike[str],
+  *,
+  dataset: datasets.Dataset | None = None,
+  mesh: Mesh | None = None,
+) -> dict[str, Any]:
+  """Trains a ranker, and tests the parameters that are best on validation.
+
+  A run that was interrupted goes on where it stopped, as if it had not been:
+  on CPUs the result is the same to the bit. SIGTERM and SIGINT (Ctrl-C) end
+  it between two steps, after saving; this then returns as usual, with
+  'interrupted' set. A run that has finished is not repeated.
+
+  Args:
+    config: the run.
+    workdir: a folder for its checkpoints, scalars and metrics.json.
+    dataset: the rows; None: those of `config.data`.
+    mesh: of `sharding.data_mesh`; None: over all devices of all processes.
+
+  Returns:
+    `interrupted`, a bool; `step`, the updates made; `best_step`, `validation`
+    and `test`: the step that was best, and its metrics (None if interrupted
+    before that was known); `history`: for each report of the training loss
+    and each validation, a dict with its `step` and `loss` or `validation`.
+    The same, but for `interrupted`, is in metrics.json once it is finished.
+
+  Raises:
+    ValueError: the config does not fit the dataset, or `workdir` holds a run
+      of another config; the message names the fields.
+    FloatingPointError: the loss, its gradient or the parameters are not
+      finite. The checkpoints are those from before.
+    OSError: `workdir` cannot be written to.
+  """
+  workdir = checkpoints_lib.prepare_workdir(workdir)
+  finished = report_lib.read_metrics(workdir)
+  if finished is not None:
+    config_lib.check_same_run(config, finished.pop('config'), workdir)
+    if jax.process_index() == 0:
+      print(f'{workdir} holds this run, finished; its metrics are returned')
+    return {'interrupted': False, **finished}
+  meta = checkpoints_lib.load_meta(workdir)
+  if meta is not None:
+    config_lib.check_same_run(config, meta['config'], workdir)
+  if dataset is None:
+    dataset = datasets.load(config.data)
+  config_lib.check_dataset(config, dataset)
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  batches = pipeline.train_batches(
+    dataset.splits['train'],
+    config.pipeline,
+    row_multiple=mesh.size,
+    shard_index=jax.process_index(),
+    shard_count=jax.process_count(),
+  )
+  with (
+    contextlib.closing(batches),
+    Interrupt() as interrupt,
+    checkpoints_lib.Checkpoints(
+      workdir, keep=config.keep_checkpoints
+    ) as checkpoints,
+  ):
+    run = _Run(config, workdir, dataset, mesh, batches, checkpoints, interrupt)
+    with run.reporter:
+      return run.result() if run.train() else run.interrupted()
+
+
+@dataclasses.dataclass
+class _Progress:
+  """What is known of the run besides the state; it is saved with it."""
+
+  best_step: int | None = None
+  best_metrics: dict[str, float] | None = None
+  no_better: int = 0
+  evaluated_step: int = 0
+  stopped: bool = False
+  history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class _Run:
+  """The loop's variables."""
+
+  def __init__(
+    self,
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    dataset: datasets.Dataset,
+    mesh: Mesh,
+    batches: pipeline.BatchIterator,
+    checkpoints: checkpoints_lib.Checkpoints,
+    interrupt: Interrupt,
+  ):
+    self.config = config
+    self.workdir = workdir
+    self.splits = dataset.splits
+    self.mesh = mesh
+    self.checkpoints = checkpoints
+    self.interrupt = interrupt
+    self.model = Ranker(config.model)
+    self.batches = batches
+    epoch = self.batches.batches_per_epoch
+    self.num_steps = config.num_steps or epoch * (config.num_epochs or 0)
+    self.eval_every = config.eval_every or epoch
+    tx = optimizer_lib.make_optimizer(config.optimizer, self.num_steps)
+    self.train_step = step_lib.make_train_step(
+      self.model, tx, task_weights=config.task_weights, mesh=mesh
+    )
+    self.state = sharding.replicate(
+      state_lib.create_state(self.model, tx, config.model.schema, config.seed),
+      mesh,
+    )
+    self.progress = _Progress()
+    self.shapes: set[tuple[int, ...]] = set()
+    restored = checkpoints.restore(self.state)
+    if restored is not None:
+      self.state, meta = restored
+      self.batches.set_state(meta['data'])
+      self.progress = _Progress(**meta['progress'])
+    self.step = int(self.state.step)
+    self.saved_step = self.step if restored else -1
+    self.unsaved = restored is None
+    self.reporter = report_lib.Reporter(
+      workdir,
+      self.num_steps,
+      start=self.step,
+      tensorboard=config.tensorboard,
+      quiet=jax.process_index() > 0,
+    )
+    count = sum(x.size for x in jax.tree.leaves(self.state.params))
+    self.reporter.message(
+      f'{"Resuming" if restored else "Starting"} at step {self.step} of '
+      f'{self.num_steps}: {len(self.splits["train"])} rows, {epoch} batches '
+      f'an epoch, {count} parameters, {mesh.size} devices'
+    )
+
+  def train(self) -> bool:
+    """Trains to the end; False if interrupted."""
+    while True:
+      if self._is_due(self.eval_every) and (
+        self.progress.evaluated_step < self.step
+      ):
+        if not self._validate():
+          break
+        self._save()
+      elif self._is_due(self.config.checkpoint_every):
+        self._save()
+      if self.progress.stopped or self.step >= self.num_steps:
+        return True
+      if self.interrupt.requested(self.step):
+        break
+      self._advance()
+    self._save()
+    return False
+
+  def interrupted(self) -> dict[str, Any]:
+    """What is known when the run is interrupted."""
+    reason = self.interrupt.signal
+    self.reporter.message(
+      f'Stopped at step {self.step} by {reason.name if reason else "request"}; '
+      'saved: the same command goes on from there'
+    )
+    return {'interrupted': True, **self._summary(test=None)}
+
+  def result(self) -> dict[str, Any]:
+    """Tests the best parameters and writes metrics.json."""
+    best = self.progress.best_step
+    params = self.state.params
+    if best != self.step:
+      assert best is not None  # The last step is validated.
+      params = self.checkpoints.restore_params(best, params)
+    found = evaluation.predict(
+      self.model,
+      params,
+      self.splits['test'],
+      self.config.pipeline,
+      self.mesh,
+      should_stop=self.interrupt.received,
+    )
+    if found is None:
+      return self.interrupted()
+    summary = self._summary(test=found.result())
+    if jax.process_index() == 0:
+      report_lib.write_metrics(
+        self.workdir, {**summary, 'config': dicts.to_dict(self.config)}
+      )
+    self.reporter.scalars(
+      self.step, {f'test/{k}': v for k, v in summary['test'].items()}
+    )
+    self.reporter.message(
+      f'Test, with the parameters of step {best}: '
+      f'{report_lib.format_metrics(summary["test"])}'
+    )
+    return {'interrupted': False, **summary}
+
+  def _summary(self, test: dict[str, float] | None) -> dict[str, Any]:
+    return {
+      'step': self.step,
+      'best_step': self.progress.best_step,
+      'validation': self.progress.best_metrics,
+      'test': test,
+      'history': self.progress.history,
+    }
+
+  def _is_due(self, every: int) -> bool:
+    if not self.step or not every:
+      return False
+    return self.step % every == 0 or self.step == self.num_steps
+
+  def _advance(self) -> None:
+    batch = next(self.batches)
+    events = next(iter(batch.history.features.values()))
+    self.shapes.add((*events.shape, batch.candidates.shape[1]))
+    self.state = self.train_step(
+      self.state, sharding.put_batch(batch, self.mesh)
+    )
+    self.step += 1
+    self.unsaved = True
+    if self._is_due(self.config.log_every):
+      self._report()
+
+  def _report(self) -> None:
+    """Fetches the loss; the only time that training waits for the device."""
+    window = self._check_finite()
+    steps = int(window.steps)
+    loss = float(window.loss) / steps
+    self.reporter.progress(
+      self.step,
+      loss=loss,
+      steps=steps,
+      candidates=int(window.candidates),
+      shapes=len(self.shapes),
+    )
+    self.progress.history.append({'step': self.step, 'loss': loss})
+    empty = sharding.replicate(state_lib.LossWindow.empty(), self.mesh)
+    self.state = dataclasses.replace(self.state, window=empty)
+
+  def _validate(self) -> bool:
+    """Evaluates and notes what follows from it; False if interrupted."""
+    self._check_finite()
+    self.reporter.pause()
+    found = evaluation.predict(
+      self.model,
+      self.state.params,
+      self.splits['validation'],
+      self.config.pipeline,
+      self.mesh,
+      should_stop=self.interrupt.received,
+    )
+    self.reporter.resume()
+    if found is None:
+      return False
+    values = found.result()
+    self.reporter.message(
+      f'Validation at step {self.step}: {report_lib.format_metrics(values)}'
+    )
+    self.reporter.scalars(
+      self.step, {f'validation/{k}': v for k, v in values.items()}
+    )
+    self._note(values)
+    return True
+
+  def _note(self, values: dict[str, float]) -> None:
+    name, progress = self.config.select_metric, self.progress
+    value = values[name]
+    if math.isnan(value):
+      raise ValueError(
+        f'select={name!r} is undefined on the validation split, whose labels '
+        'are all the same (for GAUC: of each user); select another metric'
+      )
+    sign = 1 if metrics.higher_is_better(name) else -1
+    best = progress.best_metrics
+    if best is None or sign * (value - best[name]) > 0:
+      progress.best_step, progress.best_metrics = self.step, values
+      progress.no_better = 0
+    else:
+      progress.no_better += 1
+    progress.evaluated_step, self.unsaved = self.step, True
+    progress.history.append({'step': self.step, 'validation': values})
+    patience = self.config.patience
+    if patience is not None and progress.no_better >= patience:
+      progress.stopped = True
+      self.reporter.message(
+        f'{name} has not improved for {patience} validations: stopping early'
+      )
+
+  def _save(self) -> None:
+    """Saves, if anything has changed."""
+    if not self.unsaved:
+      return
+    self._check_finite()
+    self.reporter.pause()
+    self.checkpoints.save(
+      self.state,
+      {
+        'best_step': self.progress.best_step,
+        'config': dicts.to_dict(self.config),
+        'progress': dataclasses.asdict(self.progress),
+        'data': self.batches.get_state(),
+      },
+    )
+    self.saved_step, self.unsaved = self.step, False
+    self.reporter.resume()
+
+  def _check_finite(self) -> state_lib.LossWindow:
+    window = sharding.to_host(self.state.window)
+    if window.diverged_at >= 0:
+      saved = self.saved_step
+      raise FloatingPointError(
+        'the loss, its gradient or the parameters were not finite in step '
+        f'{int(window.diverged_at) + 1}. Lower optimizer.learning_rate='
+        f'{self.config.optimizer.learning_rate} or '
+        'optimizer.table_learning_rate='
+        f'{self.config.optimizer.table_learning_rate}, set '
+        'optimizer.clip_norm, or look for huge feature values. '
+        + (
+          f'The last good checkpoint is that of step {saved}'
+          if saved >= 0
+          else 'There is no checkpoint yet'
+        )
+      )
+    return window

@@ -1,0 +1,214 @@
+"""The progress line, TensorBoard scalars and metrics.json of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+METRICS_FILE = 'metrics.json'
+
+
+class Reporter:
+  """Tells the user how a run is going; use as a context manager.
+
+  On a terminal the progress line is overwritten in place; elsewhere each is
+  a line of its own.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    num_steps: int,
+    *,
+    start: int = 0,
+    tensorboard: bool = True,
+    stream: TextIO | None = None,
+    quiet: bool = False,
+  ):
+    """Starts the clock.
+
+    Args:
+      workdir: of the run; scalars go to its folder 'tensorboard'.
+      num_steps: of the whole run.
+      start: the step that the run goes on from; later scalars of an earlier
+        attempt are hidden.
+      tensorboard: whether to write scalars.
+      stream: where lines go; None: stdout.
+      quiet: write nothing at all, as all processes but the first do.
+
+    Raises:
+      ImportError: `tensorboard` without tensorboardX.
+    """
+    self._num_steps = num_steps
+    self._stream = sys.stdout if stream is None else stream
+    self._quiet = quiet
+    self._open_line = False
+    self._writer: Any = None
+    if tensorboard and not quiet:
+      self._writer = _summary_writer()(
+        str(workdir / 'tensorboard'), purge_step=start + 1
+      )
+    self._busy = 0.0
+    self._since = time.monotonic()
+
+  def __enter__(self) -> Reporter:
+    return self
+
+  def __exit__(self, *unused_exception: object) -> None:
+    self._end_line()
+    if self._writer is not None:
+      self._writer.close()
+
+  def pause(self) -> None:
+    """Stops the clock; what follows is not training."""
+    self._busy += time.monotonic() - self._since
+
+  def resume(self) -> None:
+    """Starts the clock again."""
+    self._since = time.monotonic()
+
+  def progress(
+    self, step: int, *, loss: float, steps: int, candidates: int, shapes: int
+  ) -> None:
+    """Reports the training since the last time.
+
+    Args:
+      step: updates made so far.
+      loss: the mean over these steps.
+      steps: how many.
+      candidates: how many were trained on.
+      shapes: batch shapes seen, each of which was compiled.
+    """
+    self.pause()
+    seconds, self._busy = max(self._busy, 1e-9), 0.0
+    self.resume()
+    left = (self._num_steps - step) * seconds / steps
+    share = step / self._num_steps
+    self._line(
+      f'step {step}/{self._num_steps} ({share:.0%})  loss {loss:.4f}  '
+      f'{_si(candidates / seconds)} candidates/s  {_si(steps / seconds)} '
+      f'steps/s  {shapes} shapes  ETA {_clock(left)}',
+      last=step >= self._num_steps,
+    )
+    self.scalars(
+      step,
+      {
+        'train/loss': loss,
+        'train/candidates_per_second': candidates / seconds,
+        'train/steps_per_second': steps / seconds,
+      },
+    )
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes values, named `<what>/<name>`, to TensorBoard."""
+    if self._writer is not None:
+      for name, value in values.items():
+        if math.isfinite(value):
+          self._writer.add_scalar(name, value, step)
+      self._writer.flush()
+
+  def message(self, text: str) -> None:
+    """Writes a line that stays."""
+    self._end_line()
+    if not self._quiet:
+      print(text, file=self._stream, flush=True)
+
+  def _line(self, text: str, *, last: bool) -> None:
+    if self._quiet:
+      return
+    if self._stream.isatty():
+      print(f'\r\x1b[K{text}', end='', file=self._stream, flush=True)
+      self._open_line = True
+      if last:
+        self._end_line()
+    else:
+      print(text, file=self._stream, flush=True)
+
+  def _end_line(self) -> None:
+    if self._open_line:
+      print(file=self._stream, flush=True)
+      self._open_line = False
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+  """`name value` of each, for a line."""
+  return '  '.join(f'{name} {value:.4f}' for name, value in values.items())
+
+
+def write_metrics(workdir: pathlib.Path, values: Mapping[str, Any]) -> None:
+  """Writes metrics.json, whole or not at all; NaN becomes null."""
+  path = workdir / METRICS_FILE
+  temporary = path.with_suffix(f'.{os.getpid()}.tmp')
+  text = json.dumps(_without_nan(values), indent=2, allow_nan=False)
+  temporary.write_text(text + '\n')
+  os.replace(temporary, path)
+
+
+def read_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """What `write_metrics` wrote; null becomes NaN in metrics. None: nothing.
+
+  Raises:
+    ValueError: the file is not one of ours.
+  """
+  path = workdir / METRICS_FILE
+  if not path.exists():
+    return None
+  try:
+    values = json.loads(path.read_text())
+    for split in ('validation', 'test'):
+      values[split] = _with_nan(values[split])
+    for entry in values['history']:
+      if 'validation' in entry:
+        entry['validation'] = _with_nan(entry['validation'])
+    values['config']  # A run without it cannot be told from another.
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise ValueError(
+      f'{path} was not written by this version of histjax ({e!r}); name '
+      'another workdir, or delete the file to train again'
+    ) from e
+  return values
+
+
+def _without_nan(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {k: _without_nan(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_without_nan(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _with_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+  return {k: math.nan if v is None else v for k, v in values.items()}
+
+
+def _summary_writer() -> Any:
+  try:
+    import tensorboardX  # Of the extra `experiments`, so not at the top.
+  except ImportError as e:
+    raise ImportError(
+      'tensorboard=True needs tensorboardX: pip install '
+      "'histjax[experiments]', or set tensorboard=False"
+    ) from e
+  return tensorboardX.SummaryWriter
+
+
+def _si(value: float) -> str:
+  for unit in ('', 'k', 'M', 'G'):
+    if value < 1000 or unit == 'G':
+      break
+    value /= 1000
+  return f'{value:.3g}{unit}'
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'

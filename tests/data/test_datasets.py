@@ -1,0 +1,194 @@
+"""Every dataset by its name, and a log of one's own from a dict."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from histjax import config as config_lib
+from histjax.data import datasets, synthetic
+from histjax.data.events import FractionSplit, TimeSplit
+from histjax.data.rows import RowConfig
+from histjax.data.schema import Categorical, Dense, Schema, Task
+from tests.data import official
+
+SMALL = synthetic.SyntheticConfig(num_users=20, requests_per_user=5)
+OWN = Schema(
+  user='member',
+  time='when',
+  item=(Categorical('post', 1000, ids='hash'), Dense('age_hours', log=True)),
+  action=(Categorical('reaction', 4),),
+  tasks=(Task('clicked', column='reaction', threshold=1),),
+  time_gap_buckets=16,
+)
+
+
+def write_own(path, **change):
+  data = {
+    'member': ['ann', 'bob', 'ann', 'ann'],
+    'when': pa.array([60, 5, 10, 99], pa.timestamp('s')),
+    'post': ['p1', 'p2', 'p3', 'p1'],
+    'age_hours': [0.5, 1.0, 2.0, 8.0],
+    'reaction': [0, 3, 1, 0],
+    **change,
+  }
+  pq.write_table(pa.table(data), path)
+  return str(path)
+
+
+def test_synthetic():
+  data = datasets.load(datasets.DataConfig(synthetic=SMALL))
+  assert {k: len(v) for k, v in data.splits.items()} == {
+    'train': 20,
+    'validation': 20,
+    'test': 20,
+  }
+  assert data.schema == synthetic.schema(SMALL)
+  assert data.splits['test'].candidate_counts.tolist() == [2] * 20
+
+
+def test_tasks():
+  config = datasets.DataConfig(synthetic=SMALL, tasks=('like',))
+  data = datasets.load(config)
+  assert [t.name for t in data.schema.tasks] == ['like']
+  assert list(data.splits['train'][0].labels) == ['like']
+  assert list(synthetic.bayes_auc(data.splits['test'])) == ['like']
+
+
+def test_eval_rows():
+  config = datasets.DataConfig(
+    synthetic=SMALL, eval_rows=RowConfig('request', history_length=3)
+  )
+  data = datasets.load(config)
+  assert data.splits['train'].config.kind == 'streaming'
+  assert data.splits['test'].config.kind == 'request'
+
+
+def test_movielens(tmp_path):
+  official.write_folder(tmp_path, 'ml-1m', official.movielens_files())
+  data = datasets.load(
+    datasets.DataConfig(
+      'movielens', data_dir=str(tmp_path / 'd'), manual_dir=str(tmp_path)
+    )
+  )
+  # floor(0.8 * 3) = 2 and floor(0.9 * 3) = 2; of one rating: 0 and 0.
+  counts = {k: v.candidate_counts.tolist() for k, v in data.splits.items()}
+  assert counts == {'train': [2], 'validation': [], 'test': [1, 1]}
+
+
+def test_kuairand(tmp_path):
+  official.write_folder(tmp_path, 'KuaiRand-Pure', official.kuairand_files())
+  places = {'data_dir': str(tmp_path / 'd'), 'manual_dir': str(tmp_path)}
+  strict = RowConfig(ties='strict')
+  data = datasets.load(datasets.DataConfig('kuairand', strict, **places))
+  assert [t.name for t in data.schema.tasks] == ['click']
+  counts = {k: v.candidate_counts.tolist() for k, v in data.splits.items()}
+  assert counts == {'train': [1], 'validation': [2, 1], 'test': [1]}
+  both = datasets.DataConfig(
+    'kuairand', strict, tasks=('long_view', 'click'), **places
+  )
+  names = [t.name for t in datasets.load(both).schema.tasks]
+  assert names == ['long_view', 'click']
+
+
+def test_kuairand_needs_strict_ties():
+  strict = RowConfig(ties='strict')
+  for fields in ({}, {'rows': strict, 'eval_rows': RowConfig()}):
+    with pytest.raises(ValueError, match="set ties='strict'"):
+      datasets.load(datasets.DataConfig('kuairand', **fields))
+
+
+def test_own_log(tmp_path):
+  config = datasets.DataConfig(
+    'events',
+    paths=(write_own(tmp_path / 'log.parquet'),),
+    schema=OWN,
+    split=TimeSplit('1970-01-01T00:01:00', '1970-01-01T00:01:30'),
+  )
+  data = datasets.load(config)
+  rows = data.splits
+  assert rows['train'].keys.tolist() == ['ann', 'bob']
+  assert len(rows['train']) == 2
+  (test,) = rows['test']
+  assert test.visible.tolist() == [2]
+  assert test.history['reaction'].tolist() == [1, 0]
+  assert test.candidates['time_gap'].tolist() == [5]  # 39 s.
+  (validation,) = rows['validation']
+  assert validation.labels['clicked'].tolist() == [0]
+  config = datasets.DataConfig(**{**vars(config), 'require_sorted': True})
+  with pytest.raises(ValueError, match="user 'ann' further up"):
+    datasets.load(config)
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    datasets.DataConfig(),
+    datasets.DataConfig('kuairand', eval_rows=RowConfig('pointwise', 50)),
+    datasets.DataConfig(
+      'events', paths=('a',), schema=OWN, split=TimeSplit(3, '2022-05-01')
+    ),
+    datasets.DataConfig(
+      'events', paths=('a',), schema=OWN, split=FractionSplit(0.5, 0.25)
+    ),
+  ],
+)
+def test_config_survives_json(config):
+  values = json.loads(json.dumps(config_lib.to_dict(config)))
+  assert config_lib.from_dict(datasets.DataConfig, values) == config
+
+
+def test_misspelt_schema_is_refused():
+  values = config_lib.to_dict(OWN)
+  values['item'][0]['sise'] = 3
+  with pytest.raises(ValueError, match=r'item\.0\.sise.*size'):
+    config_lib.from_dict(Schema, values)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'name': 'movies'}, "name='movies' must be one of"),
+    ({'name': 'events'}, 'needs paths'),
+    ({'name': 'events', 'paths': ('a',)}, 'needs paths'),
+    ({'paths': ('a',)}, "of name='events', not of 'synthetic'"),
+    ({'name': 'kuairand', 'schema': OWN}, "not of 'kuairand'"),
+  ],
+)
+def test_bad_config(fields, message):
+  with pytest.raises(ValueError, match=message):
+    datasets.DataConfig(**fields)
+
+
+def test_unknown_task():
+  config = datasets.DataConfig(synthetic=SMALL, tasks=('share',))
+  with pytest.raises(ValueError, match="'share' is none of"):
+    datasets.load(config)
+
+
+def test_own_log_needs_no_tfds(tmp_path):
+  path = write_own(tmp_path / 'log.parquet')
+  code = (
+    'import sys; from histjax.data import datasets, schema as s;'
+    "x = s.Schema('member', 'when', (s.Categorical('reaction', 4),),"
+    " (s.Task('reaction', threshold=1),));"
+    f"d = datasets.load(datasets.DataConfig('events', paths=({path!r},),"
+    ' schema=x));'
+    "print(len(d.log), 'tensorflow_datasets' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == ['4', 'False']
+
+
+def test_group_is_the_users_own_key(tmp_path):
+  path = write_own(tmp_path / 'log.parquet', member=[900, 7, 900, 900])
+  data = datasets.load(datasets.DataConfig('events', paths=(path,), schema=OWN))
+  rows = data.splits['train']
+  assert [int(rows.keys[r.group]) for r in rows] == [900]
+  assert np.issubdtype(rows.keys.dtype, np.integer)

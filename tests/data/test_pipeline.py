@@ -1,0 +1,277 @@
+"""Every row once an epoch, on whichever hosts, from wherever it stopped."""
+
+import json
+import math
+
+import chex
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from histjax.data import pipeline
+from histjax.data.batches import validate_batch
+from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig
+from histjax.data.schema import Categorical, Schema, Task
+
+SCHEMA = Schema(
+  user='user',
+  time='time',
+  context=(Categorical('user', 1000),),
+  item=(Categorical('item', 100_000),),
+  action=(Categorical('click', 2),),
+  tasks=(Task('click'),),
+)
+
+
+def make_rows(seed=0, users=40, longest=30, **config):
+  """Rows of users with very different numbers of events."""
+  rng = np.random.default_rng(seed)
+  count = rng.integers(1, longest + 1, users)
+  n = int(count.sum())
+  data = {
+    'user': np.repeat(np.arange(users), count),
+    'time': np.arange(n),
+    'item': np.arange(n),  # Tells the events apart.
+    'click': rng.integers(0, 2, n),
+  }
+  log = EventLog.from_columns(data, SCHEMA)
+  return log.rows(rng.random(n) < 0.9, RowConfig(**config))
+
+
+def config(**fields) -> pipeline.PipelineConfig:
+  return pipeline.PipelineConfig(
+    **{'batch_events': 200, 'num_threads': 0, **fields}
+  )
+
+
+def items(batch) -> list[int]:
+  return batch.candidates.features['item'][batch.candidates.mask].tolist()
+
+
+class TrainBatchesTest(parameterized.TestCase):
+  @parameterized.parameters('pointwise', 'streaming')
+  @settings(max_examples=8)
+  @given(
+    seed=st.integers(0, 999),
+    users=st.integers(1, 30),
+    multiple=st.sampled_from([1, 2, 8]),
+    threads=st.sampled_from([0, 2]),
+  )
+  def test_every_row_once_an_epoch(self, kind, seed, users, multiple, threads):
+    rows = make_rows(seed, users, kind=kind)
+    assume(len(rows))
+    batches = pipeline.train_batches(
+      rows,
+      config(seed=seed, num_threads=threads),
+      row_multiple=multiple,
+      num_epochs=2,
+    )
+    epochs = [[], []]
+    for number, batch in enumerate(batches):
+      validate_batch(batch, SCHEMA)
+      self.assertEqual(len(batch.group) % multiple, 0)
+      epochs[number // batches.batches_per_epoch] += items(batch)
+    batches.close()
+    wanted = sorted(rows.log.features['item'][rows.events].tolist())
+    self.assertEqual(sorted(epochs[0]), wanted)
+    self.assertEqual(sorted(epochs[1]), wanted)
+
+  def test_shapes_are_those_of_the_buckets(self):
+    rows = make_rows()
+    batches = pipeline.train_batches(rows, config(), num_epochs=1)
+    shapes = {
+      (b.num_events, b.num_candidates, b.num_rows) for b in batches.buckets
+    }
+    self.assertGreater(len(shapes), 1)
+    for batch in batches:
+      n, width = batch.history.features['item'].shape
+      self.assertIn((width, batch.candidates.mask.shape[1], n), shapes)
+      self.assertLessEqual(n * (width + batch.candidates.mask.shape[1]), 200)
+
+  def test_epochs_and_seeds_differ(self):
+    rows = make_rows()
+    batches = pipeline.train_batches(rows, config(), num_epochs=2)
+    found = [items(b) for b in batches]
+    half = batches.batches_per_epoch
+    self.assertNotEqual(found[:half], found[half:])
+    # Batches are made of other rows, not only in another order.
+    self.assertNotEqual(
+      sorted(sorted(b) for b in found[:half]),
+      sorted(sorted(b) for b in found[half:]),
+    )
+    again = pipeline.train_batches(rows, config(), num_epochs=2)
+    self.assertEqual([items(b) for b in again], found)
+    other = pipeline.train_batches(rows, config(seed=1), num_epochs=1)
+    self.assertNotEqual([items(b) for b in other], found[:half])
+
+  def test_goes_on_without_end(self):
+    batches = pipeline.train_batches(make_rows(users=2), config())
+    for _ in range(5 * batches.batches_per_epoch):
+      next(batches)
+
+  @parameterized.product(threads=(0, 2), steps=(0, 1, 7, 23))
+  def test_resumes_bit_for_bit(self, threads, steps):
+    rows = make_rows()
+    fields = config(num_threads=threads)
+    batches = pipeline.train_batches(rows, fields, num_epochs=3)
+    for _ in range(steps):
+      next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    fresh = pipeline.train_batches(rows, fields, num_epochs=3)
+    for _ in range(3):  # Wherever it was before.
+      next(fresh)
+    fresh.set_state(state)
+    rest, again = list(batches), list(fresh)
+    self.assertLen(rest, 3 * batches.batches_per_epoch - steps)
+    chex.assert_trees_all_equal(rest, again, strict=True)
+
+  @parameterized.parameters(
+    {'seed': 1}, {'batch_events': 300}, {'history_buckets': (64,)}
+  )
+  def test_position_of_another_order_is_refused(self, **fields):
+    rows = make_rows()
+    state = pipeline.train_batches(rows, config()).get_state()
+    other = pipeline.train_batches(rows, config(**fields))
+    with self.assertRaisesRegex(ValueError, 'another order of batches'):
+      other.set_state(state)
+    other = pipeline.train_batches(make_rows(seed=1), config())
+    with self.assertRaisesRegex(ValueError, 'another order of batches'):
+      other.set_state(state)
+
+  @parameterized.product(hosts=(2, 4), train=(True, False))
+  def test_hosts_share_each_batch(self, hosts, train):
+    rows = make_rows()
+
+    def batches(**kwargs):
+      if train:
+        kwargs['num_epochs'] = 2
+      make = pipeline.train_batches if train else pipeline.eval_batches
+      return list(make(rows, config(), row_multiple=4, **kwargs))
+
+    whole = batches()
+    shards = [batches(shard_index=i, shard_count=hosts) for i in range(hosts)]
+    for shard in shards:
+      self.assertLen(shard, len(whole))
+    for step, batch in enumerate(whole):
+      parts = [shard[step] for shard in shards]
+      chex.assert_trees_all_equal_shapes_and_dtypes(*parts)
+      joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+      chex.assert_trees_all_equal(joined, batch, strict=True)
+
+  def test_position_does_not_depend_on_the_hosts(self):
+    rows = make_rows()
+    one = pipeline.train_batches(rows, config(), row_multiple=4)
+    for _ in range(5):
+      next(one)
+    two = pipeline.train_batches(
+      rows, config(), row_multiple=4, shard_index=1, shard_count=2
+    )
+    two.set_state(one.get_state())
+    whole, part = next(one), next(two)
+    half = len(whole.group) // 2
+    np.testing.assert_array_equal(whole.group[half:], part.group)
+
+
+class EvalBatchesTest(parameterized.TestCase):
+  @parameterized.parameters(1, 8)
+  def test_every_row_once_in_order(self, multiple):
+    rows = make_rows()
+    batches = pipeline.eval_batches(rows, config(), row_multiple=multiple)
+    found = list(batches)
+    self.assertLen(found, batches.batches_per_epoch)
+    self.assertEqual(
+      sorted(i for b in found for i in items(b)),
+      sorted(rows.log.features['item'][rows.events].tolist()),
+    )
+    again = pipeline.eval_batches(rows, config(seed=5), row_multiple=multiple)
+    chex.assert_trees_all_equal(list(again), found, strict=True)
+
+
+class BucketTest(parameterized.TestCase):
+  @settings(max_examples=10)
+  @given(
+    seed=st.integers(0, 99),
+    events=st.integers(1, 500),
+    multiple=st.sampled_from([1, 3, 8]),
+    hosts=st.sampled_from([1, 2]),
+    auto=st.integers(1, 5),
+  )
+  def test_smallest_that_fits(self, seed, events, multiple, hosts, auto):
+    rows = make_rows(seed)
+    fields = config(batch_events=events, auto_buckets=auto)
+    buckets = pipeline.make_buckets(
+      rows, fields, row_multiple=multiple, shard_count=hosts
+    )
+    self.assertLessEqual(len(buckets), auto)
+    sizes = sorted({b.num_events for b in buckets})
+    found = []
+    unit = math.lcm(multiple, hosts)
+    for bucket in buckets:
+      found += bucket.rows.tolist()
+      length = rows.history_lengths[bucket.rows]
+      smaller = [s for s in sizes if s < bucket.num_events]
+      self.assertLessEqual(length.max(), bucket.num_events)
+      self.assertGreater(length.min(), max(smaller, default=-1))
+      self.assertLessEqual(
+        rows.candidate_counts[bucket.rows].max(), bucket.num_candidates
+      )
+      self.assertEqual(bucket.num_rows % unit, 0)
+      cost = bucket.num_events + bucket.num_candidates
+      # As many rows as fit; at least one for each device.
+      self.assertGreater((bucket.num_rows + unit) * cost, events)
+      if bucket.num_rows > unit:
+        self.assertLessEqual(bucket.num_rows * cost, events)
+    self.assertEqual(sorted(found), list(range(len(rows))))
+
+  def test_given(self):
+    rows = make_rows()
+    buckets = pipeline.make_buckets(
+      rows, config(history_buckets=(5, 40), candidate_buckets=(2, 4, 30))
+    )
+    self.assertContainsSubset(
+      {(b.num_events, b.num_candidates) for b in buckets},
+      {(5, 2), (5, 4), (5, 30), (40, 2), (40, 4), (40, 30)},
+    )
+
+  def test_no_history_has_one_empty_slot(self):
+    rows = make_rows(kind='pointwise', history_length=0)
+    (bucket,) = pipeline.make_buckets(rows, config())
+    self.assertEqual((bucket.num_events, bucket.num_candidates), (1, 1))
+
+  @parameterized.parameters(
+    ({'history_buckets': (5,)}, r'user \d+ has \d+ events .*history_buckets'),
+    ({'candidate_buckets': (2,)}, r'user \d+ has \d+ candidates.*larger buck'),
+  )
+  def test_row_larger_than_the_largest(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      pipeline.train_batches(make_rows(), config(**fields))
+
+  @parameterized.parameters(
+    ({'history_buckets': (8, 4)}, r'history_buckets=\(8, 4\) must be incr'),
+    ({'candidate_buckets': (0,)}, 'candidate_buckets'),
+    ({'batch_events': 0}, 'batch_events=0'),
+    ({'seed': -1}, 'seed=-1'),
+    ({'num_threads': -1}, 'num_threads=-1'),
+    ({'prefetch': -1}, 'prefetch=-1'),
+    ({'auto_buckets': 0}, 'auto_buckets=0'),
+  )
+  def test_bad_config(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      config(**fields)
+
+  def test_bad_arguments(self):
+    rows = make_rows()
+    with self.assertRaisesRegex(ValueError, 'shard_index=2 must be in'):
+      pipeline.train_batches(rows, config(), shard_index=2, shard_count=2)
+    with self.assertRaisesRegex(ValueError, 'row_multiple=0'):
+      pipeline.eval_batches(rows, config(), row_multiple=0)
+    empty = rows.log.rows(np.zeros(len(rows.log), bool), RowConfig())
+    with self.assertRaisesRegex(ValueError, 'no rows'):
+      pipeline.eval_batches(empty, config())
+
+
+if __name__ == '__main__':
+  absltest.main()

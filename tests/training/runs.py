@@ -1,0 +1,57 @@
+"""A small run on the synthetic data, shared by the tests of whole runs."""
+
+import dataclasses
+import functools
+
+import jax
+
+from histjax.data import datasets, pipeline, synthetic
+from histjax.models import ranker
+from histjax.nn import encoder, interaction
+from histjax.training import config as config_lib
+from histjax.training import loop, sharding
+
+DATA = datasets.DataConfig(
+  synthetic=synthetic.SyntheticConfig(
+    num_users=40, requests_per_user=10, candidates_per_request=2, num_items=20
+  )
+)
+MODEL = ranker.RankerConfig(
+  schema=synthetic.schema(DATA.synthetic),
+  encoder=encoder.EncoderConfig(
+    num_layers=1, width=8, num_heads=2, dropout=0.1
+  ),
+  interaction=interaction.InteractionConfig(cross_rank=4, mlp_widths=(8,)),
+  embedding_dim=4,
+)
+CONFIG = config_lib.TrainConfig(
+  model=MODEL,
+  data=DATA,
+  pipeline=pipeline.PipelineConfig(
+    batch_events=256, history_buckets=(20,), candidate_buckets=(16,)
+  ),
+  num_steps=12,
+  eval_every=5,
+  checkpoint_every=4,
+  log_every=3,
+  tensorboard=False,
+)
+
+
+@functools.cache
+def dataset():
+  return datasets.load(DATA)
+
+
+def mesh(num_devices=1):
+  """One device by default: a program for eight takes longer to compile."""
+  return sharding.data_mesh(jax.devices()[:num_devices])
+
+
+def run(workdir, *, num_devices=1, config=CONFIG, **changes):
+  return loop.train_and_evaluate(
+    dataclasses.replace(config, **changes),
+    workdir,
+    dataset=dataset(),
+    mesh=mesh(num_devices),
+  )

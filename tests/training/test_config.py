@@ -1,0 +1,102 @@
+"""Runs that cannot be right are refused before they start."""
+
+import dataclasses
+
+import pytest
+
+from histjax.data import rows
+from histjax.models import ranker
+from histjax.nn import encoder
+from histjax.training import config as config_lib
+from tests import support
+
+MODEL = support.config()
+
+
+def make(**fields):
+  return config_lib.TrainConfig(**{'model': MODEL, 'num_steps': 10, **fields})
+
+
+def with_encoder(**fields):
+  return dataclasses.replace(MODEL, encoder=encoder.EncoderConfig(**fields))
+
+
+def with_rows(field='rows', **fields):
+  config = make().data
+  return dataclasses.replace(config, **{field: rows.RowConfig(**fields)})
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'num_steps': None}, 'num_epochs=None and num_steps=None: set one'),
+    ({'num_epochs': 1}, 'num_epochs=1 and num_steps=10: set one'),
+    ({'num_steps': 0}, 'num_steps=0 must be at least 1'),
+    ({'log_every': 0}, 'log_every=0 must be at least 1'),
+    ({'patience': 0}, 'patience=0 must be at least 1'),
+    ({'eval_every': -1}, 'eval_every=-1 must be at least 0'),
+    ({'select': 'like/acu'}, r"select='like/acu' must be one of \['click/auc'"),
+    ({'select': 'auc'}, "select='auc' must be one of"),
+    ({'task_weights': {'lik': 1.0}}, "task_weights has 'lik'.*'click', 'like'"),
+    ({'task_weights': {'like': -1.0}}, r"task_weights\['like'\]=-1.0 must be"),
+    ({'task_weights': {'like': float('nan')}}, "'like'.=nan must be >= 0"),
+    ({'task_weights': {'like': 0, 'click': 0}}, 'all tasks weigh 0'),
+    (
+      {'model': with_encoder(causal=False)},
+      r"data\.rows\.kind='streaming' with model\.encoder\.causal=False.*"
+      r'Set model\.encoder\.causal=True, or data\.rows\.kind=',
+    ),
+    (
+      {'model': with_encoder(positions='recency')},
+      r"positions='recency'.*positions='rotary'",
+    ),
+    (
+      {'data': with_rows(history_length=9)},
+      r'history_length=9 .*window=None and model.encoder.num_layers=2 a score '
+      r'reads the whole history.*Set model\.encoder\.window to 5 or less, or '
+      r'data\.rows\.history_length=None',
+    ),
+    (
+      {
+        'data': with_rows(history_length=9),
+        'model': with_encoder(num_layers=2, window=6),
+      },
+      r'window=6 .* reads 11: .* to 5 or less',
+    ),
+    (
+      {
+        'data': with_rows('eval_rows', history_length=9),
+      },
+      r'data\.eval_rows\.history_length=9',
+    ),
+  ],
+)
+def test_refuses(fields, message):
+  with pytest.raises(ValueError, match=message):
+    make(**fields)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'num_steps': None, 'num_epochs': 2},
+    {'select': 'like/gauc', 'task_weights': {'like': 0.0}},
+    {'model': with_encoder(causal=False), 'data': with_rows(kind='request')},
+    {
+      'model': with_encoder(positions='recency'),
+      'data': with_rows(kind='pointwise', history_length=9),
+    },
+    {'data': with_rows(history_length=9, on_overflow='error')},
+    {
+      'data': with_rows(history_length=9),
+      'model': with_encoder(num_layers=2, window=5),
+    },
+  ],
+)
+def test_takes(fields):
+  assert isinstance(make(**fields).model, ranker.RankerConfig)
+
+
+def test_the_first_task_selects_by_default():
+  assert make().select_metric == 'click/auc'
+  assert make(select='like/ne').select_metric == 'like/ne'

@@ -1,0 +1,357 @@
+"""Whole runs, on the synthetic data with the real ranker."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from histjax import config as config_lib
+from histjax.models import ranker
+from histjax.training import checkpoints, evaluation, loop, metrics
+from histjax.training import config as train_config
+from histjax.training import optimizer as optimizer_lib
+from histjax.training import state as state_lib
+from tests.training import runs
+
+CONFIG = runs.CONFIG
+
+
+def saved(workdir):
+  """Everything in the latest checkpoint."""
+  tx = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.num_steps)
+  template = state_lib.create_state(
+    ranker.Ranker(CONFIG.model), tx, CONFIG.model.schema, 0
+  )
+  with checkpoints.Checkpoints(workdir) as manager:
+    state, meta = manager.restore(template)
+  return jax.device_get(
+    dataclasses.replace(state, rng=jax.random.key_data(state.rng))
+  ), meta
+
+
+def assert_same_run(workdir, other):
+  """Parameters, optimizer, position, history and metrics, to the bit."""
+  (state, meta), (other_state, other_meta) = saved(workdir), saved(other)
+  chex.assert_trees_all_equal(state, other_state)
+  np.testing.assert_equal(meta, other_meta)
+  assert (workdir / 'metrics.json').read_text() == (
+    other / 'metrics.json'
+  ).read_text()
+
+
+def on_call(monkeypatch, module, name, number, action):
+  """Calls `action` before the `number`-th call of what `module.name` makes."""
+  make = getattr(module, name)
+  calls = []
+
+  def make_wrapped(*args, **kwargs):
+    function = make(*args, **kwargs)
+
+    def wrapped(*args):
+      calls.append(1)
+      if len(calls) == number:
+        changed = action(*args)
+        args = args if changed is None else changed
+      return function(*args)
+
+    return wrapped
+
+  monkeypatch.setattr(module, name, make_wrapped)
+
+
+def send(number):
+  def action(*unused_args):
+    os.kill(os.getpid(), number)
+
+  return action
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """A run without interruption: `(workdir, result)`."""
+  workdir = tmp_path_factory.mktemp('straight')
+  return workdir, runs.run(workdir)
+
+
+class TestRun:
+  def test_result(self, straight):
+    workdir, result = straight
+    assert not result['interrupted'] and result['step'] == 12
+    assert [e['step'] for e in result['history'] if 'loss' in e] == [
+      3,
+      6,
+      9,
+      12,
+    ]
+    validations = {
+      e['step']: e['validation'] for e in result['history'] if 'validation' in e
+    }
+    assert sorted(validations) == [5, 10, 12]
+    best = max(validations, key=lambda s: validations[s]['click/auc'])
+    assert result['best_step'] == best
+    np.testing.assert_equal(result['validation'], validations[best])
+    params, config = checkpoints.load_params(workdir)
+    assert config_lib.from_dict(train_config.TrainConfig, config) == CONFIG
+    np.testing.assert_equal(
+      evaluation.evaluate(
+        ranker.Ranker(CONFIG.model),
+        params,
+        runs.dataset().splits['test'],
+        CONFIG.pipeline,
+        runs.mesh(),
+      ),
+      result['test'],
+    )
+    written = json.loads((workdir / 'metrics.json').read_text())
+    assert written['test']['click/auc'] == result['test']['click/auc']
+
+  def test_a_finished_run_is_not_repeated(self, straight, capsys):
+    workdir, result = straight
+    np.testing.assert_equal(runs.run(workdir, keep_checkpoints=5), result)
+    assert 'holds this run, finished' in capsys.readouterr().out
+
+  def test_another_config_is_refused(self, straight, tmp_path):
+    workdir, _ = straight
+    message = (
+      r'seed: 0 \(in workdir\), 1 \(asked for\)\n'
+      r'task_weights.like|optimizer.learning_rate: 0.001 \(in workdir\), 0.5'
+    )
+    changes = {
+      'seed': 1,
+      'optimizer': optimizer_lib.OptimizerConfig(learning_rate=0.5),
+    }
+    with pytest.raises(ValueError, match=message):
+      runs.run(workdir, **changes)
+    # Before it is finished, too.
+    (tmp_path / 'checkpoints').symlink_to(workdir / 'checkpoints')
+    with pytest.raises(ValueError, match=message):
+      runs.run(tmp_path, **changes)
+
+  def test_progress_lines(self, tmp_path, capsys):
+    runs.run(tmp_path, num_steps=3, eval_every=0, log_every=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('Starting at step 0 of 3: 40 rows, ')
+    assert lines[1].startswith('step 1/3 (33%)  loss 0.')
+    assert ' candidates/s  ' in lines[1] and 'ETA 0:00:' in lines[1]
+    assert '  1 shapes  ' in lines[1]
+    assert lines[-2].startswith('Validation at step 3: click/auc 0.')
+    assert lines[-1].startswith('Test, with the parameters of step 3: click')
+
+  def test_stops_early(self, tmp_path, capsys):
+    result = runs.run(tmp_path, num_steps=30, eval_every=1, patience=2)
+    values = [
+      e['validation']['click/auc']
+      for e in result['history']
+      if 'validation' in e
+    ]
+    better = [v > max(values[:i], default=0) for i, v in enumerate(values)]
+    assert better[-3:] == [True, False, False]
+    assert (False, False) not in itertools.pairwise(better[:-1])
+    assert result['step'] == len(values) < 30
+    assert result['best_step'] == result['step'] - 2
+    assert 'click/auc has not improved for 2' in capsys.readouterr().out
+    assert checkpoints.load_meta(tmp_path)['progress']['stopped']
+
+  def test_epochs(self, tmp_path):
+    result = runs.run(
+      tmp_path, num_steps=None, num_epochs=2, eval_every=0, log_every=100
+    )
+    per_epoch = result['step'] // 2
+    assert [e['step'] for e in result['history'] if 'validation' in e] == [
+      per_epoch,
+      2 * per_epoch,
+    ]
+    rows = len(runs.dataset().splits['train'])
+    assert per_epoch == math.ceil(rows / (256 // 36))
+
+  def test_selects_by_another_metric(self, tmp_path):
+    result = runs.run(tmp_path, select='like/logloss')
+    losses = {
+      e['step']: e['validation']['like/logloss']
+      for e in result['history']
+      if 'validation' in e
+    }
+    assert result['best_step'] == min(losses, key=losses.get)
+
+
+class TestResume:
+  @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+  @pytest.mark.parametrize('call', [5, 8])
+  def test_signal_between_steps(
+    self, straight, tmp_path, monkeypatch, number, call
+  ):
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+      on_call(patch, loop.step_lib, 'make_train_step', call, send(number))
+      result = runs.run(tmp_path)
+    assert result['interrupted'] and result['step'] == call
+    assert result['test'] is None
+    assert not (tmp_path / 'metrics.json').exists()
+    assert handlers == [
+      signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)
+    ]
+    result = runs.run(tmp_path)
+    np.testing.assert_equal(result, straight[1])
+    assert_same_run(tmp_path, straight[0])
+
+  @pytest.mark.parametrize('call', [2, 5, 8])
+  def test_signal_during_evaluation(
+    self, straight, tmp_path, monkeypatch, call
+  ):
+    # Of 4 batches each: the validations of step 5 and 10, and that of the end.
+    with monkeypatch.context() as patch:
+      on_call(
+        patch, evaluation.step, 'make_eval_step', call, send(signal.SIGTERM)
+      )
+      result = runs.run(tmp_path)
+    assert result['interrupted']
+    np.testing.assert_equal(runs.run(tmp_path), straight[1])
+    assert_same_run(tmp_path, straight[0])
+
+  @pytest.mark.parametrize('call', [2, 8, 12])
+  def test_crash(self, straight, tmp_path, monkeypatch, call):
+    class PowerCutError(Exception):
+      pass
+
+    def crash(*unused_args):
+      raise PowerCutError
+
+    with monkeypatch.context() as patch:
+      on_call(patch, loop.step_lib, 'make_train_step', call, crash)
+      with pytest.raises(PowerCutError):
+        runs.run(tmp_path)
+    # Threads, prefetch and how many checkpoints are kept may change.
+    other = dataclasses.replace(CONFIG.pipeline, num_threads=0, prefetch=1)
+    result = runs.run(tmp_path, pipeline=other, keep_checkpoints=1)
+    np.testing.assert_equal(result, straight[1])
+    chex.assert_trees_all_equal(saved(tmp_path)[0], saved(straight[0])[0])
+
+  def test_eight_devices(self, tmp_path, monkeypatch):
+    changes = {'num_devices': 8, 'num_steps': 6, 'eval_every': 6}
+    straight = runs.run(tmp_path / 'straight', **changes)
+    with monkeypatch.context() as patch:
+      on_call(patch, loop.step_lib, 'make_train_step', 2, send(signal.SIGTERM))
+      assert runs.run(tmp_path / 'stopped', **changes)['interrupted']
+    np.testing.assert_equal(runs.run(tmp_path / 'stopped', **changes), straight)
+    assert_same_run(tmp_path / 'straight', tmp_path / 'stopped')
+
+  def test_a_process_that_gets_sigterm_exits_with_0(self, straight, tmp_path):
+    code = textwrap.dedent(f"""
+      import sys
+      sys.path.insert(0, {str(pathlib.Path.cwd())!r})
+      from tests.training import runs
+      print(runs.run({str(tmp_path)!r})['interrupted'])
+    """)
+    process = subprocess.Popen(
+      [sys.executable, '-c', code],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    with process:
+      for line in process.stdout:
+        if line.startswith('step 3/12'):
+          process.send_signal(signal.SIGTERM)
+          break
+      rest = process.stdout.read()
+    assert process.returncode == 0
+    assert 'by SIGTERM; saved' in rest and rest.endswith('True\n')
+    np.testing.assert_equal(runs.run(tmp_path), straight[1])
+    assert_same_run(tmp_path, straight[0])
+
+
+class TestFailures:
+  @pytest.mark.parametrize(
+    'call, kept', [(1, 'There is no checkpoint yet'), (7, 'that of step 5')]
+  )
+  def test_nan_stops_and_keeps_the_last_good_checkpoint(
+    self, tmp_path, monkeypatch, call, kept
+  ):
+    def spoil(state, batch):
+      params = jax.tree.map(lambda x: x * np.float32(np.nan), state.params)
+      return dataclasses.replace(state, params=params), batch
+
+    with monkeypatch.context() as patch:
+      on_call(patch, loop.step_lib, 'make_train_step', call, spoil)
+      with pytest.raises(
+        FloatingPointError,
+        match=rf'not finite in step {call}\. Lower optimizer\.learning_rate='
+        rf'0\.001.*{kept}',
+      ):
+        runs.run(tmp_path)
+    if call > 5:
+      params, _ = checkpoints.load_params(tmp_path, 'latest')
+      chex.assert_tree_all_finite(params)
+    assert not runs.run(tmp_path)['interrupted']
+
+  def test_other_schema_than_the_dataset(self, tmp_path):
+    schema = dataclasses.replace(
+      CONFIG.model.schema, tasks=CONFIG.model.schema.tasks[:1]
+    )
+    model = dataclasses.replace(CONFIG.model, schema=schema)
+    with pytest.raises(
+      ValueError, match=r"tasks\.1\.name: 'absent' \(model.schema\), 'like'"
+    ):
+      runs.run(tmp_path, model=model)
+
+  def test_a_split_without_rows(self, tmp_path):
+    data = runs.dataset()
+    empty = data.log.rows(np.zeros(len(data.log), bool), CONFIG.data.rows)
+    data = dataclasses.replace(data, splits={**data.splits, 'test': empty})
+    with pytest.raises(ValueError, match="no rows in its split 'test'"):
+      loop.train_and_evaluate(CONFIG, tmp_path, dataset=data)
+
+  def test_an_undefined_selection_metric(self, tmp_path):
+    data = runs.dataset()
+    log = data.log
+    labels = {t: np.ones_like(y) for t, y in log.labels.items()}
+    constant = dataclasses.replace(log, labels=labels)
+    validation = dataclasses.replace(data.splits['validation'], log=constant)
+    data = dataclasses.replace(
+      data, splits={**data.splits, 'validation': validation}
+    )
+    with pytest.raises(ValueError, match="select='click/auc' is undefined"):
+      loop.train_and_evaluate(CONFIG, tmp_path, dataset=data, mesh=runs.mesh())
+
+  def test_a_foreign_metrics_file(self, tmp_path):
+    (tmp_path / 'metrics.json').write_text('{"auc": 1}')
+    with pytest.raises(ValueError, match=r'metrics\.json was not written by'):
+      runs.run(tmp_path)
+
+  def test_workdir_is_a_file(self, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(FileExistsError, match=r"workdir='.*file' cannot be"):
+      runs.run(tmp_path / 'file')
+
+
+class TestEvaluation:
+  def test_does_not_depend_on_buckets_or_devices(self, straight):
+    params, _ = checkpoints.load_params(straight[0])
+    model = ranker.Ranker(CONFIG.model)
+    rows = runs.dataset().splits['validation']
+    a = evaluation.predict(model, params, rows, CONFIG.pipeline, runs.mesh())
+    other = dataclasses.replace(
+      CONFIG.pipeline, batch_events=500, history_buckets=(24,), num_threads=0
+    )
+    b = evaluation.predict(model, params, rows, other, runs.mesh(8))
+    assert len(a.predictions().group) == rows.candidate_counts.sum()
+    np.testing.assert_array_equal(a.predictions().group, b.predictions().group)
+    for task, logits in a.predictions().logits.items():
+      np.testing.assert_allclose(
+        logits, b.predictions().logits[task], rtol=1e-5, atol=1e-6
+      )
+    expected = metrics.auc(
+      a.predictions().logits['click'], rows.log.labels['click'][rows.events]
+    )
+    assert a.result()['click/auc'] == expected
