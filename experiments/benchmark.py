@@ -1,7 +1,7 @@
 """Times plain, joint and cached scoring over history lengths and candidates.
 
   python experiments/benchmark.py --workdir=/tmp/synthetic --output=/tmp/scoring
-  python experiments/benchmark.py --width=128 --num_layers=4 --dtype=bfloat16
+  python experiments/benchmark.py --width=128 --num_layers=4 --bfloat16
 
 The model is that of a training run, or one of random parameters of the given
 size. Prints a table; writes <output>.json and the plot <output>.png.
@@ -26,9 +26,7 @@ _SECONDS = flags.DEFINE_float('seconds', 1.0, 'Least time per measurement.')
 _WIDTH = flags.DEFINE_integer('width', 64, 'D, without a workdir.')
 _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Layers, without a workdir.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'N, without a workdir.')
-_DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Of the computation; None: as given.'
-)
+_BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'Compute in bfloat16.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
 
 
@@ -50,8 +48,8 @@ def main(argv):
     )
     batch = benchmark.random_batch(config.schema, 1, 16, 16)
     params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']
-  if _DTYPE.value:
-    config = dataclasses.replace(config, dtype=_DTYPE.value)
+  if _BFLOAT16.value:
+    config = dataclasses.replace(config, dtype='bfloat16')
   print(benchmark.HEADER)
   report = benchmark.scoring_suite(
     config,

@@ -41,9 +41,7 @@ def config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
   """
   model = {**values.get('model', {}), 'schema': _ANY_SCHEMA}
   # Placeholder: metrics are checked against the dataset's tasks, later.
-  checked = {
-    **values, 'model': model, 'select': '', 'task_weights': {}
-  }
+  checked = {**values, 'model': model, 'select': '', 'task_weights': {}}
   config = config_lib.from_dict(TrainConfig, checked)
   full = config_lib.to_dict(config)
   for name in ('select', 'task_weights'):

@@ -1,6 +1,6 @@
 """The metrics of a trained ranker on a split of its dataset.
 
-  python experiments/evaluate.py --workdir=/tmp/synthetic [--split=validation]
+python experiments/evaluate.py --workdir=/tmp/synthetic [--split=validation]
 """
 
 import json
@@ -14,18 +14,19 @@ from histjax.training import checkpoints
 from histjax.training.config import TrainConfig
 from histjax.training.evaluation import evaluate
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the training run.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Of the training run.', required=True
+)
 _SPLIT = flags.DEFINE_enum(
   'split', 'test', ['train', 'validation', 'test'], 'What to evaluate on.'
 )
-_CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'Which parameters.'
+_LATEST = flags.DEFINE_bool(
+  'latest', False, 'The latest parameters, not the best on validation.'
 )
 _MANUAL_DIR = flags.DEFINE_string(
   'manual_dir', None, 'Official files, if not where training had them.'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
-flags.mark_flag_as_required('workdir')
 
 
 def main(argv):
@@ -33,7 +34,9 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
   try:
-    params, values = checkpoints.load_params(_WORKDIR.value, _CHECKPOINT.value)
+    params, values = checkpoints.load_params(
+      _WORKDIR.value, 'latest' if _LATEST.value else 'best'
+    )
     if _MANUAL_DIR.value is not None:
       values['data']['manual_dir'] = _MANUAL_DIR.value
     config = config_lib.from_dict(TrainConfig, values)

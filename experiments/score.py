@@ -26,14 +26,21 @@ from histjax.data.schema import Schema
 from histjax.training import checkpoints
 from histjax.training.config import TrainConfig
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the training run.')
-_EVENTS = flags.DEFINE_list('events', None, 'Files of the log, in its order.')
-_CANDIDATES = flags.DEFINE_list('candidates', None, 'Files of candidates.')
-_OUTPUT = flags.DEFINE_string('output', None, 'A .csv or .parquet to write.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Of the training run.', required=True
+)
+_EVENTS = flags.DEFINE_list(
+  'events', None, 'Files of the log, in its order.', required=True
+)
+_CANDIDATES = flags.DEFINE_list(
+  'candidates', None, 'Files of candidates.', required=True
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'A .csv or .parquet to write.', required=True
+)
 _TASK = flags.DEFINE_string('task', None, 'Rank by it; None: the first one.')
 _TOP_K = flags.DEFINE_integer('top_k', 10, 'Candidates a user.', 1)
 _USERS = flags.DEFINE_integer('users_per_batch', 64, 'Scored at once.', 1)
-flags.mark_flags_as_required(['workdir', 'events', 'candidates', 'output'])
 
 
 class Table:

@@ -16,12 +16,15 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The run; every field can be set, as --config.seed=1.'
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder for checkpoints, scalars and metrics.json.'
+  'workdir',
+  None,
+  'Folder for checkpoints, scalars and metrics.json.',
+  required=True,
 )
 _MULTI_HOST = flags.DEFINE_bool(
   'multi_host', False, 'Whether this is one process of several (one a host).'
 )
-flags.mark_flags_as_required(['config', 'workdir'])
+flags.mark_flag_as_required('config')
 
 
 def main(argv):

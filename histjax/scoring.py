@@ -15,14 +15,14 @@ once per length; scores do not depend on the padding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from histjax.data import schema as schema_lib
+from histjax import validation
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.types import Candidates, History, HistoryCache, RankingBatch
 
@@ -172,6 +172,7 @@ class Scorer:
     """
     self.config = config
     self.options = scorer_config or ScorerConfig()
+    self._schema = config.schema
     self._variables = {'params': params}
     model = Ranker(config)
     microbatch = self.options.microbatch
@@ -230,8 +231,8 @@ class Scorer:
       ValueError: the fusion is not amortizable, or an input is malformed.
     """
     self.config.require_amortizable()
-    num_rows = self._check_history(history)
-    context = self._check_context(context, num_rows)
+    num_rows = validation.check_history(self._schema, history)
+    context = validation.check_context(self._schema, context, num_rows)
     rows = _bucket(num_rows, self.options.row_buckets, 'rows', 1)
     return self._encode(
       self._variables,
@@ -254,7 +255,9 @@ class Scorer:
         or another malformed input.
     """
     self.config.require_amortizable()
-    num_rows, num_candidates = self._check_candidates(candidates)
+    num_rows, num_candidates = validation.check_candidates(
+      self._schema, candidates
+    )
     if num_rows > cache.num_rows:
       raise ValueError(
         f'candidates have {num_rows} rows, the cache {cache.num_rows}; '
@@ -262,7 +265,9 @@ class Scorer:
       )
     if candidates.visible is not None:
       length = np.asarray(cache.length)[:num_rows]
-      candidates = self._check_visible(candidates, length)
+      candidates = validation.check_visible(
+        candidates, length, causal=self.config.encoder.causal
+      )
     padded = self._pad_candidates(
       candidates, cache.num_rows, self.options.microbatch
     )
@@ -284,7 +289,7 @@ class Scorer:
         relative, the rows do not match, or the input is malformed.
     """
     self.config.require_extendable()
-    num_rows = self._check_history(events)
+    num_rows = validation.check_history(self._schema, events)
     if num_rows > cache.num_rows:
       raise ValueError(
         f'events have {num_rows} rows, the cache {cache.num_rows}; encode '
@@ -329,15 +334,19 @@ class Scorer:
     return self._whole(self._plain, batch, self.options.plain_microbatch)
 
   def _whole(self, function: Callable, batch: RankingBatch, multiple: int):
-    num_rows = self._check_history(batch.history)
-    context = self._check_context(batch.context, num_rows)
-    candidate_rows, num_candidates = self._check_candidates(batch.candidates)
+    num_rows = validation.check_history(self._schema, batch.history)
+    context = validation.check_context(self._schema, batch.context, num_rows)
+    candidate_rows, num_candidates = validation.check_candidates(
+      self._schema, batch.candidates
+    )
     if candidate_rows != num_rows:
       raise ValueError(
         f'candidates have {candidate_rows} rows, history {num_rows}'
       )
-    candidates = self._check_visible(
-      batch.candidates, np.asarray(batch.history.length)
+    candidates = validation.check_visible(
+      batch.candidates,
+      np.asarray(batch.history.length),
+      causal=self.config.encoder.causal,
     )
     rows = _bucket(num_rows, self.options.row_buckets, 'rows', 1)
     padded = RankingBatch(
@@ -350,92 +359,20 @@ class Scorer:
     logits = function(self._variables, padded)
     return {k: v[:num_rows, :num_candidates] for k, v in logits.items()}
 
-  def _check_context(self, context, num_rows: int) -> dict[str, Any]:
-    spec = self.config.schema.context
-    _check_shapes('context', context, spec, (num_rows,))
-    _check_values('context', context, spec)
-    return {f.name: context[f.name] for f in spec}
-
-  def _check_history(self, history: History) -> int:
-    spec = self.config.schema.history_features
-    shape = _check_shapes('history.features', history.features, spec)
-    length = np.asarray(history.length)
-    if len(shape) != 2 or length.shape != shape[:1]:
-      raise ValueError(
-        f'history: features have shape {shape} and length {length.shape}; '
-        'they must be [B, L] and [B]'
-      )
-    if length.size and not 0 <= length.min() <= length.max() <= shape[1]:
-      raise ValueError(
-        f'history.length spans [{length.min()}, {length.max()}], outside '
-        f'[0, L] with L={shape[1]}'
-      )
-    real = np.arange(shape[1])[None, :] < length[:, None]
-    _check_values('history.features', history.features, spec, real)
-    return shape[0]
-
-  def _check_candidates(self, candidates: Candidates) -> tuple[int, int]:
-    spec = self.config.schema.item_features
-    shape = _check_shapes('candidates.features', candidates.features, spec)
-    if len(shape) != 2:
-      raise ValueError(
-        f'candidates: features have shape {shape}; it must be [B, C]'
-      )
-    for field in ('visible', 'mask'):
-      value = getattr(candidates, field)
-      if value is not None and np.shape(value) != shape:
-        raise ValueError(
-          f'candidates.{field} has shape {np.shape(value)}; features have '
-          f'{shape}'
-        )
-    mask = candidates.mask
-    real = None if mask is None else np.asarray(mask, bool)
-    _check_values('candidates.features', candidates.features, spec, real)
-    return shape
-
-  def _check_visible(
-    self, candidates: Candidates, length: np.ndarray
-  ) -> Candidates:
-    """Checks `visible`; replaces it by None where it is all of the history."""
-    if candidates.visible is None:
-      return candidates
-    visible = np.asarray(candidates.visible)
-    limit = np.broadcast_to(length[:, None], visible.shape)
-    if candidates.mask is not None:
-      visible = np.where(np.asarray(candidates.mask), visible, limit)
-    if np.array_equal(visible, limit):
-      return candidates.replace(visible=None)
-    bad = (visible < 0) | (visible > limit)
-    if bad.any():
-      row, column = np.argwhere(bad)[0]
-      raise ValueError(
-        f'candidates.visible[{row}, {column}]={visible[row, column]} is '
-        f"outside [0, {length[row]}], the row's history.length"
-      )
-    if not self.config.encoder.causal:
-      row, column = np.argwhere(visible != limit)[0]
-      raise ValueError(
-        f'candidates.visible[{row}, {column}]={visible[row, column]} differs '
-        f'from history.length={length[row]}, but encoder.causal=False: in a '
-        'bidirectional history every event has seen the later ones. Give '
-        'such a candidate a row of its own, or use encoder.causal=True'
-      )
-    return candidates.replace(visible=visible.astype(np.int32))
-
   def _pad_history(
     self, history: History, rows: int, smallest: int = 16
   ) -> History:
     # An event beyond every length is padding already, and may be cut.
     length = np.asarray(history.length, np.int32)
     num_events = _bucket(
-      int(length.max(initial=0)),
+      int(max(length, default=0)),
       self.options.history_buckets,
       'events in a history',
       smallest,
     )
     features = {
       f.name: history.features[f.name][:, :num_events]
-      for f in self.config.schema.history_features
+      for f in self._schema.history_features
     }
     given = next(iter(features.values())).shape[1]
     real = np.arange(given)[None, :] < length[:, None]
@@ -456,8 +393,7 @@ class Scorer:
         multiple,
       )
     features = {
-      f.name: candidates.features[f.name]
-      for f in self.config.schema.item_features
+      f.name: candidates.features[f.name] for f in self._schema.item_features
     }
     visible, mask = candidates.visible, candidates.mask
     return Candidates(
@@ -485,65 +421,6 @@ def _in_chunks(
   return jax.tree.map(
     lambda x: x.swapaxes(0, 1).reshape(num_rows, count), logits
   )
-
-
-def _check_shapes(
-  field: str,
-  features: Mapping[str, Any],
-  spec: Sequence[schema_lib.Feature],
-  shape: tuple[int, ...] | None = None,
-) -> tuple[int, ...]:
-  """Checks that the features are there, of one shape, which it returns."""
-  for feature in spec:
-    name = feature.name
-    if name not in features:
-      raise ValueError(
-        f'{field}[{name!r}] is missing; given {sorted(features)}, the schema '
-        f'asks for {[f.name for f in spec]}'
-      )
-    found = np.shape(features[name])
-    if shape is None:
-      shape = found
-    if found != shape:
-      raise ValueError(f'{field}[{name!r}] has shape {found}; expected {shape}')
-  return shape or ()
-
-
-def _check_values(
-  field: str,
-  features: Mapping[str, Any],
-  spec: Sequence[schema_lib.Feature],
-  real: np.ndarray | None = None,
-) -> None:
-  """Checks ids and numbers where `real`; device arrays only by dtype.
-
-  Reading a device array back would stall the device. What slips through there
-  is not lost: an id outside its table makes the score NaN.
-  """
-  for feature in spec:
-    value = features[feature.name]
-    is_id = isinstance(feature, schema_lib.Categorical)
-    if is_id != np.issubdtype(value.dtype, np.integer):
-      wanted = 'integer ids' if is_id else 'floating-point values'
-      raise ValueError(
-        f'{field}[{feature.name!r}] has dtype {value.dtype}; expected {wanted}'
-      )
-    if not isinstance(value, np.ndarray):
-      continue
-    if isinstance(feature, schema_lib.Categorical):
-      bad = (value < 0) | (value >= feature.size)
-      wanted = f'an id in [0, {feature.size})'
-    else:
-      bad = ~np.isfinite(value)
-      wanted = 'a finite number'
-    if real is not None:
-      bad &= real
-    if bad.any():
-      where = tuple(int(i) for i in np.argwhere(bad)[0])
-      raise ValueError(
-        f'{field}[{feature.name!r}]{list(where)} is {value[where]}; expected '
-        f'{wanted}'
-      )
 
 
 def _bucket(n: int, buckets: tuple[int, ...], what: str, smallest: int) -> int:

@@ -7,7 +7,9 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / 'colab').glob('*.ipynb'))
+NOTEBOOKS = sorted(
+  (pathlib.Path(__file__).parents[1] / 'colab').glob('*.ipynb')
+)
 
 
 def test_there_are_notebooks():

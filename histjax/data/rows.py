@@ -192,9 +192,9 @@ class Rows(Sequence[Row]):
     n = len(indices)
     length[:n] = self.stop[indices] - self.start[indices]
     count[:n] = self.offsets[indices + 1] - self.offsets[indices]
-    check_fits('events', length.max(initial=0), num_events, 'num_events')
+    check_fits('events', max(length, default=0), num_events, 'num_events')
     check_fits(
-      'candidates', count.max(initial=0), num_candidates, 'num_candidates'
+      'candidates', max(count, default=0), num_candidates, 'num_candidates'
     )
     events, real = _grid(self.start[indices], length, num_events)
     slots, mask = _grid(self.offsets[indices], count, num_candidates)

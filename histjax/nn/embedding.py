@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from histjax.data import schema as schema_lib
@@ -23,7 +24,7 @@ class EmbeddingTables(nn.Module):
 
   sizes: Mapping[str, int]
   dim: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self):
     # Small at first: a vector never trained on must not outweigh the others.
@@ -81,7 +82,7 @@ class EventTokens(nn.Module):
   """
 
   width: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self):
     self.item = nn.Dense(self.width, dtype=self.dtype)

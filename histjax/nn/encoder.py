@@ -7,6 +7,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from histjax import ops
@@ -100,7 +101,7 @@ class Block(nn.Module):
   """
 
   config: EncoderConfig
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self):
     config = self.config

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from histjax.nn import embedding
@@ -30,7 +31,7 @@ class _Transformer(nn.Module):
   """What the fusions share: blocks, final norm, positions."""
 
   config: encoder_lib.EncoderConfig
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self):
     config = self.config

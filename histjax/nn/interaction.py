@@ -12,6 +12,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -64,7 +65,7 @@ class InteractionHead(nn.Module):
   num_tasks: int
   user_width: int
   candidate_width: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self):
     config = self.config

@@ -202,11 +202,13 @@ def load_params(
           f"step {step}), so there is no best checkpoint; use which='latest'"
         )
       step = meta['best_step']
-    if step not in manager.all_steps():
+    try:
+      _check_step_opens(manager, step)
+    except _UNREADABLE as e:
       raise FileNotFoundError(
         f'workdir={str(workdir)!r}: the best checkpoint, of step {step}, is '
-        "missing; use which='latest'"
-      )
+        f"missing or not complete ({e}); use which='latest'"
+      ) from e
     stored = manager.item_metadata(step)['params'].tree
     if template is not None:
       name = f'the checkpoint {_folder(workdir) / str(step)}'
@@ -325,8 +327,7 @@ def _complete_steps(
   """Steps, latest first, with their meta, of those whose items all open."""
   for step in sorted(manager.all_steps(), reverse=True):
     try:
-      for item in ('params', 'state'):
-        _check_opens(pathlib.Path(manager.directory) / str(step) / item)
+      _check_step_opens(manager, step)
       found = manager.restore(
         step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
       )
@@ -335,6 +336,11 @@ def _complete_steps(
         report(step, e)
       continue
     yield step, found['meta']
+
+
+def _check_step_opens(manager: ocp.CheckpointManager, step: int) -> None:
+  for item in ('params', 'state'):
+    _check_opens(pathlib.Path(manager.directory) / str(step) / item)
 
 
 def _check_opens(folder: pathlib.Path) -> None:

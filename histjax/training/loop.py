@@ -43,7 +43,7 @@ def train_and_evaluate(
   Args:
     config: the run.
     workdir: a folder for its checkpoints, scalars and metrics.json.
-    dataset: the rows; None: those of `config.data`.
+    dataset: what `config.data` describes, if it is loaded already.
     mesh: of `sharding.data_mesh`; None: over all devices of all processes.
 
   Returns:
@@ -56,6 +56,7 @@ def train_and_evaluate(
   Raises:
     ValueError: the config does not fit the dataset, or `workdir` holds a run
       of another config; the message names the fields.
+    ImportError: `config.tensorboard` without tensorboardX.
     FloatingPointError: the loss, its gradient or the parameters are not
       finite. The checkpoints are those from before.
     OSError: `workdir` cannot be written to.
@@ -70,6 +71,8 @@ def train_and_evaluate(
   meta = checkpoints_lib.load_meta(workdir)
   if meta is not None:
     config_lib.check_same_run(config, meta['config'], workdir)
+  if config.tensorboard:
+    report_lib.tensorboard_writer()  # Fails now if it is not installed.
   if dataset is None:
     dataset = datasets.load(config.data)
   config_lib.check_dataset(config, dataset)
@@ -133,9 +136,8 @@ class _Run:
     self.train_step = step_lib.make_train_step(
       self.model, tx, task_weights=config.task_weights, mesh=mesh
     )
-    self.state = sharding.replicate(
-      state_lib.create_state(self.model, tx, config.model.schema, config.seed),
-      mesh,
+    self.state = state_lib.create_state(
+      self.model, tx, config.model.schema, config.seed, mesh=mesh
     )
     self.progress = _Progress()
     self.shapes: set[tuple[int, ...]] = set()

@@ -74,6 +74,11 @@ def gauc(
     ValueError: scores that are not finite, or labels other than 0 and 1.
   """
   scores, labels = _check(scores, labels)
+  if np.shape(group) != scores.shape:
+    raise ValueError(
+      f'group has shape {np.shape(group)}; it must be that of the scores, '
+      f'{scores.shape}'
+    )
   area, count = _auc_by_group(scores, labels, np.asarray(group))
   defined = ~np.isnan(area)
   weight = math.fsum(count[defined])

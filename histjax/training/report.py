@@ -51,7 +51,7 @@ class Reporter:
     self._open_line = False
     self._writer: Any = None
     if tensorboard and not quiet:
-      self._writer = _summary_writer()(
+      self._writer = tensorboard_writer()(
         str(workdir / 'tensorboard'), purge_step=start + 1
       )
     self._busy = 0.0
@@ -136,6 +136,22 @@ class Reporter:
       self._open_line = False
 
 
+def tensorboard_writer() -> Any:
+  """The class `tensorboardX.SummaryWriter`.
+
+  Raises:
+    ImportError: it is not installed; the message says how to.
+  """
+  try:
+    import tensorboardX  # Of the extra `experiments`, so not at the top.
+  except ImportError as e:
+    raise ImportError(
+      'tensorboard=True needs tensorboardX: pip install '
+      "'histjax[experiments]', or set tensorboard=False"
+    ) from e
+  return tensorboardX.SummaryWriter
+
+
 def format_metrics(values: Mapping[str, float]) -> str:
   """`name value` of each, for a line."""
   return '  '.join(f'{name} {value:.4f}' for name, value in values.items())
@@ -187,17 +203,6 @@ def _without_nan(value: Any) -> Any:
 
 def _with_nan(values: Mapping[str, float | None]) -> dict[str, float]:
   return {k: math.nan if v is None else v for k, v in values.items()}
-
-
-def _summary_writer() -> Any:
-  try:
-    import tensorboardX  # Of the extra `experiments`, so not at the top.
-  except ImportError as e:
-    raise ImportError(
-      'tensorboard=True needs tensorboardX: pip install '
-      "'histjax[experiments]', or set tensorboard=False"
-    ) from e
-  return tensorboardX.SummaryWriter
 
 
 def _si(value: float) -> str:

@@ -36,8 +36,11 @@ def local_mesh(mesh: Mesh) -> Mesh:
 
 
 def replicate(tree: T, mesh: Mesh) -> T:
-  """The tree with a copy of each array on every device of the mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  """The tree with a copy of each array on every device of the mesh.
+
+  With several processes, each must give the same arrays, of NumPy.
+  """
+  return _put(tree, NamedSharding(mesh, P()))
 
 
 def put_batch(batch: RankingBatch, mesh: Mesh) -> RankingBatch:
@@ -55,13 +58,7 @@ def put_batch(batch: RankingBatch, mesh: Mesh) -> RankingBatch:
     ValueError: B is not a multiple of this process's devices in the mesh.
   """
   check_rows(batch, len(mesh.local_devices))
-  where = NamedSharding(mesh, P('data'))
-  if jax.process_count() == 1 or mesh.is_multi_process is False:
-    return jax.device_put(batch, where)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)),
-    batch,
-  )
+  return _put(batch, NamedSharding(mesh, P('data')))
 
 
 def to_host(tree: Any) -> Any:
@@ -86,6 +83,14 @@ def check_rows(batch: RankingBatch, num_devices: int) -> None:
       'pad it to a multiple, as histjax.data.pipeline does with '
       f'row_multiple={num_devices}'
     )
+
+
+def _put(tree: T, where: NamedSharding) -> T:
+  if not where.mesh.is_multi_process:
+    return jax.device_put(tree, where)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(where, x), tree
+  )
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, Key
 
 from histjax.data import schema as schema_lib
@@ -66,6 +67,8 @@ def create_state(
   tx: optax.GradientTransformation,
   schema: schema_lib.Schema,
   seed: int,
+  *,
+  mesh: Mesh | None = None,
 ) -> TrainState:
   """The state before the first step; a function of the seed alone.
 
@@ -74,11 +77,12 @@ def create_state(
     tx: the optimizer.
     schema: says what batches hold.
     seed: of initialisation and dropout.
+    mesh: the state is replicated over it; None: on the default device.
 
   Returns:
-    The state, on the default device.
+    The state.
   """
-  return _create(model, tx, schema, seed)
+  return _jit_create(model, tx, schema, mesh)(seed)
 
 
 def example_batch(schema: schema_lib.Schema) -> RankingBatch:
@@ -108,14 +112,18 @@ def example_batch(schema: schema_lib.Schema) -> RankingBatch:
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _create(model, tx, schema, seed) -> TrainState:
-  init, dropout = jax.random.split(jax.random.key(seed))
-  params = model.init(init, example_batch(schema))['params']
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=tx.init(params),
-    rng=dropout,
-    window=LossWindow.empty(),
-  )
+@functools.lru_cache(maxsize=8)
+def _jit_create(model, tx, schema, mesh):
+  def create(seed) -> TrainState:
+    init, dropout = jax.random.split(jax.random.key(seed))
+    params = model.init(init, example_batch(schema))['params']
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=tx.init(params),
+      rng=dropout,
+      window=LossWindow.empty(),
+    )
+
+  out = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+  return jax.jit(create, out_shardings=out)

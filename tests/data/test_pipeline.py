@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from histjax.data import pipeline
-from histjax.data.batches import validate_batch
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
 from histjax.data.schema import Categorical, Schema, Task
+from histjax.validation import validate_batch
 
 SCHEMA = Schema(
   user='user',

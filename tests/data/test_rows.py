@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax.data import batches
+from histjax import validation
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, collate
 from tests.data import logs
@@ -125,7 +125,7 @@ class RowsTest(parameterized.TestCase):
     chex.assert_trees_all_equal(
       batch, collate([rows[i] for i in indices], **shape), strict=True
     )
-    batches.validate_batch(batch, schema)
+    validation.validate_batch(batch, schema)
     self.assertEqual(batch.candidates.mask.shape[0], shape['num_rows'])
     self.assertEqual(
       batch.candidates.mask.sum(), rows.candidate_counts[indices].sum()

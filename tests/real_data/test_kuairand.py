@@ -8,9 +8,9 @@ import pathlib
 
 import numpy as np
 import pytest
+from histjax.data.batches import validate_batch
 
 from histjax.data import datasets
-from histjax.data.batches import validate_batch
 from histjax.data.rows import RowConfig
 from tests.data import official
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from histjax.models import ranker
-from histjax.training import checkpoints, optimizer, sharding, state, step
+from histjax.training import checkpoints, optimizer, sharding, state
 from tests import support
 
 MODEL = ranker.Ranker(support.config(encoder__num_layers=1))
@@ -65,21 +65,23 @@ def steps_in(workdir):
 class TestSaveAndRestore:
   def test_everything_comes_back(self, tmp_path):
     mesh = sharding.data_mesh()
-    train_step = step.make_train_step(MODEL, TX, mesh=mesh)
     current = sharding.replicate(new_state(), mesh)
-    batch = sharding.put_batch(support.batch(np.random.default_rng(0), 8), mesh)
-    current = train_step(current, batch)
-    expected = as_numpy(current)
+    overwrite = jax.jit(
+      lambda x: jax.tree.map(jnp.negative, x), donate_argnums=0
+    )
     with checkpoints.Checkpoints(tmp_path) as manager:
       manager.save(current, META)
       # Donated at once: what is being saved must not change under it.
+      params = current.params
       for _ in range(3):
-        current = train_step(current, batch)
+        params = overwrite(params)
+      with pytest.raises(RuntimeError, match='donated'):
+        jax.block_until_ready(current.params)
     template = sharding.replicate(new_state(seed=9), mesh)
     with checkpoints.Checkpoints(tmp_path) as manager:
       found, meta = manager.restore(template)
     assert meta == META
-    chex.assert_trees_all_equal(as_numpy(found), expected)
+    chex.assert_trees_all_equal(as_numpy(found), as_numpy(new_state()))
     assert found.params['tables']['item'].sharding.mesh == mesh
     jax.random.fold_in(found.rng, 0)  # A typed key again.
 
@@ -111,6 +113,10 @@ class TestSaveAndRestore:
       checkpoints.load_params(tmp_path / 'empty')
     save_some(tmp_path, [1])
     with pytest.raises(FileNotFoundError, match='not validated yet'):
+      checkpoints.load_params(tmp_path)
+    save_some(tmp_path, [2], best=1)
+    shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'params' / 'd')
+    with pytest.raises(FileNotFoundError, match=r'of step 1, is missing or'):
       checkpoints.load_params(tmp_path)
     with pytest.raises(ValueError, match="'best' or 'latest'"):
       checkpoints.load_params(tmp_path, 'last')

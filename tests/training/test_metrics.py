@@ -110,6 +110,10 @@ class FunctionsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'label 0.5 must be 0 or 1'):
       metrics.logloss(np.zeros(2), np.array([0, 0.5]))
 
+  def test_refuses_another_number_of_groups(self):
+    with self.assertRaisesRegex(ValueError, r'group has shape \(3,\)'):
+      metrics.gauc(np.zeros(2), np.array([0, 1]), np.zeros(3))
+
   def test_many_users_are_quick(self):
     logits, labels, group = draw(0, 500_000, users=25_000)
     start = time.process_time()

@@ -1,6 +1,7 @@
 """One update: what it computes, and that devices do not change it."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +12,39 @@ from histjax.models import ranker
 from histjax.training import optimizer, sharding, state, step
 from tests import support
 
-CONFIG = support.config(encoder__num_layers=1)
-MODEL = ranker.Ranker(CONFIG)
+
+class Tables(nn.Module):
+  @nn.compact
+  def __call__(self, index):
+    return self.param('item', nn.initializers.normal(0.1), (40, 4))[index]
+
+
+class TinyModel(nn.Module):
+  """As quick to compile as can be, where the model does not matter."""
+
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, batch, *, train=False):
+    features = batch.candidates.features
+    x = Tables(name='tables')(features['item'])
+    x = jnp.concatenate([x, features['duration'][..., None]], axis=-1)
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    x = nn.Dense(2)(x)
+    return {'click': x[..., 0], 'like': x[..., 1]}
+
+
+# The real one, for what depends on how it is partitioned.
+RANKER = ranker.Ranker(
+  support.config(encoder__num_layers=1, encoder__width=8, embedding_dim=4)
+)
+TINY = TinyModel()
 TX = optimizer.make_optimizer(
   optimizer.OptimizerConfig(weight_decay=0.1, clip_norm=1.0)
 )
 
 
-def new_state(model=MODEL):
+def new_state(model=TINY):
   return state.create_state(model, TX, support.SCHEMA, seed=3)
 
 
@@ -64,13 +90,13 @@ class LossTest(parameterized.TestCase):
 class TrainStepTest(parameterized.TestCase):
   def test_equals_an_update_written_out(self):
     (batch,) = batches(1, 4)
-    train_step = step.make_train_step(MODEL, TX)
+    train_step = step.make_train_step(TINY, TX)
     found = train_step(new_state(), batch)
 
     start = new_state()
 
     def loss(params):
-      logits = MODEL.apply({'params': params}, batch)
+      logits = TINY.apply({'params': params}, batch)
       losses = [
         optax.sigmoid_binary_cross_entropy(logits[t], batch.labels[t])[
           batch.candidates.mask
@@ -91,19 +117,17 @@ class TrainStepTest(parameterized.TestCase):
 
   def test_learns(self):
     (batch,) = batches(1)
-    train_step = step.make_train_step(MODEL, TX)
+    train_step = step.make_train_step(TINY, TX)
     current = new_state()
     losses = []
-    for _ in range(40):
+    for _ in range(200):
       current = train_step(current, batch)
       losses.append(float(current.window.loss))
     losses = np.diff([0.0, *losses])
-    self.assertLess(losses[-1], 0.7 * losses[0])
+    self.assertLess(losses[-1], 0.8 * losses[0])
 
   def test_dropout_is_a_function_of_seed_and_step(self):
-    model = ranker.Ranker(
-      support.config(encoder__num_layers=1, encoder__dropout=0.5)
-    )
+    model = TinyModel(dropout=0.5)
     train_step = step.make_train_step(model, TX)
     (batch,) = batches(1)
 
@@ -117,7 +141,7 @@ class TrainStepTest(parameterized.TestCase):
 
   def test_remembers_the_first_step_that_diverged(self):
     (batch,) = batches(1)
-    train_step = step.make_train_step(MODEL, TX)
+    train_step = step.make_train_step(TINY, TX)
     current = train_step(new_state(), batch)
     bad = support.batch(np.random.default_rng(0), 16)
     bad.candidates.features['duration'][:] = np.nan
@@ -134,14 +158,14 @@ class TrainStepTest(parameterized.TestCase):
     batch.candidates.features['item'][:] %= 30
     item = start.params['tables']['item'].at[35].set(3e30)
     start.params['tables']['item'] = item
-    found = step.make_train_step(MODEL, TX)(start, batch)
+    found = step.make_train_step(TINY, TX)(start, batch)
     self.assertTrue(np.isfinite(found.window.loss))
     self.assertEqual(found.window.diverged_at, 0)
 
   def test_a_batch_of_padding_alone_has_no_loss(self):
     (batch,) = batches(1)
     batch.candidates.mask[:] = False
-    found = step.make_train_step(MODEL, TX)(new_state(), batch)
+    found = step.make_train_step(TINY, TX)(new_state(), batch)
     self.assertEqual(found.window.loss, 0)
     self.assertEqual(found.window.diverged_at, -1)
 
@@ -153,8 +177,8 @@ class ParallelTest(parameterized.TestCase):
     super().setUp()
     self.assertLen(jax.devices(), 8)
     self.data = batches(3)
-    train_step = step.make_train_step(MODEL, TX)
-    self.expected = new_state()
+    train_step = step.make_train_step(RANKER, TX)
+    self.expected = new_state(RANKER)
     for batch in self.data:
       self.expected = train_step(self.expected, batch)
 
@@ -170,8 +194,8 @@ class ParallelTest(parameterized.TestCase):
 
   def test_mesh_equals_one_device(self):
     mesh = sharding.data_mesh()
-    train_step = step.make_train_step(MODEL, TX, mesh=mesh)
-    found = sharding.replicate(new_state(), mesh)
+    train_step = step.make_train_step(RANKER, TX, mesh=mesh)
+    found = sharding.replicate(new_state(RANKER), mesh)
     for batch in self.data:
       placed = sharding.put_batch(batch, mesh)
       self.assertLen(placed.group.sharding.device_set, 8)
@@ -181,8 +205,8 @@ class ParallelTest(parameterized.TestCase):
     self.assert_same(found)
 
   def test_pmap_equals_jit(self):
-    train_step = step.make_pmap_train_step(MODEL, TX)
-    found = jax.tree.map(lambda x: jnp.stack([x] * 8), new_state())
+    train_step = step.make_pmap_train_step(RANKER, TX)
+    found = jax.tree.map(lambda x: jnp.stack([x] * 8), new_state(RANKER))
     for batch in self.data:
       found = train_step(found, step.split_for_pmap(batch, 8))
     for i in (0, 7):
@@ -190,11 +214,11 @@ class ParallelTest(parameterized.TestCase):
 
   def test_eval_step_on_a_mesh(self):
     mesh = sharding.data_mesh()
-    eval_step = step.make_eval_step(MODEL, mesh=mesh)
+    eval_step = step.make_eval_step(RANKER, mesh=mesh)
     params = sharding.replicate(self.expected.params, mesh)
     batch = self.data[-1]
     found = eval_step(params, sharding.put_batch(batch, mesh))
-    expected = step.make_eval_step(MODEL)(self.expected.params, batch)
+    expected = step.make_eval_step(RANKER)(self.expected.params, batch)
     chex.assert_trees_all_close(
       sharding.to_host(found), jax.device_get(expected), atol=1e-5
     )

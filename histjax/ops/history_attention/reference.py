@@ -38,6 +38,8 @@ def history_attention(
   largest = jax.lax.stop_gradient(jnp.maximum(largest, jnp.finfo(dtype).min))
   weights = jnp.exp(jnp.where(visible, scores - largest, -jnp.inf))
   total = weights.sum(axis=-1, keepdims=True)
-  weights /= jnp.where(total > 0, total, 1)  # All zeros at an empty range.
+  # Selected once more for the gradient: a huge value that this query does not
+  # see may make that of its weight infinite.
+  weights = jnp.where(visible, weights / jnp.where(total > 0, total, 1), 0)
   out = jnp.einsum('bnql,blnh->bqnh', weights, v, precision=highest)
   return out.astype(query.dtype)

@@ -146,7 +146,7 @@ def _forward_rule(query, key, value, start, stop, scale):
 
 
 def _forward(query, key, value, start, stop, scale):
-  """The output and `log(sum(exp(scores)))`, infinite at an empty range."""
+  """The output and, unless the range is empty, `log(sum(exp(scores)))`."""
   dtype = _accumulator(query)
   block_key = key.shape[3]
 
@@ -170,10 +170,9 @@ def _forward(query, key, value, start, stop, scale):
     acc, largest, total = _loop(
       lower, upper, len(key), key_block, (acc, largest, total)
     )
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
+    total = jnp.where(total == 0, 1, total)  # An empty range.
     out = (acc / total[..., None]).astype(q.dtype)
-    return out, jnp.where(empty, jnp.inf, largest + jnp.log(total))
+    return out, largest + jnp.log(total)
 
   bounds = block_bounds(start, stop, block_key)
   return _map(query_block, (query, start, stop, *bounds))
