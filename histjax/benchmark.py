@@ -302,6 +302,9 @@ def plot(report: Mapping[str, Any]):
         label=way,
       )
     axis.set(xscale='log', yscale='log', xlabel=x.replace('_', ' '))
+    values = [r[x] for r in rows]
+    axis.set_xticks(values, [str(v) for v in values])
+    axis.minorticks_off()
     axis.set_title(f'{fixed.replace("_", " ")} = {value}', fontsize=10)
     axis.grid(alpha=0.3)
   axes[0].set_ylabel('milliseconds per call')

@@ -15,7 +15,7 @@ def logits(params, config, context, events, candidate, visible):
 
   Args:
     params: of `Ranker`.
-    config: a `RankerConfig`, fusion 'append_cross'.
+    config: a `RankerConfig`.
     context: `{name: scalar}`.
     events: a list of `{name: scalar}`, all the events of the row.
     candidate: `{name: scalar}`.
@@ -39,31 +39,60 @@ def logits(params, config, context, events, candidate, visible):
       distance = min(len(tokens) - i, encoder.num_recency - 1)
       tokens[i] = tokens[i] + table[distance]
     target = target + table[0]
-  for i in range(encoder.num_layers):
-    block = p['fusion'][f'blocks_{i}']
-    keys = [_turned(block, 'key', x, j, encoder) for j, x in enumerate(tokens)]
-    values = [_turned(block, 'value', x, None, encoder) for x in tokens]
-    first = 0
-    if encoder.window is not None:
-      first = max(0, visible - encoder.window)
-    target = _block(
-      block, target, visible, range(first, visible), keys, values, encoder
-    )
-    updated = []
-    for j, x in enumerate(tokens):
-      seen = range(len(tokens))
-      if encoder.causal:
-        first = 0
-        if encoder.window is not None:
-          first = max(0, j + 1 - encoder.window)
-        seen = range(first, j + 1)
-      updated.append(_block(block, x, j, seen, keys, values, encoder))
-    tokens = updated
-  readout = p['fusion']['final_norm'].norm(target)
+  fuse = {'append_cross': _append_cross, 'concat': _concat}[config.fusion]
+  readout = fuse(p['fusion'], encoder, tokens, target, visible)
   user = np.zeros(1)
   if schema.context:
     user = _vector(p, schema.context, context)
   return _head(p['head'], config.interaction, user, features, readout)
+
+
+def _append_cross(p, encoder, tokens, target, visible):
+  """Queries of events and the candidate, keys and values of events."""
+  for i in range(encoder.num_layers):
+    block = p[f'blocks_{i}']
+    keys = [_turned(block, 'key', x, j, encoder) for j, x in enumerate(tokens)]
+    values = [_turned(block, 'value', x, None, encoder) for x in tokens]
+    seen = _last(visible, encoder)
+    target = _block(block, target, visible, seen, keys, values, encoder)
+    tokens = _updated(block, tokens, keys, values, encoder)
+  return p['final_norm'].norm(target)
+
+
+def _concat(p, encoder, tokens, target, visible):
+  """`W [H_i ; C]` for the events it sees; the mean of their last states."""
+  tokens = [
+    p['event'].dense(x) + p['candidate'].dense(target) for x in tokens[:visible]
+  ]
+  for i in range(encoder.num_layers):
+    block = p[f'blocks_{i}']
+    keys = [_turned(block, 'key', x, j, encoder) for j, x in enumerate(tokens)]
+    values = [_turned(block, 'value', x, None, encoder) for x in tokens]
+    tokens = _updated(block, tokens, keys, values, encoder)
+  read = [p['final_norm'].norm(tokens[j]) for j in _last(visible, encoder)]
+  return sum(read, np.zeros_like(target)) / max(len(read), 1)
+
+
+def _updated(block, tokens, keys, values, encoder):
+  """The events after a block."""
+  return [
+    _block(
+      block,
+      x,
+      j,
+      _last(j + 1, encoder) if encoder.causal else range(len(tokens)),
+      keys,
+      values,
+      encoder,
+    )
+    for j, x in enumerate(tokens)
+  ]
+
+
+def _last(stop, encoder):
+  """The events before `stop`, within the window."""
+  first = 0 if encoder.window is None else max(0, stop - encoder.window)
+  return range(first, stop)
 
 
 def _head(p, config, user, features, readout):

@@ -19,15 +19,18 @@ def get_config():
         'embedding_dim': 16,
         'interaction': {'cross_rank': 16, 'mlp_widths': (32, 16)},
       },
-      'pipeline': {'batch_events': 16_384},
+      'pipeline': {'batch_events': 8192},
       'optimizer': {
-        'learning_rate': 5e-3,
-        'table_learning_rate': 0.1,
-        'warmup_steps': 20,
+        'learning_rate': 0.01,
+        'table_optimizer': 'adam',
+        'table_learning_rate': 0.01,
+        'warmup_steps': 30,
         'schedule': 'cosine',
+        'clip_norm': 1.0,
       },
       'task_weights': {'click': 1.0, 'like': 1.0},
-      'num_epochs': 20,
+      'num_steps': 500,
+      'eval_every': 100,
       'log_every': 50,
     }
   )

@@ -193,13 +193,13 @@ class AppendCross(_Transformer):
 
   def _candidates_see(self, length, visible, num_candidates):
     """The candidates' key ranges and their positions, behind what they see."""
-    shared = visible is None
+    whole_history = visible is None
     if visible is None:
       visible = jnp.broadcast_to(
         length[:, None], (length.shape[0], num_candidates)
       )
     key_range = ranges.candidate_range(
-      visible, window=self.config.window, shared=shared
+      visible, window=self.config.window, whole_history=whole_history
     )
     return key_range, visible.astype(jnp.int32)
 

@@ -94,6 +94,12 @@ class Checkpoints:
       self._manager.wait_until_finished()
       _finish_replacing(_folder(self.workdir))
 
+  def latest_meta(self) -> dict[str, Any] | None:
+    """`meta` of the latest complete checkpoint; None if there is none."""
+    for _, meta in _complete_steps(self._manager):
+      return meta
+    return None
+
   def restore_params(self, step: int, template: Any) -> Any:
     """The parameters of one step, on the devices of the template's."""
     self._manager.wait_until_finished()
@@ -222,17 +228,6 @@ def load_params(
       args=ocp.args.Composite(params=ocp.args.StandardRestore(target)),
     )
   return found['params'], meta['config']
-
-
-def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """`meta` of the latest complete checkpoint; None if there is none."""
-  workdir = pathlib.Path(os.path.abspath(workdir))
-  if not _folder(workdir).is_dir():
-    return None
-  with _reading(workdir) as manager:
-    for _, meta in _complete_steps(manager):
-      return meta
-  return None
 
 
 def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:

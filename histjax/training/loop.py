@@ -68,32 +68,31 @@ def train_and_evaluate(
     if jax.process_index() == 0:
       print(f'{workdir} holds this run, finished; its metrics are returned')
     return {'interrupted': False, **finished}
-  meta = checkpoints_lib.load_meta(workdir)
-  if meta is not None:
-    config_lib.check_same_run(config, meta['config'], workdir)
   if config.tensorboard:
     report_lib.tensorboard_writer()  # Fails now if it is not installed.
-  if dataset is None:
-    dataset = datasets.load(config.data)
-  config_lib.check_dataset(config, dataset)
-  mesh = sharding.data_mesh() if mesh is None else mesh
-  batches = pipeline.train_batches(
-    dataset.splits['train'],
-    config.pipeline,
-    row_multiple=mesh.size,
-    shard_index=jax.process_index(),
-    shard_count=jax.process_count(),
-  )
-  with (
-    contextlib.closing(batches),
-    Interrupt() as interrupt,
-    checkpoints_lib.Checkpoints(
-      workdir, keep=config.keep_checkpoints
-    ) as checkpoints,
-  ):
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+      checkpoints_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
+    )
+    meta = checkpoints.latest_meta()
+    if meta is not None:
+      config_lib.check_same_run(config, meta['config'], workdir)
+    if dataset is None:
+      dataset = datasets.load(config.data)
+    config_lib.check_dataset(config, dataset)
+    mesh = sharding.data_mesh() if mesh is None else mesh
+    batches = pipeline.train_batches(
+      dataset.splits['train'],
+      config.pipeline,
+      row_multiple=mesh.size,
+      shard_index=jax.process_index(),
+      shard_count=jax.process_count(),
+    )
+    stack.enter_context(contextlib.closing(batches))
+    interrupt = stack.enter_context(Interrupt())
     run = _Run(config, workdir, dataset, mesh, batches, checkpoints, interrupt)
-    with run.reporter:
-      return run.result() if run.train() else run.interrupted()
+    stack.enter_context(run.reporter)
+    return run.result() if run.train() else run.interrupted()
 
 
 @dataclasses.dataclass

@@ -36,6 +36,8 @@ VARIANTS = {
     ),
     'encoder__num_layers': 1,
   },
+  'concat': {'fusion': 'concat'},
+  'concat_window': {'fusion': 'concat', 'encoder__window': 2},
   'mlp': {
     'interaction': support.interaction.InteractionConfig(
       kind='mlp', mlp_widths=(8, 4)

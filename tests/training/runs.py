@@ -21,7 +21,7 @@ MODEL = ranker.RankerConfig(
   encoder=encoder.EncoderConfig(
     num_layers=1, width=8, num_heads=2, dropout=0.1
   ),
-  interaction=interaction.InteractionConfig(cross_rank=4, mlp_widths=(8,)),
+  interaction=interaction.InteractionConfig(kind='mlp', mlp_widths=(8,)),
   embedding_dim=4,
 )
 CONFIG = config_lib.TrainConfig(

@@ -81,15 +81,16 @@ class TestSaveAndRestore:
     with checkpoints.Checkpoints(tmp_path) as manager:
       found, meta = manager.restore(template)
     assert meta == META
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      assert manager.latest_meta() == META
     chex.assert_trees_all_equal(as_numpy(found), as_numpy(new_state()))
     assert found.params['tables']['item'].sharding.mesh == mesh
     jax.random.fold_in(found.rng, 0)  # A typed key again.
 
   def test_nothing_there(self, tmp_path):
     with checkpoints.Checkpoints(tmp_path / 'new' / 'run') as manager:
+      assert manager.latest_meta() is None
       assert manager.restore(new_state()) is None
-    assert checkpoints.load_meta(tmp_path / 'new' / 'run') is None
-    assert checkpoints.load_meta(tmp_path / 'none') is None
 
   def test_keeps_the_latest_and_the_best(self, tmp_path):
     save_some(tmp_path, [1, 2, 3, 4, 5], best=2)

@@ -161,7 +161,7 @@ class TestRun:
     assert result['step'] == len(values) < 30
     assert result['best_step'] == result['step'] - 2
     assert 'click/auc has not improved for 2' in capsys.readouterr().out
-    assert checkpoints.load_meta(tmp_path)['progress']['stopped']
+    assert saved(tmp_path)[1]['progress']['stopped']
 
   def test_epochs(self, tmp_path):
     result = runs.run(

@@ -9,6 +9,7 @@ import optax
 from absl.testing import absltest, parameterized
 
 from histjax.models import ranker
+from histjax.nn import interaction
 from histjax.training import optimizer, sharding, state, step
 from tests import support
 
@@ -36,7 +37,12 @@ class TinyModel(nn.Module):
 
 # The real one, for what depends on how it is partitioned.
 RANKER = ranker.Ranker(
-  support.config(encoder__num_layers=1, encoder__width=8, embedding_dim=4)
+  support.config(
+    encoder__num_layers=1,
+    encoder__width=8,
+    embedding_dim=4,
+    interaction=interaction.InteractionConfig(kind='mlp', mlp_widths=(8,)),
+  )
 )
 TINY = TinyModel()
 TX = optimizer.make_optimizer(

@@ -158,7 +158,8 @@ def _device(query) -> jax.Device:
   """Where the call will run: where `query` is, else the default device."""
   if isinstance(query, jax.Array) and not isinstance(query, jax.core.Tracer):
     return next(iter(query.devices()))
-  default = jax.config.jax_default_device
+  config: Any = jax.config
+  default = config.jax_default_device
   if default is None:
     return jax.local_devices()[0]
   if isinstance(default, str):

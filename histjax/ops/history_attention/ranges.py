@@ -55,14 +55,15 @@ def candidate_range(
   visible: Int[Array, 'B C'],
   *,
   window: int | None = None,
-  shared: bool = False,
+  whole_history: bool = False,
 ) -> KeyRange:
   """What each candidate sees of the history: `[visible - window, visible)`.
 
   Args:
     visible: int32 `[B, C]`, events before the impression.
     window: at most this many of them, the most recent.
-    shared: all candidates of a row are known to have the same `visible`.
+    whole_history: `visible` is known to be the row's history length for all
+      of its candidates.
 
   Returns:
     Ranges `[B, C]`.
@@ -71,7 +72,9 @@ def candidate_range(
     ValueError: a window below 1.
   """
   _check_window(window)
-  return _last(visible.astype(jnp.int32), window, 'prefix' if shared else 'any')
+  return _last(
+    visible.astype(jnp.int32), window, 'prefix' if whole_history else 'any'
+  )
 
 
 def concatenate(history: KeyRange, candidates: KeyRange) -> KeyRange:

@@ -99,13 +99,13 @@ class CandidateRangeTest(parameterized.TestCase):
 
   def test_shared(self):
     visible = jnp.array([[3, 3]], jnp.int32)
-    key_range = ranges.candidate_range(visible, shared=True)
+    key_range = ranges.candidate_range(visible, whole_history=True)
     self.assertEqual(masks(key_range), [picture('###.. ###..')])
     self.assertEqual(key_range.structure, 'prefix')
 
   def test_shared_window(self):
     visible = jnp.array([[3, 3]], jnp.int32)
-    key_range = ranges.candidate_range(visible, window=2, shared=True)
+    key_range = ranges.candidate_range(visible, window=2, whole_history=True)
     self.assertEqual(masks(key_range), [picture('.##.. .##..')])
     self.assertEqual(key_range.structure, 'any')
 
@@ -118,7 +118,7 @@ class ConcatenateTest(parameterized.TestCase):
       ranges.candidate_range(
         jnp.array([[visible, visible]], jnp.int32),
         window=window,
-        shared=shared,
+        whole_history=shared,
       ),
     )
 
@@ -168,7 +168,7 @@ class StructureTest(parameterized.TestCase):
       visible = jnp.broadcast_to(length[:, None], shape)
       return ranges.concatenate(
         ranges.history_range(length, NUM_EVENTS, causal=causal),
-        ranges.candidate_range(visible, shared=True),
+        ranges.candidate_range(visible, whole_history=True),
       )
 
     joint = jax.jit(joint) if traced else joint

@@ -1,0 +1,49 @@
+"""A log of your own: copy this file, and say what its columns mean.
+
+  python experiments/train.py --config=my_log.py --workdir=/tmp/my_log \
+    --config.data.paths='("log.parquet",)'
+
+How long it takes and what to expect depend on the log. `histjax.data.schema`
+documents each field.
+"""
+
+import config_util
+
+
+def get_config():
+  return config_util.config_dict(
+    {
+      'data': {
+        'name': 'events',
+        'paths': ('log.parquet',),
+        'schema': {
+          'user': 'user',
+          'time': 'time',
+          'context': [
+            {'kind': 'categorical', 'name': 'country', 'size': 256,
+             'ids': 'hash'},
+          ],
+          'item': [
+            {'kind': 'categorical', 'name': 'item', 'size': 100_000,
+             'ids': 'hash'},
+            {'kind': 'dense', 'name': 'price', 'log': True},
+          ],
+          'action': [{'kind': 'categorical', 'name': 'clicked', 'size': 2}],
+          'tasks': [{'name': 'click', 'column': 'clicked'}],
+          'time_gap_buckets': 24,
+        },
+        'split': {'kind': 'fractionsplit', 'train': 0.8, 'validation': 0.1},
+        'rows': {
+          'kind': 'streaming',
+          'history_length': 200,
+          'max_candidates': 200,
+        },
+      },
+      'model': {'encoder': {'window': 100, 'dropout': 0.2}},
+      'pipeline': {'batch_events': 8192},
+      'optimizer': {'weight_decay': 0.01, 'clip_norm': 1.0},
+      'task_weights': {'click': 1.0},
+      'num_epochs': 10,
+      'patience': 2,
+    }
+  )

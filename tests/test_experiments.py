@@ -1,0 +1,239 @@
+"""The binaries, as a user starts them."""
+
+import csv
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = """
+import config_util
+
+
+def get_config():
+  return config_util.config_dict({
+    'data': {
+      'name': 'events',
+      'paths': ('LOG',),
+      'schema': {
+        'user': 'uid',
+        'time': 'ts',
+        'context': [
+          {'kind': 'categorical', 'name': 'country', 'column': 'land',
+           'size': 16, 'ids': 'hash'},
+        ],
+        'item': [
+          {'kind': 'categorical', 'name': 'item', 'column': 'sku',
+           'size': 64, 'ids': 'hash'},
+          {'kind': 'dense', 'name': 'price', 'column': 'eur', 'log': True},
+        ],
+        'action': [{'kind': 'categorical', 'name': 'bought', 'size': 2}],
+        'tasks': [{'name': 'buy', 'column': 'bought'}],
+        'time_gap_buckets': 24,
+      },
+      'rows': {'kind': 'streaming'},
+    },
+    'model': {
+      'encoder': {'num_layers': 1, 'width': 8, 'num_heads': 1},
+      'embedding_dim': 4,
+    },
+    'pipeline': {'batch_events': 512, 'auto_buckets': 1, 'num_threads': 0},
+    'task_weights': {'buy': 1.0},
+    'num_epochs': 1,
+    'tensorboard': False,
+  })
+"""
+
+
+def run(binary, *flags, expect=0):
+  """Runs a binary; returns what it printed."""
+  done = subprocess.run(
+    [sys.executable, ROOT / 'experiments' / f'{binary}.py', *flags],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.returncode == 0) == (expect == 0), done.stderr + done.stdout
+  return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A log with column names of its own, and a ranker trained on it."""
+  folder = tmp_path_factory.mktemp('run')
+  rng = np.random.default_rng(0)
+  size = 600
+  columns = {
+    'uid': [f'u{i}' for i in rng.integers(0, 20, size)],
+    'ts': np.datetime64('2024-01-01') + rng.integers(0, 10**7, size),
+    'sku': [f'sku-{i}' for i in rng.integers(0, 30, size)],
+    'eur': rng.gamma(2.0, 5.0, size),
+    'bought': rng.integers(0, 2, size),
+  }
+  columns['land'] = [['DE', 'FR'][int(u[1:]) % 2] for u in columns['uid']]
+  columns['ts'] = columns['ts'].astype('datetime64[ms]')
+  log = folder / 'log.parquet'
+  parquet.write_table(pa.table(columns), log)
+  config = folder / 'config.py'
+  config.write_text(CONFIG.replace('LOG', str(log)))
+  output = run('train', f'--config={config}', f'--workdir={folder / "work"}')
+  return folder, output
+
+
+class TestBinaries:
+  def test_train(self, trained):
+    folder, output = trained
+    assert 'Test, with the parameters of step' in output
+    assert 'Validation at step' in output
+    metrics = json.loads((folder / 'work' / 'metrics.json').read_text())
+    assert set(metrics['test']) == {
+      f'buy/{m}' for m in ('auc', 'gauc', 'logloss', 'ne')
+    }
+
+  def test_a_finished_run_is_not_repeated(self, trained):
+    folder, _ = trained
+    output = run(
+      'train', f'--config={folder}/config.py', f'--workdir={folder}/work'
+    )
+    assert 'finished; its metrics are returned' in output
+
+  def test_another_config_is_refused_in_the_same_workdir(self, trained):
+    folder, _ = trained
+    output = run(
+      'train',
+      f'--config={folder}/config.py',
+      f'--workdir={folder}/work',
+      '--config.model.encoder.num_layers=2',
+      '--config.optimizer.learning_rate=0.5',
+      expect=1,
+    )
+    assert 'model.encoder.num_layers: 1 (in workdir), 2 (asked for)' in output
+    assert 'optimizer.learning_rate: 0.001 (in workdir), 0.5' in output
+
+  @pytest.mark.parametrize(
+    ('flag', 'message'),
+    [
+      ('--config.optimizer.learning_rat=1', 'learning_rat'),
+      ('--config.model.encoder.num_layers=two', 'two'),
+      ('--config.model.fusion=late', "fusion='late' is unknown"),
+      (
+        '--config.model.encoder.causal=False',
+        "streaming' with model.encoder.causal=False",
+      ),
+      ('--config.data.paths=("absent.csv",)', 'absent.csv does not exist'),
+      ('--epochs=3', 'epochs'),
+    ],
+  )
+  def test_bad_flag(self, trained, flag, message):
+    folder, _ = trained
+    output = run(
+      'train',
+      f'--config={folder}/config.py',
+      f'--workdir={folder}/other',
+      flag,
+      expect=1,
+    )
+    assert message in output
+
+  def test_unwritable_workdir(self, trained):
+    folder, _ = trained
+    (folder / 'file').write_text('')
+    output = run(
+      'train',
+      f'--config={folder}/config.py',
+      f'--workdir={folder}/file/work',
+      expect=1,
+    )
+    assert 'file/work' in output
+    assert 'cannot be written to' in output
+
+  def test_evaluate_agrees_with_training(self, trained):
+    folder, _ = trained
+    run('evaluate', f'--workdir={folder}/work', f'--output={folder}/test.json')
+    found = json.loads((folder / 'test.json').read_text())
+    trained_metrics = json.loads((folder / 'work/metrics.json').read_text())
+    assert found == pytest.approx(trained_metrics['test'], abs=1e-6)
+
+  def test_score(self, trained):
+    folder, _ = trained
+    candidates = {
+      'uid': ['u1'] * 12 + ['new'] * 5,
+      'sku': [f'sku-{i}' for i in [*range(12), *range(5)]],
+      'eur': np.linspace(1, 20, 17),
+      'land': ['FR'] * 17,
+      'ts': np.full(17, np.datetime64('2024-06-01T00:00', 'ms')),
+    }
+    parquet.write_table(pa.table(candidates), folder / 'candidates.parquet')
+    run(
+      'score',
+      f'--workdir={folder}/work',
+      f'--events={folder}/log.parquet',
+      f'--candidates={folder}/candidates.parquet',
+      f'--output={folder}/ranked.csv',
+      '--top_k=8',
+    )
+    with open(folder / 'ranked.csv') as f:
+      ranked = list(csv.DictReader(f))
+    by_user = {u: [r for r in ranked if r['uid'] == u] for u in ('u1', 'new')}
+    assert [len(r) for r in by_user.values()] == [8, 5]
+    for user, rows in by_user.items():
+      assert [int(r['rank']) for r in rows] == list(range(1, len(rows) + 1))
+      scores = [float(r['score_buy']) for r in rows]
+      assert scores == sorted(scores, reverse=True)
+      assert all(0 < s < 1 for s in scores)
+      own = [candidates['uid'][int(r['row'])] for r in rows]
+      assert set(own) == {user}
+
+  def test_score_without_a_column(self, trained):
+    folder, _ = trained
+    table = pa.table({'uid': ['u1'], 'skus': ['sku-1']})
+    parquet.write_table(table, folder / 'bad.parquet')
+    output = run(
+      'score',
+      f'--workdir={folder}/work',
+      f'--events={folder}/log.parquet',
+      f'--candidates={folder}/bad.parquet',
+      f'--output={folder}/bad.csv',
+      expect=1,
+    )
+    assert "column 'sku' is not in" in output
+    assert "did you mean 'skus'?" in output
+    assert not (folder / 'bad.csv').exists()
+
+  def test_benchmark(self, trained):
+    folder, _ = trained
+    output = run(
+      'benchmark',
+      f'--workdir={folder}/work',
+      '--lengths=8',
+      '--candidates=4',
+      '--seconds=0.01',
+      f'--output={folder}/scoring',
+    )
+    assert 'plain/cached' in output
+    report = json.loads((folder / 'scoring.json').read_text())
+    assert report['results'][0]['cached']['max_difference_from_plain'] < 1e-5
+    assert (folder / 'scoring.png').stat().st_size > 1000
+
+
+def test_every_config_can_be_loaded(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'experiments')
+  from ml_collections import config_flags  # Registers the file's loader.
+
+  del config_flags
+  import importlib.util
+
+  for path in sorted((ROOT / 'experiments' / 'configs').glob('*.py')):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    assert config.data.name in ('synthetic', 'movielens', 'kuairand', 'events')
+    assert f'configs/{path.name}' in module.__doc__ or path.stem == 'events'
