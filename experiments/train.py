@@ -36,7 +36,7 @@ def main(argv):
   try:
     config, dataset = config_util.load(_CONFIG.value)
     result = train_and_evaluate(config, _WORKDIR.value, dataset=dataset)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, ImportError, ArithmeticError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if result['interrupted'] or jax.process_index():
     return

@@ -20,12 +20,20 @@ def get_config():
           'user': 'user',
           'time': 'time',
           'context': [
-            {'kind': 'categorical', 'name': 'country', 'size': 256,
-             'ids': 'hash'},
+            {
+              'kind': 'categorical',
+              'name': 'country',
+              'size': 256,
+              'ids': 'hash',
+            },
           ],
           'item': [
-            {'kind': 'categorical', 'name': 'item', 'size': 100_000,
-             'ids': 'hash'},
+            {
+              'kind': 'categorical',
+              'name': 'item',
+              'size': 100_000,
+              'ids': 'hash',
+            },
             {'kind': 'dense', 'name': 'price', 'log': True},
           ],
           'action': [{'kind': 'categorical', 'name': 'clicked', 'size': 2}],

@@ -125,6 +125,34 @@ class TestSaveAndRestore:
       checkpoints.Checkpoints(tmp_path, keep=0)
 
 
+class TestReplace:
+  def test_the_same_step_again(self, tmp_path):
+    save_some(tmp_path, [1, 2])
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      manager.save(at(new_state(seed=9), 2), {**META, 'best_step': 2})
+    assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
+    chex.assert_trees_all_equal(
+      checkpoints.load_params(tmp_path)[0], new_state(seed=9).params
+    )
+
+  def test_killed_before_the_new_one_is_complete(self, tmp_path):
+    last = save_some(tmp_path, [1, 2])
+    folder = tmp_path / 'checkpoints'
+    (folder / '2').rename(folder / 'replaced-2')
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      found, _ = manager.restore(new_state())
+    chex.assert_trees_all_equal(as_numpy(found), as_numpy(last))
+
+  def test_killed_before_the_old_one_is_deleted(self, tmp_path):
+    last = save_some(tmp_path, [1, 2])
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '1', folder / 'replaced-2')
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      found, _ = manager.restore(new_state())
+    chex.assert_trees_all_equal(as_numpy(found), as_numpy(last))
+    assert sorted(os.listdir(folder)) == ['1', '2']
+
+
 class TestOtherConfig:
   def test_other_keys_are_both_shown(self, tmp_path):
     save_some(tmp_path, [1])
