@@ -3,8 +3,10 @@
   python experiments/train.py --config=experiments/configs/kuairand.py \
     --workdir=/tmp/kuairand
 
-Two CPU cores: about 5 minutes. The label is is_click. A history is what is
-strictly earlier; two layers of a window of 25 read its 49 most recent events.
+Two CPU cores: about 2 minutes. Expect a test AUC near 0.734, GAUC 0.596. The
+label is is_click. A history is what is strictly earlier; two layers of a
+window of 25 read its 49 most recent events. Tables overfit within an epoch:
+hence the frequent validation and the low `table_learning_rate`.
 """
 
 import config_util
@@ -32,7 +34,7 @@ def get_config():
           'dropout': 0.3,
         },
         'embedding_dim': 16,
-        'embedding_dropout': 0.2,
+        'embedding_dropout': 0.4,
         'interaction': {
           'cross_rank': 32,
           'mlp_widths': (128, 64),
@@ -43,12 +45,13 @@ def get_config():
       'optimizer': {
         'learning_rate': 1e-3,
         'weight_decay': 0.05,
-        'table_learning_rate': 0.05,
+        'table_learning_rate': 0.02,
         'warmup_steps': 100,
         'clip_norm': 1.0,
       },
       'task_weights': {'click': 1.0},
-      'num_epochs': 8,
-      'patience': 2,
+      'num_epochs': 3,
+      'eval_every': 73,
+      'patience': 3,
     }
   )

@@ -3,8 +3,9 @@
   python experiments/train.py --config=experiments/configs/movielens.py \
     --workdir=/tmp/movielens
 
-Two CPU cores: about 15 minutes. The label is rating >= 4. Two layers of a
-window of 100 read at most the 199 most recent events.
+Two CPU cores: 15 to 25 minutes. Expect a test AUC near 0.826, GAUC 0.731. The
+label is rating >= 4. Two layers of a window of 100 read at most the 199 most
+recent events.
 """
 
 import config_util

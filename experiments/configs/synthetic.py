@@ -3,7 +3,7 @@
   python experiments/train.py --config=experiments/configs/synthetic.py \
     --workdir=/tmp/synthetic
 
-Two CPU cores: about a minute and a half. Expect a test AUC of `click` of at
+Two CPU cores: about a minute. Expect a test AUC of `click` of at
 least 97 % of the best possible margin over 0.5.
 """
 
