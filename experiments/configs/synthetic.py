@@ -15,7 +15,7 @@ def get_config():
     {
       'data': {'name': 'synthetic', 'rows': {'kind': 'streaming'}},
       'model': {
-        'encoder': {'num_layers': 1, 'width': 32, 'num_heads': 2},
+        'encoder': {'num_layers': 2, 'width': 32, 'num_heads': 4},
         'embedding_dim': 16,
         'interaction': {'cross_rank': 16, 'mlp_widths': (32, 16)},
       },

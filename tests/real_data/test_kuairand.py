@@ -8,10 +8,10 @@ import pathlib
 
 import numpy as np
 import pytest
-from histjax.data.batches import validate_batch
 
 from histjax.data import datasets
 from histjax.data.rows import RowConfig
+from histjax.validation import validate_batch
 from tests.data import official
 
 FOLDER = pathlib.Path(os.environ.get('HISTJAX_DATA_DIR', '.'))
