@@ -33,7 +33,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   if _WORKDIR.value:
     params, values = checkpoints.load_params(_WORKDIR.value)
     config = config_lib.from_dict(TrainConfig, values).model

@@ -32,7 +32,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
     params, values = checkpoints.load_params(
       _WORKDIR.value, 'latest' if _LATEST.value else 'best'

@@ -150,7 +150,7 @@ def run() -> None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
     run()
   except (ValueError, OSError) as error:

@@ -32,7 +32,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   if _MULTI_HOST.value:
     jax.distributed.initialize()
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
     config, dataset = config_util.load(_CONFIG.value)
     result = train_and_evaluate(config, _WORKDIR.value, dataset=dataset)
