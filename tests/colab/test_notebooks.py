@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted(
-  (pathlib.Path(__file__).parents[1] / 'colab').glob('*.ipynb')
+  (pathlib.Path(__file__).parents[2] / 'colab').glob('*.ipynb')
 )
 
 
