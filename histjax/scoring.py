@@ -154,7 +154,7 @@ class Scorer:
 
   Inputs are NumPy or JAX arrays, ragged through `length` and `mask`; they are
   checked and padded on the host, once, and the logits have the caller's
-  shape. Methods are thread-safe.
+  shape.
   """
 
   def __init__(

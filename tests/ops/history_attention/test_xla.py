@@ -198,7 +198,10 @@ class MemoryTest(parameterized.TestCase):
     bound = jax.ShapeDtypeStruct((1, num_queries), jnp.int32)
     run = functools.partial(suite.gradients, implementation='xla')
     if not gradients:
-      run = lambda *x: suite.gradients(*x, implementation='xla')[0]  # noqa: E731
+
+      def run(*x):
+        return suite.gradients(*x, implementation='xla')[0]
+
     program = jax.jit(run).lower(
       query, key, key, query, KeyRange(bound, bound, 'any')
     )
