@@ -106,39 +106,6 @@ class EventTokens(nn.Module):
     return self.item(item) + undecided[None, None, :]
 
 
-def rotary(
-  x: Float[Array, 'B Q N H'],
-  position: Shaped[Array, 'B Q'],
-  *,
-  max_wavelength: float = 10_000.0,
-) -> Float[Array, 'B Q N H']:
-  """Rotates pairs of channels by angles proportional to the position.
-
-  `(x_i, x_{i+H/2})` turns by `position * max_wavelength^(-2i/H)`, so that a
-  dot product of two rotated vectors depends on their distance alone
-  (Su et al., RoFormer, arXiv 2104.09864).
-
-  Args:
-    x: queries or keys, H even.
-    position: int32 `[B, Q]`, the ordinal of each event.
-    max_wavelength: the largest distance told apart, in events, over 2 pi.
-
-  Returns:
-    `[B, Q, N, H]` in the dtype of `x`; angles are computed in float32.
-  """
-  half = x.shape[-1] // 2
-  exponent = jnp.arange(half, dtype=jnp.float32) / half
-  frequency = jnp.power(jnp.float32(max_wavelength), -exponent)
-  angle = (
-    position.astype(jnp.float32)[:, :, None, None]
-    * frequency[None, None, None, :]
-  )
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return rotated.astype(x.dtype)
-
-
 def recency(
   length: Shaped[Array, 'B'], num_events: int, num_positions: int
 ) -> jax.Array:

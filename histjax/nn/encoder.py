@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from histjax import ops
-from histjax.nn import embedding
+from histjax.ops import rotary
 from histjax.types import KeyRange
 
 
@@ -155,5 +155,5 @@ class Block(nn.Module):
   def _turn(self, x, position):
     x = self._heads(x)
     if self.config.positions == 'rotary':
-      x = embedding.rotary(x, position)
+      x = rotary.rotary(x, position)
     return x

@@ -1,8 +1,19 @@
 """Operations with several implementations."""
 
+from histjax.ops.candidate_tower.api import (
+  candidate_tower,
+  candidate_tower_backend,
+)
+from histjax.ops.candidate_tower.reference import TowerWeights
 from histjax.ops.history_attention.api import (
   history_attention,
   history_attention_backend,
 )
 
-__all__ = ['history_attention', 'history_attention_backend']
+__all__ = [
+  'TowerWeights',
+  'candidate_tower',
+  'candidate_tower_backend',
+  'history_attention',
+  'history_attention_backend',
+]

@@ -1,0 +1,227 @@
+"""The public function: checks its arguments and picks a backend."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from histjax.ops import dispatch
+from histjax.ops.candidate_tower import reference, xla
+from histjax.types import KeyRange
+
+# The fastest first; 'xla' computes every call on every device.
+_BACKENDS = {
+  'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_device),
+  'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_device),
+}
+
+
+class _Call(NamedTuple):
+  """The arrays of a call, or their shapes; see `candidate_tower`."""
+
+  candidates: Any
+  position: Any
+  keys: Any
+  values: Any
+  key_range: KeyRange
+  weights: reference.TowerWeights
+  count: Any
+
+
+def candidate_tower(
+  candidates: Float[Array, 'B C D'],
+  position: Int[Array, 'B C'] | None,
+  keys: Float[Array, 'layers B L N H'],
+  values: Float[Array, 'layers B L N H'],
+  key_range: KeyRange,
+  weights: reference.TowerWeights,
+  *,
+  num_heads: int,
+  count: Int[Array, 'B'] | None = None,
+  implementation: str | None = None,
+) -> Float[Array, 'B C D']:
+  """Every layer of the candidate path, from the cached keys and values.
+
+      x += Attention(norm(x) W_q + b_q, keys, values) W_o + b_o
+      x += gelu(norm(x) W_1 + b_1) W_2 + b_2
+
+  in every layer; the result is the last norm's. The attention is
+  `ops.history_attention`: each candidate sees one range of the history's keys
+  and no other candidate (arXiv 2412.06924), so its result depends on nothing
+  but itself and its row's history. Sums are in float32.
+
+  Args:
+    candidates: tokens `[B, C, D]`, float16, bfloat16 or float32.
+    position: int32 `[B, C]`, the rotary positions of the queries; None: they
+      are not rotated.
+    keys: `[layers, B, L, N, H]`, of the candidates' type, rotated already.
+    values: `[layers, B, L, N, H]`, likewise.
+    key_range: int32 `[B, C]` each. Its `structure` opens faster paths. Keys
+      and values before or after all ranges of their row may hold anything,
+      NaN included; those between must be finite.
+    weights: see `TowerWeights`; the matrices are of the candidates' type.
+    num_heads: N, with `N H = D`.
+    count: int32 `[B]`. The result of candidates `c >= count[b]` is zeros, and
+      a kernel does not compute it. None: all C count.
+    implementation: 'xla' (everything, everywhere) or 'reference' (float32,
+      readable). None: the fastest that supports the call.
+
+  Returns:
+    `[B, C, D]`, of the candidates' type.
+
+  Raises:
+    ValueError: an argument is malformed, or no such implementation.
+    NotImplementedError: the named implementation cannot compute this call on
+      this device; the message says why.
+  """
+  call = _Call(candidates, position, keys, values, key_range, weights, count)
+  call = jax.tree.map(jnp.asarray, call)
+  _check(call, num_heads, implementation)
+  if 0 in call.candidates.shape:
+    return call.candidates
+  device = dispatch.device_of(call.candidates)
+  return _run(call, num_heads, implementation, device)[1]
+
+
+def candidate_tower_backend(
+  candidates: Any,
+  position: Any,
+  keys: Any,
+  values: Any,
+  key_range: KeyRange,
+  weights: reference.TowerWeights,
+  *,
+  num_heads: int,
+  count: Any = None,
+  implementation: str | None = None,
+) -> str:
+  """The name of the backend that `candidate_tower` would run.
+
+  Computes nothing. It answers "is the kernel used?"; to learn why not, name it
+  as `implementation` and read the error.
+
+  Args:
+    candidates: as `candidate_tower`, or its `jax.ShapeDtypeStruct`, as are
+      the other arrays.
+    position: likewise.
+    keys: likewise.
+    values: likewise.
+    key_range: likewise.
+    weights: likewise.
+    num_heads: likewise.
+    count: likewise.
+    implementation: likewise.
+
+  Returns:
+    'xla' or 'reference'.
+
+  Raises:
+    ValueError: as `candidate_tower`.
+    NotImplementedError: as `candidate_tower`.
+  """
+  call = _Call(candidates, position, keys, values, key_range, weights, count)
+  _check(call, num_heads, implementation)
+  device = dispatch.device_of(candidates)
+  name = ''
+
+  def trace(call):
+    nonlocal name
+    name, out = _run(call, num_heads, implementation, device)
+    return out
+
+  jax.eval_shape(trace, call)
+  return name
+
+
+def _run(call: _Call, num_heads, implementation, device):
+  """Runs the named backend, or the first that can; returns its name too."""
+  keys, values, key_range = call.keys, call.values, call.key_range
+  if not keys.shape[2]:  # One key that nobody sees, instead of none.
+    one = [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)]
+    keys, values = jnp.pad(keys, one), jnp.pad(values, one)
+    nothing = jnp.zeros_like(key_range.stop)
+    key_range = KeyRange(nothing, nothing, 'prefix')
+  return dispatch.run(
+    _BACKENDS,
+    implementation,
+    device,
+    call.candidates,
+    call.position,
+    keys,
+    values,
+    key_range,
+    call.weights,
+    num_heads=num_heads,
+    count=call.count,
+  )
+
+
+def _check(call: _Call, num_heads, implementation):
+  """Raises ValueError at a malformed call."""
+  dispatch.check_implementation(_BACKENDS, implementation)
+  shape, dtype = call.candidates.shape, call.candidates.dtype
+  if len(shape) != 3:
+    raise ValueError(f'candidates has shape {shape}; make it [B, C, D]')
+  if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    raise ValueError(
+      f'candidates is {dtype}; cast it to float16, bfloat16 or float32'
+    )
+  num_rows, num_candidates, width = shape
+  if num_heads < 1 or width < 1 or width % num_heads:
+    raise ValueError(
+      f'num_heads={num_heads} must be at least 1 and divide D={width}'
+    )
+  head_dim = width // num_heads
+  num_keys = call.keys.shape[2] if len(call.keys.shape) == 5 else 0
+  cached = (len(call.weights.query), num_rows, num_keys, num_heads, head_dim)
+  for name, x in (('keys', call.keys), ('values', call.values)):
+    _check_array(name, x, '[layers, B, L, N, H]', cached, dtype)
+  if call.position is not None and head_dim % 2:
+    raise ValueError(
+      f'position rotates pairs of channels, and H={head_dim} is odd; pass '
+      'None, or make D / num_heads even'
+    )
+  _check_weights(call.weights, width, dtype)
+  for name, x in (
+    ('key_range.start', call.key_range.start),
+    ('key_range.stop', call.key_range.stop),
+    ('position', call.position),
+  ):
+    if x is not None:
+      _check_array(name, x, '[B, C]', (num_rows, num_candidates), jnp.int32)
+  if call.count is not None:
+    _check_array('count', call.count, '[B]', (num_rows,), jnp.int32)
+  if call.key_range.structure not in ('any', 'prefix'):
+    raise ValueError(
+      f'key_range.structure={call.key_range.structure!r} is not of '
+      "candidates; use 'prefix' where that is true, else 'any'"
+    )
+
+
+def _check_weights(weights, width, dtype):
+  shape = weights.mlp_in.shape
+  hidden = shape[2] if len(shape) == 3 else 0
+  layers, bias = len(weights.query), 3 * width + hidden
+  square, vector = (layers, width, width), (width,)
+  expected: dict[str, tuple[str, tuple[int, ...], Any]] = {
+    'query': ('[layers, D, D]', square, dtype),
+    'output': ('[layers, D, D]', square, dtype),
+    'mlp_in': ('[layers, D, F]', (layers, width, hidden), dtype),
+    'mlp_out': ('[layers, F, D]', (layers, hidden, width), dtype),
+    'bias': ('[layers, 3 D + F]', (layers, bias), jnp.float32),
+    'final_scale': ('[D]', vector, jnp.float32),
+    'final_bias': ('[D]', vector, jnp.float32),
+  }
+  for name, (axes, shape, dtype) in expected.items():
+    _check_array(f'weights.{name}', getattr(weights, name), axes, shape, dtype)
+
+
+def _check_array(name, x, axes, shape, dtype):
+  if x.shape != shape or x.dtype != dtype:
+    raise ValueError(
+      f'{name} is {x.dtype} {x.shape}; with the other arguments it must be '
+      f'{jnp.dtype(dtype).name} {axes} = {shape}'
+    )

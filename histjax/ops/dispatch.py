@@ -1,0 +1,74 @@
+"""How an operation picks one of its backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Backend(NamedTuple):
+  """One implementation of an operation.
+
+  Attributes:
+    call: the operation. Raises NotImplementedError, while being traced, at
+      arguments that it cannot compute.
+    check_device: raises NotImplementedError at a device that it cannot run on.
+  """
+
+  call: Callable[..., jax.Array]
+  check_device: Callable[[jax.Device], None]
+
+
+def any_device(device: jax.Device) -> None:
+  """Accepts every device."""
+  del device
+
+
+def check_implementation(
+  backends: Mapping[str, Backend], implementation: str | None
+) -> None:
+  """Raises ValueError at a name that no backend has."""
+  if implementation is not None and implementation not in backends:
+    raise ValueError(
+      f'implementation={implementation!r} is unknown; use one of '
+      f'{", ".join(map(repr, backends))}, or None for the fastest'
+    )
+
+
+def run(
+  backends: Mapping[str, Backend],
+  implementation: str | None,
+  device: jax.Device,
+  *args: Any,
+  **kwargs: Any,
+) -> tuple[str, jax.Array]:
+  """Runs the named backend, or the first that can; returns its name too.
+
+  Raises:
+    NotImplementedError: the named backend cannot compute this.
+  """
+  names = backends if implementation is None else (implementation,)
+  for name in names:
+    backend = backends[name]
+    try:
+      backend.check_device(device)
+      return name, backend.call(*args, **kwargs)
+    except NotImplementedError:
+      if implementation is not None:
+        raise
+  raise AssertionError('some backend computes every call')
+
+
+def device_of(x: Any) -> jax.Device:
+  """Where a call will run: where `x` is, else the default device."""
+  if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+    return next(iter(x.devices()))
+  config: Any = jax.config
+  default = config.jax_default_device
+  if default is None:
+    return jax.local_devices()[0]
+  if isinstance(default, str):
+    return jax.local_devices(backend=default)[0]
+  return default
