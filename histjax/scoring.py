@@ -21,9 +21,12 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from histjax import validation
+from histjax import ops, validation
 from histjax.models.ranker import Ranker, RankerConfig
+from histjax.nn import fusion
+from histjax.ops import dispatch
 from histjax.types import Candidates, History, HistoryCache, RankingBatch
 
 Logits: TypeAlias = Any
@@ -37,6 +40,8 @@ def score_microbatched(
   candidates: Candidates,
   *,
   microbatch: int,
+  tower: ops.TowerWeights | None = None,
+  implementation: str | None = None,
 ) -> Logits:
   """Scores candidates `microbatch` at a time, so that memory stays bounded.
 
@@ -49,13 +54,22 @@ def score_microbatched(
     cache: of `model.encode`.
     candidates: `[B, C]`, C at most or a multiple of `microbatch`.
     microbatch: candidates per row and step.
+    tower: as `Ranker.score`.
+    implementation: likewise.
 
   Returns:
     `{task: [B, C]}` float32.
   """
 
   def score(chunk: Candidates) -> Logits:
-    return model.apply(variables, cache, chunk, method='score')
+    return model.apply(
+      variables,
+      cache,
+      chunk,
+      tower=tower,
+      implementation=implementation,
+      method='score',
+    )
 
   return _in_chunks(score, candidates, microbatch)
 
@@ -128,6 +142,9 @@ class ScorerConfig:
     candidate_buckets: the same for candidates, up to `microbatch`; beyond it
       they are padded to a multiple of `microbatch`.
     row_buckets: the same for rows. Empty: powers of two.
+    candidate_tower: the implementation of `ops.candidate_tower`, which scores
+      from a cache; None picks the fastest that can. (`encoder.attention` names
+      that of the attention in the passes over histories.)
   """
 
   microbatch: int = 1024
@@ -135,6 +152,7 @@ class ScorerConfig:
   history_buckets: tuple[int, ...] = ()
   candidate_buckets: tuple[int, ...] = ()
   row_buckets: tuple[int, ...] = ()
+  candidate_tower: str | None = None
 
   def __post_init__(self):
     for field in ('microbatch', 'plain_microbatch'):
@@ -174,6 +192,11 @@ class Scorer:
     self.options = scorer_config or ScorerConfig()
     self._schema = config.schema
     self._variables = {'params': params}
+    self._tower = None
+    if config.amortizable:
+      pack = jax.jit(fusion.pack_tower, static_argnames='dtype')
+      self._tower = pack(params['fusion'], dtype=config.dtype)
+    self._logged: set[tuple[str, str]] = set()
     model = Ranker(config)
     microbatch = self.options.microbatch
     plain_microbatch = self.options.plain_microbatch
@@ -181,9 +204,15 @@ class Scorer:
     def encode(variables, context, history):
       return model.apply(variables, context, history, method='encode')
 
-    def score(variables, cache, candidates):
+    def score(variables, tower, cache, candidates):
       return score_microbatched(
-        model, variables, cache, candidates, microbatch=microbatch
+        model,
+        variables,
+        cache,
+        candidates,
+        microbatch=microbatch,
+        tower=tower,
+        implementation=self.options.candidate_tower,
       )
 
     def extend(variables, cache, events, *, capacity):
@@ -199,6 +228,7 @@ class Scorer:
 
     self._encode = jax.jit(encode)
     self._score = jax.jit(score)
+    self._trace_score = score
     self._extend = jax.jit(extend, static_argnames='capacity')
     self._joint = jax.jit(model.apply)
     self._plain = jax.jit(plain)
@@ -254,25 +284,41 @@ class Scorer:
       ValueError: more rows than the cache has, `visible` beyond the history,
         or another malformed input.
     """
-    self.config.require_amortizable()
-    num_rows, num_candidates = validation.check_candidates(
-      self._schema, candidates
-    )
-    if num_rows > cache.num_rows:
-      raise ValueError(
-        f'candidates have {num_rows} rows, the cache {cache.num_rows}; '
-        'encode every user first'
-      )
-    if candidates.visible is not None:
-      length = np.asarray(cache.length)[:num_rows]
-      candidates = validation.check_visible(
-        candidates, length, causal=self.config.encoder.causal
-      )
-    padded = self._pad_candidates(
-      candidates, cache.num_rows, self.options.microbatch
-    )
-    logits = self._score(self._variables, cache, padded)
+    padded = self._check_candidates(cache, candidates)
+    with dispatch.record() as used:
+      logits = self._score(self._variables, self._tower, cache, padded)
+    for line in _names(used).items():
+      if line not in self._logged:
+        self._logged.add(line)
+        logging.info('%s runs as %r', *line)
+    num_rows, num_candidates = candidates.shape
     return {k: v[:num_rows, :num_candidates] for k, v in logits.items()}
+
+  def backends(
+    self, cache: HistoryCache, candidates: Candidates
+  ) -> dict[str, str]:
+    """What `score` would run: are the kernels used?
+
+    Computes nothing. The first `score` logs the same. To learn why a kernel is
+    not used, name it as `ScorerConfig.candidate_tower` and read the error.
+
+    Args:
+      cache: as `score`.
+      candidates: likewise.
+
+    Returns:
+      `{operation: implementation}`, such as `{'candidate_tower': 'xla'}`.
+
+    Raises:
+      ValueError: as `score`.
+      NotImplementedError: the named implementation cannot run here.
+    """
+    padded = self._check_candidates(cache, candidates)
+    arguments = (self._variables, self._tower, cache, padded)
+    with dispatch.record() as used:
+      # A new function: of one that it knows, JAX may keep the trace.
+      jax.eval_shape(lambda *args: self._trace_score(*args), *arguments)
+    return _names(used)
 
   def extend(self, cache: HistoryCache, events: History) -> HistoryCache:
     """Appends each user's new events; equals `encode` of the longer history.
@@ -332,6 +378,26 @@ class Scorer:
       ValueError: an input is malformed.
     """
     return self._whole(self._plain, batch, self.options.plain_microbatch)
+
+  def _check_candidates(
+    self, cache: HistoryCache, candidates: Candidates
+  ) -> Candidates:
+    """Checked and padded for `score`."""
+    self.config.require_amortizable()
+    num_rows, _ = validation.check_candidates(self._schema, candidates)
+    if num_rows > cache.num_rows:
+      raise ValueError(
+        f'candidates have {num_rows} rows, the cache {cache.num_rows}; '
+        'encode every user first'
+      )
+    if candidates.visible is not None:
+      length = np.asarray(cache.length)[:num_rows]
+      candidates = validation.check_visible(
+        candidates, length, causal=self.config.encoder.causal
+      )
+    return self._pad_candidates(
+      candidates, cache.num_rows, self.options.microbatch
+    )
 
   def _whole(self, function: Callable, batch: RankingBatch, multiple: int):
     num_rows = validation.check_history(self._schema, batch.history)
@@ -396,9 +462,11 @@ class Scorer:
       f.name: candidates.features[f.name] for f in self._schema.item_features
     }
     visible, mask = candidates.visible, candidates.mask
+    real = np.ones(candidates.shape, bool) if mask is None else mask
     return Candidates(
       features=_pad(features, (rows, padded), mask),
       visible=None if visible is None else _pad(visible, (rows, padded)),
+      mask=_pad(real, (rows, padded)),
     )
 
 
@@ -433,6 +501,10 @@ def _bucket(n: int, buckets: tuple[int, ...], what: str, smallest: int) -> int:
     f'{n} {what} do not fit the largest bucket, {buckets[-1]}; add a larger '
     'one to ScorerConfig, or cut them'
   )
+
+
+def _names(used: Mapping[str, set[str]]) -> dict[str, str]:
+  return {k: ', '.join(sorted(v)) for k, v in sorted(used.items())}
 
 
 def _pad(tree, shape: tuple[int, ...], real=None):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from histjax import ops
 from histjax.data import schema as schema_lib
 from histjax.nn import embedding, fusion, interaction
 from histjax.nn import encoder as encoder_lib
@@ -175,14 +176,34 @@ class Ranker(nn.Module):
     )
 
   def score(
-    self, cache: HistoryCache, candidates: Candidates
+    self,
+    cache: HistoryCache,
+    candidates: Candidates,
+    *,
+    tower: ops.TowerWeights | None = None,
+    implementation: str | None = None,
   ) -> dict[str, Float[Array, 'B C']]:
-    """Logits from a cached history; see `histjax.Scorer.score`."""
+    """Logits from a cached history; see `histjax.Scorer.score`.
+
+    Args:
+      cache: of `encode` or `extend`.
+      candidates: `[B, C]`.
+      tower: `fusion.pack_tower` of the fusion's parameters, for
+        `ops.candidate_tower`; None: the blocks as they are trained.
+      implementation: with `tower`, of that operation; None picks.
+    """
     self.config.require_amortizable()
     self._check_visible(candidates.visible, cache.length)
     features, tokens = self._candidate_inputs(candidates)
     readout = self.fusion.score(
-      cache.keys, cache.values, cache.length, tokens, candidates.visible
+      cache.keys,
+      cache.values,
+      cache.length,
+      tokens,
+      candidates.visible,
+      tower=tower,
+      count=None if tower is None else _count(candidates.mask),
+      implementation=implementation,
     )
     return self._logits(cache.context, features, readout)
 
@@ -243,6 +264,14 @@ class Ranker(nn.Module):
         'would learn of the rest. Use pointwise or request rows, or '
         'encoder.causal=True'
       )
+
+
+def _count(mask) -> jax.Array | None:
+  """int32 `[B]`, the candidates up to the last real one; None: all."""
+  if mask is None:
+    return None
+  end = jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32)[None, :]
+  return jnp.where(mask, end, 0).max(axis=1, initial=0)
 
 
 def _width(features: tuple[schema_lib.Feature, ...], config: RankerConfig):

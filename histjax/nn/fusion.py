@@ -16,11 +16,16 @@ Here `history` and `candidates` are tokens `[B, L, D]` and `[B, C, D]`,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from histjax import ops
 from histjax.nn import embedding
 from histjax.nn import encoder as encoder_lib
 from histjax.ops.history_attention import ranges
@@ -146,12 +151,40 @@ class AppendCross(_Transformer):
     length: Int[Array, 'B'],
     candidates: Float[Array, 'B C D'],
     visible: Int[Array, 'B C'] | None,
+    *,
+    tower: ops.TowerWeights | None = None,
+    count: Int[Array, 'B'] | None = None,
+    implementation: str | None = None,
   ) -> Float[Array, 'B C D']:
-    """The fused candidates, from the cached keys and values."""
+    """The fused candidates, from the cached keys and values.
+
+    Args:
+      keys: of `encode` or `extend`.
+      values: likewise.
+      length: int32 `[B]`, events cached.
+      candidates: tokens `[B, C, D]`.
+      visible: int32 `[B, C]`, or None for all events.
+      tower: `pack_tower` of this module's parameters, for
+        `ops.candidate_tower` to compute all layers; None: block by block.
+      count: with `tower`, as `ops.candidate_tower`.
+      implementation: likewise.
+    """
     key_range, position = self._candidates_see(
       length, visible, candidates.shape[1]
     )
     x = self._place_candidates(candidates)
+    if tower is not None:
+      return ops.candidate_tower(
+        x,
+        position if self.config.positions == 'rotary' else None,
+        keys,
+        values,
+        key_range,
+        tower,
+        num_heads=self.config.num_heads,
+        count=count,
+        implementation=implementation,
+      )
     for block, key, value in zip(self.blocks, keys, values, strict=True):
       x = block(x, position, key, value, key_range)
     return self.final_norm(x)
@@ -259,6 +292,52 @@ FUSIONS: dict[str, type[AppendCross] | type[Concat]] = {
   'append_cross': AppendCross,
   'concat': Concat,
 }
+
+
+def pack_tower(params: Mapping[str, Any], dtype: DTypeLike) -> ops.TowerWeights:
+  """The weights of an `AppendCross` for `ops.candidate_tower`.
+
+  Args:
+    params: its parameters: `blocks_0`, `blocks_1`, .., `final_norm`.
+    dtype: of the matrices, the type that candidates are computed in.
+  """
+  num_layers = sum(name.startswith('blocks_') for name in params)
+  layers = [_pack_block(params[f'blocks_{i}']) for i in range(num_layers)]
+  *matrices, bias = (jnp.stack(x) for x in zip(*layers, strict=True))
+  query, output, mlp_in, mlp_out = (x.astype(dtype) for x in matrices)
+  return ops.TowerWeights(
+    query=query,
+    output=output,
+    mlp_in=mlp_in,
+    mlp_out=mlp_out,
+    bias=bias,
+    final_scale=params['final_norm']['scale'].astype(jnp.float32),
+    final_bias=params['final_norm']['bias'].astype(jnp.float32),
+  )
+
+
+def _pack_block(block):
+  """float32 query, output, mlp_in, mlp_out, and their biases in one vector."""
+  block = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), block)
+
+  def fold(norm, kernel):
+    shift = jnp.matmul(
+      norm['bias'], kernel, precision=jax.lax.Precision.HIGHEST
+    )
+    return norm['scale'][:, None] * kernel, shift
+
+  query, query_bias = fold(block['attention_norm'], block['query']['kernel'])
+  mlp_in, in_bias = fold(block['mlp_norm'], block['mlp_in']['kernel'])
+  bias = jnp.concatenate(
+    [
+      query_bias,
+      block['output']['bias'],
+      in_bias + block['mlp_in']['bias'],
+      block['mlp_out']['bias'],
+    ]
+  )
+  output, mlp_out = block['output']['kernel'], block['mlp_out']['kernel']
+  return query, output, mlp_in, mlp_out, bias
 
 
 def amortizable() -> tuple[str, ...]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+
+_record: contextvars.ContextVar[dict[str, set[str]] | None] = (
+  contextvars.ContextVar('record', default=None)
+)
 
 
 class Backend(NamedTuple):
@@ -37,7 +43,19 @@ def check_implementation(
     )
 
 
+@contextlib.contextmanager
+def record() -> Iterator[dict[str, set[str]]]:
+  """Collects `{operation: names of backends}` of the calls traced within."""
+  used: dict[str, set[str]] = {}
+  token = _record.set(used)
+  try:
+    yield used
+  finally:
+    _record.reset(token)
+
+
 def run(
+  operation: str,
   backends: Mapping[str, Backend],
   implementation: str | None,
   device: jax.Device,
@@ -54,10 +72,15 @@ def run(
     backend = backends[name]
     try:
       backend.check_device(device)
-      return name, backend.call(*args, **kwargs)
+      out = backend.call(*args, **kwargs)
     except NotImplementedError:
       if implementation is not None:
         raise
+      continue
+    used = _record.get()
+    if used is not None:
+      used.setdefault(operation, set()).add(name)
+    return name, out
   raise AssertionError('some backend computes every call')
 
 

@@ -145,6 +145,7 @@ def _run(call: _Call, num_heads, implementation, device):
     nothing = jnp.zeros_like(key_range.stop)
     key_range = KeyRange(nothing, nothing, 'prefix')
   return dispatch.run(
+    'candidate_tower',
     _BACKENDS,
     implementation,
     device,
