@@ -1,0 +1,281 @@
+"""Random calls of the candidate tower and its float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from histjax import ops
+from histjax.types import KeyRange
+
+# Absolute, of outputs of order 1 after two or three layers of inputs that are
+# already rounded: the rounding of the computation, some 20 of them deep.
+TOLERANCE = {
+  'float32': 2e-5,  # 2^-24, times the terms; exp and tanh differ by ulps.
+  'float16': 2e-2,  # 2^-11: products are rounded to it.
+  'bfloat16': 1e-1,  # 2^-8: likewise.
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """Arguments of one call, in NumPy."""
+
+  candidates: np.ndarray
+  position: np.ndarray | None
+  keys: np.ndarray
+  values: np.ndarray
+  start: np.ndarray
+  stop: np.ndarray
+  structure: str
+  weights: ops.TowerWeights
+  num_heads: int
+  count: np.ndarray | None
+
+  @property
+  def dtype(self) -> str:
+    return str(self.candidates.dtype)
+
+  @property
+  def key_range(self) -> KeyRange:
+    return KeyRange(self.start, self.stop, self.structure)
+
+  @property
+  def counts(self) -> np.ndarray:
+    """Which candidates count, `[B, C]`."""
+    num_rows, num_candidates = self.candidates.shape[:2]
+    count = np.full(num_rows, num_candidates)
+    count = count if self.count is None else self.count
+    return np.arange(num_candidates)[None, :] < count[:, None]
+
+  @property
+  def positional(self) -> tuple:
+    return (
+      self.candidates,
+      self.position,
+      self.keys,
+      self.values,
+      self.key_range,
+      self.weights,
+    )
+
+  def replace(self, **fields) -> Call:
+    return dataclasses.replace(self, **fields)
+
+  def candidates_at(self, index) -> Call:
+    """A call with the candidates `index` of each row, in that order."""
+    return self.replace(
+      candidates=self.candidates[:, index],
+      position=None if self.position is None else self.position[:, index],
+      start=self.start[:, index],
+      stop=self.stop[:, index],
+    )
+
+  def rows_at(self, index) -> Call:
+    """A call with the rows `index`, in that order."""
+    return self.replace(
+      candidates=self.candidates[index],
+      position=None if self.position is None else self.position[index],
+      keys=self.keys[:, index],
+      values=self.values[:, index],
+      start=self.start[index],
+      stop=self.stop[index],
+      count=None if self.count is None else self.count[index],
+    )
+
+
+def make_call(
+  seed: int,
+  shape: tuple[int, int, int, int, int],
+  *,
+  num_layers: int = 2,
+  structure: str = 'any',
+  dtype: str = 'float32',
+  rotate: bool = True,
+  ragged: bool = False,
+  mlp_width: int | None = None,
+) -> Call:
+  """A random call of shape (B, C, L, N, H); some of its ranges are empty.
+
+  Args:
+    seed: of everything.
+    shape: B, C, L, N and H.
+    num_layers: at least 1.
+    structure: of the key range: 'any' or 'prefix'.
+    dtype: of arrays and matrices.
+    rotate: whether there are positions.
+    ragged: whether there is a count.
+    mlp_width: F; None: 4 D.
+  """
+  num_rows, num_candidates, num_keys, num_heads, head_dim = shape
+  rng = np.random.default_rng(seed)
+  width = num_heads * head_dim
+  cached = (num_layers, num_rows, num_keys, num_heads, head_dim)
+
+  def normal(*shape):
+    return rng.normal(size=shape).astype(jnp.dtype(dtype))
+
+  of_candidates = (num_rows, num_candidates)
+  if structure == 'any':
+    start, stop = rng.integers(
+      -2, num_keys + 3, (2, *of_candidates), dtype=np.int32
+    )
+  else:
+    length = rng.integers(0, num_keys + 1, num_rows, dtype=np.int32)
+    length[rng.integers(num_rows)] = num_keys
+    start = np.zeros(of_candidates, np.int32)
+    stop = np.repeat(length[:, None], num_candidates, axis=1)
+  position = rng.integers(0, 2 * num_keys + 1, of_candidates, dtype=np.int32)
+  count = rng.integers(0, num_candidates + 1, num_rows, dtype=np.int32)
+  return Call(
+    candidates=normal(*of_candidates, width),
+    position=position if rotate else None,
+    keys=normal(*cached),
+    values=normal(*cached),
+    start=start,
+    stop=stop,
+    structure=structure,
+    weights=make_weights(rng, num_layers, width, mlp_width, dtype),
+    num_heads=num_heads,
+    count=count if ragged else None,
+  )
+
+
+def make_weights(
+  rng: np.random.Generator,
+  num_layers: int,
+  width: int,
+  mlp_width: int | None = None,
+  dtype: str = 'float32',
+) -> ops.TowerWeights:
+  """Weights that keep activations of order 1; no bias is zero."""
+  hidden = mlp_width or 4 * width
+
+  def matrix(rows, columns, gain=1.0):
+    x = rng.normal(size=(num_layers, rows, columns)) * gain / math.sqrt(rows)
+    return x.astype(jnp.dtype(dtype))
+
+  def vector(*shape):
+    return (0.1 * rng.normal(size=shape)).astype(np.float32)
+
+  return ops.TowerWeights(
+    query=matrix(width, width, gain=1.5),
+    output=matrix(width, width),
+    mlp_in=matrix(width, hidden),
+    mlp_out=matrix(hidden, width),
+    bias=vector(num_layers, 3 * width + hidden),
+    final_scale=1 + vector(width),
+    final_bias=vector(width),
+  )
+
+
+def poisoned(call: Call, poison: float) -> Call:
+  """Writes `poison` before and after all ranges of each row."""
+  keys, values = call.keys.copy(), call.values.copy()
+  for b in range(call.candidates.shape[0]):
+    some = call.start[b] < call.stop[b]
+    first = max(call.start[b][some].min(initial=keys.shape[2]), 0)
+    last = max(call.stop[b][some].max(initial=0), 0)
+    for x in (keys, values):
+      x[:, b, :first] = poison
+      x[:, b, last:] = poison
+  return call.replace(keys=keys, values=values)
+
+
+def oracle(call: Call) -> np.ndarray:
+  """The result in float64, one candidate at a time."""
+  weights = jax.tree.map(lambda x: np.asarray(x, np.float64), call.weights)
+  out = np.zeros(call.candidates.shape)
+  for b, c in np.argwhere(call.counts):
+    x = np.asarray(call.candidates[b, c], np.float64)
+    for layer in range(len(weights.query)):
+      x = _layer(call, weights, layer, b, c, x)
+    out[b, c] = _norm(x) * weights.final_scale + weights.final_bias
+  return out
+
+
+def _layer(call, weights, layer, b, c, x):
+  width, hidden = weights.mlp_in.shape[1:]
+  head_dim = width // call.num_heads
+  bias = weights.bias[layer]
+  query = _norm(x) @ weights.query[layer] + bias[:width]
+  query = query.reshape(call.num_heads, head_dim)
+  if call.position is not None:
+    query = _turn(query, call.position[b, c])
+  first = max(call.start[b, c], 0)
+  seen = slice(first, max(call.stop[b, c], first))
+  keys = np.asarray(call.keys[layer, b, seen], np.float64)
+  values = np.asarray(call.values[layer, b, seen], np.float64)
+  attended = np.zeros_like(query)
+  for n in range(call.num_heads if len(keys) else 0):
+    score = keys[:, n] @ query[n] / math.sqrt(head_dim)
+    weight = np.exp(score - score.max())
+    attended[n] = weight @ values[:, n] / weight.sum()
+  x = x + attended.reshape(-1) @ weights.output[layer] + bias[width : 2 * width]
+  u = _norm(x) @ weights.mlp_in[layer] + bias[2 * width : 2 * width + hidden]
+  # The tanh form of GELU.
+  u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+  return x + u @ weights.mlp_out[layer] + bias[2 * width + hidden :]
+
+
+def _norm(x):
+  return (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+
+
+def _turn(query, position):
+  half = query.shape[1] // 2
+  out = np.empty_like(query)
+  for i in range(half):
+    angle = position * 10_000.0 ** (-i / half)
+    a, b = query[:, i], query[:, i + half]
+    out[:, i] = a * math.cos(angle) - b * math.sin(angle)
+    out[:, i + half] = b * math.cos(angle) + a * math.sin(angle)
+  return out
+
+
+def run(call: Call, implementation: str | None) -> np.ndarray:
+  """The result through the public function, jitted."""
+  return np.asarray(
+    _tower(
+      *call.positional,
+      num_heads=call.num_heads,
+      count=call.count,
+      implementation=implementation,
+    )
+  )
+
+
+# One function, so that a call of a shape is compiled once for all tests.
+_tower = jax.jit(
+  ops.candidate_tower, static_argnames=('num_heads', 'implementation')
+)
+
+Tower = Callable[[Call], np.ndarray]
+
+
+def assert_equals_oracle(tower: Tower, call: Call) -> None:
+  """Compares with the oracle; checks the type and the zeros."""
+  found = tower(call)
+  assert found.dtype == call.candidates.dtype, found.dtype
+  np.testing.assert_array_equal(found[~call.counts], 0)
+  np.testing.assert_allclose(
+    found.astype(np.float64),
+    oracle(call),
+    rtol=0,
+    atol=TOLERANCE[call.dtype],
+  )
+
+
+def assert_same(found, expected, call: Call) -> None:
+  """Compares results of one computation that was cut in another way."""
+  np.testing.assert_allclose(
+    np.asarray(found, np.float64),
+    np.asarray(expected, np.float64),
+    rtol=0,
+    atol=TOLERANCE[call.dtype],
+  )

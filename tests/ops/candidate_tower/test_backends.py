@@ -1,0 +1,143 @@
+"""Every backend against the float64 oracle, and what a score depends on."""
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from histjax import ops
+from histjax.ops.candidate_tower import api
+from tests.ops.candidate_tower import suite
+
+SEEDS = st.integers(0, 2**32 - 1)
+# B, C, L, N, H: odd sizes, one of everything, more keys than a block.
+SHAPES = ((3, 7, 9, 2, 8), (1, 1, 1, 1, 2), (2, 13, 5, 4, 4))
+IMPLEMENTATIONS = ('reference', 'xla')
+
+
+class BackendTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    # GPUs and TPUs round float32 factors unless told not to.
+    self.enter_context(jax.default_matmul_precision('highest'))
+
+  @parameterized.product(
+    implementation=IMPLEMENTATIONS,
+    shape=SHAPES,
+    structure=('any', 'prefix'),
+    ragged=(False, True),
+  )
+  @settings(max_examples=4)
+  @given(seed=SEEDS)
+  def test_equals_the_oracle(
+    self, implementation, shape, structure, ragged, seed
+  ):
+    call = suite.make_call(seed, shape, structure=structure, ragged=ragged)
+    suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
+
+  @parameterized.product(
+    implementation=IMPLEMENTATIONS, dtype=('float32', 'float16', 'bfloat16')
+  )
+  @settings(max_examples=4)
+  @given(seed=SEEDS)
+  def test_types(self, implementation, dtype, seed):
+    call = suite.make_call(
+      seed, (2, 5, 12, 2, 16), dtype=dtype, num_layers=3, mlp_width=40
+    )
+    suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
+
+  @parameterized.product(implementation=IMPLEMENTATIONS)
+  def test_without_rotation(self, implementation):
+    call = suite.make_call(0, (2, 3, 5, 2, 3), rotate=False)
+    suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
+
+  @parameterized.product(implementation=IMPLEMENTATIONS)
+  def test_many_keys_in_blocks(self, implementation):
+    call = suite.make_call(0, (1, 150, 700, 4, 4), num_layers=1)
+    suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
+
+  @parameterized.product(
+    implementation=IMPLEMENTATIONS,
+    structure=('any', 'prefix'),
+    poison=(np.nan, np.inf),
+  )
+  @settings(max_examples=5)
+  @given(seed=SEEDS)
+  def test_keys_that_nobody_sees_may_be_anything(
+    self, implementation, structure, poison, seed
+  ):
+    call = suite.make_call(seed, SHAPES[0], structure=structure, ragged=True)
+    np.testing.assert_array_equal(
+      suite.run(suite.poisoned(call, poison), implementation),
+      suite.run(call, implementation),
+    )
+
+  @parameterized.product(implementation=IMPLEMENTATIONS)
+  def test_no_keys_at_all(self, implementation):
+    call = suite.make_call(0, (2, 3, 0, 2, 8))
+    suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
+
+  @parameterized.product(implementation=IMPLEMENTATIONS)
+  def test_runs_give_equal_bits(self, implementation):
+    call = suite.make_call(0, (2, 13, 33, 2, 8), dtype='bfloat16')
+    np.testing.assert_array_equal(
+      suite.run(call, implementation), suite.run(call, implementation)
+    )
+
+
+class InvarianceTest(parameterized.TestCase):
+  """A candidate's result is a function of itself and its row's history."""
+
+  @parameterized.product(
+    implementation=IMPLEMENTATIONS, dtype=('float32', 'bfloat16')
+  )
+  @settings(max_examples=4)
+  @given(seed=SEEDS)
+  def test_number_order_and_neighbours(self, implementation, dtype, seed):
+    call = suite.make_call(seed, (3, 7, 9, 2, 8), dtype=dtype)
+    expected = suite.run(call, implementation)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(7)
+    for index in (order, order[:1], np.concatenate([order, order])):
+      found = suite.run(call.candidates_at(index), implementation)
+      suite.assert_same(found, expected[:, index], call)
+    order = rng.permutation(3)
+    for index in (order, order[:1]):
+      found = suite.run(call.rows_at(index), implementation)
+      suite.assert_same(found, expected[index], call)
+
+  @parameterized.product(implementation=IMPLEMENTATIONS)
+  @settings(max_examples=4)
+  @given(seed=SEEDS)
+  def test_count_cuts(self, implementation, seed):
+    call = suite.make_call(seed, SHAPES[0], ragged=True)
+    whole = suite.run(call.replace(count=None), implementation)
+    suite.assert_same(
+      suite.run(call, implementation),
+      np.where(call.counts[..., None], whole, 0),
+      call,
+    )
+
+  @parameterized.product(implementation=IMPLEMENTATIONS)
+  def test_vmap(self, implementation):
+    calls = [suite.make_call(seed, SHAPES[0]) for seed in range(2)]
+    stacked = jax.tree.map(
+      lambda *x: np.stack(x), *(c.positional for c in calls)
+    )
+    found = jax.vmap(
+      lambda *args: ops.candidate_tower(
+        *args, num_heads=2, implementation=implementation
+      )
+    )(*stacked)
+    for call, out in zip(calls, found, strict=True):
+      suite.assert_same(out, suite.run(call, implementation), call)
+
+  def test_every_backend_is_tested(self):
+    self.assertContainsSubset(
+      set(api._BACKENDS), {*IMPLEMENTATIONS, 'pallas_tpu', 'pallas_gpu'}
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
