@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ def by_rows(
   function: Callable[..., Any],
   in_axes: Sequence[int | None],
   out_axes: int | Sequence[int],
+  *,
+  mesh_in_context: bool = False,
 ) -> Callable[..., Any]:
   """Lets each device run a function of independent rows on its own rows.
 
@@ -33,6 +36,10 @@ def by_rows(
     in_axes: the rows' axis of each argument; None if it has no rows, such as a
       weight. One at least has rows.
     out_axes: the rows' axis of the result, or of each array of the tuple.
+    mesh_in_context: splits the rows over the Auto axes of the mesh that
+      `jax.set_mesh` or `jax.sharding.use_abstract_mesh` put in context, not
+      over those that the operands are sharded by. That is the way on TPU, whose
+      compiler has no custom partitioning (github.com/jax-ml/jax/issues/38196).
 
   Returns:
     A function of the same positional arguments.
@@ -59,10 +66,14 @@ def by_rows(
     del mesh
     return _sharding_rule(arg_types, ins, result_types, outs)
 
-  partitioned = custom_partitioning(as_tuple)
-  partitioned.def_partition(
-    partition, sharding_rule=sharding_rule, decode_shardings=True
-  )
+  partitioned: Any
+  if mesh_in_context:
+    partitioned = _over_mesh(as_tuple, ins, outs)
+  else:
+    partitioned = custom_partitioning(as_tuple)
+    partitioned.def_partition(
+      partition, sharding_rule=sharding_rule, decode_shardings=True
+    )
   mappable = jax.custom_batching.custom_vmap(partitioned)
 
   def over_map(size, mapped, *args):
@@ -89,6 +100,41 @@ def by_rows(
   def call(*args):
     out = mappable(*args)
     return out[0] if single else out
+
+  return call
+
+
+def _over_mesh(function, in_axes, out_axes):
+  """The function within `shard_map`, if there is a mesh in context."""
+
+  def call(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = [
+      name
+      for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+      if kind == jax.sharding.AxisType.Auto
+    ]
+    if not auto:
+      return function(*args)
+    num_rows = next(
+      x.shape[axis]
+      for x, axis in zip(args, in_axes, strict=True)
+      if axis is not None
+    )
+    split = list(auto)
+    while num_rows % math.prod(mesh.shape[name] for name in split):
+      split.pop()  # What is left over is computed by each device.
+
+    def spec(axis):
+      return jax.P() if axis is None else jax.P(*(None,) * axis, tuple(split))
+
+    return jax.shard_map(
+      function,
+      in_specs=tuple(map(spec, in_axes)),
+      out_specs=tuple(map(spec, out_axes)),
+      axis_names=set(auto),
+      check_vma=False,  # Kernels do not say over which axes they vary.
+    )(*args)
 
   return call
 

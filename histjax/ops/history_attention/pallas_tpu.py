@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from histjax.ops import partition
 from histjax.types import KeyRange
 
 _LANES = 128
@@ -174,11 +175,13 @@ def _clip(key_range: KeyRange, plan: _Plan):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(query, key, value, start, stop, plan):
-  return _forward(query, key, value, start, stop, plan)[0]
+  return _by_rows(_forward, plan, 5, 2)(query, key, value, start, stop)[0]
 
 
 def _forward_rule(query, key, value, start, stop, plan):
-  out, log_total = _forward(query, key, value, start, stop, plan)
+  out, log_total = _by_rows(_forward, plan, 5, 2)(
+    query, key, value, start, stop
+  )
   return out, (query, key, value, start, stop, out, log_total)
 
 
@@ -192,12 +195,25 @@ def _backward_rule(plan, residuals, cotangent):
   delta = jnp.pad(delta, ((0, 0), (0, 0), (0, pad)))
   delta = delta.reshape(log_total.shape)
   inputs = (query, key, value, cotangent, start, stop, log_total, delta)
-  d_query = _query_gradient(*inputs, plan)
-  d_key, d_value = _key_gradients(*inputs, plan)
+  d_query, d_key, d_value = _by_rows(_backward, plan, 8, 3)(*inputs)
   return d_query, d_key, d_value, None, None
 
 
 _attend.defvjp(_forward_rule, _backward_rule)
+
+
+def _by_rows(function, plan: _Plan, num_in: int, num_out: int):
+  return partition.by_rows(
+    functools.partial(function, plan=plan),
+    (0,) * num_in,
+    (0,) * num_out,
+    mesh_in_context=True,
+  )
+
+
+def _backward(*inputs, plan: _Plan):
+  d_query = _query_gradient(*inputs, plan)
+  return d_query, *_key_gradients(*inputs, plan)
 
 
 # ------------------------------------------------------------------- calls
