@@ -3,7 +3,7 @@
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
 from histjax.nn.interaction import InteractionConfig
-from histjax.ops import history_attention
+from histjax.ops import candidate_tower, history_attention
 from histjax.scoring import Scorer, ScorerConfig
 from histjax.types import (
   Candidates,
@@ -27,5 +27,6 @@ __all__ = [
   'RankingBatch',
   'Scorer',
   'ScorerConfig',
+  'candidate_tower',
   'history_attention',
 ]

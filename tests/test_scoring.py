@@ -1,5 +1,7 @@
 """Joint, plain and cached scores are one; nothing but the user matters."""
 
+from unittest import mock
+
 import chex
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 
 from histjax import scoring
 from histjax.models import ranker
+from histjax.ops import dispatch
+from histjax.ops.candidate_tower import api
 from histjax.types import Candidates, History
 from tests import support
 
@@ -310,6 +314,94 @@ class InvarianceTest(parameterized.TestCase):
   )
   def test_bucket_size(self, n, expected):
     self.assertEqual(scoring.bucket_size(n), expected)
+
+
+class BackendsTest(parameterized.TestCase):
+  @parameterized.parameters(*VARIANTS)
+  def test_tower_equals_the_blocks_it_was_packed_from(self, variant):
+    s = scorer(variant)
+    batch = support.batch(
+      np.random.default_rng(4), shared_visible=not s.config.encoder.causal
+    )
+    cache = s.encode(batch.context, batch.history)
+    visible = np.pad(
+      batch.candidates.visible, ((0, cache.num_rows - 3), (0, 0))
+    )
+    candidates = Candidates(
+      {
+        k: np.pad(v, ((0, cache.num_rows - 3), (0, 0)))
+        for k, v in batch.candidates.features.items()
+      },
+      visible,
+    )
+    blocks = ranker.Ranker(s.config).apply(
+      s._variables, cache, candidates, method='score'
+    )
+    np.testing.assert_allclose(
+      real(s.score(cache, batch.candidates), batch),
+      real(rows(blocks, slice(0, 3)), batch),
+      **TOLERANCE[s.config.dtype],
+    )
+
+  def test_says_what_runs_and_logs_it_once(self):
+    config = support.config()
+    _, params = support.init(config)
+    s = scoring.Scorer(config, params)
+    batch = support.batch(np.random.default_rng(0))
+    cache = s.encode(batch.context, batch.history)
+    expected = s.backends(cache, batch.candidates)
+    self.assertIn('candidate_tower', expected)
+    self.assertEqual(s.num_compilations, 1)  # Of `encode` alone.
+    with self.assertLogs('absl', level='INFO') as logs:
+      for _ in range(2):
+        s.score(cache, batch.candidates)
+    lines = [r.getMessage() for r in logs.records]
+    self.assertEqual(lines, [f'{k} runs as {v!r}' for k, v in expected.items()])
+    self.assertEqual(s.backends(cache, batch.candidates), expected)
+
+  def test_a_named_backend_runs(self):
+    batch = support.batch(np.random.default_rng(0))
+    expected = real(cached(scorer(), batch), batch)
+    for name in ('xla', 'reference'):
+      s = scorer(candidate_tower=name)
+      cache = s.encode(batch.context, batch.history)
+      used = s.backends(cache, batch.candidates)
+      self.assertEqual(used['candidate_tower'], name)
+      np.testing.assert_allclose(
+        real(s.score(cache, batch.candidates), batch),
+        expected,
+        **TOLERANCE['float32'],
+      )
+
+  def test_an_unknown_backend(self):
+    s = scorer(candidate_tower='cuda')
+    batch = support.batch(np.random.default_rng(0))
+    cache = s.encode(batch.context, batch.history)
+    for function in (s.score, s.backends):
+      with self.assertRaisesRegex(ValueError, "'cuda' is unknown; use one of"):
+        function(cache, batch.candidates)
+
+  @parameterized.parameters(5, 2)
+  def test_candidates_after_the_last_real_one_are_not_computed(self, size):
+    s = scorer(microbatch=size)
+    batch = support.batch(np.random.default_rng(0))
+    mask = np.arange(5)[None, :] < np.array([2, 0, 5])[:, None]
+    mask[0, 0] = False
+    candidates = batch.candidates.replace(mask=mask)
+    counts = []
+
+    def tower(x, *args, count, **kwargs):
+      del args, kwargs
+      jax.debug.callback(lambda n: counts.append(n), count, ordered=True)
+      return x
+
+    cache = s.encode(batch.context, batch.history)
+    backend = dispatch.Backend(tower, dispatch.any_device)
+    s = scoring.Scorer(s.config, s._variables['params'], s.options)
+    with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
+      s.score(cache, candidates)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(sum(counts), [2, 0, 5, 0])
 
 
 class BadInputTest(parameterized.TestCase):
