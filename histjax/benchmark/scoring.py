@@ -8,88 +8,19 @@ on the dense reference implementation, whose loops it can see through.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import os
-import pathlib
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from histjax import scoring
+from histjax.benchmark.machine import environment, matmul_ceiling
+from histjax.benchmark.timing import measure
 from histjax.data import schema as schema_lib
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.types import Candidates, History, RankingBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """Wall time of one call, in seconds.
-
-  Attributes:
-    median: over the calls.
-    low: their 10th percentile.
-    high: their 90th percentile.
-    calls: how many were timed.
-  """
-
-  median: float
-  low: float
-  high: float
-  calls: int
-
-
-def measure(
-  function: Callable[[], Any], *, repeats: int = 5, seconds: float = 0.5
-) -> Timing:
-  """Times `function()` until both `repeats` and `seconds` are reached.
-
-  Args:
-    function: returns JAX arrays, which are waited for.
-    repeats: the least number of timed calls.
-    seconds: the least time spent on them.
-
-  Returns:
-    The timing, without the first call.
-  """
-  jax.block_until_ready(function())
-  times: list[float] = []
-  while len(times) < repeats or sum(times) < seconds:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    times.append(time.perf_counter() - start)
-  low, median, high = np.percentile(times, (10, 50, 90))
-  return Timing(float(median), float(low), float(high), len(times))
-
-
-def matmul_ceiling(dtype: str, size: int | None = None) -> float:
-  """FLOP/s of a large square matrix product here and now, the best of 5."""
-  if size is None:
-    size = 1024 if jax.default_backend() == 'cpu' else 8192
-  rng = np.random.default_rng(0)  # Random: zeros draw less power on a GPU.
-  x = jnp.asarray(rng.normal(size=(size, size)), dtype)
-  product = jax.jit(jnp.matmul)
-  timing = measure(lambda: product(x, x), seconds=0.2)
-  return 2 * size**3 / timing.low
-
-
-def environment() -> dict[str, Any]:
-  """Date, device and versions, to stand beside every measurement."""
-  return {
-    'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
-    'device': jax.devices()[0].device_kind,
-    'platform': jax.default_backend(),
-    'cpu_count': os.cpu_count(),
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-    'flax': flax.__version__,
-  }
 
 
 def random_batch(
@@ -198,6 +129,7 @@ def scoring_suite(
       results.append(_workload(scorer, batch, ceiling, seconds))
       progress(_line(results[-1]))
   return {
+    'suite': 'scoring',
     'environment': environment(),
     'dtype': config.dtype,
     'num_layers': config.encoder.num_layers,
@@ -261,17 +193,6 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 
 _WAYS = ('plain', 'joint', 'encode', 'cached')
-
-
-def write_report(report: Mapping[str, Any], output: str) -> list[str]:
-  """Writes `<output>.json` and the plot `<output>.png`; returns their paths."""
-  path = pathlib.Path(output)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  json_path = path.with_name(path.name + '.json')
-  json_path.write_text(json.dumps(report, indent=2) + '\n')
-  figure_path = path.with_name(path.name + '.png')
-  plot(report).savefig(figure_path, dpi=150)
-  return [str(json_path), str(figure_path)]
 
 
 def plot(report: Mapping[str, Any]):

@@ -1,0 +1,397 @@
+"""Who computes a workload: this library, and its rivals written in JAX.
+
+A contender is a name. 'histjax' is the library as it picks by itself and
+'histjax:xla' with an implementation named; 'histjax:encode_score' reads the
+history and scores with `candidate_tower`, in one program. Rivals: 'jax:cudnn'
+and 'jax:xla' are `jax.nn.dot_product_attention`, 'tokamax' is its namesake
+there, in a plain stack of layers that holds the workload's type between
+products; 'torch:..' are of `torch_rivals`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from histjax import ops
+from histjax.benchmark import timing
+from histjax.benchmark.workloads import Attention, Tower
+from histjax.nn import fusion
+from histjax.nn.encoder import EncoderConfig
+from histjax.ops.rotary import rotary
+from histjax.types import KeyRange
+
+Attend = Callable[..., jax.Array]
+
+
+def program(
+  name: str, workload: Attention | Tower, inputs: list[dict[str, np.ndarray]]
+) -> timing.JaxProgram:
+  """Compiles a contender.
+
+  Args:
+    name: 'histjax', 'histjax:..', 'jax:cudnn', 'jax:xla' or 'tokamax'.
+    workload: what to compute.
+    inputs: of `workload.inputs`, several seeds.
+
+  Raises:
+    ValueError: no such contender.
+    NotImplementedError: an implementation cannot compute it here.
+  """
+  owner, _, implementation = name.partition(':')
+  if owner == 'histjax':
+    if isinstance(workload, Attention):
+      attend = _our_attention(workload, implementation or None)
+      return _attention_program(workload, inputs, attend)
+    return _our_tower(workload, inputs, implementation or None)
+  if name in ('jax:cudnn', 'jax:xla'):
+    attend = functools.partial(
+      jax.nn.dot_product_attention, implementation=implementation
+    )
+  elif name == 'tokamax':
+    import tokamax
+
+    attend = tokamax.dot_product_attention
+  else:
+    raise ValueError(
+      f"contender {name!r} is unknown; use 'histjax', 'histjax:<name of an "
+      "implementation>', 'jax:cudnn', 'jax:xla', 'tokamax' or 'torch:..'"
+    )
+  if isinstance(workload, Attention):
+    attend = _rival_attention(workload, attend)
+    return _attention_program(workload, inputs, attend)
+  return _rival_tower(workload, inputs, attend)
+
+
+def reference(
+  workload: Attention | Tower, inputs: dict[str, np.ndarray]
+) -> list[np.ndarray]:
+  """What a contender's `output()` should be: float32, of rounded inputs."""
+  rounded = {k: _rounded(x, workload.dtype) for k, x in inputs.items()}
+  with jax.default_matmul_precision('highest'):
+    if isinstance(workload, Attention):
+      attend = _our_attention(workload, 'reference')
+      rest = _attention_rest(workload, rounded)
+      step = _attention_step(workload, attend)
+      out = jax.jit(step)(_attention_x(workload, rounded), rest)
+      return [np.asarray(x) for x in jax.tree.leaves(out)]
+    weights = _rounded_weights(workload)
+    length, count = map(jnp.asarray, workload.lengths())
+    module = _fusion(workload, 'float32', 'reference')
+    params = {'params': _flax_params(weights)}
+    x = rounded['candidates']
+    if workload.joint:
+      out = jax.jit(module.apply)(params, rounded['history'], x, length, None)
+    else:
+      out = jax.jit(functools.partial(module.apply, method='score'))(
+        params, rounded['keys'], rounded['values'], length, x, None
+      )
+    return [_drop_padding(np.asarray(out), np.asarray(count))]
+
+
+def difference(
+  workload: Attention | Tower,
+  output: list[np.ndarray],
+  expected: list[np.ndarray],
+) -> float:
+  """The largest relative difference, `|x - y| / |y|`, over the results."""
+  if isinstance(workload, Tower):
+    output = [_drop_padding(output[0], workload.lengths()[1])]
+  return max(
+    float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30))
+    for x, y in zip(output, expected, strict=True)
+  )
+
+
+def _our_attention(workload: Attention, implementation) -> Attend:
+  def attend(query, key, value, start, stop):
+    key_range = KeyRange(start, stop, workload.structure)
+    return ops.history_attention(
+      query, key, value, key_range, implementation=implementation
+    )
+
+  return attend
+
+
+def _rival_attention(workload: Attention, dot_product: Attend) -> Attend:
+  """Without the ranges: each mask as the rival takes it, and fastest."""
+  num_keys, window = workload.num_keys, workload.window
+
+  def attend(query, key, value, start, stop):
+    del start, stop
+    if workload.mask != 'window':
+      causal = workload.mask == 'causal'
+      return dot_product(query, key, value, is_causal=causal)
+    # Events lie on a diagonal band, candidates all see the last keys.
+    parts = [
+      dot_product(
+        query[:, :num_keys],
+        key,
+        value,
+        is_causal=True,
+        local_window_size=(window - 1, 0),
+      )
+    ]
+    if workload.num_queries > num_keys:
+      last = slice(max(0, num_keys - window), num_keys)
+      parts.append(
+        dot_product(query[:, num_keys:], key[:, last], value[:, last])
+      )
+    return jnp.concatenate(parts, axis=1)
+
+  return attend
+
+
+def _attention_x(workload: Attention, arrays):
+  return arrays['cotangent' if workload.backward else 'query']
+
+
+def _attention_rest(workload: Attention, arrays):
+  start, stop = map(jnp.asarray, workload.ranges())
+  rest = {'key': arrays['key'], 'value': arrays['value']}
+  if workload.backward:
+    rest['query'] = arrays['query']
+  return rest | {'start': start, 'stop': stop}
+
+
+def _attention_step(workload: Attention, attend: Attend) -> timing.Step:
+  def forward(query, rest):
+    return attend(query, **rest), ()
+
+  def backward(cotangent, rest):
+    # The forward pass, too, must wait for the call before.
+    rest, cotangent = jax.lax.optimization_barrier((rest, cotangent))
+    arrays = [rest[k] for k in ('query', 'key', 'value')]
+    out, vjp = jax.vjp(
+      lambda *arrays: attend(*arrays, rest['start'], rest['stop']), *arrays
+    )
+    query, key, value = vjp(cotangent)
+    return query, (out, key, value)
+
+  return backward if workload.backward else forward
+
+
+def _attention_program(workload: Attention, inputs, attend: Attend):
+  sets = [
+    {k: jnp.asarray(x, workload.dtype) for k, x in arrays.items()}
+    for arrays in inputs
+  ]
+  return timing.JaxProgram(
+    _attention_step(workload, attend),
+    _attention_x(workload, sets[0]),
+    [_attention_rest(workload, arrays) for arrays in sets],
+  )
+
+
+def _our_tower(workload: Tower, inputs, implementation: str | None):
+  weights = workload.weights()
+  length, count = map(jnp.asarray, workload.lengths())
+  tower = jax.jit(fusion.pack_tower, static_argnames='dtype')(
+    _flax_params(weights), dtype=workload.dtype
+  )
+  two_passes = implementation == 'encode_score'
+  module = _fusion(
+    workload, workload.dtype, None if two_passes else implementation
+  )
+  params = {'params': jax.tree.map(jnp.asarray, _flax_params(weights))}
+  # As `Scorer` does: all candidates count unless some are padding.
+  shared = {'tower': tower, 'length': length}
+  if workload.ragged:
+    shared['count'] = count
+  if workload.joint:
+    shared['params'] = params
+
+  def score(x, keys, values, rest, implementation):
+    return module.apply(
+      params,
+      keys,
+      values,
+      rest['length'],
+      x,
+      None,
+      tower=rest['tower'],
+      count=rest.get('count'),
+      implementation=implementation,
+      method='score',
+    )
+
+  def cached(x, rest):
+    return score(x, rest['keys'], rest['values'], rest, implementation), ()
+
+  def joint(x, rest):
+    arguments = (rest['params'], rest['history'], x, rest['length'], None)
+    return module.apply(*arguments), ()
+
+  def encode_score(x, rest):
+    # Reading the history, too, must wait for the call before.
+    history, x = jax.lax.optimization_barrier((rest['history'], x))
+    keys, values = module.apply(
+      rest['params'], history, rest['length'], method='encode'
+    )
+    return score(x, keys, values, rest, None), ()
+
+  step = (encode_score if two_passes else joint) if workload.joint else cached
+  return _tower_program(workload, inputs, step, shared)
+
+
+def _rival_tower(workload: Tower, inputs, dot_product: Attend):
+  length, _ = map(jnp.asarray, workload.lengths())
+  weights = {
+    k: [jnp.asarray(x, workload.dtype) for x in v]
+    if v.ndim > 1
+    else jnp.asarray(v)
+    for k, v in workload.weights().items()
+  }
+  shared = {'weights': weights, 'length': length}
+  step = _rival_joint if workload.joint else _rival_cached
+  return _tower_program(
+    workload, inputs, functools.partial(step, workload, dot_product), shared
+  )
+
+
+def _rival_cached(workload: Tower, dot_product: Attend, x, rest):
+  length = rest['length']
+  position = jnp.broadcast_to(length[:, None], x.shape[:2])
+
+  def attend(query, key, value):
+    if not workload.ragged:
+      return dot_product(query, key, value)
+    out = dot_product(
+      query, key, value, key_value_seq_lengths=jnp.maximum(length, 1)
+    )
+    return jnp.where((length > 0)[:, None, None, None], out, 0)
+
+  for i in range(workload.num_layers):
+    x = _rival_layer(
+      workload,
+      rest['weights'],
+      i,
+      x,
+      _norm(x),
+      position,
+      functools.partial(
+        attend, key=rest['keys'][i], value=rest['values'][i]
+      ),
+    )
+  return _final_norm(x, rest['weights']), ()
+
+
+def _rival_joint(workload: Tower, dot_product: Attend, x, rest):
+  weights, length = rest['weights'], rest['length']
+  num_rows, num_events = workload.num_rows, workload.num_events
+  event = jnp.arange(num_events, dtype=jnp.int32)
+  event = jnp.broadcast_to(event[None], (num_rows, num_events))
+  candidate = jnp.broadcast_to(length[:, None], x.shape[:2])
+  position = jnp.concatenate([event, candidate], axis=1)
+  x = jnp.concatenate([rest['history'], x], axis=1)
+  for i in range(workload.num_layers):
+    last = i + 1 == workload.num_layers
+    normed = _norm(x)
+    key = _heads(workload, normed[:, :num_events] @ weights['key'][i])
+    value = _heads(workload, normed[:, :num_events] @ weights['value'][i])
+    if last:  # Nothing reads the history's last layer.
+      x, normed, position = (y[:, num_events:] for y in (x, normed, position))
+    x = _rival_layer(
+      workload,
+      weights,
+      i,
+      x,
+      normed,
+      position,
+      functools.partial(
+        dot_product, key=rotary(key, event), value=value, is_causal=not last
+      ),
+    )
+  return _final_norm(x, weights), ()
+
+
+def _rival_layer(workload, weights, i, x, normed, position, attend):
+  query = rotary(_heads(workload, normed @ weights['query'][i]), position)
+  attended = attend(query).reshape(x.shape)
+  x = x + attended @ weights['output'][i] + _wide(weights['output_bias'][i])
+  hidden = _norm(x) @ weights['mlp_in'][i] + _wide(weights['mlp_in_bias'][i])
+  hidden = jax.nn.gelu(hidden) @ weights['mlp_out'][i]
+  return x + hidden + _wide(weights['mlp_out_bias'][i])
+
+
+def _norm(x):
+  z = x.astype(jnp.float32)
+  z = z - z.mean(axis=-1, keepdims=True)
+  scale = jax.lax.rsqrt(jnp.square(z).mean(axis=-1, keepdims=True) + 1e-6)
+  return (z * scale).astype(x.dtype)
+
+
+def _final_norm(x, weights):
+  y = _norm(x.astype(jnp.float32)) * _wide(weights['final_scale'])
+  return (y + _wide(weights['final_bias'])).astype(x.dtype)
+
+
+def _heads(workload: Tower, x):
+  return x.reshape(*x.shape[:2], workload.num_heads, workload.head_dim)
+
+
+def _wide(x):
+  return x[None, None, :]
+
+
+def _tower_program(workload: Tower, inputs, step, shared):
+  rests = [
+    {k: jnp.asarray(x, workload.dtype) for k, x in arrays.items()} | shared
+    for arrays in inputs
+  ]
+  candidates = [rest.pop('candidates') for rest in rests]
+  return timing.JaxProgram(step, candidates[0], rests)
+
+
+def _fusion(workload: Tower, dtype, attention: str | None):
+  config = EncoderConfig(
+    num_layers=workload.num_layers,
+    width=workload.width,
+    num_heads=workload.num_heads,
+    attention=attention if workload.joint or dtype == 'float32' else None,
+  )
+  return fusion.AppendCross(config, jnp.dtype(dtype))
+
+
+def _flax_params(weights):
+  """Of `AppendCross`, whose norms have folded scales of 1 and biases of 0."""
+  width = weights['query'].shape[1]
+  norm = {
+    'scale': np.ones(width, np.float32),
+    'bias': np.zeros(width, np.float32),
+  }
+  params: dict[str, Any] = {
+    'final_norm': {
+      'scale': weights['final_scale'],
+      'bias': weights['final_bias'],
+    }
+  }
+  for i in range(len(weights['query'])):
+    block = {'attention_norm': norm, 'mlp_norm': norm}
+    for name in ('query', 'key', 'value', 'output', 'mlp_in', 'mlp_out'):
+      block[name] = {'kernel': weights[name][i]}
+    for name in ('output', 'mlp_in', 'mlp_out'):
+      block[name]['bias'] = weights[f'{name}_bias'][i]
+    params[f'blocks_{i}'] = block
+  return params
+
+
+def _rounded_weights(workload: Tower):
+  return {
+    k: _rounded(x, workload.dtype) if x.ndim == 3 else jnp.asarray(x)
+    for k, x in workload.weights().items()
+  }
+
+
+def _rounded(x, dtype):
+  return jnp.asarray(x, dtype).astype(jnp.float32)
+
+
+def _drop_padding(x: np.ndarray, count: np.ndarray) -> np.ndarray:
+  real = np.arange(x.shape[1])[None, :] < count[:, None]
+  return np.where(real[..., None], x, 0)
