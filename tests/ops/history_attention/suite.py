@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hypothesis_numpy
 from histjax import ops
 from histjax.types import KeyRange
 
-IMPLEMENTATIONS = ('reference', 'xla', 'cudnn')
+IMPLEMENTATIONS = ('reference', 'xla', 'cudnn', 'pallas_tpu')
 STRUCTURES = ('any', 'prefix', 'causal')
 
 # {dtype: (of outputs, of gradients)}, relative and absolute. Inputs are of
@@ -193,6 +193,11 @@ _attend_with_gradients = jax.jit(gradients, static_argnames=_STATIC)
 
 def refusal(call: Call, implementation: str) -> str | None:
   """What NotImplementedError must say of this call here; None: it runs."""
+  if implementation == 'pallas_tpu':
+    if jax.devices()[0].platform != 'tpu':
+      return 'needs a TPU'
+    narrow_or_wide = call.query.dtype not in (jnp.bfloat16, jnp.float32)
+    return 'bfloat16 or float32' if narrow_or_wide else None
   if implementation != 'cudnn':
     return None
   if 'cuda' not in jax.devices()[0].client.platform_version.lower():

@@ -74,7 +74,7 @@ class ValidationTest(parameterized.TestCase):
 
   def test_unknown_implementation(self):
     with self.assertRaisesRegex(
-      ValueError, "'pallas' is unknown; use one of 'cudnn', 'xla', 'reference'"
+      ValueError, "'pallas' is unknown; use one of .*'xla', 'reference'"
     ):
       ops.history_attention(**arguments(), implementation='pallas')
 
