@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from histjax.ops.history_attention import cudnn, reference, xla
+from histjax.ops.history_attention import (
+  cudnn,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  xla,
+)
 from histjax.types import KeyRange
 
 
@@ -34,7 +40,13 @@ def _any_device(device: jax.Device) -> None:
 
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
+  'pallas_gpu': _Backend(
+    pallas_gpu.history_attention, pallas_gpu.check_device
+  ),
   'cudnn': _Backend(cudnn.history_attention, cudnn.check_device),
+  'pallas_tpu': _Backend(
+    pallas_tpu.history_attention, pallas_tpu.check_device
+  ),
   'xla': _Backend(xla.history_attention, _any_device),
   'reference': _Backend(reference.history_attention, _any_device),
 }
@@ -72,11 +84,13 @@ def history_attention(
     key_range: int32 `[B, Q]` each. Its `structure` opens faster backends.
     scale: a Python number, of the products; None: `1 / sqrt(H)`.
     implementation: 'cudnn' (16-bit, 'prefix' or 'causal' ranges; keys and
-      values must all be finite), 'xla' (everything, everywhere) or
-      'reference' (readable; memory `B N Q L`). None: the fastest that supports
-      the call. In 'xla' and 'reference', keys and values that lie before or
-      after all ranges of their row may hold anything, NaN included; those
-      between must be finite.
+      values must all be finite), 'pallas_tpu' (TPUs; bfloat16 and float32; to
+      shard `B` under jit, put the mesh in context, as by `jax.set_mesh`),
+      'xla' (everything, everywhere) or 'reference' (readable; memory
+      `B N Q L`). None: the fastest that supports the call. In 'pallas_tpu',
+      'xla' and 'reference', keys and values that lie before or after all
+      ranges of their row may hold anything, NaN included; those between must
+      be finite.
 
   Returns:
     `[B, Q, N, H]`, of the query's type.
