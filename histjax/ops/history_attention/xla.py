@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int
 from histjax.types import KeyRange
 
 # Scores in one block, `B N block_q block_k`. A CPU wants them in its cache:
-# measured with block sides of 64 to 512 at B N = 4 and 32, L = 512 and 2048. An
+# measured with 2^18 to 2^22 at B N = 4 to 256, L = 100 to 2048. An
 # accelerator wants enough of them to be busy; that number is not tuned.
-_CPU_SCORES = 1 << 18
+_CPU_SCORES = 1 << 20
 _ACCELERATOR_SCORES = 1 << 24
 _MIN_BLOCK = 128
 
