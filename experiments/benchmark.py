@@ -1,10 +1,16 @@
-"""Times plain, joint and cached scoring over history lengths and candidates.
+"""Times the library: ways to score, operations, whole requests, updates.
 
   python experiments/benchmark.py --workdir=/tmp/synthetic --output=/tmp/scoring
-  python experiments/benchmark.py --width=128 --num_layers=4 --bfloat16
+  python experiments/benchmark.py --suite=attention --output=/tmp/attention
+  python experiments/benchmark.py --suite=tower --workloads=batch_128,ragged_128
+  python experiments/benchmark.py --suite=request --contenders=histjax
+  python experiments/benchmark.py --suite=train_step
 
-The model is that of a training run, or one of random parameters of the given
-size. Prints a table; writes <output>.json and the plot <output>.png.
+'scoring' compares plain, joint and cached scoring of one model, that of a
+training run or one of random parameters. The other suites time the named
+workloads of `histjax.benchmark.workloads` against rivals that are installed.
+Prints tables; writes <output>.json and, but for requests and updates, the plot
+<output>.png.
 """
 
 import dataclasses
@@ -14,27 +20,40 @@ from absl import app, flags, logging
 
 from histjax import EncoderConfig, Ranker, RankerConfig, benchmark
 from histjax import config as config_lib
+from histjax.benchmark import requests, suites, workloads
 from histjax.data import synthetic
-from histjax.training import checkpoints
-from histjax.training.config import TrainConfig
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a training run, if any.')
-_LENGTHS = flags.DEFINE_list('lengths', ['64', '256', '1024'], 'Values of L.')
-_CANDIDATES = flags.DEFINE_list('candidates', ['64', '512'], 'Values of C.')
-_ROWS = flags.DEFINE_integer('rows', 1, 'Users scored at once.')
-_SECONDS = flags.DEFINE_float('seconds', 1.0, 'Least time per measurement.')
-_WIDTH = flags.DEFINE_integer('width', 64, 'D, without a workdir.')
-_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Layers, without a workdir.')
-_HEADS = flags.DEFINE_integer('num_heads', 4, 'N, without a workdir.')
-_BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'Compute in bfloat16.')
+_SUITE = flags.DEFINE_enum(
+  'suite',
+  'scoring',
+  ['scoring', *suites.SUITES, *requests.SUITES],
+  'What to time.',
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
+_SECONDS = flags.DEFINE_float(
+  'seconds', None, 'Least time per measurement or sample, if not the default.'
+)
+_WORKLOADS = flags.DEFINE_list('workloads', None, 'Names; None: all for here.')
+_CONTENDERS = flags.DEFINE_list(
+  'contenders', None, 'Names; None: all for here.'
+)
+_REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'scoring: of a run, if any.')
+_LENGTHS = flags.DEFINE_list('lengths', ['64', '256', '1024'], 'scoring: L.')
+_CANDIDATES = flags.DEFINE_list('candidates', ['64', '512'], 'scoring: C.')
+_ROWS = flags.DEFINE_integer('rows', 1, 'scoring: users at once.')
+_WIDTH = flags.DEFINE_integer('width', 64, 'scoring without a workdir: D.')
+_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
+_HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
+_BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'scoring: in bfloat16.')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+def scoring():
   if _WORKDIR.value:
+    # These need the packages that read data; the other suites do not.
+    from histjax.training import checkpoints
+    from histjax.training.config import TrainConfig
+
     params, values = checkpoints.load_params(_WORKDIR.value)
     config = config_lib.from_dict(TrainConfig, values).model
   else:
@@ -57,12 +76,35 @@ def main(argv):
     [int(n) for n in _LENGTHS.value],
     [int(n) for n in _CANDIDATES.value],
     num_rows=_ROWS.value,
-    seconds=_SECONDS.value,
+    seconds=_SECONDS.value or 1.0,
   )
   print(
     f'matmul ceiling {report["ceiling_flops"] / 1e9:.0f} GFLOP/s on '
     f'{report["environment"]["device"]}'
   )
+  return report
+
+
+def named_suite(name):
+  module = suites if name in suites.SUITES else requests
+  options = {} if _SECONDS.value is None else {'seconds': _SECONDS.value}
+  return module.run(
+    name,
+    workloads.select(
+      module.SUITES[name], _WORKLOADS.value, jax.default_backend()
+    ),
+    _CONTENDERS.value,
+    repeats=_REPEATS.value,
+    **options,
+    progress=lambda line: print(line, flush=True),
+  )
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+  report = scoring() if _SUITE.value == 'scoring' else named_suite(_SUITE.value)
   if _OUTPUT.value:
     print('wrote', *benchmark.write_report(report, _OUTPUT.value))
 

@@ -274,9 +274,7 @@ def _rival_cached(workload: Tower, dot_product: Attend, x, rest):
       x,
       _norm(x),
       position,
-      functools.partial(
-        attend, key=rest['keys'][i], value=rest['values'][i]
-      ),
+      functools.partial(attend, key=rest['keys'][i], value=rest['values'][i]),
     )
   return _final_norm(x, rest['weights']), ()
 

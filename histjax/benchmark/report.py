@@ -71,6 +71,23 @@ def table(entry: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
+def request_table(entry: Mapping[str, Any]) -> str:
+  """One workload's calls by contender, in milliseconds."""
+  lines = [f'{entry["name"]}: {entry["workload"]}']
+  for name, row in entry['contenders'].items():
+    if 'failed' in row:
+      lines.append(f'  {name:22} failed: {row["failed"]}')
+      continue
+    for call, times in row.items():
+      if call != 'runs':
+        lines.append(
+          f'  {name:22} {call:18} p50 {1e3 * times["p50"]:9.3f} ms   '
+          f'p99 {1e3 * times["p99"]:9.3f} ms   ({times["calls"]} calls)'
+        )
+    lines.append(f'  {name:22} runs {row["runs"]}')
+  return '\n'.join(lines)
+
+
 def roofline(report: Mapping[str, Any]):
   """Rate against intensity, under the ceilings measured in the run.
 

@@ -24,8 +24,14 @@ _BOUNDS = {
   # On accelerators, float32 products default to fewer bits.
   'float32': 1e-3,
 }
-_GPU = ('jax:cudnn', 'jax:xla', 'tokamax')
-_TORCH_GPU = ('torch:sdpa', 'torch:cudnn', 'torch:flex')
+_GPU = (
+  'jax:cudnn',
+  'jax:xla',
+  'tokamax',
+  'torch:sdpa',
+  'torch:cudnn',
+  'torch:flex',
+)
 
 
 def default_contenders(
@@ -41,7 +47,7 @@ def default_contenders(
   if platform != 'gpu':
     return [*ours, 'jax:xla', 'tokamax']
   ragged = isinstance(workload, workloads.Tower) and workload.ragged
-  return [*ours, *_GPU, *_TORCH_GPU, *(['torch:varlen'] if ragged else [])]
+  return [*ours, *_GPU, *(['torch:varlen'] if ragged else [])]
 
 
 def run(
@@ -121,6 +127,7 @@ def _compare(name, workload, contenders, ceilings, options, progress):
       progress(f'  {name} {contender}: {rows[contender]["failed"]}')
       continue
     programs[contender] = program
+    progress(f'  {name} {contender}: compiled in {seconds:.1f} s')
   for contender, times in timing.time_programs(programs, **options).items():
     rows[contender] |= times
   return workload_entry(name, workload, rows, ceilings)

@@ -52,13 +52,21 @@ def measure(
     The timing, without the first call.
   """
   jax.block_until_ready(function())
+  times = samples(function, seconds, repeats)
+  low, median, high = np.percentile(times, (10, 50, 90))
+  return Timing(float(median), float(low), float(high), len(times))
+
+
+def samples(
+  function: Callable[[], Any], seconds: float, repeats: int = 1
+) -> list[float]:
+  """Seconds of each call, for `seconds` in all and `repeats` at least."""
   times: list[float] = []
   while len(times) < repeats or sum(times) < seconds:
     start = time.perf_counter()
     jax.block_until_ready(function())
     times.append(time.perf_counter() - start)
-  low, median, high = np.percentile(times, (10, 50, 90))
-  return Timing(float(median), float(low), float(high), len(times))
+  return times
 
 
 class Program(Protocol):

@@ -10,14 +10,15 @@ tuned, which takes minutes. 'torch:eager' is not compiled.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn import attention as attention_lib
+from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
 from histjax.benchmark.workloads import Attention, Tower
@@ -195,34 +196,36 @@ def _attention_program(kind: str, workload: Attention, inputs):
 
 def _masked_attention(kind: str, workload: Attention) -> Callable:
   num_keys, window = workload.num_keys, workload.window
-  start, stop = (torch.from_numpy(x[0]).to(_device()) for x in workload.ranges())
   if kind == 'flex':
     if workload.mask == 'full':
       return flex.flex_attention
+    span = window if workload.mask == 'window' else num_keys
 
     def seen(b, h, q, k):
-      return (k >= start[q]) & (k < stop[q])
+      stop = torch.clamp(q + 1, max=num_keys)
+      return (k < stop) & (k >= stop - span)
 
     block_mask = flex.create_block_mask(
       seen, None, None, workload.num_queries, num_keys, device=_device()
     )
     return lambda q, k, v: flex.flex_attention(q, k, v, block_mask=block_mask)
   if workload.mask == 'full':
-    return F.scaled_dot_product_attention
+    return functional.scaled_dot_product_attention
   if workload.mask == 'causal':
     return lambda q, k, v: _causal(q, k, v, num_keys)
   # Events lie on a diagonal band, candidates all see the last keys.
-  index = torch.arange(num_keys, device=_device())
-  band = (index >= start[:num_keys, None]) & (index < stop[:num_keys, None])
+  key = torch.arange(num_keys, device=_device())
+  query = key[:, None]
+  band = (key <= query) & (key > query - window)
 
   def windowed(q, k, v):
-    events = F.scaled_dot_product_attention(
+    events = functional.scaled_dot_product_attention(
       q[:, :, :num_keys], k, v, attn_mask=band
     )
     if q.shape[2] == num_keys:
       return events
     last = slice(max(0, num_keys - window), num_keys)
-    candidates = F.scaled_dot_product_attention(
+    candidates = functional.scaled_dot_product_attention(
       q[:, :, num_keys:], k[:, :, last], v[:, :, last]
     )
     return torch.cat([events, candidates], dim=2)
@@ -232,12 +235,14 @@ def _masked_attention(kind: str, workload: Attention) -> Callable:
 
 def _causal(q, k, v, num_events: int):
   """A causal square of events, and candidates that see all of them."""
-  events = F.scaled_dot_product_attention(
+  events = functional.scaled_dot_product_attention(
     q[:, :, :num_events], k, v, is_causal=True
   )
   if q.shape[2] == num_events:
     return events
-  candidates = F.scaled_dot_product_attention(q[:, :, num_events:], k, v)
+  candidates = functional.scaled_dot_product_attention(
+    q[:, :, num_events:], k, v
+  )
   return torch.cat([events, candidates], dim=2)
 
 
@@ -286,18 +291,18 @@ class _Tower:
       rests.append(rest)
     candidates = self.inputs[0]['candidates']
     x = _tensor(self._pack(candidates, self.real_candidates), dtype)
-    step = _compiled(self._joint if self.workload.joint else self._cached,
-                     self.kind)
+    step = _compiled(
+      self._joint if self.workload.joint else self._cached, self.kind
+    )
     with _kernel(self.kind), torch.no_grad():
       return TorchProgram(step, x, rests, self._unpack)
 
   def _cached(self, x, rest):
     for i in range(self.workload.num_layers):
-      attend = self.attend
-      key, value = rest['keys'][i], rest['values'][i]
-      x = self._layer(
-        i, x, self._norm(x), self.turn, lambda q: attend(q, key, value)
+      attend = functools.partial(
+        _with, self.attend, rest['keys'][i], rest['values'][i]
       )
+      x = self._layer(i, x, self._norm(x), self.turn, attend)
     return self._final(x), ()
 
   def _joint(self, x, rest):
@@ -310,30 +315,34 @@ class _Tower:
     for i in range(self.workload.num_layers):
       normed = self._norm(x)
       history = normed[:, :num_events]
-      key = self._heads(F.linear(history, self.weights['key'][i]))
-      value = self._heads(F.linear(history, self.weights['value'][i]))
+      key = self._heads(functional.linear(history, self.weights['key'][i]))
+      value = self._heads(functional.linear(history, self.weights['value'][i]))
       key = _rotate(key, self.event_turn)
       if i + 1 == self.workload.num_layers:
         x, normed, turn = x[:, num_events:], normed[:, num_events:], self.turn
-        attend = flex.flex_attention if self.kind == 'flex' else (
-          F.scaled_dot_product_attention
-        )
+        attend = functional.scaled_dot_product_attention
+        if self.kind == 'flex':
+          attend = flex.flex_attention
       else:
         attend = self.attend
-      x = self._layer(
-        i, x, normed, turn,
-        lambda q, k=key, v=value, attend=attend: attend(q, k, v),
-      )
+      attend = functools.partial(_with, attend, key, value)
+      x = self._layer(i, x, normed, turn, attend)
     return self._final(x), ()
 
   def _layer(self, i, x, normed, turn, attend):
     weights = {k: v[i] for k, v in self.weights.items() if isinstance(v, list)}
-    query = self._heads(F.linear(normed, weights['query']))
+    query = self._heads(functional.linear(normed, weights['query']))
     attended = attend(_rotate(query, turn)).transpose(1, 2).reshape(x.shape)
-    x = x + F.linear(attended, weights['output'], weights['output_bias'])
-    hidden = F.linear(self._norm(x), weights['mlp_in'], weights['mlp_in_bias'])
-    hidden = F.gelu(hidden, approximate='tanh')
-    return x + F.linear(hidden, weights['mlp_out'], weights['mlp_out_bias'])
+    x = x + functional.linear(
+      attended, weights['output'], weights['output_bias']
+    )
+    hidden = functional.linear(
+      self._norm(x), weights['mlp_in'], weights['mlp_in_bias']
+    )
+    hidden = functional.gelu(hidden, approximate='tanh')
+    return x + functional.linear(
+      hidden, weights['mlp_out'], weights['mlp_out_bias']
+    )
 
   def _attention(self) -> Callable:
     """Of queries `[B, N, T, H]`."""
@@ -359,7 +368,7 @@ class _Tower:
     if workload.joint:
       return lambda q, k, v: _causal(q, k, v, num_events)
     if not workload.ragged:
-      return F.scaled_dot_product_attention
+      return functional.scaled_dot_product_attention
     index = torch.arange(num_events, device=_device())
     mask = index[None] < length.clamp(min=1)[:, None]
     mask = mask[:, None, None, :]
@@ -367,7 +376,7 @@ class _Tower:
     shape = (-1, -1, workload.num_candidates, -1)
 
     def masked(q, k, v):
-      out = F.scaled_dot_product_attention(
+      out = functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.expand(shape)
       )
       return torch.where(some, out, 0)
@@ -378,7 +387,7 @@ class _Tower:
     from torch.nn.attention.varlen import varlen_attn
 
     def ends(x):
-      return F.pad(x.cumsum(0), (1, 0)).to(torch.int32)
+      return functional.pad(x.cumsum(0), (1, 0)).to(torch.int32)
 
     query_ends, key_ends = ends(self.count), ends(self.length)
     longest = int(self.count.max()), int(self.length.max())
@@ -402,11 +411,11 @@ class _Tower:
     return x.view(shape).transpose(1, 2)
 
   def _norm(self, x):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)
 
   def _final(self, x):
     scale, bias = self.weights['final_scale'], self.weights['final_bias']
-    return F.layer_norm(x, x.shape[-1:], scale, bias, eps=1e-6)
+    return functional.layer_norm(x, x.shape[-1:], scale, bias, eps=1e-6)
 
   def _pack(self, x: np.ndarray, real: np.ndarray) -> np.ndarray:
     return x[real][None] if self.packed else x
@@ -417,6 +426,10 @@ class _Tower:
     full = np.zeros((*self.real_candidates.shape, x.shape[-1]), x.dtype)
     full[self.real_candidates] = x[0]
     return full
+
+
+def _with(attend, key, value, query):
+  return attend(query, key, value)
 
 
 def _rotate(x, turn):

@@ -1,14 +1,15 @@
 """The named workloads that benchmarks time and tests run small versions of.
 
-    workload = workloads.TOWER['batch_128']
-    workload.flops(), workload.num_bytes()      # counted, not measured
-    data = workload.inputs(seed=0)              # NumPy, float32
-    workload.small()                            # for a test
+workload = workloads.TOWER['batch_128']
+workload.flops(), workload.num_bytes()      # counted, not measured
+data = workload.inputs(seed=0)              # NumPy, float32
+workload.small()                            # for a test
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -335,10 +336,23 @@ TRAIN_STEP: dict[str, Request] = {
 }
 
 
-def default_names(named: dict[str, Any], platform: str) -> list[str]:
-  """Those for this platform: the ones called 'cpu..' are for a CPU."""
-  on_cpu = platform == 'cpu'
-  return [name for name in named if name.startswith('cpu') == on_cpu]
+def select(
+  named: dict[str, Any], names: Sequence[str] | None, platform: str
+) -> dict[str, Any]:
+  """The named workloads, or all for a platform: 'cpu..' are for a CPU.
+
+  Raises:
+    ValueError: no workload of that name.
+  """
+  if names is None:
+    on_cpu = platform == 'cpu'
+    names = [name for name in named if name.startswith('cpu') == on_cpu]
+  for name in names:
+    if name not in named:
+      raise ValueError(
+        f'workload {name!r} is unknown; use some of {", ".join(named)}'
+      )
+  return {name: named[name] for name in names}
 
 
 def _itemsize(dtype: str) -> int:
