@@ -103,7 +103,7 @@ def difference(
   if isinstance(workload, Tower):
     output = [_drop_padding(output[0], workload.lengths()[1])]
   return max(
-    float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30))
+    float(np.linalg.norm(x - y)) / max(float(np.linalg.norm(y)), 1e-30)
     for x, y in zip(output, expected, strict=True)
   )
 

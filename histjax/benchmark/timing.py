@@ -72,7 +72,7 @@ def samples(
 class Program(Protocol):
   """A contender compiled for one workload, its inputs on the device."""
 
-  def output(self) -> Sequence[np.ndarray]:
+  def output(self) -> list[np.ndarray]:
     """Its results on the first inputs, float32."""
 
   def enqueue(self, calls: int) -> float:
@@ -143,7 +143,7 @@ class JaxProgram:
       _, calls = measured(self._x, self._rests[0])
     except Exception:  # An experimental extra, of no fixed interface.
       return None
-    milliseconds = [sum(t for _, t in kernels) for kernels in calls]
+    milliseconds = [sum(t for _, t in kernels) for kernels in calls or []]
     return float(np.median(milliseconds)) / 1e3
 
 

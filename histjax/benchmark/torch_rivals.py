@@ -253,7 +253,7 @@ class _Tower:
     self.kind, self.workload, self.inputs = kind, workload, inputs
     dtype = workload.dtype
     # `linear` takes matrices as [out, in].
-    self.weights = {
+    self.weights: dict[str, Any] = {
       k: list(_tensor(x.swapaxes(1, 2) if x.ndim == 3 else x, dtype))
       if x.ndim > 1
       else _tensor(x, dtype)
@@ -275,7 +275,8 @@ class _Tower:
 
   def program(self) -> TorchProgram:
     """Compiled."""
-    rests, dtype = [], self.workload.dtype
+    rests: list[dict[str, Any]] = []
+    dtype = self.workload.dtype
     for arrays in self.inputs:
       if self.workload.joint:
         rests.append({'history': _tensor(arrays['history'], dtype)})
@@ -320,7 +321,7 @@ class _Tower:
       key = _rotate(key, self.event_turn)
       if i + 1 == self.workload.num_layers:
         x, normed, turn = x[:, num_events:], normed[:, num_events:], self.turn
-        attend = functional.scaled_dot_product_attention
+        attend: Any = functional.scaled_dot_product_attention
         if self.kind == 'flex':
           attend = flex.flex_attention
       else:
@@ -394,7 +395,7 @@ class _Tower:
 
     def attend(q, k, v):  # [1, N, T, H], [events, N, H]
       q = q[0].transpose(0, 1)
-      out = varlen_attn(q, k, v, query_ends, key_ends, *longest)
+      out: Any = varlen_attn(q, k, v, query_ends, key_ends, *longest)
       return out.transpose(0, 1)[None]
 
     return attend

@@ -52,14 +52,17 @@ class Attention:
     if self.mask == 'window':
       start = np.maximum(stop - self.window, 0)
     shape = (self.num_rows, self.num_queries)
-    return tuple(
+    start, stop = (
       np.array(np.broadcast_to(x, shape), np.int32) for x in (start, stop)
     )
+    return start, stop
 
   @property
-  def structure(self) -> str:
+  def structure(self) -> Literal['prefix', 'causal', 'any']:
     """Of the ranges, as `KeyRange.structure`."""
-    return {'full': 'prefix', 'causal': 'causal', 'window': 'any'}[self.mask]
+    if self.mask == 'window':
+      return 'any'
+    return 'prefix' if self.mask == 'full' else 'causal'
 
   def pairs(self) -> int:
     """Query-key pairs that are seen, over rows and heads."""
