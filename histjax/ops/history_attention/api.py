@@ -38,18 +38,18 @@ def _any_device(device: jax.Device) -> None:
   del device
 
 
-# The fastest first; 'xla' computes every call on every device.
+# The fastest first, but see `_order`. 'xla' computes every call everywhere.
 _BACKENDS = {
-  'pallas_gpu': _Backend(
-    pallas_gpu.history_attention, pallas_gpu.check_device
-  ),
+  'pallas_gpu': _Backend(pallas_gpu.history_attention, pallas_gpu.check_device),
   'cudnn': _Backend(cudnn.history_attention, cudnn.check_device),
-  'pallas_tpu': _Backend(
-    pallas_tpu.history_attention, pallas_tpu.check_device
-  ),
+  'pallas_tpu': _Backend(pallas_tpu.history_attention, pallas_tpu.check_device),
   'xla': _Backend(xla.history_attention, _any_device),
   'reference': _Backend(reference.history_attention, _any_device),
 }
+
+# Head dimensions at which 'pallas_gpu' is no slower than 'cudnn' on an H200,
+# forward and backward. cuDNN has no ranges of structure 'any'.
+_FASTER_THAN_CUDNN = (32,)
 
 
 def history_attention(
@@ -83,14 +83,15 @@ def history_attention(
     value: `[B, L, N, H]`, of the same type.
     key_range: int32 `[B, Q]` each. Its `structure` opens faster backends.
     scale: a Python number, of the products; None: `1 / sqrt(H)`.
-    implementation: 'cudnn' (16-bit, 'prefix' or 'causal' ranges; keys and
-      values must all be finite), 'pallas_tpu' (TPUs; bfloat16 and float32; to
-      shard `B` under jit, put the mesh in context, as by `jax.set_mesh`),
-      'xla' (everything, everywhere) or 'reference' (readable; memory
-      `B N Q L`). None: the fastest that supports the call. In 'pallas_tpu',
-      'xla' and 'reference', keys and values that lie before or after all
-      ranges of their row may hold anything, NaN included; those between must
-      be finite.
+    implementation: 'pallas_gpu' (NVIDIA Hopper; 16-bit, `H <= 128`; keys and
+      values must all be finite), 'cudnn' (NVIDIA GPUs; 16-bit, 'prefix' or
+      'causal' ranges; keys and values must all be finite), 'pallas_tpu' (TPUs;
+      bfloat16 and float32; to shard `B` under jit, put the mesh in context, as
+      by `jax.set_mesh`), 'xla' (everything, everywhere) or 'reference'
+      (readable; memory `B N Q L`). None: the fastest that supports the call.
+      In 'pallas_tpu', 'xla' and 'reference', keys and values that lie before or
+      after all ranges of their row may hold anything, NaN included; those
+      between must be finite.
 
   Returns:
     `[B, Q, N, H]`, of the query's type.
@@ -133,7 +134,7 @@ def history_attention_backend(
     implementation: likewise.
 
   Returns:
-    'cudnn', 'xla' or 'reference'.
+    'pallas_gpu', 'cudnn', 'pallas_tpu', 'xla' or 'reference'.
 
   Raises:
     ValueError: as `history_attention`.
@@ -156,7 +157,7 @@ def history_attention_backend(
 
 def _dispatch(query, key, value, key_range, scale, implementation, device):
   """Runs the named backend, or the first that can; returns its name too."""
-  names = _BACKENDS if implementation is None else (implementation,)
+  names = _order(query) if implementation is None else [implementation]
   for name in names:
     backend = _BACKENDS[name]
     try:
@@ -166,6 +167,13 @@ def _dispatch(query, key, value, key_range, scale, implementation, device):
       if implementation is not None:
         raise
   raise AssertionError('some backend computes every call')
+
+
+def _order(query) -> list[str]:
+  """The backends, the fastest first; measurements are in `ops/NOTES.md`."""
+  if query.shape[-1] in _FASTER_THAN_CUDNN:
+    return list(_BACKENDS)
+  return sorted(_BACKENDS, key=lambda name: name != 'cudnn')
 
 
 def _device(query) -> jax.Device:

@@ -14,7 +14,6 @@ the speed: 128 let four warpgroups run, 168 three.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -24,14 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float
 
 from histjax.ops import partition
 from histjax.types import KeyRange
 
+plgpu: Any = mosaic_gpu  # Its types are those of one JAX version.
 _MIN_JAX = (0, 11, 0)
-_HEAD_DIMS = (32, 64, 128)
+_HEAD_DIMS = (32, 64, 128)  # Others are padded with zeros.
 _MAX_GRID = 65535  # Blocks along all axes of a grid but one.
 _ROWS = 64  # What a warpgroup's matrix product yields.
 _FAR = 1 << 30  # Beyond any key.
@@ -82,9 +82,10 @@ def history_attention(
     raise NotImplementedError(
       f'pallas_gpu computes in 16 bits, and query is {query.dtype}'
     )
-  if query.shape[-1] not in _HEAD_DIMS:
+  head_dim = query.shape[-1]
+  if head_dim > _HEAD_DIMS[-1]:
     raise NotImplementedError(
-      f'pallas_gpu has head dimensions {_HEAD_DIMS}, not H={query.shape[-1]}'
+      f'pallas_gpu has head dimensions up to {_HEAD_DIMS[-1]}, not H={head_dim}'
     )
   if max(query.shape[0], query.shape[2]) > _MAX_GRID:
     raise NotImplementedError(
@@ -94,11 +95,15 @@ def history_attention(
   num_queries, num_keys = query.shape[1], key.shape[1]
   call = _Call(scale, key_range.structure, num_keys)
   # The copy engine moves tiles of eight rows.
-  query, key, value = (_pad(x, 8) for x in (query, key, value))
+  width = next(x for x in _HEAD_DIMS if x >= head_dim)
+  query, key, value = (
+    _pad(_pad(x, 8), width, axis=3) for x in (query, key, value)
+  )
   start, stop = (
     _pad(x, 8, mode='edge') for x in (key_range.start, key_range.stop)
   )
-  return _jitted(query, key, value, start, stop, call)[:, :num_queries]
+  out = _jitted(query, key, value, start, stop, call)
+  return out[:, :num_queries, :, :head_dim]
 
 
 class Backward(NamedTuple):
@@ -117,8 +122,7 @@ class Backward(NamedTuple):
   held: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
   """How the kernels divide the work.
 
   Attributes:
@@ -185,7 +189,7 @@ class _Bounds(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(query, key, value, start, stop, call):
   def forward(*inputs):
-    return _forward(*inputs, call, residuals=False)[0]
+    return _forward(call, False, *inputs)[0]
 
   inputs = (query, key, value, start, stop)
   return partition.by_rows(forward, (0,) * 5, 0)(*inputs)
@@ -193,16 +197,16 @@ def _attend(query, key, value, start, stop, call):
 
 def _forward_rule(query, key, value, start, stop, call):
   inputs = (query, key, value, start, stop)
-  forward = functools.partial(_forward, call=call, residuals=True)
+  forward = functools.partial(_forward, call, True)
   out, log_total = partition.by_rows(forward, (0,) * 5, (0, 0))(*inputs)
   return out, (*inputs, out, log_total)
 
 
 def _backward_rule(call, residuals, d_out):
-  def backward(*args):
-    *inputs, out, log_total, d_out = args
-    d_query, delta = _d_query(*inputs, out, log_total, d_out, call)
-    return d_query, *_d_key_value(*inputs, log_total, delta, d_out, call)
+  def backward(query, key, value, start, stop, out, log_total, d_out):
+    inputs = (query, key, value, start, stop)
+    d_query, delta = _d_query(call, *inputs, out, log_total, d_out)
+    return d_query, *_d_key_value(call, *inputs, log_total, delta, d_out)
 
   gradients = partition.by_rows(backward, (0,) * 8, (0,) * 3)
   return *gradients(*residuals, d_out), None, None
@@ -213,7 +217,7 @@ _attend.defvjp(_forward_rule, _backward_rule)
 _jitted = jax.jit(_attend, static_argnums=5)
 
 
-def _forward(query, key, value, start, stop, call, residuals):
+def _forward(call, residuals, query, key, value, start, stop):
   """The output and `log2(sum(exp(scores)))`, infinite at an empty range."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
@@ -344,7 +348,7 @@ def _forward(query, key, value, start, stop, call, residuals):
   )(query, key, value, start, stop)
 
 
-def _d_query(query, key, value, start, stop, out, log_total, d_out, call):
+def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
   """The query's gradient, and `delta = sum(d_out out)` of `[B, N, Q]`."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
@@ -463,7 +467,7 @@ def _d_query(query, key, value, start, stop, out, log_total, d_out, call):
   )(query, key, value, start, stop, out, log_total, d_out)
 
 
-def _d_key_value(query, key, value, start, stop, log_total, delta, d_out, call):
+def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
   """The gradients of keys and values; scores are transposed, `[key, query]`."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
@@ -747,7 +751,7 @@ def _stop(call, query, length):
 
 def _key_blocks(call, bounds, block):
   """The first block of keys that a tile sees, and how many."""
-  lower = 0
+  lower: Any = 0
   if call.ranged:
     lower = lax.div(jnp.minimum(bounds.first_min, call.num_keys), block)
   return lower, lax.div(bounds.last_max + (block - 1), block) - lower

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hypothesis_numpy
 from histjax import ops
 from histjax.types import KeyRange
 
-IMPLEMENTATIONS = ('reference', 'xla', 'cudnn', 'pallas_tpu')
+IMPLEMENTATIONS = ('reference', 'xla', 'cudnn', 'pallas_gpu', 'pallas_tpu')
 STRUCTURES = ('any', 'prefix', 'causal')
 
 # {dtype: (of outputs, of gradients)}, relative and absolute. Inputs are of
@@ -198,15 +198,20 @@ def refusal(call: Call, implementation: str) -> str | None:
       return 'needs a TPU'
     narrow_or_wide = call.query.dtype not in (jnp.bfloat16, jnp.float32)
     return 'bfloat16 or float32' if narrow_or_wide else None
-  if implementation != 'cudnn':
+  if implementation not in ('cudnn', 'pallas_gpu'):
     return None
-  if 'cuda' not in jax.devices()[0].client.platform_version.lower():
+  device = jax.devices()[0]
+  if 'cuda' not in device.client.platform_version.lower():
     return 'needs an NVIDIA GPU'
-  if call.structure == 'any':
+  if implementation == 'pallas_gpu' and device.compute_capability != '9.0':
+    return 'written for NVIDIA Hopper'
+  if implementation == 'pallas_gpu' and jax.__version_info__ < (0, 11):
+    return 'needs the Mosaic GPU of JAX'
+  if implementation == 'cudnn' and call.structure == 'any':
     return "structure='any'"
   if call.query.dtype.itemsize != 2:
     return '16 bits'
-  if call.query.shape[-1] % 8:
+  if implementation == 'cudnn' and call.query.shape[-1] % 8:
     return 'multiple of 8'
   return None
 

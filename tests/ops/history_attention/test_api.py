@@ -135,6 +135,15 @@ class DispatchTest(parameterized.TestCase):
       self.assertEqual(ops.history_attention_backend(**arguments()), 'b')
     np.testing.assert_array_equal(out, 2)
 
+  @parameterized.parameters((32, 1), (64, 2), (8, 2))
+  def test_kernels_come_first_where_they_are_fastest(self, head_dim, number):
+    fields = arguments(shape=(2, 3, 5, 2, head_dim))
+    with self.backends(
+      pallas_gpu=self.gives(1), cudnn=self.gives(2), xla=self.gives(3)
+    ):
+      out = ops.history_attention(**fields)
+    np.testing.assert_array_equal(out, number)
+
   def test_takes_the_named_one(self):
     with self.backends(a=self.gives(1), b=self.gives(2)):
       out = ops.history_attention(**arguments(), implementation='b')
@@ -170,8 +179,9 @@ class DispatchTest(parameterized.TestCase):
   )
   def test_backend(self, dtype, structure):
     fields = arguments(dtype, structure)
-    fused = ON_CUDA and dtype == 'bfloat16' and structure != 'any'
-    expected = 'cudnn' if fused else 'xla'
+    expected = 'xla'
+    if ON_CUDA and dtype == 'bfloat16':
+      expected = 'pallas_gpu' if structure == 'any' else 'cudnn'
     self.assertEqual(ops.history_attention_backend(**fields), expected)
     shapes = jax.eval_shape(lambda: fields)
     self.assertEqual(ops.history_attention_backend(**shapes), expected)
