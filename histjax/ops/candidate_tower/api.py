@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from histjax.ops import dispatch
-from histjax.ops.candidate_tower import reference, xla
+from histjax.ops.candidate_tower import pallas_tpu, reference, xla
 from histjax.types import KeyRange
 
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
+  'pallas_tpu': dispatch.Backend(
+    pallas_tpu.candidate_tower, pallas_tpu.check_device
+  ),
   'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_device),
   'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_device),
 }
@@ -51,7 +54,8 @@ def candidate_tower(
   in every layer; the result is the last norm's. The attention is
   `ops.history_attention`: each candidate sees one range of the history's keys
   and no other candidate (arXiv 2412.06924), so its result depends on nothing
-  but itself and its row's history. Sums are in float32.
+  but itself and its row's history. Sums are in float32. Works under jit, vmap
+  and with `B` sharded; it is for scoring: kernels have no gradients.
 
   Args:
     candidates: tokens `[B, C, D]`, float16, bfloat16 or float32.
@@ -66,8 +70,9 @@ def candidate_tower(
     num_heads: N, with `N H = D`.
     count: int32 `[B]`. The result of candidates `c >= count[b]` is zeros, and
       a kernel does not compute it. None: all C count.
-    implementation: 'xla' (everything, everywhere) or 'reference' (float32,
-      readable). None: the fastest that supports the call.
+    implementation: 'pallas_tpu' (bfloat16 or float32; D and F multiples of
+      128), 'xla' (everything, everywhere) or 'reference' (float32, readable).
+      None: the fastest that supports the call.
 
   Returns:
     `[B, C, D]`, of the candidates' type.
@@ -116,7 +121,7 @@ def candidate_tower_backend(
     implementation: likewise.
 
   Returns:
-    'xla' or 'reference'.
+    'pallas_tpu', 'xla' or 'reference'.
 
   Raises:
     ValueError: as `candidate_tower`.

@@ -1,0 +1,207 @@
+"""The TPU kernel, interpreted on the CPU and compiled for real TPUs."""
+
+import functools
+import os
+import re
+from unittest import mock
+
+# Before libtpu is loaded: it is not to look for a TPU, nor for other users.
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from histjax import ops
+from histjax.ops.candidate_tower import api, pallas_tpu
+from tests.ops.candidate_tower import suite
+
+TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
+# (B, C, L, N, H): two tiles of candidates and three blocks of keys of 128; the
+# last of each is partly outside the arrays, where the interpreter reads NaN.
+BLOCKS = (2, 150, 300, 4, 32)
+SMALL = (3, 5, 9, 4, 32)
+
+
+class InterpretTest(parameterized.TestCase):
+  """Runs 'pallas_tpu' on the CPU in blocks of 128; fails at a race."""
+
+  def setUp(self):
+    super().setUp()
+    self.enter_context(jax.default_matmul_precision('highest'))
+    backend = api._BACKENDS['pallas_tpu']
+    everywhere = backend._replace(check_device=lambda device: None)
+    self.enter_context(
+      mock.patch.dict(api._BACKENDS, {'pallas_tpu': everywhere})
+    )
+    self.enter_context(mock.patch.object(pallas_tpu, '_MAX_BLOCK', 128))
+    # Two cores share the parallel axes of the grid, in a random order.
+    params = pltpu.InterpretParams(
+      detect_races=True, num_cores_or_threads=2, random_seed=0
+    )
+    self.enter_context(pltpu.force_tpu_interpret_mode(params))
+    self.addCleanup(pltpu.reset_tpu_interpret_mode_state)
+
+  def run_call(self, call):
+    found = suite.run(call, 'pallas_tpu')
+    self.assertFalse(interpret_pallas_call.races.races_found)
+    return found
+
+  def check(self, call):
+    suite.assert_equals_oracle(self.run_call, call)
+
+  def blocks(self, seed=0, **fields):
+    return suite.make_call(seed, BLOCKS, mlp_width=256, **fields)
+
+  def test_blocks_of_any_ranges(self):
+    self.check(self.blocks(ragged=True))
+
+  def test_blocks_that_few_see(self):
+    call = self.blocks(1, ragged=True)
+    start = np.where(np.arange(150) < 128, 130, 270)
+    call = call.replace(
+      start=np.stack([start, start]).astype(np.int32),
+      stop=np.stack([start + 20, start]).astype(np.int32),
+      count=np.array([150, 128], np.int32),
+    )
+    self.check(suite.poisoned(call, np.nan))
+
+  @parameterized.parameters(
+    {'dtype': 'bfloat16', 'ragged': True},
+    {'structure': 'prefix', 'rotate': False},
+    {'num_layers': 1, 'ragged': True},
+  )
+  def test_small(self, **fields):
+    self.check(suite.make_call(2, SMALL, mlp_width=128, **fields))
+
+  @parameterized.parameters((8, 16), (2, 64), (2, 128))
+  def test_heads(self, num_heads, head_dim):
+    shape = (1, 5, 9, num_heads, head_dim)
+    self.check(suite.make_call(3, shape, mlp_width=256, num_layers=1))
+
+  def test_no_keys_at_all(self):
+    self.check(suite.make_call(4, (2, 5, 0, 4, 32), mlp_width=128))
+
+  def test_a_result_depends_on_its_candidate_and_its_history_alone(self):
+    call = suite.make_call(5, SMALL, mlp_width=128, num_layers=1)
+    expected = self.run_call(call)
+    order = np.array([3, 0, 4, 1, 2])
+    for index in (order, order[:1]):
+      found = self.run_call(call.candidates_at(index))
+      suite.assert_same(found, expected[:, index], call)
+    rows = np.array([2, 0])
+    suite.assert_same(self.run_call(call.rows_at(rows)), expected[rows], call)
+    np.testing.assert_array_equal(
+      self.run_call(suite.poisoned(call, np.nan)), expected
+    )
+
+  def test_vmap_and_sharded_rows(self):
+    call = suite.make_call(6, (4, 5, 9, 4, 32), mlp_width=128, num_layers=1)
+    expected = self.run_call(call)
+    run = functools.partial(
+      ops.candidate_tower, num_heads=4, implementation='pallas_tpu'
+    )
+    mesh = jax.make_mesh((2,), ('data',), (jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+      found = jax.jit(run)(*call.positional)
+    self.assertLen(found.sharding.device_set, 2)
+    suite.assert_same(found, expected, call)
+    stacked = jax.tree.map(lambda x: x[None], call.positional)
+    suite.assert_same(jax.jit(jax.vmap(run))(*stacked)[0], expected, call)
+
+
+class RefusalTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((1, 3, 5, 2, 32), {}, 'D=64, F=256, H=32'),
+    ((1, 3, 5, 4, 32), {'mlp_width': 64}, 'D=128, F=64'),
+    ((1, 3, 5, 16, 8), {}, 'H=8'),
+    ((1, 3, 5, 4, 32), {'dtype': 'float16'}, 'candidates is float16'),
+    ((1, 3, 5, 8, 256), {'num_layers': 1}, 'MiB of vector memory'),
+    ((70_000, 1, 1, 8, 16), {'num_layers': 1}, 'split the rows'),
+  )
+  def test_calls(self, shape, fields, message):
+    shapes = jax.eval_shape(
+      lambda: suite.make_call(0, shape, **fields).positional
+    )
+    with self.assertRaisesRegex(NotImplementedError, message):
+      jax.eval_shape(
+        functools.partial(pallas_tpu.candidate_tower, num_heads=shape[3]),
+        *shapes,
+      )
+
+  def test_devices(self):
+    if jax.default_backend() != 'tpu':
+      call = suite.make_call(0, SMALL)
+      with self.assertRaisesRegex(
+        NotImplementedError, 'pallas_tpu needs a TPU'
+      ):
+        suite.run(call, 'pallas_tpu')
+
+
+@functools.cache
+def devices(topology: str):
+  return topologies.get_topology_desc(topology, platform='tpu').devices
+
+
+class CompileTest(parameterized.TestCase):
+  """libtpu refuses what a TPU lacks, and what does not fit its memory."""
+
+  @parameterized.product(
+    topology=TOPOLOGIES,
+    shape_dtype=(
+      ((2, 512, 512, 4, 32), 'bfloat16'),
+      ((2, 512, 1024, 4, 64), 'bfloat16'),
+      ((3, 300, 1000, 1, 128), 'float32'),
+      ((2, 13, 700, 8, 64), 'float32'),
+    ),
+  )
+  def test_compiles(self, topology, shape_dtype):
+    (num_rows, num_candidates, num_keys, num_heads, head_dim), dtype = (
+      shape_dtype
+    )
+    device = devices(topology)[0]
+    call = suite.make_call(
+      0, (1, 1, 1, num_heads, head_dim), num_layers=4, dtype=dtype
+    )
+    sizes = {
+      'candidates': (num_rows, num_candidates, num_heads * head_dim),
+      'keys': (4, num_rows, num_keys, num_heads, head_dim),
+    }
+
+    def resized(x, shape):
+      return jax.ShapeDtypeStruct(
+        shape,
+        x.dtype,
+        sharding=jax.sharding.SingleDeviceSharding(device),
+      )
+
+    per_candidate = sizes['candidates'][:2]
+    arguments = (
+      resized(call.candidates, sizes['candidates']),
+      resized(call.position, per_candidate),
+      resized(call.keys, sizes['keys']),
+      resized(call.values, sizes['keys']),
+      jax.tree.map(lambda x: resized(x, per_candidate), call.key_range),
+      jax.tree.map(lambda x: resized(x, x.shape), call.weights),
+    )
+    # By itself, the operation takes the kernel for this device.
+    run = functools.partial(ops.candidate_tower, num_heads=num_heads)
+    with jax.default_device(device):
+      program = jax.jit(run).lower(*arguments).compile()
+    text = program.as_text()
+    self.assertLen(
+      re.findall(r'%candidate_tower[.\d]* = .*tpu_custom_call', text), 1
+    )
+    memory = program.memory_analysis()
+    print(
+      f'{self.id()} {topology}: arguments {memory.argument_size_in_bytes}, '
+      f'temporary {memory.temp_size_in_bytes} bytes of HBM'
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
