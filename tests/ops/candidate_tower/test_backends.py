@@ -1,5 +1,7 @@
 """Every backend against the float64 oracle, and what a score depends on."""
 
+import functools
+
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -84,6 +86,24 @@ class BackendTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       suite.run(call, implementation), suite.run(call, implementation)
     )
+
+
+class MemoryTest(parameterized.TestCase):
+  @parameterized.parameters((4096, 128), (128, 4096), (2048, 2048))
+  def test_xla_is_linear(self, num_candidates, num_keys):
+    def temporary(factor):
+      shape = (1, factor * num_candidates, factor * num_keys, 2, 8)
+      call = jax.eval_shape(
+        lambda: suite.make_call(0, shape, num_layers=1).positional
+      )
+      run = functools.partial(
+        ops.candidate_tower, num_heads=2, implementation='xla'
+      )
+      program = jax.jit(run).lower(*call).compile()
+      return program.memory_analysis().temp_size_in_bytes
+
+    # A block of scores, which does not grow, makes it less than double.
+    self.assertLess(temporary(2), 2.1 * temporary(1))
 
 
 class InvarianceTest(parameterized.TestCase):

@@ -16,8 +16,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from histjax import ops
+from histjax import ops, scoring
+from histjax.nn import fusion
 from histjax.ops.candidate_tower import api, pallas_tpu
+from tests import support
 from tests.ops.candidate_tower import suite
 
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
@@ -147,8 +149,39 @@ def devices(topology: str):
   return topologies.get_topology_desc(topology, platform='tpu').devices
 
 
+def shapes(tree, device):
+  where = jax.sharding.SingleDeviceSharding(device)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree
+  )
+
+
 class CompileTest(parameterized.TestCase):
   """libtpu refuses what a TPU lacks, and what does not fit its memory."""
+
+  def compile(self, device, function, *arguments):
+    """Compiles for a device that is not there; one kernel must be in it."""
+    with jax.default_device(device):
+      program = jax.jit(function).lower(*shapes(arguments, device)).compile()
+    calls = re.findall(
+      r'%candidate_tower[.\d]* = .*tpu_custom_call', program.as_text()
+    )
+    self.assertLen(calls, 1)
+    memory = program.memory_analysis()
+    print(
+      f'{self.id()} {device.device_kind}: arguments '
+      f'{memory.argument_size_in_bytes}, temporary '
+      f'{memory.temp_size_in_bytes} bytes of HBM'
+    )
+    return memory.temp_size_in_bytes
+
+  def compile_tower(self, topology, shape, dtype):
+    arguments = jax.eval_shape(
+      lambda: suite.make_call(0, shape, num_layers=4, dtype=dtype).positional
+    )
+    # By itself, the operation takes the kernel for this device.
+    run = functools.partial(ops.candidate_tower, num_heads=shape[3])
+    return self.compile(devices(topology)[0], run, *arguments)
 
   @parameterized.product(
     topology=TOPOLOGIES,
@@ -160,47 +193,40 @@ class CompileTest(parameterized.TestCase):
     ),
   )
   def test_compiles(self, topology, shape_dtype):
-    (num_rows, num_candidates, num_keys, num_heads, head_dim), dtype = (
-      shape_dtype
-    )
-    device = devices(topology)[0]
-    call = suite.make_call(
-      0, (1, 1, 1, num_heads, head_dim), num_layers=4, dtype=dtype
-    )
-    sizes = {
-      'candidates': (num_rows, num_candidates, num_heads * head_dim),
-      'keys': (4, num_rows, num_keys, num_heads, head_dim),
-    }
+    self.compile_tower(topology, *shape_dtype)
 
-    def resized(x, shape):
-      return jax.ShapeDtypeStruct(
-        shape,
-        x.dtype,
-        sharding=jax.sharding.SingleDeviceSharding(device),
+  @parameterized.parameters((1 << 14, 1 << 7), (1 << 7, 1 << 14))
+  def test_memory_is_linear(self, num_candidates, num_keys):
+    shape = (1, num_candidates, num_keys, 4, 32)
+    small = self.compile_tower('v5e:2x2', shape, 'bfloat16')
+    shape = (1, 2 * num_candidates, 2 * num_keys, 4, 32)
+    self.assertLess(self.compile_tower('v5e:2x2', shape, 'bfloat16'), 3 * small)
+
+  def test_cached_scoring(self):
+    config = support.config(
+      encoder__width=128, encoder__num_heads=4, dtype='bfloat16'
+    )
+    model, params = support.init(config)
+    batch = support.batch(np.random.default_rng(0), 4, 300, 200)
+    cache = jax.eval_shape(
+      lambda: model.apply(
+        {'params': params}, batch.context, batch.history, method='encode'
+      )
+    )
+
+    def score(params, cache, candidates):
+      tower = fusion.pack_tower(params['fusion'], config.dtype)
+      return scoring.score_microbatched(
+        model,
+        {'params': params},
+        cache,
+        candidates,
+        microbatch=256,
+        tower=tower,
       )
 
-    per_candidate = sizes['candidates'][:2]
-    arguments = (
-      resized(call.candidates, sizes['candidates']),
-      resized(call.position, per_candidate),
-      resized(call.keys, sizes['keys']),
-      resized(call.values, sizes['keys']),
-      jax.tree.map(lambda x: resized(x, per_candidate), call.key_range),
-      jax.tree.map(lambda x: resized(x, x.shape), call.weights),
-    )
-    # By itself, the operation takes the kernel for this device.
-    run = functools.partial(ops.candidate_tower, num_heads=num_heads)
-    with jax.default_device(device):
-      program = jax.jit(run).lower(*arguments).compile()
-    text = program.as_text()
-    self.assertLen(
-      re.findall(r'%candidate_tower[.\d]* = .*tpu_custom_call', text), 1
-    )
-    memory = program.memory_analysis()
-    print(
-      f'{self.id()} {topology}: arguments {memory.argument_size_in_bytes}, '
-      f'temporary {memory.temp_size_in_bytes} bytes of HBM'
-    )
+    device = devices('v5e:2x2')[0]
+    self.compile(device, score, params, cache, batch.candidates)
 
 
 if __name__ == '__main__':
