@@ -470,7 +470,7 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
 def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
   """The gradients of keys and values; scores are transposed, `[key, query]`."""
   num_rows, num_queries, num_heads, head_dim = query.shape
-  dtype, factor = query.dtype, call.scale * _LOG2_E
+  dtype, factor = query.dtype, call.scale * _LOG2_E or 1e-30
   choice = config(query.shape, call.structure)
   warpgroups, block, stages, held = choice.d_key
   num_blocks = pl.cdiv(num_queries, block)
@@ -478,9 +478,9 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
   tile = warpgroups * _ROWS
   num_tiles = pl.cdiv(call.num_keys, tile)
   log_total, delta = (_pad(x, block, axis=2) for x in (log_total, delta))
+  start, stop = (_pad(x, block, mode='edge') for x in (start, stop))
   limits, seen_by = None, None
   if call.ranged:
-    start, stop = (_pad(x, block, mode='edge') for x in (start, stop))
     limits, seen_by = _seen_by(start, stop, block, tile, call.num_keys)
 
   def body(
@@ -516,6 +516,7 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
         plgpu.copy_gmem_to_smem(
           start_ref.at[b, queries], start_smem.at[slot], ready
         )
+      if call.structure != 'prefix':
         plgpu.copy_gmem_to_smem(
           stop_ref.at[b, queries], stop_smem.at[slot], ready
         )
@@ -543,25 +544,19 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
           limits_ref[b, lower + step, 1],
         )
         edge = (base + _ROWS > last_min) | (base < first_max)
-
-        def masked():
-          index = base + _iota(s.shape, 0, _MATRIX)
-          last = jnp.minimum(column(stop_smem.at[slot]), call.num_keys)
-          first = _over_rows(column(start_smem.at[slot]), s.shape)
-          x = jnp.where(index < _over_rows(last, s.shape), s, -jnp.inf)
-          return jnp.where(index < first, -jnp.inf, x)
       else:
         edge = base + _ROWS > _stop(call, offset, length)
 
-        def masked():
-          keys = base + _iota((_ROWS,), 0, _ROW)
-          if call.structure == 'prefix':
-            hidden = _over_columns(keys >= length, s.shape)
-          else:  # The number of a candidate is above that of every key.
-            earliest = jnp.where(keys < length, keys, _FAR)
-            queries = offset + _iota(s.shape, 1, _MATRIX)
-            hidden = queries < _over_columns(earliest, s.shape)
-          return jnp.where(hidden, -jnp.inf, s)
+      def masked():
+        index = base + _iota(s.shape, 0, _MATRIX)
+        if call.structure == 'prefix':
+          return jnp.where(index < length, s, -jnp.inf)
+        last = jnp.minimum(column(stop_smem.at[slot]), call.num_keys)
+        x = jnp.where(index < _over_rows(last, s.shape), s, -jnp.inf)
+        if not call.ranged:
+          return x
+        first = _over_rows(column(start_smem.at[slot]), s.shape)
+        return jnp.where(index < first, -jnp.inf, x)
 
       return lax.cond(edge, masked, lambda: s)
 
@@ -569,24 +564,32 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
       def step(i, carry):
         slot = lax.rem(i, stages)
 
-        def products(s_ref, dp_ref):
-          plgpu.barrier_wait(q_ready.at[slot])
+        def products(refs):
+          s_ref, dp_ref, ds_ref = refs
           plgpu.wgmma(s_ref, k, q_smem.at[slot].T)
-          plgpu.barrier_wait(d_out_ready.at[slot])
           plgpu.wgmma(dp_ref, v, d_out_smem.at[slot].T)
           stream.refill(i)
-          total = column(total_smem.at[slot])
           s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
           s, fold = _fold(s, factor)
-          s = mask(s, i, slot)
-          p = jnp.exp2(s * fold - _over_rows(total, s.shape))
+          p = jnp.exp2(mask(s, i, slot) * fold)
           plgpu.wgmma(dv_acc, p.astype(dtype), d_out_smem.at[slot])
           dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-          delta = _over_rows(column(delta_smem.at[slot]), s.shape)
-          return p * (dp - delta)
+          ds_ref[...] = (p * dp).astype(dtype)
 
-        acc = plgpu.ACC((_ROWS, block), jnp.float32)
-        ds = pl.run_scoped(products, acc, acc).astype(dtype)
+        # The products begin at what would be subtracted from them, so that it
+        # takes no registers of its own.
+        shape = (_ROWS, block)
+        plgpu.barrier_wait(q_ready.at[slot])
+        total = _over_rows(column(total_smem.at[slot]), shape)
+        plgpu.barrier_wait(d_out_ready.at[slot])
+        delta = _over_rows(column(delta_smem.at[slot]), shape)
+        _, _, ds = pl.run_state(products)(
+          (
+            plgpu.ACC.init(total * (-1 / factor)),
+            plgpu.ACC.init(-delta),
+            plgpu.layout_cast(jnp.zeros(shape, dtype), _MATRIX),
+          )
+        )
         plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
         plgpu.wgmma_wait(0)
         plgpu.commit_smem()  # Loads of the slot come before its next copy.
@@ -608,7 +611,7 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
   rows = _tiles((warpgroups, _ROWS, head_dim), dtype)
   blocks = _tiles((stages, block, head_dim), dtype)
   values = plgpu.SMEM((stages, block), jnp.float32)
-  indices = plgpu.SMEM((stages, block), jnp.int32) if call.ranged else None
+  indices = plgpu.SMEM((stages, block), jnp.int32)
   out = jax.ShapeDtypeStruct(key.shape, dtype)
   return _kernel(
     body,
@@ -623,11 +626,12 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
       d_out_smem=blocks,
       total_smem=values,
       delta_smem=values,
-      start_smem=indices,
-      stop_smem=indices,
+      start_smem=indices if call.ranged else None,
+      stop_smem=None if call.structure == 'prefix' else indices,
       k_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
       q_ready=plgpu.Barrier(
-        num_arrivals=4 if call.ranged else 2, num_barriers=stages
+        num_arrivals={'prefix': 2, 'causal': 3, 'any': 4}[call.structure],
+        num_barriers=stages,
       ),
       d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),

@@ -5,6 +5,7 @@ The interpreter looks for races. On a Hopper GPU test_backends.py runs them.
 
 import functools
 import re
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -36,22 +37,11 @@ class Instead:
     return getattr(self._module, name)
 
 
-def wgmma(acc, a, b):
-  """With a factor in registers, which the interpreter takes from memory."""
-  if not isinstance(a, jax.Array) or hasattr(jax.typeof(a), 'inner_aval'):
-    return plgpu.wgmma(acc, a, b)
+class Begun(NamedTuple):
+  """An accumulator that began at a value, to be added in the end."""
 
-  def product(ref):
-    factor = ref.at[jax.lax.axis_index('wg')]
-    factor[...] = a
-    plgpu.commit_smem()
-    plgpu.wgmma(acc, factor, b)
-
-  pl.run_scoped(
-    product,
-    plgpu.SMEM((MAX_WARPGROUPS, *a.shape), a.dtype),
-    collective_axes='wg',
-  )
+  acc: Any
+  start: jax.Array
 
 
 class Value:
@@ -67,18 +57,45 @@ class Value:
     self.value = value
 
 
+def wgmma(acc, a, b):
+  """With a factor in registers, which the interpreter takes from memory."""
+  acc = acc.acc if isinstance(acc, Begun) else acc
+  if hasattr(jax.typeof(getattr(a, 'ref', a)), 'inner_aval'):
+    return plgpu.wgmma(acc, a, b)
+
+  def product(ref):
+    factor = ref.at[jax.lax.axis_index('wg')]
+    factor[...] = a
+    plgpu.commit_smem()
+    plgpu.wgmma(acc, factor, b)
+
+  pl.run_scoped(
+    product,
+    plgpu.SMEM((MAX_WARPGROUPS, *a.shape), a.dtype),
+    collective_axes='wg',
+  )
+
+
+def wgmma_accumulator_load(acc, **kwargs):
+  if not isinstance(acc, Begun):
+    return plgpu.wgmma_accumulator_load(acc, **kwargs)
+  return plgpu.wgmma_accumulator_load(acc.acc, **kwargs) + acc.start
+
+
 def run_state(function):
-  """With an accumulator, which the interpreter can only begin at zero."""
+  """With accumulators, which the interpreter can only begin at zero."""
 
-  def run(init):
-    first, total = init
+  def run(state):
+    starts = [x._init for x in state if hasattr(x, '_init')]
+    values = [Value(x) for x in state if not hasattr(x, '_init')]
 
-    def body(acc):
-      rest = Value(total)
-      function((acc, rest))
-      return first._init + acc[...], rest[...]
+    def body(*accs):
+      accs = [Begun(*x) for x in zip(accs, starts, strict=True)]
+      function((*accs, *values))
+      results = [wgmma_accumulator_load(x) for x in accs]
+      return *results, *(x[...] for x in values)
 
-    return pl.run_scoped(body, plgpu.ACC(first.shape, first.dtype))
+    return pl.run_scoped(body, *(plgpu.ACC(x.shape, x.dtype) for x in starts))
 
   return run
 
@@ -93,8 +110,11 @@ class InterpretedTest(suite.BackendTestCase):
     self.enter_context(
       mock.patch.dict(api._BACKENDS, {'pallas_gpu': everywhere})
     )
+    changed = Instead(
+      plgpu, wgmma=wgmma, wgmma_accumulator_load=wgmma_accumulator_load
+    )
     for module, name, value in (
-      (pallas_gpu, 'plgpu', Instead(plgpu, wgmma=wgmma)),
+      (pallas_gpu, 'plgpu', changed),
       (pallas_gpu, 'pl', Instead(pl, run_state=run_state)),
       (pallas_gpu, '_jitted', pallas_gpu._attend),
       # The interpreter's callbacks are not for custom_partitioning.
