@@ -78,11 +78,11 @@ def by_rows(
 
   def over_map(size, mapped, *args):
     if any(m and axis is None for m, axis in zip(mapped, ins, strict=True)):
-      args = [
+      whole = [
         x if m else jnp.broadcast_to(x, (size, *x.shape))
         for x, m in zip(args, mapped, strict=True)
       ]
-      out = jax.lax.map(lambda args: mappable(*args), args)
+      out = jax.lax.map(lambda args: mappable(*args), whole)
     else:
       out = mappable(
         *(
@@ -141,7 +141,7 @@ def _over_mesh(function, in_axes, out_axes):
 
 def _sharding_rule(arg_types, in_axes, result_types, out_axes):
   """The factor 'rows' may be split, all others must be whole."""
-  others = []
+  others: list[str] = []
 
   def mapping(x, axis):
     factors = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -139,7 +140,8 @@ def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
   """
 
   def step(params: Any, batch: RankingBatch) -> dict[str, Array]:
-    logits: Any = model.apply({'params': params}, batch, train=False)
+    with _in_context(mesh):
+      logits: Any = model.apply({'params': params}, batch, train=False)
     return logits
 
   out = None if mesh is None else NamedSharding(mesh, P('data'))
@@ -149,10 +151,18 @@ def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
 @functools.lru_cache(maxsize=_CACHED)
 def _jit_train_step(model, tx, task_weights, mesh) -> TrainStep:
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
-    return _update(model, tx, state, batch, dict(task_weights))
+    with _in_context(mesh):
+      return _update(model, tx, state, batch, dict(task_weights))
 
   out = None if mesh is None else NamedSharding(mesh, P())
   return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _in_context(mesh: Mesh | None):
+  """Tells kernels which mesh they run on; see `ops.partition.by_rows`."""
+  if mesh is None:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _update(

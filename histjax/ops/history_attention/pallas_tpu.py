@@ -38,7 +38,7 @@ _LANES = 128
 # float32 is then 1 MiB of the 16 MiB that a kernel may use on the smallest TPU.
 _MAX_BLOCK = 512
 _MAX_BLOCK_WIDTH = 256
-# The index maps' scalars live in scalar memory, 1 MiB on the smallest TPU.
+# The index maps' scalars, int32, may fill half of the 1 MiB of scalar memory.
 _MAX_SCALARS = 1 << 17
 _NEGATIVE = -1e30  # Finite: below it lies -inf, which weighs exp(-inf) = 0.
 _NN = (((1,), (0,)), ((), ()))  # x y
@@ -212,14 +212,14 @@ def _by_rows(function, plan: _Plan, num_in: int, num_out: int):
 
 
 def _backward(*inputs, plan: _Plan):
-  d_query = _query_gradient(*inputs, plan)
-  return d_query, *_key_gradients(*inputs, plan)
+  d_query = _query_gradient(*inputs, plan=plan)
+  return d_query, *_key_gradients(*inputs, plan=plan)
 
 
 # ------------------------------------------------------------------- calls
 
 
-def _forward(query, key, value, start, stop, plan: _Plan):
+def _forward(query, key, value, start, stop, *, plan: _Plan):
   """The output and `log(sum(exp(scores)))`, `[B, N / G, G, Q']`."""
   num_rows, _, channels = query.shape
   num_groups = channels // plan.width
@@ -249,7 +249,7 @@ def _forward(query, key, value, start, stop, plan: _Plan):
 
 
 def _query_gradient(
-  query, key, value, cotangent, start, stop, log_total, delta, plan: _Plan
+  query, key, value, cotangent, start, stop, log_total, delta, *, plan: _Plan
 ):
   num_rows, _, channels = query.shape
   bounds = tile_bounds(start, stop, plan)
@@ -288,7 +288,7 @@ def _query_gradient(
 
 
 def _key_gradients(
-  query, key, value, cotangent, start, stop, log_total, delta, plan: _Plan
+  query, key, value, cotangent, start, stop, log_total, delta, *, plan: _Plan
 ):
   num_rows, _, channels = key.shape
   bounds = tile_bounds(start, stop, plan)

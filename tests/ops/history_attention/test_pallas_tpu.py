@@ -34,12 +34,16 @@ class InterpretedTestCase(suite.BackendTestCase):
       mock.patch.dict(api._BACKENDS, {'pallas_tpu': everywhere})
     )
     self.enter_context(mock.patch.object(pallas_tpu, '_MAX_BLOCK', 128))
-    # Two cores share the parallel axes of the grid, in a random order.
-    params = pltpu.InterpretParams(
-      detect_races=True, num_cores_or_threads=2, random_seed=0
-    )
-    self.enter_context(pltpu.force_tpu_interpret_mode(params))
+    self.enter_context(self.interpreter())
     self.addCleanup(pltpu.reset_tpu_interpret_mode_state)
+
+  def interpreter(self, num_cores=1):
+    """A context; the parallel axes of the grid go in a random order."""
+    return pltpu.force_tpu_interpret_mode(
+      pltpu.InterpretParams(
+        detect_races=True, num_cores_or_threads=num_cores, random_seed=0
+      )
+    )
 
   def run_call(self, call):
     found = suite.attend_with_gradients(call, 'pallas_tpu')
@@ -161,6 +165,10 @@ class ShapesTest(InterpretedTestCase):
   def test_head_dims(self, shape, dtype):
     self.check(suite.make_call(9, shape, 'causal', dtype))
 
+  def test_two_cores_share_the_grid(self):
+    with self.interpreter(num_cores=2):
+      self.check(suite.make_call(14, (2, 150, 200, 1, 8)))
+
   def test_vmap(self):
     calls = [suite.make_call(seed, SMALL) for seed in (10, 11)]
     stacked = [
@@ -255,18 +263,14 @@ class SkipTest(parameterized.TestCase):
     np.testing.assert_array_equal(last, [900, 0])
 
   def test_tiles_of_blocks(self):
-    lower, upper = pallas_tpu.key_block_bounds(
-      self.first, self.last, self.plan
-    )
+    lower, upper = pallas_tpu.key_block_bounds(self.first, self.last, self.plan)
     # Blocks 1 and 2 of row 0 are seen by tile 0; blocks 0 to 2 of row 1 by
     # tile 1, and block 0 by tile 0 as well.
     np.testing.assert_array_equal(lower, [0, 0, 0, 0, 0, 1, 1, 0])
     np.testing.assert_array_equal(upper, [0, 1, 1, 0, 2, 2, 2, 0])
 
   def test_steps_over_keys_stay_within_bounds(self):
-    self.assertEqual(
-      pallas_tpu._key_steps(self.first, self.last, self.plan), 3
-    )
+    self.assertEqual(pallas_tpu._key_steps(self.first, self.last, self.plan), 3)
     index = pallas_tpu._specs_over_keys(self.plan).key.index_map
     fetched = [
       [int(index(b, 0, i, s, self.first, self.last)[1]) for s in range(3)]
