@@ -307,7 +307,9 @@ class Scorer:
       candidates: likewise.
 
     Returns:
-      `{operation: implementation}`, such as `{'candidate_tower': 'xla'}`.
+      `{operation: implementation}`: `{'candidate_tower': 'pallas_tpu'}` is one
+      kernel for all layers; `{'candidate_tower': 'xla', 'history_attention':
+      'cudnn'}` is layer by layer, with that kernel in each.
 
     Raises:
       ValueError: as `score`.

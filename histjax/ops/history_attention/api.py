@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from histjax.ops import dispatch
 from histjax.ops.history_attention import (
   cudnn,
   pallas_gpu,
@@ -19,32 +19,19 @@ from histjax.ops.history_attention import (
 )
 from histjax.types import KeyRange
 
-
-class _Backend(NamedTuple):
-  """One implementation.
-
-  Attributes:
-    attend: takes what `history_attention` does, checked, no axis empty, and a
-      `scale`. Raises NotImplementedError, while being traced, at a call that
-      it cannot compute.
-    check_device: raises NotImplementedError at a device that it cannot run on.
-  """
-
-  attend: Callable[..., jax.Array]
-  check_device: Callable[[jax.Device], None]
-
-
-def _any_device(device: jax.Device) -> None:
-  del device
-
-
 # The fastest first, but see `_order`. 'xla' computes every call everywhere.
 _BACKENDS = {
-  'pallas_gpu': _Backend(pallas_gpu.history_attention, pallas_gpu.check_device),
-  'cudnn': _Backend(cudnn.history_attention, cudnn.check_device),
-  'pallas_tpu': _Backend(pallas_tpu.history_attention, pallas_tpu.check_device),
-  'xla': _Backend(xla.history_attention, _any_device),
-  'reference': _Backend(reference.history_attention, _any_device),
+  'pallas_gpu': dispatch.Backend(
+    pallas_gpu.history_attention, pallas_gpu.check_device
+  ),
+  'cudnn': dispatch.Backend(cudnn.history_attention, cudnn.check_device),
+  'pallas_tpu': dispatch.Backend(
+    pallas_tpu.history_attention, pallas_tpu.check_device
+  ),
+  'xla': dispatch.Backend(xla.history_attention, dispatch.any_device),
+  'reference': dispatch.Backend(
+    reference.history_attention, dispatch.any_device
+  ),
 }
 
 # Head dimensions at which 'pallas_gpu' is no slower than 'cudnn' on an H200,
@@ -106,7 +93,7 @@ def history_attention(
   scale = _check_scale(scale, query.shape[-1])
   if 0 in query.shape or 0 in key.shape:
     return jnp.zeros_like(query)
-  device = _device(query)
+  device = dispatch.device_of(query)
   return _dispatch(query, key, value, key_range, scale, implementation, device)[
     1
   ]
@@ -141,7 +128,7 @@ def history_attention_backend(
     NotImplementedError: as `history_attention`.
   """
   _check(query, key, value, key_range, implementation)
-  device = _device(query)
+  device = dispatch.device_of(query)
   name = ''
 
   def trace(query, key, value, key_range):
@@ -157,16 +144,18 @@ def history_attention_backend(
 
 def _dispatch(query, key, value, key_range, scale, implementation, device):
   """Runs the named backend, or the first that can; returns its name too."""
-  names = _order(query) if implementation is None else [implementation]
-  for name in names:
-    backend = _BACKENDS[name]
-    try:
-      backend.check_device(device)
-      return name, backend.attend(query, key, value, key_range, scale=scale)
-    except NotImplementedError:
-      if implementation is not None:
-        raise
-  raise AssertionError('some backend computes every call')
+  backends = {name: _BACKENDS[name] for name in _order(query)}
+  return dispatch.run(
+    'history_attention',
+    backends,
+    implementation,
+    device,
+    query,
+    key,
+    value,
+    key_range,
+    scale=scale,
+  )
 
 
 def _order(query) -> list[str]:
@@ -176,26 +165,9 @@ def _order(query) -> list[str]:
   return sorted(_BACKENDS, key=lambda name: name != 'cudnn')
 
 
-def _device(query) -> jax.Device:
-  """Where the call will run: where `query` is, else the default device."""
-  if isinstance(query, jax.Array) and not isinstance(query, jax.core.Tracer):
-    return next(iter(query.devices()))
-  config: Any = jax.config
-  default = config.jax_default_device
-  if default is None:
-    return jax.local_devices()[0]
-  if isinstance(default, str):
-    return jax.local_devices(backend=default)[0]
-  return default
-
-
 def _check(query, key, value, key_range, implementation):
   """Raises ValueError at a malformed call."""
-  if implementation is not None and implementation not in _BACKENDS:
-    raise ValueError(
-      f'implementation={implementation!r} is unknown; use one of '
-      f'{", ".join(map(repr, _BACKENDS))}, or None for the fastest'
-    )
+  dispatch.check_implementation(_BACKENDS, implementation)
   for name, x, axes in (
     ('query', query, '[B, Q, N, H]'),
     ('key', key, '[B, L, N, H]'),

@@ -8,6 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from histjax import ops
+from histjax.ops import dispatch
 from histjax.ops.history_attention import api
 from histjax.types import KeyRange
 from tests.ops.history_attention import suite
@@ -112,7 +113,7 @@ class DispatchTest(parameterized.TestCase):
   def backends(self, **attend):
     """Replaces all backends by these functions."""
     fakes = {
-      name: api._Backend(function, lambda device: None)
+      name: dispatch.Backend(function, lambda device: None)
       for name, function in attend.items()
     }
     return mock.patch.dict(api._BACKENDS, fakes, clear=True)
@@ -165,7 +166,7 @@ class DispatchTest(parameterized.TestCase):
 
   def test_asks_for_the_device_of_the_query(self):
     seen = []
-    backend = api._Backend(self.gives(1), seen.append)
+    backend = dispatch.Backend(self.gives(1), seen.append)
     device = jax.devices()[-1]
     fields = jax.device_put(arguments(), device)
     with mock.patch.dict(api._BACKENDS, {'a': backend}, clear=True):
