@@ -1,38 +1,116 @@
 """The benchmark reports what it says, in a form that can be read back."""
 
+import dataclasses
 import json
 import os
 import tempfile
 import time
+from unittest import mock
 
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from histjax import benchmark
+from histjax.benchmark import (
+  contenders,
+  machine,
+  report,
+  requests,
+  suites,
+  timing,
+  workloads,
+)
 from tests import support
 
+QUICK = {'repeats': 2, 'seconds': 0.0, 'singles': 2}
+CEILINGS = {'flops': 1e12, 'bytes': 1e9, 'exponentials': 1e9}
 
-class BenchmarkTest(absltest.TestCase):
+
+def temporary(test: absltest.TestCase, name: str) -> str:
+  folder = tempfile.TemporaryDirectory()
+  test.addCleanup(folder.cleanup)
+  return os.path.join(folder.name, 'new', name)
+
+
+class TimingTest(absltest.TestCase):
   def test_measure_sees_the_time_a_call_takes(self):
     def call():
       time.sleep(0.02)
       return np.zeros(1)
 
-    timing = benchmark.measure(call, repeats=3, seconds=0)
-    self.assertEqual(timing.calls, 3)
-    self.assertGreaterEqual(timing.low, 0.02)
-    self.assertLessEqual(timing.low, timing.median)
-    self.assertLessEqual(timing.median, timing.high)
+    measured = benchmark.measure(call, repeats=3, seconds=0)
+    self.assertEqual(measured.calls, 3)
+    self.assertGreaterEqual(measured.low, 0.02)
+    self.assertLessEqual(measured.low, measured.median)
+    self.assertLessEqual(measured.median, measured.high)
 
+  def test_calls_depend_on_the_one_before_and_use_every_input(self):
+    program = timing.JaxProgram(
+      lambda x, rest: (2 * x + rest, (rest,)), 1.0, [10.0, 20.0]
+    )
+    self.assertEqual([float(y) for y in program.output()], [12.0, 10.0])
+    x, others = program._chain(1.0, [10.0, 20.0])
+    self.assertEqual(float(x), 2 * 12 + 20)
+    self.assertEqual([float(y) for (y,) in others], [10.0, 20.0])
+    self.assertGreater(program.enqueue(4), 0)
+    self.assertGreater(program.single(3), 0)
+    self.assertIsNone(program.kernels())
+
+  def test_programs_take_turns(self):
+    log = []
+
+    class Fake:
+      def __init__(self, name, seconds):
+        self.name, self.seconds = name, seconds
+
+      def enqueue(self, calls):
+        log.append((self.name, calls))
+        return self.seconds
+
+      def single(self, index):
+        return self.seconds * (10 if index == 0 else 1)
+
+      def kernels(self):
+        return 3.0
+
+    programs = {'a': Fake('a', 1e-3), 'b': Fake('b', 1e-2)}
+    times = timing.time_programs(programs, repeats=3, seconds=0.02, singles=100)
+    # 20 ms of calls in each sample, once it is known how many that is.
+    self.assertEqual(log[-6:], [('a', 20), ('b', 2)] * 3)
+    self.assertEqual(times['a']['throughput']['median'], 1e-3)
+    self.assertEqual(times['a']['throughput']['samples'], 3)
+    self.assertEqual(times['b']['latency']['p50'], 1e-2)
+    self.assertGreater(times['b']['latency']['p99'], 1e-2)
+    self.assertEqual(times['b']['kernels'], 3.0)
+
+
+class MachineTest(absltest.TestCase):
+  def test_environment_and_ceilings(self):
+    found = machine.environment()
+    self.assertEqual(found['platform'], 'cpu')
+    self.assertIn('jax', found)
+    for rate in machine.ceilings('float32').values():
+      self.assertGreater(rate, 1e6)
+
+  def test_clocks_of_an_nvidia_gpu(self):
+    line = '580.1, 1980 MHz, 1980 MHz, 3201 MHz, 700.1 W, 700 W, 60\n'
+    done = mock.Mock(stdout=line)
+    with mock.patch.object(machine.subprocess, 'run', return_value=done):
+      self.assertEqual(machine.clocks()['clocks.sm'], '1980 MHz')
+    with mock.patch.object(machine.subprocess, 'run', side_effect=OSError):
+      self.assertEqual(machine.clocks(), {})
+
+
+class ScoringTest(absltest.TestCase):
   def test_report(self):
     config = support.config()
     _, params = support.init(config)
     lines = []
-    report = benchmark.scoring_suite(
+    result = benchmark.scoring_suite(
       config, params, [8], [4, 8], seconds=0, progress=lines.append
     )
     self.assertLen(lines, 2)
-    for entry in report['results']:
+    for entry in result['results']:
       n, m = entry['history_length'], entry['candidates']
       self.assertIn(f'{n:>6} {m:>6}', lines.pop(0))
       for way in ('plain', 'joint', 'cached'):
@@ -40,11 +118,138 @@ class BenchmarkTest(absltest.TestCase):
         self.assertGreater(entry[way]['fraction_of_ceiling'], 0)
       self.assertGreater(entry['plain']['flops'], entry['joint']['flops'])
       self.assertGreater(entry['joint']['flops'], entry['cached']['flops'])
-    folder = tempfile.TemporaryDirectory()
-    self.addCleanup(folder.cleanup)
-    output = os.path.join(folder.name, 'new', 'scoring')
-    paths = benchmark.write_report(report, output)
+    paths = benchmark.write_report(result, temporary(self, 'scoring'))
     with open(paths[0]) as f:
-      self.assertEqual(json.load(f), report)
+      self.assertEqual(json.load(f), result)
     with open(paths[1], 'rb') as f:
       self.assertEqual(f.read(8), b'\x89PNG\r\n\x1a\n')
+
+
+class SuitesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('attention', ['window_32', 'full_64_grad']),
+    ('tower', ['ragged_128', 'joint_batch_128']),
+  )
+  def test_report(self, suite, names):
+    named = {k: suites.SUITES[suite][k].small() for k in names}
+    lines = []
+    # cuDNN is a rival that cannot run here.
+    result = suites.run(
+      suite,
+      named,
+      ['histjax', 'jax:xla', 'jax:cudnn'],
+      progress=lines.append,
+      **QUICK,
+    )
+    text = '\n'.join(lines)
+    for entry, name in zip(result['results'], names, strict=True):
+      self.assertEqual(entry['name'], name)
+      self.assertEqual(entry['best_rival'], 'jax:xla')
+      self.assertIn('failed', entry['contenders']['jax:cudnn'])
+      ours, rival = (entry['contenders'][k] for k in ('histjax', 'jax:xla'))
+      self.assertAlmostEqual(
+        entry['ratios']['histjax']['throughput'],
+        rival['throughput']['median'] / ours['throughput']['median'],
+      )
+      self.assertTrue(ours['runs'])
+      self.assertIn(f'{name}: ', text)
+    self.assertIn('  jax:cudnn              failed: ', text)
+    paths = benchmark.write_report(result, temporary(self, suite))
+    with open(paths[0]) as f:
+      self.assertEqual(json.load(f), result)
+    with open(paths[1], 'rb') as f:
+      self.assertEqual(f.read(8), b'\x89PNG\r\n\x1a\n')
+
+  def test_wrong_results_are_not_timed(self):
+    workload = workloads.ATTENTION['full_32'].small()
+    right = contenders.reference
+
+    def wrong(*args):
+      return [1.1 * x for x in right(*args)]
+
+    with mock.patch.object(contenders, 'reference', wrong):
+      result = suites.run(
+        'attention',
+        {'full_32': workload},
+        ['histjax', 'nobody'],
+        progress=lambda line: None,
+        **QUICK,
+      )
+    (entry,) = result['results']
+    self.assertRegex(entry['contenders']['histjax']['failed'], '^wrong: .*e-02')
+    self.assertIn(
+      "'nobody' is unknown", entry['contenders']['nobody']['failed']
+    )
+    self.assertEqual(entry['ratios'], {})
+    self.assertIsNone(entry['best_rival'])
+    self.assertIn('failed: wrong', report.table(entry))
+    self.assertNotEmpty(report.roofline(result).axes)
+
+  def test_ratios_are_to_the_best_rival(self):
+    def row(throughput, latency):
+      return {
+        'throughput': {'median': throughput},
+        'latency': {'p50': latency},
+      }
+
+    rows = {
+      'histjax': row(1.0, 3.0),
+      'jax:cudnn': row(2.0, 9.0),
+      'torch:sdpa': row(4.0, 6.0),
+      'tokamax': {'failed': 'not here'},
+    }
+    workload = workloads.TOWER['batch_128']
+    entry = suites.workload_entry('batch_128', workload, rows, CEILINGS)
+    self.assertEqual(entry['best_rival'], 'jax:cudnn')
+    self.assertEqual(
+      entry['ratios'], {'histjax': {'throughput': 2.0, 'latency': 2.0}}
+    )
+    self.assertEqual(
+      entry['contenders']['histjax']['fraction_of_ceiling'],
+      workload.flops() / 1e12,
+    )
+    self.assertEqual(entry['floor']['bytes'], workload.num_bytes() / 1e9)
+
+  def test_default_contenders(self):
+    ragged = workloads.TOWER['ragged_128']
+    joint = workloads.TOWER['joint_batch_128']
+    for platform in ('cpu', 'gpu', 'tpu'):
+      names = suites.default_contenders(ragged, platform)
+      self.assertEqual(names[0], 'histjax')
+      self.assertEqual('torch:varlen' in names, platform == 'gpu')
+      self.assertIn(
+        'histjax:encode_score', suites.default_contenders(joint, platform)
+      )
+
+
+class RequestsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('request', ['encode', 'score', 'encode and score', 'joint']),
+    ('train_step', ['update']),
+  )
+  def test_report(self, suite, calls):
+    workload = requests.SUITES[suite]['cpu'].small()
+    lines = []
+    result = requests.run(
+      suite,
+      {'cpu': workload},
+      ['histjax:xla'],
+      repeats=2,
+      seconds=0,
+      progress=lines.append,
+    )
+    (entry,) = result['results']
+    self.assertEqual(entry['workload'], dataclasses.asdict(workload))
+    row = entry['contenders']['histjax:xla']
+    self.assertIn('xla', row['runs'].values())
+    for call in calls:
+      self.assertLessEqual(row[call]['p50'], row[call]['p99'])
+      self.assertEqual(row[call]['calls'], 2)
+      self.assertIn(call, lines[0])
+    (path,) = benchmark.write_report(result, temporary(self, suite))
+    with open(path) as f:
+      self.assertEqual(json.load(f), result)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -16,9 +16,9 @@ LAYERS = (
   ('nn',),
   ('models',),
   ('scoring',),
-  ('benchmark',),
   ('data',),
   ('training',),
+  ('benchmark',),
 )
 
 

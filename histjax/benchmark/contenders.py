@@ -68,6 +68,81 @@ def program(
   return _rival_tower(workload, inputs, attend)
 
 
+def backends(name: str, workload: Attention | Tower) -> dict[str, str]:
+  """Which implementations 'histjax..' runs: `{operation: implementation}`."""
+  implementation = name.partition(':')[2] or None
+  if isinstance(workload, Attention):
+    return {'history_attention': attention_backend(workload, implementation)}
+  two_passes = implementation == 'encode_score'
+  found = {}
+  if workload.joint:
+    found['history_attention'] = attention_backend(
+      Attention(
+        workload.num_rows,
+        workload.num_events + workload.num_candidates * (not two_passes),
+        workload.num_events,
+        workload.head_dim,
+        'causal',
+        num_heads=workload.num_heads,
+        dtype=workload.dtype,
+      ),
+      None if two_passes else implementation,
+    )
+  if two_passes or not workload.joint:
+    found['candidate_tower'] = _tower_backend(
+      workload, None if two_passes else implementation
+    )
+  return found
+
+
+def attention_backend(workload: Attention, implementation: str | None) -> str:
+  """What `ops.history_attention` runs, `implementation` given."""
+  rows, heads, dim = workload.num_rows, workload.num_heads, workload.head_dim
+  dtype = jnp.dtype(workload.dtype)
+  query, key = (
+    jax.ShapeDtypeStruct((rows, tokens, heads, dim), dtype)
+    for tokens in (workload.num_queries, workload.num_keys)
+  )
+  ends = jax.ShapeDtypeStruct((rows, workload.num_queries), jnp.int32)
+  return ops.history_attention_backend(
+    query,
+    key,
+    key,
+    KeyRange(ends, ends, workload.structure),
+    implementation=implementation,
+  )
+
+
+def _tower_backend(workload: Tower, implementation: str | None) -> str:
+  rows, candidates = workload.num_rows, workload.num_candidates
+  dtype = jnp.dtype(workload.dtype)
+  cached = jax.ShapeDtypeStruct(
+    (
+      workload.num_layers,
+      rows,
+      workload.num_events,
+      workload.num_heads,
+      workload.head_dim,
+    ),
+    dtype,
+  )
+  ends = jax.ShapeDtypeStruct((rows, candidates), jnp.int32)
+  weights = jax.eval_shape(
+    lambda: fusion.pack_tower(_flax_params(workload.weights()), dtype)
+  )
+  return ops.candidate_tower_backend(
+    jax.ShapeDtypeStruct((rows, candidates, workload.width), dtype),
+    ends,
+    cached,
+    cached,
+    KeyRange(ends, ends, 'prefix'),
+    weights,
+    num_heads=workload.num_heads,
+    count=jax.ShapeDtypeStruct((rows,), jnp.int32) if workload.ragged else None,
+    implementation=implementation,
+  )
+
+
 def reference(
   workload: Attention | Tower, inputs: dict[str, np.ndarray]
 ) -> list[np.ndarray]:

@@ -139,5 +139,6 @@ def roofline(report: Mapping[str, Any]):
     'dashes: the floor that binds',
   )
   axis.grid(alpha=0.3)
-  axis.legend(fontsize=6, ncols=2, loc='best')
+  if entries:
+    axis.legend(fontsize=6, ncols=2, loc='best')
   return figure

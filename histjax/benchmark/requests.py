@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from histjax import scoring
+from histjax.benchmark import contenders as contenders_lib
 from histjax.benchmark import machine, report, timing, workloads
 from histjax.benchmark.scoring import random_batch
 from histjax.data import schema as schema_lib
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
-from histjax.ops import dispatch
 
 SUITES: dict[str, dict[str, workloads.Request]] = {
   'request': workloads.REQUEST,
@@ -75,14 +75,14 @@ def run(
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for contender in contenders or ('histjax', 'histjax:xla'):
       try:
-        with dispatch.record() as used:
-          made = make(workload, contender.partition(':')[2] or None)
-          for call in made.values():
-            jax.block_until_ready(call())  # Compiles.
+        implementation = contender.partition(':')[2] or None
+        made, runs = make(workload, implementation)
+        for call in made.values():
+          jax.block_until_ready(call())  # Compiles.
       except NotImplementedError as e:
         rows[contender] = {'failed': str(e)}
         continue
-      rows[contender] = {'runs': {k: sorted(v) for k, v in used.items()}}
+      rows[contender] = {'runs': runs}
       calls |= {(contender, k): call for k, call in made.items()}
     for (contender, call), row in _in_turns(calls, repeats, seconds).items():
       rows[contender][call] = row
@@ -139,7 +139,7 @@ def _batch(workload: workloads.Request, seed: int):
   )
 
 
-def _request_calls(workload: workloads.Request, implementation) -> Calls:
+def _request_calls(workload: workloads.Request, implementation):
   """`encode`, `score` from its cache, both together, and the joint pass."""
   config = _config(workload)
   batch = _batch(workload, 0)
@@ -157,15 +157,16 @@ def _request_calls(workload: workloads.Request, implementation) -> Calls:
   def encode():
     return scorer.encode(batch.context, batch.history)
 
-  return {
+  calls: Calls = {
     'encode': encode,
     'score': lambda: scorer.score(cache, batch.candidates),
     'encode and score': lambda: scorer.score(encode(), batch.candidates),
     'joint': lambda: scorer.score_joint(batch),
   }
+  return calls, scorer.backends(cache, batch.candidates)
 
 
-def _train_calls(workload: workloads.Request, implementation) -> Calls:
+def _train_calls(workload: workloads.Request, implementation):
   """One `update` by Adam; its state is the one before it's result."""
   import optax
 
@@ -190,4 +191,15 @@ def _train_calls(workload: workloads.Request, implementation) -> Calls:
     state = step(state, batch)
     return state.window.loss
 
-  return {'update': update}
+  attention = workloads.Attention(
+    workload.num_rows,
+    workload.num_events + workload.num_candidates,
+    workload.num_events,
+    workload.width // workload.num_heads,
+    'causal',
+    num_heads=workload.num_heads,
+    dtype=workload.dtype,
+  )
+  backend = contenders_lib.attention_backend(attention, implementation)
+  calls: Calls = {'update': update}
+  return calls, {'history_attention': backend}

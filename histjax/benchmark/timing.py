@@ -89,7 +89,7 @@ class JaxProgram:
   """A jitted `Step` over several inputs."""
 
   def __init__(self, step: Step, x: Any, rests: Sequence[Any]):
-    """Compiles.
+    """Compiles the single call; the chain compiles when it first runs.
 
     Args:
       step: the function; its first result is `x` of the next call.
@@ -107,7 +107,7 @@ class JaxProgram:
       return x, others
 
     self._one = one.lower(x, self._rests[0]).compile()
-    self._chain = jax.jit(chain).lower(x, self._rests).compile()
+    self._chain = jax.jit(chain)
 
   def output(self) -> list[np.ndarray]:
     """The results of the first call, x first."""

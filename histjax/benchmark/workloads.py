@@ -276,8 +276,9 @@ class Request:
       num_rows=min(self.num_rows, 2),
       num_candidates=5,
       num_events=16,
-      width=32,
-      num_layers=2,
+      width=16,
+      num_heads=2,
+      num_layers=1,
     )
 
 
