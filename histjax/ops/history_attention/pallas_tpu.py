@@ -316,8 +316,8 @@ def _key_gradients(
       ],
       out_specs=(specs.key, specs.key),
       scratch_shapes=[
-        pltpu.VMEM((plan.block_k, plan.width), jnp.float32),
-        pltpu.VMEM((plan.block_k, plan.width), jnp.float32),
+        pltpu.VMEM((plan.width, plan.block_k), jnp.float32),
+        pltpu.VMEM((plan.width, plan.block_k), jnp.float32),
       ],
     ),
     compiler_params=_PARALLEL,
@@ -586,7 +586,7 @@ def _key_gradients_kernel(
   delta_ref,
   d_key_ref,
   d_value_ref,
-  d_key_acc_ref,  # [k, G H]
+  d_key_acc_ref,  # [G H, k]
   d_value_acc_ref,
   *,
   plan: _Plan,
@@ -606,23 +606,25 @@ def _key_gradients_kernel(
   @pl.when(sees)
   def _():
     visible = _visible(range_ref, j * plan.block_k, plan)
-    query = _rows(q_ref[0], 0, num_queries)
-    cotangent = _rows(d_out_ref[0], 0, num_queries)
+    query = _rows(q_ref[0], 0, num_queries).T  # [G H, q]
+    query = query.astype(q_ref.dtype)
+    cotangent = _rows(d_out_ref[0], 0, num_queries).T
+    cotangent = cotangent.astype(d_out_ref.dtype)
     for h in range(plan.group):
-      q = _only_head(query, h, plan).astype(q_ref.dtype)
-      d_out = _only_head(cotangent, h, plan).astype(q_ref.dtype)
+      head = _head(h, plan)
+      q = _only_head(q_ref[0], h, plan)
+      d_out = _only_head(d_out_ref[0], h, plan)
       scores = _scores(k_ref[0], q, visible, plan)
       weights, d_scores = _weights_and_gradient(
         scores, v_ref, d_out, log_total_ref, delta_ref, visible, h
       )
-      d_value_acc_ref[...] += _dot(weights, d_out, _NN)
-      d_key_acc_ref[...] += _dot(d_scores, q, _NN)
+      d_value_acc_ref[head] += _dot(cotangent[head], weights, _NT)
+      d_key_acc_ref[head] += _dot(query[head], d_scores, _NT)
 
   @pl.when(step == last_step)
   def _():
-    d_key = plan.scale * d_key_acc_ref[...]
-    d_key_ref[0] = d_key.astype(d_key_ref.dtype)
-    d_value_ref[0] = d_value_acc_ref[...].astype(d_value_ref.dtype)
+    d_key_ref[0] = (plan.scale * d_key_acc_ref[...].T).astype(d_key_ref.dtype)
+    d_value_ref[0] = d_value_acc_ref[...].T.astype(d_value_ref.dtype)
 
 
 def _visible(range_ref, offset, plan: _Plan):
