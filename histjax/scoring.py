@@ -8,8 +8,9 @@
     logits = scorer.score_plain(batch)            # one row per candidate
 
 The three ways to score give the same logits from the same parameters. Inputs
-are padded to buckets, so that a program is compiled once per bucket and not
-once per length; scores do not depend on the padding.
+are padded to buckets, so that a program is compiled once per bucket (once more
+for inputs that fill it) and not once per length; scores do not depend on the
+padding.
 """
 
 from __future__ import annotations
@@ -465,10 +466,12 @@ class Scorer:
     }
     visible, mask = candidates.visible, candidates.mask
     real = np.ones(candidates.shape, bool) if mask is None else mask
+    # Without a mask, a kernel need not look for what it need not compute.
+    whole = candidates.shape == (rows, padded) and bool(real.all())
     return Candidates(
       features=_pad(features, (rows, padded), mask),
       visible=None if visible is None else _pad(visible, (rows, padded)),
-      mask=_pad(real, (rows, padded)),
+      mask=None if whole else _pad(real, (rows, padded)),
     )
 
 

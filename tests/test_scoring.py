@@ -403,6 +403,24 @@ class BackendsTest(parameterized.TestCase):
     jax.effects_barrier()
     np.testing.assert_array_equal(sum(counts), [2, 0, 5, 0])
 
+  def test_inputs_that_fill_their_bucket_are_not_counted(self):
+    s = scorer()
+    batch = support.batch(np.random.default_rng(0), 4, num_candidates=16)
+    candidates = batch.candidates.replace(mask=None)
+    cache = s.encode(batch.context, batch.history)
+    counted = []
+
+    def tower(x, *args, count, **kwargs):
+      del args, kwargs
+      counted.append(count is not None)
+      return x
+
+    backend = dispatch.Backend(tower, dispatch.any_device)
+    with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
+      s.backends(cache, candidates)
+      s.backends(cache, rows(candidates, slice(0, 3)))
+    self.assertEqual(counted, [False, True])
+
 
 class BadInputTest(parameterized.TestCase):
   def setUp(self):

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import dispatch
+from histjax.ops import dispatch, partition
 from histjax.ops.candidate_tower import pallas_tpu, reference, xla
 from histjax.types import KeyRange
+
+
+def _over_rows(
+  kernel: Callable[..., jax.Array], *, mesh_in_context: bool = False
+) -> Callable[..., jax.Array]:
+  """The kernel, run by each device on the rows that it holds."""
+
+  def call(*arrays, num_heads, count):
+    # As in `_Call`; weights have no rows.
+    parts = zip((*arrays, count), (0, 0, 1, 1, 0, None, 0), strict=True)
+    leaves, tree = jax.tree.flatten((*arrays, count))
+    axes = [axis for part, axis in parts for _ in jax.tree.leaves(part)]
+
+    def on_leaves(*leaves):
+      *arrays, count = jax.tree.unflatten(tree, leaves)
+      return kernel(*arrays, num_heads=num_heads, count=count)
+
+    return partition.by_rows(
+      on_leaves, axes, 0, mesh_in_context=mesh_in_context
+    )(*leaves)
+
+  return call
+
 
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_tpu': dispatch.Backend(
-    pallas_tpu.candidate_tower, pallas_tpu.check_device
+    _over_rows(pallas_tpu.candidate_tower, mesh_in_context=True),
+    pallas_tpu.check_device,
   ),
   'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_device),
   'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_device),

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import partition, rotary
+from histjax.ops import rotary
 from histjax.ops.candidate_tower import reference
 from histjax.types import KeyRange
 
@@ -126,13 +126,7 @@ def candidate_tower(
     x.reshape(*x.shape[:3], plan.width) for x in (keys, values)
   )  # [layers, B, L, D]
   final = jnp.stack([weights.final_scale, weights.final_bias])
-  call = partition.by_rows(
-    functools.partial(_call, plan=plan),
-    (0, 0, 0, 1, 1, *(None,) * 6),
-    0,
-    mesh_in_context=True,
-  )
-  return call(
+  return _call(
     count,
     candidates,
     seen,
@@ -144,6 +138,7 @@ def candidate_tower(
     weights.mlp_out,
     weights.bias[:, None, :],
     final,
+    plan=plan,
   )
 
 

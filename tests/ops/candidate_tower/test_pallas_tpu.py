@@ -101,6 +101,12 @@ class InterpretTest(parameterized.TestCase):
       self.run_call(suite.poisoned(call, np.nan)), expected
     )
 
+  def test_what_it_refuses_another_computes(self):
+    call = suite.make_call(0, (1, 3, 5, 2, 8))
+    with self.assertRaisesRegex(NotImplementedError, 'D=16'):
+      suite.run(call, 'pallas_tpu')
+    suite.assert_equals_oracle(lambda c: suite.run(c, None), call)
+
   def test_vmap_and_sharded_rows(self):
     call = suite.make_call(6, (4, 5, 9, 4, 32), mlp_width=128, num_layers=1)
     expected = self.run_call(call)
