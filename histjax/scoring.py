@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from histjax import ops, validation
+from histjax import ops, padding, validation
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn import fusion
 from histjax.ops import dispatch
@@ -72,7 +72,7 @@ def score_microbatched(
       method='score',
     )
 
-  return _in_chunks(score, candidates, microbatch)
+  return padding.in_chunks(score, candidates, microbatch)
 
 
 def score_plain(
@@ -114,21 +114,7 @@ def score_plain(
     logits = model.apply(variables, rows)
     return jax.tree.map(lambda x: x.reshape(num_rows, num_candidates), logits)
 
-  return _in_chunks(score, batch.candidates, microbatch)
-
-
-def bucket_size(n: int, smallest: int = 16) -> int:
-  """The smallest of 16, 32, 64, 96, 128, 192, 256, .. that holds `n`.
-
-  Powers of two and one step between them: at most a third is padding (half
-  below 64).
-  """
-  size = smallest
-  while size < n:
-    if size >= 64 and size * 3 // 2 >= n:
-      return size * 3 // 2
-    size *= 2
-  return size
+  return padding.in_chunks(score, batch.candidates, microbatch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +125,7 @@ class ScorerConfig:
     microbatch: candidates per row scored at once from a cache.
     plain_microbatch: the same for `score_plain`, where each is a whole pass.
     history_buckets: the lengths to pad histories to, ascending; a longer
-      history is refused. Empty: `bucket_size`, without a limit.
+      history is refused. Empty: `padding.bucket_size`, without a limit.
     candidate_buckets: the same for candidates, up to `microbatch`; beyond it
       they are padded to a multiple of `microbatch`.
     row_buckets: the same for rows. Empty: powers of two.
@@ -264,10 +250,10 @@ class Scorer:
     self.config.require_amortizable()
     num_rows = validation.check_history(self._schema, history)
     context = validation.check_context(self._schema, context, num_rows)
-    rows = _bucket(num_rows, self.options.row_buckets, 'rows', 1)
+    rows = padding.bucket(num_rows, self.options.row_buckets, 'rows', 1)
     return self._encode(
       self._variables,
-      _pad(context, (rows,)),
+      padding.pad(context, (rows,)),
       self._pad_history(history, rows),
     )
 
@@ -348,7 +334,7 @@ class Scorer:
     longest = int(length.max(initial=0))
     capacity = cache.capacity
     if longest > capacity:
-      capacity = _bucket(
+      capacity = padding.bucket(
         longest, self.options.history_buckets, 'events in a history', 16
       )
     padded = self._pad_history(events, cache.num_rows, smallest=1)
@@ -417,9 +403,9 @@ class Scorer:
       np.asarray(batch.history.length),
       causal=self.config.encoder.causal,
     )
-    rows = _bucket(num_rows, self.options.row_buckets, 'rows', 1)
+    rows = padding.bucket(num_rows, self.options.row_buckets, 'rows', 1)
     padded = RankingBatch(
-      context=_pad(context, (rows,)),
+      context=padding.pad(context, (rows,)),
       history=self._pad_history(batch.history, rows),
       candidates=self._pad_candidates(candidates, rows, multiple),
       labels={},
@@ -433,7 +419,7 @@ class Scorer:
   ) -> History:
     # An event beyond every length is padding already, and may be cut.
     length = np.asarray(history.length, np.int32)
-    num_events = _bucket(
+    num_events = padding.bucket(
       int(max(length, default=0)),
       self.options.history_buckets,
       'events in a history',
@@ -446,8 +432,8 @@ class Scorer:
     given = next(iter(features.values())).shape[1]
     real = np.arange(given)[None, :] < length[:, None]
     return History(
-      features=_pad(features, (rows, num_events), real),
-      length=_pad(length, (rows,)),
+      features=padding.pad(features, (rows, num_events), real),
+      length=padding.pad(length, (rows,)),
     )
 
   def _pad_candidates(
@@ -458,7 +444,7 @@ class Scorer:
       padded = -(-count // multiple) * multiple
     else:
       padded = min(
-        _bucket(count, self.options.candidate_buckets, 'candidates', 16),
+        padding.bucket(count, self.options.candidate_buckets, 'candidates', 16),
         multiple,
       )
     features = {
@@ -469,57 +455,11 @@ class Scorer:
     # Without a mask, a kernel need not look for what it need not compute.
     whole = candidates.shape == (rows, padded) and bool(real.all())
     return Candidates(
-      features=_pad(features, (rows, padded), mask),
-      visible=None if visible is None else _pad(visible, (rows, padded)),
-      mask=None if whole else _pad(real, (rows, padded)),
+      features=padding.pad(features, (rows, padded), mask),
+      visible=None if visible is None else padding.pad(visible, (rows, padded)),
+      mask=None if whole else padding.pad(real, (rows, padded)),
     )
-
-
-def _in_chunks(
-  score: Callable[[Candidates], Logits], candidates: Candidates, size: int
-) -> Logits:
-  """Maps `score` over chunks of `size` candidates of each row."""
-  num_rows, count = candidates.shape
-  if count <= size:
-    return score(candidates)
-  if count % size:
-    raise ValueError(
-      f'{count} candidates are not a multiple of microbatch={size}; pad them'
-    )
-  chunks = jax.tree.map(
-    lambda x: jnp.asarray(x).reshape(num_rows, -1, size).swapaxes(0, 1),
-    candidates,
-  )
-  logits = jax.lax.map(score, chunks)  # {task: [C / size, B, size]}
-  return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(num_rows, count), logits
-  )
-
-
-def _bucket(n: int, buckets: tuple[int, ...], what: str, smallest: int) -> int:
-  if not buckets:
-    return bucket_size(n, smallest)
-  for size in buckets:
-    if size >= n:
-      return size
-  raise ValueError(
-    f'{n} {what} do not fit the largest bucket, {buckets[-1]}; add a larger '
-    'one to ScorerConfig, or cut them'
-  )
 
 
 def _names(used: Mapping[str, set[str]]) -> dict[str, str]:
   return {k: ', '.join(sorted(v)) for k, v in sorted(used.items())}
-
-
-def _pad(tree, shape: tuple[int, ...], real=None):
-  """Pads the leading axes with zeros, up to `shape`; zeros where not `real`."""
-
-  def pad(x):
-    xp = jnp if isinstance(x, jax.Array) else np
-    if real is not None:
-      x = xp.where(real, x, xp.zeros((), x.dtype))
-    width = [(0, n - m) for n, m in zip(shape, x.shape, strict=False)]
-    return xp.pad(x, width) if any(after for _, after in width) else x
-
-  return jax.tree.map(pad, tree)

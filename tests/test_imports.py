@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1] / 'histjax'
 # A module may import from its own layer and from those before it.
 LAYERS = (
   ('config', 'types', 'data.schema'),
-  ('validation',),
+  ('padding', 'validation'),
   ('ops',),
   ('nn',),
   ('models',),

@@ -10,7 +10,7 @@ from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax import scoring
+from histjax import padding, scoring
 from histjax.models import ranker
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api
@@ -313,7 +313,7 @@ class InvarianceTest(parameterized.TestCase):
     (1, 16), (16, 16), (17, 32), (64, 64), (65, 96), (97, 128), (129, 192)
   )
   def test_bucket_size(self, n, expected):
-    self.assertEqual(scoring.bucket_size(n), expected)
+    self.assertEqual(padding.bucket_size(n), expected)
 
 
 class BackendsTest(parameterized.TestCase):
