@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from histjax.ops import dispatch, partition
-from histjax.ops.candidate_tower import pallas_tpu, reference, xla
+from histjax.ops.candidate_tower import (
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  xla,
+)
 from histjax.types import KeyRange
 
 
@@ -38,6 +43,9 @@ def _over_rows(
 
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
+  'pallas_gpu': dispatch.Backend(
+    _over_rows(pallas_gpu.candidate_tower), pallas_gpu.check_device
+  ),
   'pallas_tpu': dispatch.Backend(
     _over_rows(pallas_tpu.candidate_tower, mesh_in_context=True),
     pallas_tpu.check_device,
@@ -95,9 +103,10 @@ def candidate_tower(
     num_heads: N, with `N H = D`.
     count: int32 `[B]`. The result of candidates `c >= count[b]` is zeros, and
       a kernel does not compute it. None: all C count.
-    implementation: 'pallas_tpu' (bfloat16 or float32; D and F multiples of
-      128), 'xla' (everything, everywhere) or 'reference' (float32, readable).
-      None: the fastest that supports the call.
+    implementation: 'pallas_gpu' (Hopper; bfloat16, D 128 or 256, H 32 or 64),
+      'pallas_tpu' (bfloat16 or float32; D and F multiples of 128), 'xla'
+      (everything, everywhere) or 'reference' (float32, readable). None: the
+      fastest that supports the call.
 
   Returns:
     `[B, C, D]`, of the candidates' type.
@@ -146,7 +155,7 @@ def candidate_tower_backend(
     implementation: likewise.
 
   Returns:
-    'pallas_tpu', 'xla' or 'reference'.
+    'pallas_gpu', 'pallas_tpu', 'xla' or 'reference'.
 
   Raises:
     ValueError: as `candidate_tower`.

@@ -1,0 +1,1350 @@
+"""The candidate tower in one Hopper kernel: Pallas Mosaic GPU, wgmma, TMA.
+
+A tile of 64 candidates is shared by workers, warpgroups that own the same
+rows and different columns: a worker keeps its columns of the float32 residual
+stream in registers through all layers, computes its own heads, and reads what
+the others have computed from shared memory. Nothing of a candidate goes to
+device memory but its final value. Where few candidates would leave the chip
+idle, the workers of a tile sit in two blocks of a cluster and write into each
+other's shared memory. One more warpgroup streams each worker's columns of the
+weights and its heads' keys and values through a ring. NOTES.md has the
+measurements.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from histjax.ops.candidate_tower import reference
+from histjax.types import KeyRange
+
+ROWS = 64  # Candidates of a tile: the M of wgmma.
+NEVER = -1e30  # Less than any score; finite, so that NEVER - NEVER = 0.
+META = 8  # int32 fields of a block of work.
+SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less barriers.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How the kernel is cut.
+
+  Attributes:
+    tiles: of 64 candidates in a block.
+    workers: warpgroups of a block that share each tile.
+    blocks: of a cluster that share each tile, 1 or 2.
+    slot: elements of a slot of a ring.
+    group: chunks of the MLP's hidden layer between two meetings of workers.
+    buffers: groups in shared memory, 1 or 2.
+    park: where the residual stream waits during attention: in 'registers',
+      in 'shared' memory or in 'device' memory.
+    loader: one more warpgroup fills the rings; else the last tile's do, which
+      are the later for it and seldom wait for the other tiles.
+    step: keys whose scores are held at once; at most two slots of them.
+    stagger: nanoseconds by which each tile starts later than the one before.
+    registers: per thread of a computing and of the loading warpgroup.
+  """
+
+  tiles: int = 2
+  workers: int = 2
+  blocks: int = 1
+  slot: int = 8192
+  group: int = 1
+  buffers: int = 2
+  park: Literal['registers', 'shared', 'device'] = 'registers'
+  loader: bool = True
+  step: int = 64
+  stagger: int = 0
+  registers: tuple[int, int] = (112, 24)
+
+
+def default_config(num_rows: int, num_candidates: int, width: int) -> Config:
+  """The fastest measured on an H200; NOTES.md has the numbers."""
+  tiles = num_rows * pl.cdiv(num_candidates, ROWS)
+  if tiles <= 66:
+    slot, group = (4096, 4) if width == 128 else (8192, 2)
+    return Config(
+      tiles=1,
+      workers=2,
+      blocks=2,
+      slot=slot,
+      group=group,
+      buffers=1,
+      registers=(232, 24),
+    )
+  if width == 128:
+    return Config(slot=4096, park='shared')
+  return Config(buffers=1, park='device', loader=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """The sizes that follow from a `Config` and the shapes.
+
+  `columns` and `heads` are of a worker. A block of columns is as wide as the
+  swizzle allows, `wide`; a worker computes `sub` hidden channels of a chunk.
+  """
+
+  config: Config
+  num_layers: int
+  width: int
+  hidden: int
+  num_heads: int
+
+  @property
+  def all_workers(self) -> int:
+    return self.config.workers * self.config.blocks
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads
+
+  @property
+  def columns(self) -> int:
+    return self.width // self.all_workers
+
+  @property
+  def heads(self) -> int:
+    return self.num_heads // self.all_workers
+
+  @property
+  def wide(self) -> int:
+    return min(64, self.columns)
+
+  @property
+  def sub(self) -> int:
+    return self.wide
+
+  @property
+  def chunk(self) -> int:
+    return self.sub * self.all_workers
+
+  @property
+  def num_groups(self) -> int:
+    return self.hidden // (self.chunk * self.config.group)
+
+  @property
+  def keys(self) -> int:
+    """Keys in a slot."""
+    return self.config.slot // 2 // self.head_dim
+
+  def tile_rows(self, rows: int, columns: int) -> int:
+    """Rows of a matrix `[rows, columns]` that one slot holds."""
+    return min(rows, self.config.slot // columns)
+
+  @property
+  def query_rows(self) -> int:
+    return self.tile_rows(self.width, self.columns)
+
+  @property
+  def in_rows(self) -> int:
+    return self.tile_rows(self.width, self.sub)
+
+  @property
+  def out_rows(self) -> int:
+    return self.tile_rows(self.chunk, self.columns)
+
+  @property
+  def query_in_act(self) -> bool:
+    """Whether a head's queries fit a block of columns."""
+    return self.wide == self.head_dim
+
+  def counts(self) -> tuple[int, int, int]:
+    """Slots of W_q (and W_o), and of a chunk of W_1 and of W_2."""
+    return (
+      self.width // self.query_rows,
+      self.width // self.in_rows,
+      self.chunk // self.out_rows,
+    )
+
+  @property
+  def out_in_mid(self) -> bool:
+    """Whether attention's output fits where the hidden channels go."""
+    room = self.config.buffers * self.config.group * self.chunk
+    return self.query_in_act and room >= self.width
+
+  @property
+  def slots(self) -> int:
+    """Of each worker's ring: all the shared memory that is left."""
+    config = self.config
+    used = 2 * config.tiles * ROWS * self.width
+    used += config.tiles * ROWS * self.mid_bytes
+    used += 4 * config.tiles * self.all_workers * ROWS * 8
+    used += 2 * 4 * (3 * self.width + self.hidden)
+    return (SHARED_MEMORY - used) // (2 * config.slot) // config.workers
+
+  @property
+  def mid_bytes(self) -> int:
+    """Of a row of what holds hidden channels, or queries and the residual."""
+    attention = 0 if self.query_in_act else 2 * self.width
+    if self.config.park == 'shared':
+      attention += 4 * self.width
+    hidden = self.config.buffers * self.config.group * self.chunk
+    return max(2 * hidden, attention)
+
+  def check(self) -> None:
+    """Raises ValueError if the parts do not fit each other."""
+    config = self.config
+    if (
+      self.num_heads % self.all_workers
+      or self.hidden % (self.chunk * config.group)
+      or self.width % self.query_rows
+      or self.width % self.in_rows
+      or self.chunk % self.out_rows
+      or self.query_rows % self.wide
+      or (self.keys % config.step and config.step != 2 * self.keys)
+      or self.slots < 2
+      or (config.blocks > 1 and config.tiles > 1)
+      or (config.blocks > 1 and (self.heads > 1 or not self.query_in_act))
+      or config.buffers > self.num_groups
+    ):
+      raise ValueError(
+        f'{config} does not fit D={self.width}, N={self.num_heads}, '
+        f'F={self.hidden}; leave config=None'
+      )
+
+
+def _mosaic_gpu():
+  """The Mosaic GPU module, or a NotImplementedError that says why not."""
+  if jax.__version_info__ < (0, 11):
+    raise NotImplementedError(
+      'pallas_gpu needs the Mosaic GPU of JAX 0.11 or newer, whose arrays in '
+      f'registers can be joined, not of {jax.__version__}'
+    )
+  from jax.experimental.pallas import mosaic_gpu
+
+  return mosaic_gpu
+
+
+def _cluster():
+  from histjax.ops.candidate_tower import cluster
+
+  return cluster
+
+
+def check_device(device: jax.Device) -> None:
+  """Raises NotImplementedError unless the kernel runs on `device`."""
+  if 'cuda' not in device.client.platform_version.lower():
+    raise NotImplementedError(
+      'pallas_gpu needs an NVIDIA GPU, not a device of platform '
+      f'{device.platform!r}'
+    )
+  if device.compute_capability != '9.0':
+    raise NotImplementedError(
+      'pallas_gpu is written for NVIDIA Hopper, compute capability 9.0, and '
+      f'{device.device_kind} has {device.compute_capability}'
+    )
+
+
+def candidate_tower(
+  candidates: Float[Array, 'B C D'],
+  position: Int[Array, 'B C'] | None,
+  keys: Float[Array, 'layers B L N H'],
+  values: Float[Array, 'layers B L N H'],
+  key_range: KeyRange,
+  weights: reference.TowerWeights,
+  *,
+  num_heads: int,
+  count: Int[Array, 'B'] | None = None,
+  config: Config | None = None,
+) -> Float[Array, 'B C D']:
+  """See `api.candidate_tower`; `config` is for measurements."""
+  plgpu = _mosaic_gpu()
+  num_layers, num_rows, num_keys, _, head_dim = keys.shape
+  num_candidates, width = candidates.shape[1:]
+  hidden = weights.mlp_in.shape[2]
+  _check(candidates, keys, weights, num_heads)
+  config = config or default_config(num_rows, num_candidates, width)
+  plan = _Plan(config, num_layers, width, hidden, num_heads)
+  plan.check()
+  rows = config.tiles * ROWS
+  num_blocks = pl.cdiv(num_candidates, rows)
+  padded = num_blocks * rows
+
+  def pad(x, to, mode='constant'):
+    after = to - x.shape[1]
+    if not after:
+      return x
+    widths = [(0, 0), (0, after)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, mode=mode)
+
+  # The copy engine moves 8 rows at a time. Padding sees what the last one sees.
+  x = pad(candidates, -(-num_candidates // 8) * 8)
+  start, stop = key_range.start, key_range.stop
+  place = start if position is None else position
+  place = pad(place.astype(jnp.int32), padded, 'edge')
+  prefix = key_range.structure == 'prefix'
+  if prefix and count is None:
+    meta = start = None  # The kernel knows all of it from `stop`.
+  else:
+    start, stop = jnp.maximum(start, 0), jnp.minimum(stop, num_keys)
+    start, stop = pad(start, padded, 'edge'), pad(stop, padded, 'edge')
+    meta = _blocks(start, stop, count, rows, prefix)
+    start = start.reshape(-1)
+  keys, values = (
+    pad(
+      y.reshape(num_layers * num_rows, num_keys, width),
+      -(-num_keys // 8) * 8,
+    )
+    for y in (keys, values)
+  )
+  call = _kernel(
+    plgpu,
+    plan,
+    x.shape,
+    (num_blocks, num_candidates, num_keys),
+    position is not None,
+    count is not None,
+  )
+  out = call(
+    meta,
+    start,
+    stop.reshape(-1),
+    place.reshape(-1),
+    x,
+    keys,
+    values,
+    weights.query,
+    weights.output,
+    weights.mlp_in,
+    weights.mlp_out,
+    weights.bias.reshape(num_layers, -1, plan.wide),
+    weights.final_scale.reshape(-1, plan.wide),
+    weights.final_bias.reshape(-1, plan.wide),
+  )
+  return out[0][:, :num_candidates]
+
+
+def _check(candidates, keys, weights, num_heads):
+  """Raises NotImplementedError at a call that the kernel cannot compute."""
+  width, head_dim = candidates.shape[2], keys.shape[4]
+  hidden = weights.mlp_in.shape[2]
+  if (
+    width not in (128, 256)
+    or head_dim not in (32, 64)
+    or num_heads * head_dim != width
+    or hidden % width
+  ):
+    raise NotImplementedError(
+      'pallas_gpu takes D 128 or 256, H 32 or 64 and F a multiple of D, not '
+      f'D={width}, N={num_heads}, H={head_dim}, F={hidden}'
+    )
+  matrices = (weights.query, weights.output, weights.mlp_in, weights.mlp_out)
+  for array in (candidates, keys, *matrices):
+    if array.dtype != jnp.bfloat16:
+      raise NotImplementedError(
+        f'pallas_gpu takes bfloat16 inputs and matrices, not {array.dtype}'
+      )
+
+
+def _blocks(start, stop, count, rows, prefix):
+  """The list of work, int32 `[blocks, META]`; long blocks first if ragged.
+
+  Fields: user, first candidate, the keys that some candidate sees (from, to),
+  the keys that every candidate sees (from, to), the candidates that count, the
+  first candidate's place in the padded arrays.
+  """
+  num_rows, padded = start.shape
+  shape = (num_rows, padded // rows, rows)
+  start, stop = start.reshape(shape), stop.reshape(shape)
+  empty = start >= stop
+  if prefix:  # All candidates of a row see the same: nothing to reduce.
+    all_from = low = jnp.zeros_like(start[:, :, 0])
+    all_to = high = jnp.maximum(stop[:, :, 0], 0)
+  else:
+    low = jnp.where(empty, jnp.iinfo(jnp.int32).max, start).min(axis=2)
+    high = jnp.where(empty, 0, stop).max(axis=2)
+    low = jnp.minimum(low, high)  # Nobody sees anything: low = high = 0.
+    all_from, all_to = start.max(axis=2), stop.min(axis=2)
+  row = lax.broadcasted_iota(jnp.int32, low.shape, 0)
+  first = lax.broadcasted_iota(jnp.int32, low.shape, 1) * rows
+  live = jnp.full_like(row, rows)
+  if count is not None:
+    live = jnp.clip(count.astype(jnp.int32)[:, None] - first, 0, rows)
+  meta = jnp.stack(
+    [row, first, low, high, all_from, all_to, live, row * padded + first],
+    axis=-1,
+  ).reshape(-1, META)
+  if count is None:
+    return meta
+  # Longest first, as a counting rank: cheaper than a sort of so few.
+  cost = jnp.where(meta[:, 6] > 0, 512 + meta[:, 3] - meta[:, 2], 0)
+  index = jnp.arange(cost.shape[0], dtype=jnp.int32)
+  ahead = (cost[None, :] > cost[:, None]) | (
+    (cost[None, :] == cost[:, None]) & (index[None, :] < index[:, None])
+  )
+  rank = ahead.sum(axis=1, dtype=jnp.int32)
+  return jnp.zeros_like(meta).at[rank].set(meta, unique_indices=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged):
+  """Builds the call for static shapes."""
+  num_blocks = sizes[0]
+  config = plan.config
+  num_rows = x_shape[0]
+  tiles, workers, slots = config.tiles, config.workers, plan.slots
+  bf16, wide, head_dim = jnp.bfloat16, plan.wide, plan.head_dim
+
+  def swizzled(shape, dtype=bf16, columns=wide):
+    transforms = _transforms(plgpu, dtype, columns)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+  pieces = config.buffers * config.group * plan.all_workers
+  hidden = swizzled((tiles, pieces, ROWS, plan.sub))
+  attention = []
+  if not plan.query_in_act:
+    shape = (tiles, plan.num_heads, ROWS, head_dim)
+    attention.append(swizzled(shape, columns=head_dim))
+  if config.park == 'shared':
+    shape = (tiles * workers, plan.columns // 32, ROWS, 32)
+    attention.append(swizzled(shape, jnp.float32, 32))
+  ring = workers * slots
+  views = [
+    swizzled((ring, 2 * plan.keys, head_dim), columns=head_dim),
+    swizzled((ring, plan.query_rows, plan.columns)),
+    swizzled((ring, plan.in_rows, plan.sub)),
+    swizzled((ring, plan.out_rows, plan.columns)),
+  ]
+  num_bias = (3 * plan.width + plan.hidden) // wide
+  cluster, peers = {}, {}
+  if config.blocks > 1:
+    cluster = dict(cluster=(config.blocks,), cluster_names=('part',))
+    peers = dict(
+      sent=plgpu.SMEM((4,), jnp.int32),  # Two barriers.
+      together=plgpu.ClusterBarrier(
+        collective_axes=('part',), num_arrivals=workers
+      ),
+    )
+  arrivals = dict(num_arrivals=tiles, num_barriers=ring)
+  scratch = dict(
+    act=swizzled((tiles, plan.width // wide, ROWS, wide)),
+    mid=plgpu.RefUnion([hidden], attention) if attention else [[hidden]],
+    ring=plgpu.RefUnion(*views),
+    stats=swizzled((tiles, plan.all_workers, ROWS, 8), jnp.float32, 8),
+    bias_smem=plgpu.SMEM((2, num_bias, wide), jnp.float32),
+    x_full=plgpu.Barrier(
+      num_arrivals=plan.columns // wide, num_barriers=tiles * workers
+    ),
+    kv_full=plgpu.Barrier(num_arrivals=2, num_barriers=ring),
+    full=plgpu.Barrier(num_barriers=ring),
+    free=plgpu.Barrier(**arrivals),
+    bias_full=plgpu.Barrier(num_barriers=2),
+    bias_free=plgpu.Barrier(num_arrivals=tiles * workers, num_barriers=2),
+    met=plgpu.Barrier(num_arrivals=workers, num_barriers=tiles),
+    **peers,
+  )
+  park = (
+    num_rows * num_blocks, config.blocks * tiles * workers, ROWS, plan.columns
+  )  # fmt: skip
+  body = functools.partial(
+    _body, plgpu=plgpu, plan=plan, sizes=sizes, rotate=rotate, ragged=ragged
+  )
+  return plgpu.kernel(
+    body,
+    out_type=(
+      jax.ShapeDtypeStruct(x_shape, bf16),
+      jax.ShapeDtypeStruct(park, jnp.float32)
+      if config.park == 'device'
+      else None,
+    ),
+    scratch_types=scratch,
+    grid=(num_rows * num_blocks,),
+    grid_names=('block',),
+    **cluster,
+    num_threads=tiles * workers + config.loader,
+    thread_name='wg',
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+    ),
+    kernel_name='candidate_tower',
+  )
+
+
+def _transforms(plgpu, dtype, columns):
+  """Of shared memory in the form that the matrix units read."""
+  return (
+    plgpu.TilingTransform((8, columns)),
+    plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize),
+  )
+
+
+def _body(
+  meta_ref, start_ref, stop_ref, place_ref, x_ref, k_ref, v_ref,
+  wq_ref, wo_ref, w1_ref, w2_ref, bias_ref, scale_ref, shift_ref,
+  out_ref, park_ref,
+  *, plgpu, plan, sizes, rotate, ragged, **scratch,
+):  # fmt: skip
+  """One block: a warpgroup for each worker of each tile, and one that loads."""
+  config = plan.config
+  block, wg = lax.axis_index('block'), lax.axis_index('wg')
+  part = lax.axis_index('part') if config.blocks > 1 else jnp.int32(0)
+  if meta_ref is not None:
+    row, first, seen_from, seen_to, all_from, all_to, live, place = (
+      meta_ref[block, i] for i in range(META)
+    )
+  else:
+    num_blocks, num_candidates, num_keys = sizes
+    rows = config.tiles * ROWS
+    row = lax.div(block, jnp.int32(num_blocks))
+    first = lax.rem(block, jnp.int32(num_blocks)) * rows
+    place, live = block * rows, rows
+    seen_from = all_from = jnp.int32(0)
+    length = stop_ref[row * num_candidates]
+    seen_to = all_to = jnp.clip(length, 0, num_keys)
+  context = _Context(
+    plgpu=plgpu,
+    plan=plan,
+    part=part,
+    row=row,
+    low=lax.div(seen_from, jnp.int32(plan.keys)),
+    steps=pl.cdiv(seen_to, jnp.int32(plan.keys))
+    - lax.div(seen_from, jnp.int32(plan.keys)),
+    seen=(seen_from, seen_to),
+    everyone=(all_from, all_to),
+    cache=(k_ref, v_ref),
+    matrices=(wq_ref, wo_ref, w1_ref, w2_ref),
+    bias_ref=bias_ref,
+    num_rows=x_ref.shape[0],
+    **scratch,
+  )
+  most, least = config.registers
+  computing = config.tiles * config.workers
+  work = live > 0 if ragged else True
+
+  @pl.when(wg < computing)
+  def _():
+    if config.loader:
+      plgpu.set_max_registers(most, action='increase')
+    tile = lax.div(wg, jnp.int32(config.workers))
+    worker = lax.rem(wg, jnp.int32(config.workers))
+    mine = part * config.workers + worker
+    here = first + tile * ROWS
+    per = plan.columns // plan.wide
+    act = scratch['act'].at[tile]
+
+    def cut(n):
+      columns = pl.ds((mine * per + n) * plan.wide, plan.wide)
+      return row, pl.ds(here, ROWS), columns
+
+    @pl.when(work)
+    def _():
+      for n in range(per):
+        plgpu.copy_gmem_to_smem(
+          x_ref.at[cut(n)], act.at[mine * per + n], scratch['x_full'].at[wg]
+        )
+      at = pl.ds(place + tile * ROWS, ROWS)
+      layout = plgpu.Layout.WGMMA.reduce(1)
+
+      def column(ref):
+        return plgpu.load(ref.at[at], layout=layout, optimized=False)
+
+      if meta_ref is None:
+        start, stop = (
+          plgpu.layout_cast(lax.broadcast(i, (ROWS,)), layout)
+          for i in (seen_from, lax.optimization_barrier(seen_to))
+        )
+      else:
+        start, stop = column(start_ref), column(stop_ref)
+      plgpu.barrier_wait(scratch['x_full'].at[wg])
+      if config.stagger:
+
+        @pl.when(tile > 0)
+        def _():
+          plgpu.inline_mgpu()(
+            functools.partial(_cluster().sleep, nanoseconds=config.stagger)
+          )()
+
+      _Worker(
+        context,
+        tile=tile,
+        worker=worker,
+        mine=mine,
+        limits=(start, stop),
+        place=column(place_ref).astype(jnp.float32) if rotate else None,
+        park_ref=park_ref,
+        park_at=(block, part * computing + wg),
+      ).run((scale_ref, shift_ref), live - tile * ROWS if ragged else None)
+
+    if ragged:
+
+      @pl.when(jnp.logical_not(work))
+      def _():
+        zero = plgpu.layout_cast(
+          jnp.zeros((ROWS, plan.wide), jnp.bfloat16), plgpu.Layout.WGMMA
+        )
+        for n in range(per):
+          act[mine * per + n] = zero
+
+    plgpu.commit_smem()
+    for n in range(per):
+      plgpu.copy_smem_to_gmem(
+        act.at[mine * per + n], out_ref.at[cut(n)], commit_group=False
+      )
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0)
+
+  if not config.loader:
+    return
+
+  @pl.when(wg == computing)
+  def _():
+    plgpu.set_max_registers(least, action='decrease')
+
+    @pl.when(work)
+    def _():
+      @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
+      def _():
+        warp = lax.axis_index('warp')
+
+        @pl.when(warp < config.workers)  # One for each worker's ring.
+        def _():
+          @pl.loop(0, plan.num_layers)
+          def _(layer):
+            @pl.when(warp == 0)
+            def _():
+              context.fetch_bias(layer)
+
+            @pl.loop(0, context.per_layer)
+            def _(item):
+              context.fetch(layer, item, warp)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+  """What the warpgroups of a block share; refs as in `_kernel`."""
+
+  plgpu: object
+  plan: _Plan
+  part: jax.Array
+  row: jax.Array
+  low: jax.Array
+  steps: jax.Array
+  seen: tuple
+  everyone: tuple
+  act: object
+  mid: object
+  ring: tuple
+  stats: object
+  bias_smem: object
+  x_full: object
+  kv_full: object
+  full: object
+  free: object
+  bias_full: object
+  bias_free: object
+  met: object
+  cache: tuple
+  matrices: tuple
+  bias_ref: object
+  num_rows: int
+  sent: object = None
+  together: object = None
+
+  @property
+  def per_layer(self):
+    """Slots of a worker's ring that a layer fills."""
+    plan = self.plan
+    deep, n1, n2 = plan.counts()
+    per_group = plan.config.group * (n1 + n2)
+    return 2 * deep + plan.heads * self.steps + plan.num_groups * per_group
+
+  def fetch_bias(self, layer):
+    """Starts the copy of a layer's biases."""
+    plgpu, two = self.plgpu, lax.rem(layer, jnp.int32(2))
+
+    @pl.when(layer >= 2)
+    def _():
+      plgpu.barrier_wait(self.bias_free.at[two])
+
+    plgpu.copy_gmem_to_smem(
+      self.bias_ref.at[layer], self.bias_smem.at[two], self.bias_full.at[two]
+    )
+
+  def fetch(self, layer, item, worker):
+    """Starts the copy of a layer's `item` into a worker's ring.
+
+    In the order in which a `_Worker` takes them: W_q, each head's keys and
+    values, W_o, then by group W_1 and W_2.
+    """
+    plgpu, plan = self.plgpu, self.plan
+    deep, n1, n2 = plan.counts()
+    group = plan.config.group
+    wq_ref, wo_ref, w1_ref, w2_ref = self.matrices
+    kv_view, q_view, in_view, out_view = self.ring
+    mine = self.part * plan.config.workers + worker
+    number = layer * self.per_layer + item
+    slot = worker * plan.slots + lax.rem(number, jnp.int32(plan.slots))
+
+    @pl.when(number >= plan.slots)
+    def _():
+      plgpu.barrier_wait(self.free.at[slot])
+
+    def weight(ref, view, row, column):
+      rows, columns = view.shape[1:]
+      plgpu.copy_gmem_to_smem(
+        ref.at[layer, pl.ds(row, rows), pl.ds(column, columns)],
+        view.at[slot],
+        self.full.at[slot],
+      )
+
+    def query_or_output(ref, first):
+      @pl.when((item >= first) & (item < first + deep))
+      def _():
+        row = (item - first) * plan.query_rows
+        weight(ref, q_view, row, mine * plan.columns)
+
+    cached = plan.heads * self.steps
+    query_or_output(wq_ref, 0)
+    query_or_output(wo_ref, deep + cached)
+
+    @pl.when((item >= deep) & (item < deep + cached))
+    def _():
+      step = item - deep
+      head = mine * plan.heads
+      for _ in range(plan.heads - 1):
+        over = (step >= self.steps).astype(jnp.int32)
+        step, head = step - over * self.steps, head + over
+      at = (
+        layer * self.num_rows + self.row,
+        pl.ds((self.low + step) * plan.keys, plan.keys),
+        pl.ds(head * plan.head_dim, plan.head_dim),
+      )
+      for j, ref in enumerate(self.cache):
+        plgpu.copy_gmem_to_smem(
+          ref.at[at],
+          kv_view.at[slot, pl.ds(j * plan.keys, plan.keys)],
+          self.kv_full.at[slot],
+        )
+
+    @pl.when(item >= 2 * deep + cached)
+    def _():
+      index = item - 2 * deep - cached
+      per_group = jnp.int32(group * (n1 + n2))
+      turn, index = lax.div(index, per_group), lax.rem(index, per_group)
+
+      @pl.when(index < group * n1)
+      def _():
+        chunk = turn * group + lax.div(index, jnp.int32(n1))
+        row = lax.rem(index, jnp.int32(n1)) * plan.in_rows
+        weight(w1_ref, in_view, row, chunk * plan.chunk + mine * plan.sub)
+
+      @pl.when(index >= group * n1)
+      def _():
+        row = turn * group * plan.chunk + (index - group * n1) * plan.out_rows
+        weight(w2_ref, out_view, row, mine * plan.columns)
+
+
+class _Worker:
+  """A computing warpgroup: its columns of 64 candidates, all layers."""
+
+  def __init__(
+    self, context, *, tile, worker, mine, limits, place, park_ref, park_at,
+  ):  # fmt: skip
+    self.context, self.plan = context, context.plan
+    self.plgpu = context.plgpu
+    plgpu, plan = self.plgpu, self.plan
+    self.row_layout = plgpu.Layout.WGMMA.reduce(1)
+    self.column_layout = plgpu.Layout.WGMMA.reduce(0)
+    self.place = place
+    self.limits, self.park_ref, self.park_at = limits, park_ref, park_at
+    self.per = plan.columns // plan.wide
+    self.kv, self.wq, self.w1, self.w2 = context.ring
+    self.layer = jnp.int32(0)
+    self.locate(tile, worker, mine)
+
+  def locate(self, tile, worker, mine):
+    """Where this worker's things are."""
+    self.tile, self.worker, self.mine = tile, worker, mine
+    plan, context = self.plan, self.context
+    [hidden], *attention = context.mid
+    attention = list(attention[0]) if attention else []
+    self.act, self.hidden = context.act.at[tile], hidden.at[tile]
+    self.queries, self.first_query = self.act, mine * plan.heads
+    if not plan.query_in_act:
+      self.queries = attention.pop(0).at[tile]
+    self.parked = self.park_ref
+    if attention:
+      self.parked = attention[0]
+      self.park_at = (tile * plan.config.workers + worker,)
+
+  def at_layer(self, layer):
+    """Hides what does not change, or the compiler keeps it in registers."""
+    other = copy.copy(self)
+    other.layer = layer
+    where = (self.tile, self.worker, self.mine)
+    other.locate(*(lax.optimization_barrier(i) for i in where))
+    if self.place is not None:
+      other.place = lax.optimization_barrier(self.place)
+    return other
+
+  # Between registers and shared memory.
+
+  def down(self, v, columns):  # [64] -> [64, columns]
+    return lax.broadcast_in_dim(v, (ROWS, columns), (0,))
+
+  def across(self, v):  # [columns] -> [64, columns]
+    return lax.broadcast_in_dim(v, (ROWS, v.shape[0]), (1,))
+
+  def filled(self, columns, value=0.0):
+    x = jnp.full((ROWS, columns), value, jnp.float32)
+    return self.plgpu.layout_cast(x, self.plgpu.Layout.WGMMA)
+
+  def vector(self, value):
+    x = jnp.full((ROWS,), value, jnp.float32)
+    return self.plgpu.layout_cast(x, self.row_layout)
+
+  def iota(self, shape, axis):
+    return self.plgpu.broadcasted_iota(
+      jnp.int32, shape, axis, layout=self.plgpu.Layout.WGMMA
+    )
+
+  def bias(self, two, at, blocks):
+    """`[64, blocks * wide]`, from block `at` of the layer's biases."""
+    found = []
+    for j in range(blocks):
+      b = self.plgpu.load(
+        self.context.bias_smem.at[two, at + j], layout=self.column_layout
+      )
+      found.append(self.across(b))
+    return found[0] if blocks == 1 else lax.concatenate(found, 1)
+
+  # Between the workers of a tile.
+
+  def sync(self):
+    """No worker of the tile goes on before all have come here."""
+    plgpu, context = self.plgpu, self.context
+    if self.plan.config.blocks > 1:
+      plgpu.barrier_arrive(context.together)
+      plgpu.barrier_wait(context.together)
+    else:
+      plgpu.barrier_arrive(context.met.at[self.tile])
+      plgpu.barrier_wait(context.met.at[self.tile])
+
+  def share(self, pieces, ref, at, turn):
+    """Writes pieces to blocks `at, at + 1, ..` of `ref`, for all workers.
+
+    In a cluster, calls are counted by two barriers in `turn`, so that what
+    arrives early is not counted for the call before.
+    """
+    for n, piece in enumerate(pieces):
+      ref[at + n] = piece
+    self.plgpu.commit_smem()
+    if self.plan.config.blocks > 1:
+      self.send(ref, at, turn)
+    self.gather(ref, 1, turn)
+
+  def sent(self, turn):
+    """The barrier of a layer's meeting number `turn`."""
+    meetings = 5 + self.plan.num_groups
+    odd = lax.rem(self.layer * meetings + turn, jnp.int32(2))
+    return self.context.sent.at[pl.ds(2 * odd, 2)]
+
+  def send(self, ref, at, turn):
+    """Starts the copy of block `at` to the same place of the other block."""
+    transforms = _transforms(self.plgpu, ref.dtype, ref.shape[-1])
+    ref_type = self.plgpu.RefType
+    self.plgpu.inline_mgpu(arg_types=(ref_type(transforms), ref_type()))(
+      _cluster().send
+    )(ref.at[at], self.sent(turn))
+
+  def gather(self, ref, count, turn):
+    """Waits for `count` pieces of each worker; 0: for those of this block."""
+    plgpu, context = self.plgpu, self.context
+    if self.plan.config.blocks > 1 and count:
+      size = count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
+      plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
+        functools.partial(_cluster().receive, size=size)
+      )(self.sent(turn))
+    plgpu.barrier_arrive(context.met.at[self.tile])
+    plgpu.barrier_wait(context.met.at[self.tile])
+
+  def split(self, x, size):
+    """`[64, columns]` as blocks `[64, size]`."""
+    return [x[:, at : at + size] for at in range(0, x.shape[1], size)]
+
+  def statistics(self, x, turn):
+    """Mean and inverse deviation `[64]` over all workers' columns.
+
+    The workers' means and sums of squares around them are joined as by Chan
+    et al. 1979.
+    """
+    plan = self.plan
+    workers, columns, width = plan.all_workers, plan.columns, plan.width
+    mean = x.sum(axis=1) * (1 / columns)
+    mean = lax.optimization_barrier(mean)
+    square = 0.0
+    for piece in self.split(x, 32):
+      gap = piece - self.down(mean, 32)
+      square += (gap * gap).sum(axis=1)
+    left = self.iota((ROWS, 8), 1) < 4
+    both = jnp.where(left, self.down(mean, 8), self.down(square, 8))
+    stats = self.context.stats.at[self.tile]
+    self.share([both], stats, self.mine, turn)
+    parts = [
+      self.plgpu.load(stats.at[w], layout=self.plgpu.Layout.WGMMA)
+      for w in range(workers)
+    ]
+    total = sum(parts)
+    mean = jnp.where(left, total, 0.0).sum(axis=1) * (0.25 / workers)
+    spread = 0.0
+    for part in parts:
+      gap = part - self.down(mean, 8)
+      spread += gap * gap
+    variance = jnp.where(left, columns * spread, total).sum(axis=1)
+    variance *= 0.25 / width
+    scale = lax.rsqrt(variance + reference.EPSILON)
+    return lax.optimization_barrier((mean, scale))
+
+  def share_norm(self, x, turn):
+    """Puts the norm of `x` into `act`; all workers' columns are there then."""
+    mean, scale = self.statistics(x, turn)
+    wide = self.plan.wide
+    self.share(
+      (
+        ((y - self.down(mean, wide)) * self.down(scale, wide)).astype(
+          jnp.bfloat16
+        )
+        for y in self.split(x, wide)
+      ),
+      self.act,
+      self.mine * self.per,
+      turn + 1,
+    )
+
+  # Products with the tiles of a ring.
+
+  @property
+  def leads(self):
+    """Whether this warpgroup fills its worker's ring."""
+    return self.tile == self.plan.config.tiles - 1
+
+  def slot(self, number):
+    slots = self.plan.slots
+    return self.worker * slots + lax.rem(number, jnp.int32(slots))
+
+  def give(self, number):
+    """Gives a slot back; whoever leads refills the one before it."""
+    plgpu, plan, context = self.plgpu, self.plan, self.context
+    plgpu.barrier_arrive(context.free.at[self.slot(number)])
+    if plan.config.loader:
+      return
+
+    @pl.when(self.leads)
+    def _():
+      item = number - self.layer * context.per_layer + plan.slots
+      over = (item >= context.per_layer).astype(jnp.int32)
+      item, ahead = item - over * context.per_layer, self.layer + over
+
+      @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
+      def _():
+        @pl.when((lax.axis_index('warp') == 0) & (ahead < plan.num_layers))
+        def _():
+          context.fetch(ahead, item, self.worker)
+
+  def fill(self):
+    """Starts the copies of all slots of this worker's ring, and of biases."""
+    plan, context = self.plan, self.context
+
+    @pl.when(self.worker == 0)
+    def _():
+      for index in range(min(2, plan.num_layers)):
+        context.fetch_bias(jnp.int32(index))
+
+    @pl.loop(0, plan.slots)
+    def _(number):
+      over = (number >= context.per_layer).astype(jnp.int32)
+      context.fetch(over, number - over * context.per_layer, self.worker)
+
+  def product(self, acc, left, view, number, tiles):
+    """acc += left @ tiles."""
+    plgpu, wide = self.plgpu, self.plan.wide
+    per = view.shape[1] // wide
+
+    def multiply(k):
+      slot = self.slot(number + k)
+      plgpu.barrier_wait(self.context.full.at[slot])
+      for i in range(per):
+        w = view.at[slot, pl.ds(i * wide, wide)]
+        plgpu.wgmma(acc, left.at[k * per + i], w)
+      plgpu.wgmma_wait(0)
+      self.give(number + k)
+
+    if tiles == 1:
+      multiply(0)
+    else:
+      pl.loop(0, tiles)(multiply)
+
+  def times(self, init, left, view, number, tiles):
+    """init + left @ tiles."""
+
+    def run(acc):
+      self.product(acc, left, view, number, tiles)
+
+    return pl.run_state(run)(self.plgpu.ACC.init(init))
+
+  # The parts of a layer.
+
+  def rotated(self, q):
+    """`[64, heads * H]` float32 -> heads of `[64, H]` bfloat16, scaled."""
+    plan = self.plan
+    head_dim, half = plan.head_dim, plan.head_dim // 2
+    scale = head_dim**-0.5 * math.log2(math.e)  # Scores in units of log 2.
+    if self.place is not None:
+      channel = self.plgpu.broadcasted_iota(
+        jnp.int32, (half,), 0, layout=self.column_layout
+      ).astype(jnp.float32)
+      frequency = jnp.exp2(channel * (-math.log2(10_000.0) / half))
+      angle = self.down(self.place, half) * self.across(frequency)
+      # Two-term reduction to [-pi, pi], where the fast sine is accurate.
+      turns = lax.round(
+        angle * (0.5 / math.pi), lax.RoundingMethod.TO_NEAREST_EVEN
+      )
+      angle = (angle - turns * 6.28125) - turns * (2 * math.pi - 6.28125)
+      sin, cos = jnp.sin(angle) * scale, jnp.cos(angle) * scale
+    heads = []
+    for n in range(plan.heads):
+      a = q[:, n * head_dim : n * head_dim + half]
+      b = q[:, n * head_dim + half : (n + 1) * head_dim]
+      if self.place is None:
+        a, b = a * scale, b * scale
+      else:
+        a, b = a * cos - b * sin, b * cos + a * sin
+      heads.append(lax.concatenate([a, b], 1).astype(jnp.bfloat16))
+    return heads
+
+  def hide(self, s, base):
+    """-inf outside each candidate's range.
+
+    Eight columns at a time against a constant: an index array as wide as the
+    scores would live in registers through the whole loop.
+    """
+    start, stop = self.limits
+    column = self.iota((ROWS, 8), 1)
+    after = self.down(start - base, 8) - column
+    until = self.down(stop - base, 8) - column
+    parts = []
+    for at in range(0, s.shape[1], 8):
+      seen = (after <= at) & (until > at)
+      parts.append(jnp.where(seen, s[:, at : at + 8], -jnp.inf))
+    return lax.concatenate(parts, 1)
+
+  def clean(self, values, base):
+    """Zeroes values that none may see, which may be NaN: 0 NaN = NaN."""
+    seen_from, seen_to = self.context.seen
+    v = self.plgpu.load(values, layout=self.plgpu.Layout.WGMMA)
+    index = base + self.iota(v.shape, 0)
+    keep = (index >= seen_from) & (index < seen_to)
+    values[...] = jnp.where(keep, v, jnp.zeros_like(v))
+    self.plgpu.commit_smem()
+
+  def attend(self, n, number):
+    """The output `[64, H]` of this worker's head `n`."""
+    plan, steps = self.plan, self.context.steps
+    empty = (
+      self.filled(plan.head_dim),
+      self.vector(NEVER),
+      self.filled(8),  # Sums of every eighth weight, added up at the end.
+    )
+    if plan.config.step > plan.keys:
+      done = self.attend_by_twos(n, number, steps, empty)
+    else:
+      done = lax.fori_loop(
+        0, steps, functools.partial(self.attend_slot, n, number), empty
+      )
+    out, _, total = done
+    total = total.sum(axis=1)
+    share = jnp.where(total > 0, 1 / total, 0.0)
+    return (out * self.down(share, plan.head_dim)).astype(jnp.bfloat16)
+
+  def attend_slot(self, n, number, i, carry):
+    """Product, softmax, product with the keys and values of one slot."""
+    slot = self.slot(number + i)
+    self.plgpu.barrier_wait(self.context.kv_full.at[slot])
+    step = min(self.plan.config.step, self.plan.keys)
+    for h in range(self.plan.keys // step):
+      s = self.scores(n, slot, h, step)
+      base = (self.context.low + i) * self.plan.keys + h * step
+      carry = self.softmax_step(s, ((slot, h, step),), base, carry)
+    self.give(number + i)
+    return carry
+
+  def attend_by_twos(self, n, number, steps, empty):
+    """The same, with two slots to a softmax."""
+    plgpu, keys = self.plgpu, self.plan.keys
+
+    def two(pair, carry):
+      i = 2 * pair
+      slots = [self.slot(number + i + j) for j in range(2)]
+
+      def run(first, second):
+        for acc, slot in zip((first, second), slots, strict=True):
+          plgpu.barrier_wait(self.context.kv_full.at[slot])
+          plgpu.wgmma(acc, self.query(n), self.keys(slot, 0, keys).T)
+        return first[...], second[...]
+
+      acc = plgpu.ACC((ROWS, keys), jnp.float32)
+      s = lax.concatenate(pl.run_scoped(run, acc, acc), 1)
+      base = (self.context.low + i) * keys
+      places = tuple((slot, 0, keys) for slot in slots)
+      carry = self.softmax_step(s, places, base, carry)
+      for j in range(2):
+        self.give(number + i + j)
+      return carry
+
+    carry = lax.fori_loop(0, lax.div(steps, jnp.int32(2)), two, empty)
+    odd = lax.rem(steps, jnp.int32(2)) == 1
+    return lax.cond(
+      odd, lambda: self.attend_slot(n, number, steps - 1, carry), lambda: carry
+    )
+
+  def query(self, n):
+    return self.queries.at[self.first_query + n]
+
+  def keys(self, slot, h, step):
+    return self.kv.at[slot, pl.ds(h * step, step)]
+
+  def scores(self, n, slot, h, step):
+    """`[64, step]`, of head `n` with part `h` of a slot."""
+
+    def run(acc):
+      self.plgpu.wgmma(acc, self.query(n), self.keys(slot, h, step).T)
+      return acc[...]
+
+    return pl.run_scoped(run, self.plgpu.ACC((ROWS, step), jnp.float32))
+
+  def softmax_step(self, s, places, base, carry):
+    """Adds what scores `s` weigh: the outputs, their peak and their sums.
+
+    Args:
+      s: `[64, step]`.
+      places: slot, part and number of keys of each run of columns of `s`.
+      base: the first key.
+      carry: `[64, H]`, `[64]`, `[64, 8]`.
+    """
+    plgpu, plan, context = self.plgpu, self.plan, self.context
+    out, peak, total = carry
+    step = s.shape[1]
+    values = [
+      self.kv.at[slot, pl.ds(plan.keys + h * size, size)]
+      for slot, h, size in places
+    ]
+    all_from, all_to = context.everyone
+    seen_from, seen_to = context.seen
+
+    def at_the_edge():
+      @pl.when((base < seen_from) | (base + step > seen_to))
+      def _():
+        for j, v in enumerate(values):
+          self.clean(v, base + j * v.shape[0])
+
+      return self.hide(s, base)
+
+    partial = (base < all_from) | (base + step > all_to)
+    s = lax.cond(partial, at_the_edge, lambda: s)
+    new = jnp.maximum(peak, s.max(axis=1))
+    decay = jnp.exp2(peak - new)
+    p = jnp.exp2(s - self.down(new, step))
+    total = total * self.down(decay, 8) + sum(self.split(p, 8))
+    p = p.astype(jnp.bfloat16)
+
+    def add(acc):
+      for part, v in zip(
+        self.split(p, values[0].shape[0]), values, strict=True
+      ):
+        plgpu.wgmma(acc, part, v)
+
+    out = out * self.down(decay, plan.head_dim)
+    return pl.run_state(add)(plgpu.ACC.init(out)), new, total
+
+  def attention(self, x, number, two):
+    """x + Attention(norm(x)) W_o + b_o."""
+    plan, context = self.plan, self.context
+    deep = plan.counts()[0]
+    blocks = plan.width // plan.wide
+    at = self.mine * self.per
+    self.share_norm(x, 0)
+    self.park(x)
+    init = self.bias(two, at, self.per)
+    q = self.times(init, self.act, self.wq, number, deep)
+    number += deep
+    q = self.rotated(q)
+    if plan.out_in_mid:
+      self.gather(self.act, 0, None)
+    else:
+      self.sync()  # All have read what the queries or outputs replace.
+    for n, head in enumerate(q):
+      self.queries[self.first_query + n] = head
+    self.plgpu.commit_smem()
+    joined = plan.wide // plan.head_dim
+
+    def outputs():
+      for j in range(self.per):
+        heads = [
+          self.attend(n, number + n * context.steps)
+          for n in range(j * joined, (j + 1) * joined)
+        ]
+        yield heads[0] if joined == 1 else lax.concatenate(heads, 1)
+
+    attended = self.hidden if plan.out_in_mid else self.act
+    self.share(outputs(), attended, at, 2)
+    number += plan.heads * context.steps
+    bias = self.bias(two, blocks + at, self.per)
+    x = self.unpark(x) + bias
+    return self.times(x, attended, self.wq, number, deep)
+
+  def park(self, x):
+    """Frees the registers of the residual stream."""
+    config = self.plan.config
+    if config.park == 'device':
+      self.parked[self.park_at] = x
+    elif config.park == 'shared':
+      for n, piece in enumerate(self.split(x, 32)):
+        self.parked[(*self.park_at, n)] = piece
+
+  def unpark(self, x):
+    """The residual stream; its place is opaque, or it would not be reread."""
+    plgpu, layout = self.plgpu, self.plgpu.Layout.WGMMA
+    config = self.plan.config
+    if config.park == 'registers':
+      return x
+    at = tuple(lax.optimization_barrier(i) for i in self.park_at)
+    if config.park == 'device':
+      return plgpu.load(self.parked.at[at], layout=layout, optimized=False)
+    pieces = [
+      plgpu.load(self.parked.at[(*at, n)], layout=layout)
+      for n in range(self.plan.columns // 32)
+    ]
+    return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, 1)
+
+  def mlp(self, x, number, two):
+    """x + gelu(norm(x) W_1 + b_1) W_2 + b_2."""
+    plan, config = self.plan, self.plan.config
+    _, n1, n2 = plan.counts()
+    group, workers = config.group, plan.all_workers
+    blocks = plan.width // plan.wide
+    at = self.mine * self.per
+    self.share_norm(x, 3)
+    x = x + self.bias(two, 2 * blocks + plan.hidden // plan.wide + at, self.per)
+
+    def one_group(turn, x):
+      first = number + turn * group * (n1 + n2)
+      buffer = 0
+      if config.buffers > 1:
+        buffer = lax.rem(turn, jnp.int32(2)) * (group * workers)
+
+      def chunk(c):
+        block = 2 * blocks + (turn * group + c) * workers + self.mine
+        init = self.bias(two, block, 1)
+        u = self.times(init, self.act, self.w1, first + c * n1, n1)
+        u = gelu(u).astype(jnp.bfloat16)
+        if config.buffers < plan.num_groups and config.buffers == 1:
+
+          @pl.when((turn > 0) & (c == 0))
+          def _():
+            self.sync()  # All have read the group before.
+
+        at = buffer + c * workers + self.mine
+        self.hidden[at] = u
+        if config.blocks > 1:
+          self.plgpu.commit_smem()
+          self.send(self.hidden, at, 5 + turn)
+
+      if group == 1:
+        chunk(0)
+      else:
+        pl.loop(0, group)(chunk)
+      self.plgpu.commit_smem()
+      self.gather(self.hidden, group, 5 + turn)
+      hidden = self.hidden.at[pl.ds(buffer, group * workers)]
+      first += group * n1
+      return self.times(x, hidden, self.w2, first, group * n2)
+
+    if plan.num_groups == 1:
+      return one_group(0, x)
+    return lax.fori_loop(0, plan.num_groups, one_group, x)
+
+  def run(self, final, live):
+    """All layers; leaves the final norm's output in `act`."""
+    plgpu, plan, context = self.plgpu, self.plan, self.context
+    at = self.mine * self.per
+    deep = plan.counts()[0]
+    x = [
+      plgpu.load(self.act.at[at + n], layout=plgpu.Layout.WGMMA).astype(
+        jnp.float32
+      )
+      for n in range(self.per)
+    ]
+    x = x[0] if self.per == 1 else lax.concatenate(x, 1)
+
+    def layer(index, x):
+      two = lax.rem(index, 2)
+      number = index * context.per_layer
+      plgpu.barrier_wait(context.bias_full.at[two])
+      x = self.at_layer(index).attention(x, number, two)
+      number += 2 * deep + plan.heads * context.steps
+      x = self.at_layer(index).mlp(x, number, two)
+      plgpu.barrier_arrive(context.bias_free.at[two])
+      if not plan.config.loader:
+
+        @pl.when(self.leads & (self.worker == 0))
+        def _():
+          @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
+          def _():
+            first = lax.axis_index('warp') == 0
+
+            @pl.when(first & (index + 2 < plan.num_layers))
+            def _():
+              context.fetch_bias(index + 2)
+
+      return x
+
+    if plan.config.blocks > 1:
+      plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
+        functools.partial(_cluster().initialize, count=plan.config.workers)
+      )(context.sent)
+      self.sync()
+    if not plan.config.loader:
+
+      @pl.when(self.leads)
+      def _():
+        @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
+        def _():
+          @pl.when(lax.axis_index('warp') == 0)
+          def _():
+            self.fill()
+
+    x = lax.fori_loop(0, plan.num_layers, layer, x)
+    last = self.at_layer(jnp.int32(plan.num_layers))
+    mean, deviation = last.statistics(x, 0)
+    scale_ref, shift_ref = final
+    wide = plan.wide
+    for n, y in enumerate(self.split(x, wide)):
+      y = (y - self.down(mean, wide)) * self.down(deviation, wide)
+      scale, shift = (
+        plgpu.load(ref.at[at + n], layout=self.column_layout, optimized=False)
+        for ref in (scale_ref, shift_ref)
+      )
+      y = y * self.across(scale) + self.across(shift)
+      if live is not None:
+        y = jnp.where(self.iota(y.shape, 0) < live, y, 0.0)
+      self.act[at + n] = y.astype(jnp.bfloat16)
+    if plan.config.blocks > 1:
+      self.sync()  # Shared memory goes with the block that leaves first.
+
+
+def gelu(u):
+  """`u Phi(u)` with the tanh approximation; one special function."""
+  inner = u * (0.7978845608 + 0.0356774081 * (u * u))
+  half = 0.5 * u
+  return half + half * jnp.tanh(inner)
