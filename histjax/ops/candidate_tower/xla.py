@@ -38,7 +38,7 @@ def candidate_tower(
   for i, (query_bias, output_bias, in_bias, out_bias) in enumerate(
     reference.split_bias(weights)
   ):
-    query = linear(reference.normalize(x), weights.query[i], query_bias)
+    query = linear(_normalize(x), weights.query[i], query_bias)
     query = query.reshape(*x.shape[:2], num_heads, -1)
     if position is not None:
       query = rotary(query, position)
@@ -46,6 +46,15 @@ def candidate_tower(
       query.astype(dtype), keys[i], values[i], key_range
     ).reshape(x.shape)
     x = x + linear(attended, weights.output[i], output_bias)
-    hidden = linear(reference.normalize(x), weights.mlp_in[i], in_bias)
+    hidden = linear(_normalize(x), weights.mlp_in[i], in_bias)
     x = x + linear(jax.nn.gelu(hidden), weights.mlp_out[i], out_bias)
   return reference.finish(x, weights, count).astype(dtype)
+
+
+def _normalize(x: Float[Array, 'B C D']) -> Float[Array, 'B C D']:
+  """`reference.normalize` with one pass over `x` for both moments, as Flax."""
+  mean = x.mean(axis=-1, keepdims=True)
+  variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
+  return (x - mean) * jax.lax.rsqrt(
+    jnp.maximum(variance, 0) + reference.EPSILON
+  )
