@@ -11,7 +11,6 @@ products; 'torch:..' are of `torch_rivals`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,14 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from histjax import ops
-from histjax.benchmark import timing
+from histjax.benchmark import jax_rivals, timing
 from histjax.benchmark.workloads import Attention, Tower
 from histjax.nn import fusion
 from histjax.nn.encoder import EncoderConfig
-from histjax.ops.rotary import rotary
 from histjax.types import KeyRange
-
-Attend = Callable[..., jax.Array]
 
 
 def program(
@@ -63,7 +59,7 @@ def program(
       "implementation>', 'jax:cudnn', 'jax:xla', 'tokamax' or 'torch:..'"
     )
   if isinstance(workload, Attention):
-    attend = _rival_attention(workload, attend)
+    attend = jax_rivals.attention(workload, attend)
     return _attention_program(workload, inputs, attend)
   return _rival_tower(workload, inputs, attend)
 
@@ -183,41 +179,12 @@ def difference(
   )
 
 
-def _our_attention(workload: Attention, implementation) -> Attend:
+def _our_attention(workload: Attention, implementation) -> jax_rivals.Attend:
   def attend(query, key, value, start, stop):
     key_range = KeyRange(start, stop, workload.structure)
     return ops.history_attention(
       query, key, value, key_range, implementation=implementation
     )
-
-  return attend
-
-
-def _rival_attention(workload: Attention, dot_product: Attend) -> Attend:
-  """Without the ranges: each mask as the rival takes it, and fastest."""
-  num_keys, window = workload.num_keys, workload.window
-
-  def attend(query, key, value, start, stop):
-    del start, stop
-    if workload.mask != 'window':
-      causal = workload.mask == 'causal'
-      return dot_product(query, key, value, is_causal=causal)
-    # Events lie on a diagonal band, candidates all see the last keys.
-    parts = [
-      dot_product(
-        query[:, :num_keys],
-        key,
-        value,
-        is_causal=True,
-        local_window_size=(window - 1, 0),
-      )
-    ]
-    if workload.num_queries > num_keys:
-      last = slice(max(0, num_keys - window), num_keys)
-      parts.append(
-        dot_product(query[:, num_keys:], key[:, last], value[:, last])
-      )
-    return jnp.concatenate(parts, axis=1)
 
   return attend
 
@@ -234,7 +201,9 @@ def _attention_rest(workload: Attention, arrays):
   return rest | {'start': start, 'stop': stop}
 
 
-def _attention_step(workload: Attention, attend: Attend) -> timing.Step:
+def _attention_step(
+  workload: Attention, attend: jax_rivals.Attend
+) -> timing.Step:
   def forward(query, rest):
     return attend(query, **rest), ()
 
@@ -251,7 +220,7 @@ def _attention_step(workload: Attention, attend: Attend) -> timing.Step:
   return backward if workload.backward else forward
 
 
-def _attention_program(workload: Attention, inputs, attend: Attend):
+def _attention_program(workload: Attention, inputs, attend: jax_rivals.Attend):
   sets = [
     {k: jnp.asarray(x, workload.dtype) for k, x in arrays.items()}
     for arrays in inputs
@@ -314,102 +283,13 @@ def _our_tower(workload: Tower, inputs, implementation: str | None):
   return _tower_program(workload, inputs, step, shared)
 
 
-def _rival_tower(workload: Tower, inputs, dot_product: Attend):
-  length, _ = map(jnp.asarray, workload.lengths())
-  weights = {
-    k: [jnp.asarray(x, workload.dtype) for x in v]
-    if v.ndim > 1
-    else jnp.asarray(v)
-    for k, v in workload.weights().items()
+def _rival_tower(workload: Tower, inputs, dot_product: jax_rivals.Attend):
+  shared = {
+    'weights': jax_rivals.weights(workload),
+    'length': jnp.asarray(workload.lengths()[0]),
   }
-  shared = {'weights': weights, 'length': length}
-  step = _rival_joint if workload.joint else _rival_cached
-  return _tower_program(
-    workload, inputs, functools.partial(step, workload, dot_product), shared
-  )
-
-
-def _rival_cached(workload: Tower, dot_product: Attend, x, rest):
-  length = rest['length']
-  position = jnp.broadcast_to(length[:, None], x.shape[:2])
-
-  def attend(query, key, value):
-    if not workload.ragged:
-      return dot_product(query, key, value)
-    out = dot_product(
-      query, key, value, key_value_seq_lengths=jnp.maximum(length, 1)
-    )
-    return jnp.where((length > 0)[:, None, None, None], out, 0)
-
-  for i in range(workload.num_layers):
-    x = _rival_layer(
-      workload,
-      rest['weights'],
-      i,
-      x,
-      _norm(x),
-      position,
-      functools.partial(attend, key=rest['keys'][i], value=rest['values'][i]),
-    )
-  return _final_norm(x, rest['weights']), ()
-
-
-def _rival_joint(workload: Tower, dot_product: Attend, x, rest):
-  weights, length = rest['weights'], rest['length']
-  num_rows, num_events = workload.num_rows, workload.num_events
-  event = jnp.arange(num_events, dtype=jnp.int32)
-  event = jnp.broadcast_to(event[None], (num_rows, num_events))
-  candidate = jnp.broadcast_to(length[:, None], x.shape[:2])
-  position = jnp.concatenate([event, candidate], axis=1)
-  x = jnp.concatenate([rest['history'], x], axis=1)
-  for i in range(workload.num_layers):
-    last = i + 1 == workload.num_layers
-    normed = _norm(x)
-    key = _heads(workload, normed[:, :num_events] @ weights['key'][i])
-    value = _heads(workload, normed[:, :num_events] @ weights['value'][i])
-    if last:  # Nothing reads the history's last layer.
-      x, normed, position = (y[:, num_events:] for y in (x, normed, position))
-    x = _rival_layer(
-      workload,
-      weights,
-      i,
-      x,
-      normed,
-      position,
-      functools.partial(
-        dot_product, key=rotary(key, event), value=value, is_causal=not last
-      ),
-    )
-  return _final_norm(x, weights), ()
-
-
-def _rival_layer(workload, weights, i, x, normed, position, attend):
-  query = rotary(_heads(workload, normed @ weights['query'][i]), position)
-  attended = attend(query).reshape(x.shape)
-  x = x + attended @ weights['output'][i] + _wide(weights['output_bias'][i])
-  hidden = _norm(x) @ weights['mlp_in'][i] + _wide(weights['mlp_in_bias'][i])
-  hidden = jax.nn.gelu(hidden) @ weights['mlp_out'][i]
-  return x + hidden + _wide(weights['mlp_out_bias'][i])
-
-
-def _norm(x):
-  z = x.astype(jnp.float32)
-  z = z - z.mean(axis=-1, keepdims=True)
-  scale = jax.lax.rsqrt(jnp.square(z).mean(axis=-1, keepdims=True) + 1e-6)
-  return (z * scale).astype(x.dtype)
-
-
-def _final_norm(x, weights):
-  y = _norm(x.astype(jnp.float32)) * _wide(weights['final_scale'])
-  return (y + _wide(weights['final_bias'])).astype(x.dtype)
-
-
-def _heads(workload: Tower, x):
-  return x.reshape(*x.shape[:2], workload.num_heads, workload.head_dim)
-
-
-def _wide(x):
-  return x[None, None, :]
+  step = functools.partial(jax_rivals.tower, workload, dot_product)
+  return _tower_program(workload, inputs, step, shared)
 
 
 def _tower_program(workload: Tower, inputs, step, shared):

@@ -44,6 +44,8 @@ def program(
   if kind == 'varlen' and not (isinstance(workload, Tower) and workload.ragged):
     raise NotImplementedError('torch:varlen is for ragged workloads alone')
   torch._dynamo.reset()  # Its cache counts programs of other workloads.
+  # For good: a compiled program is compiled again when this changes.
+  torch.set_grad_enabled(isinstance(workload, Attention) and workload.backward)
   if isinstance(workload, Attention):
     return _attention_program(kind, workload, inputs)
   return _Tower(kind, workload, inputs).program()
@@ -185,7 +187,7 @@ def _attention_program(kind: str, workload: Attention, inputs):
     for arrays in sets:
       for name in ('query', 'key', 'value'):
         arrays[name].requires_grad_()
-  with _kernel(kind), torch.set_grad_enabled(workload.backward):
+  with _kernel(kind):
     return TorchProgram(
       backward if workload.backward else forward,
       sets[0]['cotangent' if workload.backward else 'query'],
@@ -295,7 +297,7 @@ class _Tower:
     step = _compiled(
       self._joint if self.workload.joint else self._cached, self.kind
     )
-    with _kernel(self.kind), torch.no_grad():
+    with _kernel(self.kind):
       return TorchProgram(step, x, rests, self._unpack)
 
   def _cached(self, x, rest):
