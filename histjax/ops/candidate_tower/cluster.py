@@ -1,4 +1,4 @@
-"""Copies between the shared memories of a cluster of two blocks, in PTX.
+"""Copies between the shared memories of the blocks of a cluster, in PTX.
 
 Pallas can store registers into a peer's memory, four bytes at a time and each
 counted by a barrier. A bulk copy moves a whole tile and is counted once. The
@@ -8,18 +8,20 @@ shared memory.
 
 from __future__ import annotations
 
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.mosaic.gpu.utils import ThreadSubset
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 _THREADS = 128  # Of a warpgroup.
+utils: Any = mosaic_utils  # Not all of it in the oldest JAX.
 
 
 def initialize(ctx, barriers, *, count: int) -> None:
   """Two barriers for `count` warpgroups; the block must meet before use."""
   del ctx
-  first = _flag(utils.single_thread_predicate(ThreadSubset.BLOCK))
+  first = _flag(utils.single_thread_predicate(utils.ThreadSubset.BLOCK))
   utils.inline_ptx(
     '{ .reg .pred p; setp.ne.b32 p, $1, 0; '
     f'@p mbarrier.init.shared::cta.b64 [$0], {count * _THREADS}; '
@@ -31,8 +33,8 @@ def initialize(ctx, barriers, *, count: int) -> None:
   )
 
 
-def send(ctx, block, barrier) -> None:
-  """Copies `block` to the same address of the peer, counted by its barrier.
+def send(ctx, block, barrier, *, blocks: int) -> None:
+  """Copies `block` to the same address of all peers, counted by their barriers.
 
   The block must have been written and committed by the warpgroup that calls.
   """
@@ -41,15 +43,21 @@ def send(ctx, block, barrier) -> None:
   size = utils.bytewidth(kind.element_type)
   for n in kind.shape:
     size *= n
-  utils.inline_ptx(
-    '{ .reg .pred p; .reg .b32 r, d, m; setp.ne.b32 p, $2, 0; '
-    'mov.u32 r, %cluster_ctarank; xor.b32 r, r, 1; '
+  copy = (
+    'cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes'
+  )
+  copies = ''.join(
+    f'xor.b32 r, self, {peer}; '
     'mapa.shared::cluster.u32 d, $0, r; mapa.shared::cluster.u32 m, $1, r; '
-    '@p cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes '
-    f'[d], [$0], {size}, [m]; }}',
+    f'@p {copy} [d], [$0], {size}, [m]; '
+    for peer in range(1, blocks)
+  )
+  utils.inline_ptx(
+    '{ .reg .pred p; .reg .b32 self, r, d, m; setp.ne.b32 p, $2, 0; '
+    f'mov.u32 self, %cluster_ctarank; {copies}}}',
     _address(block),
     _address(barrier),
-    _flag(utils.single_thread_predicate(ThreadSubset.WARPGROUP)),
+    _flag(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)),
     has_side_effects=True,
   )
 
@@ -65,12 +73,6 @@ def receive(ctx, barrier, *, size: int) -> None:
     _address(barrier),
     has_side_effects=True,
   )
-
-
-def sleep(ctx, *, nanoseconds: int) -> None:
-  """Waits about so long."""
-  del ctx
-  utils.inline_ptx(f'nanosleep.u32 {nanoseconds};', has_side_effects=True)
 
 
 def _address(ref):

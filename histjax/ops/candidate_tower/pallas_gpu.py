@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from histjax.ops.candidate_tower import reference
 from histjax.types import KeyRange
 
 ROWS = 64  # Candidates of a tile: the M of wgmma.
+STEP = 64  # Keys whose scores are held at once.
 NEVER = -1e30  # Less than any score; finite, so that NEVER - NEVER = 0.
 META = 8  # int32 fields of a block of work.
 SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less barriers.
@@ -41,7 +42,7 @@ class Config:
   Attributes:
     tiles: of 64 candidates in a block.
     workers: warpgroups of a block that share each tile.
-    blocks: of a cluster that share each tile, 1 or 2.
+    blocks: of a cluster that share each tile, 1, 2 or 4.
     slot: elements of a slot of a ring.
     group: chunks of the MLP's hidden layer between two meetings of workers.
     buffers: groups in shared memory, 1 or 2.
@@ -49,8 +50,6 @@ class Config:
       in 'shared' memory or in 'device' memory.
     loader: one more warpgroup fills the rings; else the last tile's do, which
       are the later for it and seldom wait for the other tiles.
-    step: keys whose scores are held at once; at most two slots of them.
-    stagger: nanoseconds by which each tile starts later than the one before.
     registers: per thread of a computing and of the loading warpgroup.
   """
 
@@ -62,27 +61,31 @@ class Config:
   buffers: int = 2
   park: Literal['registers', 'shared', 'device'] = 'registers'
   loader: bool = True
-  step: int = 64
-  stagger: int = 0
   registers: tuple[int, int] = (112, 24)
 
 
-def default_config(num_rows: int, num_candidates: int, width: int) -> Config:
-  """The fastest measured on an H200; NOTES.md has the numbers."""
+def default_config(
+  num_rows: int, num_candidates: int, width: int, hidden: int, num_heads: int
+) -> Config:
+  """The fastest measured on an H200 for 4 heads; NOTES.md has the numbers."""
   tiles = num_rows * pl.cdiv(num_candidates, ROWS)
-  if tiles <= 66:
-    slot, group = (4096, 4) if width == 128 else (8192, 2)
+  wide = width // num_heads == 64
+  if tiles <= 66 and num_heads == 4:
+    if width == 128:
+      return Config(
+        tiles=1,
+        workers=1,
+        blocks=4,
+        slot=4096,
+        group=min(4, hidden // 128),
+        buffers=1,
+        registers=(232, 24),
+      )
     return Config(
-      tiles=1,
-      workers=2,
-      blocks=2,
-      slot=slot,
-      group=group,
-      buffers=1,
-      registers=(232, 24),
+      tiles=1, workers=2, blocks=2, group=2, buffers=1, registers=(232, 24)
     )
   if width == 128:
-    return Config(slot=4096, park='shared')
+    return Config(slot=8192 if wide else 4096, park='shared')
   return Config(buffers=1, park='device', loader=False)
 
 
@@ -191,26 +194,33 @@ class _Plan:
     hidden = self.config.buffers * self.config.group * self.chunk
     return max(2 * hidden, attention)
 
-  def check(self) -> None:
-    """Raises ValueError if the parts do not fit each other."""
+  @property
+  def first_parked(self) -> int:
+    """Behind the queries, the first block of 32 columns of the residual."""
+    return 0 if self.query_in_act else 2 * self.width // 128
+
+  def fits(self) -> bool:
+    """Whether the parts fit each other and shared memory."""
     config = self.config
-    if (
-      self.num_heads % self.all_workers
-      or self.hidden % (self.chunk * config.group)
-      or self.width % self.query_rows
-      or self.width % self.in_rows
-      or self.chunk % self.out_rows
-      or self.query_rows % self.wide
-      or (self.keys % config.step and config.step != 2 * self.keys)
-      or self.slots < 2
-      or (config.blocks > 1 and config.tiles > 1)
-      or (config.blocks > 1 and (self.heads > 1 or not self.query_in_act))
-      or config.buffers > self.num_groups
-    ):
-      raise ValueError(
-        f'{config} does not fit D={self.width}, N={self.num_heads}, '
-        f'F={self.hidden}; leave config=None'
+    if self.num_heads % self.all_workers or self.width % self.all_workers:
+      return False
+    return (
+      not self.hidden % (self.chunk * config.group)
+      and not self.width % self.query_rows
+      and not self.width % self.in_rows
+      and not self.chunk % self.out_rows
+      and not self.query_rows % self.wide
+      and self.query_rows * self.columns == config.slot
+      and self.in_rows * self.sub == config.slot
+      and self.out_rows * self.columns == config.slot
+      and not self.keys % STEP
+      and self.slots >= 2
+      and (
+        config.blocks == 1
+        or (config.tiles == 1 and self.heads == 1 and self.query_in_act)
       )
+      and config.buffers <= self.num_groups
+    )
 
 
 def _mosaic_gpu():
@@ -259,13 +269,18 @@ def candidate_tower(
 ) -> Float[Array, 'B C D']:
   """See `api.candidate_tower`; `config` is for measurements."""
   plgpu = _mosaic_gpu()
-  num_layers, num_rows, num_keys, _, head_dim = keys.shape
+  num_layers, num_rows, num_keys = keys.shape[:3]
   num_candidates, width = candidates.shape[1:]
   hidden = weights.mlp_in.shape[2]
   _check(candidates, keys, weights, num_heads)
-  config = config or default_config(num_rows, num_candidates, width)
+  if config is None:
+    config = default_config(num_rows, num_candidates, width, hidden, num_heads)
   plan = _Plan(config, num_layers, width, hidden, num_heads)
-  plan.check()
+  if not plan.fits():
+    raise NotImplementedError(
+      f'pallas_gpu has no plan for D={width}, N={num_heads}, F={hidden} with '
+      f'{config}'
+    )
   rows = config.tiles * ROWS
   num_blocks = pl.cdiv(num_candidates, rows)
   padded = num_blocks * rows
@@ -399,15 +414,26 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged):
     transforms = _transforms(plgpu, dtype, columns)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-  pieces = config.buffers * config.group * plan.all_workers
-  hidden = swizzled((tiles, pieces, ROWS, plan.sub))
-  attention = []
-  if not plan.query_in_act:
-    shape = (tiles, plan.num_heads, ROWS, head_dim)
-    attention.append(swizzled(shape, columns=head_dim))
-  if config.park == 'shared':
-    shape = (tiles * workers, plan.columns // 32, ROWS, 32)
-    attention.append(swizzled(shape, jnp.float32, 32))
+  # One place for each tile's hidden channels, or queries and residual stream:
+  # the views have one stride, since a tile may be in its MLP and another not.
+  room = ROWS * plan.mid_bytes
+  mid = [
+    swizzled(
+      (
+        tiles,
+        room // (ROWS * columns * jnp.dtype(dtype).itemsize),
+        ROWS,
+        columns,
+      ),
+      dtype,
+      columns,
+    )
+    for columns, dtype in (
+      (plan.sub, bf16),
+      (head_dim, bf16),
+      (32, jnp.float32),
+    )
+  ]
   ring = workers * slots
   views = [
     swizzled((ring, 2 * plan.keys, head_dim), columns=head_dim),
@@ -428,7 +454,7 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged):
   arrivals = dict(num_arrivals=tiles, num_barriers=ring)
   scratch = dict(
     act=swizzled((tiles, plan.width // wide, ROWS, wide)),
-    mid=plgpu.RefUnion([hidden], attention) if attention else [[hidden]],
+    mid=plgpu.RefUnion(*mid),
     ring=plgpu.RefUnion(*views),
     stats=swizzled((tiles, plan.all_workers, ROWS, 8), jnp.float32, 8),
     bias_smem=plgpu.SMEM((2, num_bias, wide), jnp.float32),
@@ -557,14 +583,6 @@ def _body(
       else:
         start, stop = column(start_ref), column(stop_ref)
       plgpu.barrier_wait(scratch['x_full'].at[wg])
-      if config.stagger:
-
-        @pl.when(tile > 0)
-        def _():
-          plgpu.inline_mgpu()(
-            functools.partial(_cluster().sleep, nanoseconds=config.stagger)
-          )()
-
       _Worker(
         context,
         tile=tile,
@@ -624,32 +642,32 @@ def _body(
 class _Context:
   """What the warpgroups of a block share; refs as in `_kernel`."""
 
-  plgpu: object
+  plgpu: Any
   plan: _Plan
-  part: jax.Array
-  row: jax.Array
-  low: jax.Array
-  steps: jax.Array
-  seen: tuple
-  everyone: tuple
-  act: object
-  mid: object
-  ring: tuple
-  stats: object
-  bias_smem: object
-  x_full: object
-  kv_full: object
-  full: object
-  free: object
-  bias_full: object
-  bias_free: object
-  met: object
-  cache: tuple
-  matrices: tuple
-  bias_ref: object
+  part: Any
+  row: Any
+  low: Any
+  steps: Any
+  seen: Any
+  everyone: Any
+  act: Any
+  mid: Any
+  ring: Any
+  stats: Any
+  bias_smem: Any
+  x_full: Any
+  kv_full: Any
+  full: Any
+  free: Any
+  bias_full: Any
+  bias_free: Any
+  met: Any
+  cache: Any
+  matrices: Any
+  bias_ref: Any
   num_rows: int
-  sent: object = None
-  together: object = None
+  sent: Any = None
+  together: Any = None
 
   @property
   def per_layer(self):
@@ -767,16 +785,15 @@ class _Worker:
     """Where this worker's things are."""
     self.tile, self.worker, self.mine = tile, worker, mine
     plan, context = self.plan, self.context
-    [hidden], *attention = context.mid
-    attention = list(attention[0]) if attention else []
-    self.act, self.hidden = context.act.at[tile], hidden.at[tile]
+    hidden, queries, parked = (ref.at[tile] for ref in context.mid)
+    self.act, self.hidden = context.act.at[tile], hidden
     self.queries, self.first_query = self.act, mine * plan.heads
     if not plan.query_in_act:
-      self.queries = attention.pop(0).at[tile]
+      self.queries = queries
     self.parked = self.park_ref
-    if attention:
-      self.parked = attention[0]
-      self.park_at = (tile * plan.config.workers + worker,)
+    if plan.config.park == 'shared':
+      self.parked = parked
+      self.first_parked = plan.first_parked + worker * (plan.columns // 32)
 
   def at_layer(self, layer):
     """Hides what does not change, or the compiler keeps it in registers."""
@@ -817,7 +834,7 @@ class _Worker:
         self.context.bias_smem.at[two, at + j], layout=self.column_layout
       )
       found.append(self.across(b))
-    return found[0] if blocks == 1 else lax.concatenate(found, 1)
+    return _join(found)
 
   # Between the workers of a tile.
 
@@ -851,18 +868,22 @@ class _Worker:
     return self.context.sent.at[pl.ds(2 * odd, 2)]
 
   def send(self, ref, at, turn):
-    """Starts the copy of block `at` to the same place of the other block."""
+    """Starts the copies of piece `at` to the same place of the other blocks."""
     transforms = _transforms(self.plgpu, ref.dtype, ref.shape[-1])
     ref_type = self.plgpu.RefType
-    self.plgpu.inline_mgpu(arg_types=(ref_type(transforms), ref_type()))(
-      _cluster().send
-    )(ref.at[at], self.sent(turn))
+    copy = functools.partial(_cluster().send, blocks=self.plan.config.blocks)
+    self.plgpu.inline_mgpu(arg_types=(ref_type(transforms), ref_type()))(copy)(
+      ref.at[at], self.sent(turn)
+    )
 
   def gather(self, ref, count, turn):
     """Waits for `count` pieces of each worker; 0: for those of this block."""
     plgpu, context = self.plgpu, self.context
-    if self.plan.config.blocks > 1 and count:
-      size = count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
+    blocks = self.plan.config.blocks
+    if blocks > 1 and count:
+      size = (
+        (blocks - 1) * count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
+      )
       plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
         functools.partial(_cluster().receive, size=size)
       )(self.sent(turn))
@@ -1056,12 +1077,9 @@ class _Worker:
       self.vector(NEVER),
       self.filled(8),  # Sums of every eighth weight, added up at the end.
     )
-    if plan.config.step > plan.keys:
-      done = self.attend_by_twos(n, number, steps, empty)
-    else:
-      done = lax.fori_loop(
-        0, steps, functools.partial(self.attend_slot, n, number), empty
-      )
+    done = lax.fori_loop(
+      0, steps, functools.partial(self.attend_slot, n, number), empty
+    )
     out, _, total = done
     total = total.sum(axis=1)
     share = jnp.where(total > 0, 1 / total, 0.0)
@@ -1071,98 +1089,45 @@ class _Worker:
     """Product, softmax, product with the keys and values of one slot."""
     slot = self.slot(number + i)
     self.plgpu.barrier_wait(self.context.kv_full.at[slot])
-    step = min(self.plan.config.step, self.plan.keys)
-    for h in range(self.plan.keys // step):
-      s = self.scores(n, slot, h, step)
-      base = (self.context.low + i) * self.plan.keys + h * step
-      carry = self.softmax_step(s, ((slot, h, step),), base, carry)
+    for h in range(self.plan.keys // STEP):
+      carry = self.attend_step(n, slot, i, h, carry)
     self.give(number + i)
     return carry
 
-  def attend_by_twos(self, n, number, steps, empty):
-    """The same, with two slots to a softmax."""
-    plgpu, keys = self.plgpu, self.plan.keys
-
-    def two(pair, carry):
-      i = 2 * pair
-      slots = [self.slot(number + i + j) for j in range(2)]
-
-      def run(first, second):
-        for acc, slot in zip((first, second), slots, strict=True):
-          plgpu.barrier_wait(self.context.kv_full.at[slot])
-          plgpu.wgmma(acc, self.query(n), self.keys(slot, 0, keys).T)
-        return first[...], second[...]
-
-      acc = plgpu.ACC((ROWS, keys), jnp.float32)
-      s = lax.concatenate(pl.run_scoped(run, acc, acc), 1)
-      base = (self.context.low + i) * keys
-      places = tuple((slot, 0, keys) for slot in slots)
-      carry = self.softmax_step(s, places, base, carry)
-      for j in range(2):
-        self.give(number + i + j)
-      return carry
-
-    carry = lax.fori_loop(0, lax.div(steps, jnp.int32(2)), two, empty)
-    odd = lax.rem(steps, jnp.int32(2)) == 1
-    return lax.cond(
-      odd, lambda: self.attend_slot(n, number, steps - 1, carry), lambda: carry
-    )
-
-  def query(self, n):
-    return self.queries.at[self.first_query + n]
-
-  def keys(self, slot, h, step):
-    return self.kv.at[slot, pl.ds(h * step, step)]
-
-  def scores(self, n, slot, h, step):
-    """`[64, step]`, of head `n` with part `h` of a slot."""
-
-    def run(acc):
-      self.plgpu.wgmma(acc, self.query(n), self.keys(slot, h, step).T)
-      return acc[...]
-
-    return pl.run_scoped(run, self.plgpu.ACC((ROWS, step), jnp.float32))
-
-  def softmax_step(self, s, places, base, carry):
-    """Adds what scores `s` weigh: the outputs, their peak and their sums.
-
-    Args:
-      s: `[64, step]`.
-      places: slot, part and number of keys of each run of columns of `s`.
-      base: the first key.
-      carry: `[64, H]`, `[64]`, `[64, 8]`.
-    """
+  def attend_step(self, n, slot, i, h, carry):
+    """Adds what part `h` of a slot gives to the outputs and their sums."""
     plgpu, plan, context = self.plgpu, self.plan, self.context
     out, peak, total = carry
-    step = s.shape[1]
-    values = [
-      self.kv.at[slot, pl.ds(plan.keys + h * size, size)]
-      for slot, h, size in places
-    ]
+    query = self.queries.at[self.first_query + n]
+    k = self.kv.at[slot, pl.ds(h * STEP, STEP)]
+    v = self.kv.at[slot, pl.ds(plan.keys + h * STEP, STEP)]
+    base = (context.low + i) * plan.keys + h * STEP
+
+    def scores(acc):
+      plgpu.wgmma(acc, query, k.T)
+      return acc[...]
+
+    s = pl.run_scoped(scores, plgpu.ACC((ROWS, STEP), jnp.float32))
     all_from, all_to = context.everyone
     seen_from, seen_to = context.seen
 
     def at_the_edge():
-      @pl.when((base < seen_from) | (base + step > seen_to))
+      @pl.when((base < seen_from) | (base + STEP > seen_to))
       def _():
-        for j, v in enumerate(values):
-          self.clean(v, base + j * v.shape[0])
+        self.clean(v, base)
 
       return self.hide(s, base)
 
-    partial = (base < all_from) | (base + step > all_to)
+    partial = (base < all_from) | (base + STEP > all_to)
     s = lax.cond(partial, at_the_edge, lambda: s)
     new = jnp.maximum(peak, s.max(axis=1))
     decay = jnp.exp2(peak - new)
-    p = jnp.exp2(s - self.down(new, step))
+    p = jnp.exp2(s - self.down(new, STEP))
     total = total * self.down(decay, 8) + sum(self.split(p, 8))
     p = p.astype(jnp.bfloat16)
 
     def add(acc):
-      for part, v in zip(
-        self.split(p, values[0].shape[0]), values, strict=True
-      ):
-        plgpu.wgmma(acc, part, v)
+      plgpu.wgmma(acc, p, v)
 
     out = out * self.down(decay, plan.head_dim)
     return pl.run_state(add)(plgpu.ACC.init(out)), new, total
@@ -1194,7 +1159,7 @@ class _Worker:
           self.attend(n, number + n * context.steps)
           for n in range(j * joined, (j + 1) * joined)
         ]
-        yield heads[0] if joined == 1 else lax.concatenate(heads, 1)
+        yield _join(heads)
 
     attended = self.hidden if plan.out_in_mid else self.act
     self.share(outputs(), attended, at, 2)
@@ -1210,7 +1175,7 @@ class _Worker:
       self.parked[self.park_at] = x
     elif config.park == 'shared':
       for n, piece in enumerate(self.split(x, 32)):
-        self.parked[(*self.park_at, n)] = piece
+        self.parked[self.first_parked + n] = piece
 
   def unpark(self, x):
     """The residual stream; its place is opaque, or it would not be reread."""
@@ -1218,14 +1183,15 @@ class _Worker:
     config = self.plan.config
     if config.park == 'registers':
       return x
-    at = tuple(lax.optimization_barrier(i) for i in self.park_at)
     if config.park == 'device':
+      at = tuple(lax.optimization_barrier(i) for i in self.park_at)
       return plgpu.load(self.parked.at[at], layout=layout, optimized=False)
+    first = lax.optimization_barrier(self.first_parked)
     pieces = [
-      plgpu.load(self.parked.at[(*at, n)], layout=layout)
+      plgpu.load(self.parked.at[first + n], layout=layout)
       for n in range(self.plan.columns // 32)
     ]
-    return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, 1)
+    return _join(pieces)
 
   def mlp(self, x, number, two):
     """x + gelu(norm(x) W_1 + b_1) W_2 + b_2."""
@@ -1279,13 +1245,11 @@ class _Worker:
     plgpu, plan, context = self.plgpu, self.plan, self.context
     at = self.mine * self.per
     deep = plan.counts()[0]
-    x = [
-      plgpu.load(self.act.at[at + n], layout=plgpu.Layout.WGMMA).astype(
-        jnp.float32
-      )
+    pieces = [
+      plgpu.load(self.act.at[at + n], layout=plgpu.Layout.WGMMA)
       for n in range(self.per)
     ]
-    x = x[0] if self.per == 1 else lax.concatenate(x, 1)
+    x = _join(pieces).astype(jnp.float32)
 
     def layer(index, x):
       two = lax.rem(index, 2)
@@ -1341,6 +1305,11 @@ class _Worker:
       self.act[at + n] = y.astype(jnp.bfloat16)
     if plan.config.blocks > 1:
       self.sync()  # Shared memory goes with the block that leaves first.
+
+
+def _join(pieces):
+  """Blocks of columns, side by side."""
+  return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, 1)
 
 
 def gelu(u):
