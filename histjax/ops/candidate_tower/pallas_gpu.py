@@ -5,7 +5,7 @@ rows and different columns: a worker keeps its columns of the float32 residual
 stream in registers through all layers, computes its own heads, and reads what
 the others have computed from shared memory. Nothing of a candidate goes to
 device memory but its final value. Where few candidates would leave the chip
-idle, the workers of a tile sit in two blocks of a cluster and write into each
+idle, the workers of a tile sit in the blocks of a cluster and write into each
 other's shared memory. One more warpgroup streams each worker's columns of the
 weights and its heads' keys and values through a ring. NOTES.md has the
 measurements.
@@ -32,6 +32,7 @@ ROWS = 64  # Candidates of a tile: the M of wgmma.
 STEP = 64  # Keys whose scores are held at once.
 NEVER = -1e30  # Less than any score; finite, so that NEVER - NEVER = 0.
 META = 8  # int32 fields of a block of work.
+MULTIPROCESSORS = 132
 SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less barriers.
 
 
@@ -298,8 +299,11 @@ def candidate_tower(
   place = start if position is None else position
   place = pad(place.astype(jnp.int32), padded, 'edge')
   prefix = key_range.structure == 'prefix'
-  if prefix and count is None:
-    meta = start = None  # The kernel knows all of it from `stop`.
+  if count is not None:
+    count = count.astype(jnp.int32)
+  few = num_rows * num_blocks <= MULTIPROCESSORS  # Any order is as good.
+  if prefix and (few or count is None):
+    meta = start = None  # The kernel knows all of it from `stop` and `count`.
   else:
     start, stop = jnp.maximum(start, 0), jnp.minimum(stop, num_keys)
     start, stop = pad(start, padded, 'edge'), pad(stop, padded, 'edge')
@@ -322,6 +326,7 @@ def candidate_tower(
   )
   out = call(
     meta,
+    count,
     start,
     stop.reshape(-1),
     place.reshape(-1),
@@ -384,7 +389,7 @@ def _blocks(start, stop, count, rows, prefix):
   first = lax.broadcasted_iota(jnp.int32, low.shape, 1) * rows
   live = jnp.full_like(row, rows)
   if count is not None:
-    live = jnp.clip(count.astype(jnp.int32)[:, None] - first, 0, rows)
+    live = jnp.clip(count[:, None] - first, 0, rows)
   meta = jnp.stack(
     [row, first, low, high, all_from, all_to, live, row * padded + first],
     axis=-1,
@@ -506,7 +511,7 @@ def _transforms(plgpu, dtype, columns):
 
 
 def _body(
-  meta_ref, start_ref, stop_ref, place_ref, x_ref, k_ref, v_ref,
+  meta_ref, count_ref, start_ref, stop_ref, place_ref, x_ref, k_ref, v_ref,
   wq_ref, wo_ref, w1_ref, w2_ref, bias_ref, scale_ref, shift_ref,
   out_ref, park_ref,
   *, plgpu, plan, sizes, rotate, ragged, **scratch,
@@ -525,6 +530,8 @@ def _body(
     row = lax.div(block, jnp.int32(num_blocks))
     first = lax.rem(block, jnp.int32(num_blocks)) * rows
     place, live = block * rows, rows
+    if ragged:
+      live = jnp.clip(count_ref[row] - first, 0, rows)
     seen_from = all_from = jnp.int32(0)
     length = stop_ref[row * num_candidates]
     seen_to = all_to = jnp.clip(length, 0, num_keys)
