@@ -130,8 +130,9 @@ class ScorerConfig:
       they are padded to a multiple of `microbatch`.
     row_buckets: the same for rows. Empty: powers of two.
     candidate_tower: the implementation of `ops.candidate_tower`, which scores
-      from a cache; None picks the fastest that can. (`encoder.attention` names
-      that of the attention in the passes over histories.)
+      from a cache with the fusion 'append_cross'; None picks the fastest that
+      can. (`encoder.attention` names that of the attention in the passes over
+      histories.)
   """
 
   microbatch: int = 1024
@@ -174,15 +175,24 @@ class Scorer:
       config: of the model that `params` belong to.
       params: as `Ranker.init(...)['params']`.
       scorer_config: padding and microbatches.
+
+    Raises:
+      ValueError: it names a `candidate_tower`, and the fusion has none.
     """
     self.config = config
     self.options = scorer_config or ScorerConfig()
     self._schema = config.schema
     self._variables = {'params': params}
     self._tower = None
-    if config.amortizable:
+    if config.fusion == 'append_cross':
       pack = jax.jit(fusion.pack_tower, static_argnames='dtype')
       self._tower = pack(params['fusion'], dtype=config.dtype)
+    elif self.options.candidate_tower is not None:
+      raise ValueError(
+        f'candidate_tower={self.options.candidate_tower!r}, but only '
+        f"fusion='append_cross' has one, not {config.fusion!r}; set "
+        'candidate_tower=None'
+      )
     self._logged: set[tuple[str, str]] = set()
     model = Ranker(config)
     microbatch = self.options.microbatch
@@ -296,7 +306,8 @@ class Scorer:
     Returns:
       `{operation: implementation}`: `{'candidate_tower': 'pallas_tpu'}` is one
       kernel for all layers; `{'candidate_tower': 'xla', 'history_attention':
-      'cudnn'}` is layer by layer, with that kernel in each.
+      'cudnn'}` is layer by layer, with that kernel in each; `{}` is plain JAX
+      alone, as the fusion 'append_isolated' scores.
 
     Raises:
       ValueError: as `score`.

@@ -22,7 +22,7 @@ def logits(params, config, context, events, candidate, visible):
     visible: how many of the events it may see.
   """
   p = _Params(params)
-  encoder, schema = config.encoder, config.schema
+  schema = config.schema
   item = p['tokens']['item']
   tokens = []
   for event in events:
@@ -33,18 +33,50 @@ def logits(params, config, context, events, candidate, visible):
     tokens.append(token)
   features = _vector(p, schema.item_features, candidate)
   target = item.dense(features) + p['tokens'].array('undecided')
-  if encoder.positions == 'recency':
-    table = p['fusion'].array('recency')
-    for i in range(len(tokens)):
-      distance = min(len(tokens) - i, encoder.num_recency - 1)
-      tokens[i] = tokens[i] + table[distance]
-    target = target + table[0]
-  fuse = {'append_cross': _append_cross, 'concat': _concat}[config.fusion]
-  readout = fuse(p['fusion'], encoder, tokens, target, visible)
+  fused = readout(
+    params.get('fusion', {}),
+    config.fusion,
+    config.encoder,
+    tokens,
+    target,
+    visible,
+  )
   user = np.zeros(1)
   if schema.context:
     user = _vector(p, schema.context, context)
-  return _head(p['head'], config.interaction, user, features, readout)
+  return _head(p['head'], config.interaction, user, features, fused)
+
+
+def readout(params, fusion, encoder, tokens, target, visible):
+  """The fused candidate `[D]`.
+
+  Args:
+    params: of the fusion.
+    fusion: its name.
+    encoder: an `EncoderConfig`.
+    tokens: a list of `[D]`, all the events of the row.
+    target: `[D]`, the candidate.
+    visible: how many of the events it may see.
+  """
+  p = _Params(params)
+  if 'recency' in params:
+    table = p.array('recency')
+    distances = range(len(tokens), 0, -1)
+    tokens = [
+      x + table[min(distance, encoder.num_recency - 1)]
+      for x, distance in zip(tokens, distances, strict=True)
+    ]
+    target = target + table[0]
+  fuse = {
+    'append_cross': _append_cross,
+    'append_isolated': _append_isolated,
+    'append_self': _append_self,
+    'concat': _concat,
+    'target_attention': _target_attention,
+    'mean_pool': _mean_pool,
+    'none': lambda *args: np.zeros_like(args[3]),
+  }[fusion]
+  return fuse(p, encoder, tokens, target, visible)
 
 
 def _append_cross(p, encoder, tokens, target, visible):
@@ -70,6 +102,64 @@ def _concat(p, encoder, tokens, target, visible):
     values = [_turned(block, 'value', x, None, encoder) for x in tokens]
     tokens = _updated(block, tokens, keys, values, encoder)
   read = [p['final_norm'].norm(tokens[j]) for j in _last(visible, encoder)]
+  return sum(read, np.zeros_like(target)) / max(len(read), 1)
+
+
+def _append_isolated(p, encoder, tokens, target, visible):
+  """As `_append_cross`, and the candidate's own key and value."""
+  for i in range(encoder.num_layers):
+    block = p[f'blocks_{i}']
+    keys = [_turned(block, 'key', x, j, encoder) for j, x in enumerate(tokens)]
+    values = [_turned(block, 'value', x, None, encoder) for x in tokens]
+    own_key = _turned(block, 'key', target, visible, encoder)
+    own_value = _turned(block, 'value', target, None, encoder)
+    target = _block(
+      block,
+      target,
+      visible,
+      [*_last(visible, encoder), len(tokens)],
+      [*keys, own_key],
+      [*values, own_value],
+      encoder,
+    )
+    tokens = _updated(block, tokens, keys, values, encoder)
+  return p['final_norm'].norm(target)
+
+
+def _append_self(p, encoder, tokens, target, visible):
+  """A sequence of the events it sees and itself; everything sees everything."""
+  first = _last(visible, encoder).start
+  tokens = [*tokens[first:visible], target]
+  everything = range(len(tokens))
+  for i in range(encoder.num_layers):
+    block = p[f'blocks_{i}']
+    keys = [
+      _turned(block, 'key', x, first + j, encoder) for j, x in enumerate(tokens)
+    ]
+    values = [_turned(block, 'value', x, None, encoder) for x in tokens]
+    tokens = [
+      _block(block, x, first + j, everything, keys, values, encoder)
+      for j, x in enumerate(tokens)
+    ]
+  return p['final_norm'].norm(tokens[-1])
+
+
+def _target_attention(p, encoder, tokens, target, visible):
+  """Events, each weighed by an MLP of it, the candidate and their product."""
+  slope = p['activation'].array('negative_slope')
+  total = np.zeros_like(target)
+  for j in _last(visible, encoder):
+    x = p['event'].dense(tokens[j]) + p['candidate'].dense(target)
+    x = x + p['product'].dense(tokens[j] * target)
+    x = np.maximum(x, 0) + slope * np.minimum(x, 0)
+    total = total + p['weight'].dense(x)[0] * tokens[j]
+  return total
+
+
+def _mean_pool(p, encoder, tokens, target, visible):
+  """The mean of the events it sees."""
+  del p
+  read = [tokens[j] for j in _last(visible, encoder)]
   return sum(read, np.zeros_like(target)) / max(len(read), 1)
 
 

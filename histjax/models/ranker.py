@@ -73,8 +73,8 @@ class RankerConfig:
     """Raises ValueError, with what to use instead, if it is not."""
     if not self.amortizable:
       raise ValueError(
-        f'fusion={self.fusion!r} cannot score from a cached history: in it '
-        "every candidate changes the history's tokens. Use score_plain or "
+        f'fusion={self.fusion!r} cannot score from a cached history: '
+        f'{fusion.FUSIONS[self.fusion].obstacle}. Use score_plain or '
         'score_joint, or train with a fusion that can: '
         f'{list(fusion.amortizable())}'
       )
@@ -188,22 +188,27 @@ class Ranker(nn.Module):
     Args:
       cache: of `encode` or `extend`.
       candidates: `[B, C]`.
-      tower: `fusion.pack_tower` of the fusion's parameters, for
+      tower: with 'append_cross', `fusion.pack_tower` of its parameters, for
         `ops.candidate_tower`; None: the blocks as they are trained.
       implementation: with `tower`, of that operation; None picks.
     """
     self.config.require_amortizable()
     self._check_visible(candidates.visible, cache.length)
     features, tokens = self._candidate_inputs(candidates)
+    options = {}
+    if tower is not None:
+      options = {
+        'tower': tower,
+        'count': _count(candidates.mask),
+        'implementation': implementation,
+      }
     readout = self.fusion.score(
       cache.keys,
       cache.values,
       cache.length,
       tokens,
       candidates.visible,
-      tower=tower,
-      count=None if tower is None else _count(candidates.mask),
-      implementation=implementation,
+      **options,
     )
     return self._logits(cache.context, features, readout)
 

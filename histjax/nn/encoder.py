@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from histjax import ops
+from histjax.nn import attention
 from histjax.ops import rotary
 from histjax.types import KeyRange
 
@@ -132,17 +133,26 @@ class Block(nn.Module):
     value: Float[Array, 'B L N H'],
     key_range: KeyRange,
     *,
+    with_self: bool = False,
     train: bool = False,
   ) -> Float[Array, 'B Q D']:
     """Updates tokens `x`; each sees the keys in its range.
+
+    With `with_self` each sees its own key, too, which is not among those.
 
     The attention's output before its projection, `[B, Q, D]`, is sown as the
     intermediate `attention`.
     """
     query = self._turn(self.query(self.attention_norm(x)), position)
-    attended = ops.history_attention(
-      query, key, value, key_range, implementation=self.config.attention
-    )
+    if with_self:
+      own_key, own_value = self.keys_values(x, position)
+      attended = attention.attention_with_self(
+        query, key, value, key_range, own_key, own_value
+      )
+    else:
+      attended = ops.history_attention(
+        query, key, value, key_range, implementation=self.config.attention
+      )
     attended = attended.reshape(x.shape)  # [B, Q, D]
     self.sow('intermediates', 'attention', attended)
     x = x + self.dropout(self.output(attended), deterministic=not train)

@@ -1,0 +1,88 @@
+"""What the fusions share."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
+
+from histjax.nn import embedding
+from histjax.nn import encoder as encoder_lib
+from histjax.ops.history_attention import ranges
+from histjax.types import KeyRange
+
+
+class Fusion(nn.Module):
+  """A fusion, called as the package says.
+
+  Attributes:
+    config: the encoder; a fusion without a Transformer reads its `width`,
+      `window` and `dropout` alone.
+    dtype: of the computation.
+    amortizable: whether it has `encode`, `score` and `extend`.
+    obstacle: if it has not, why: the end of a sentence for users.
+  """
+
+  config: encoder_lib.EncoderConfig
+  dtype: DTypeLike = jnp.float32
+
+  amortizable = False
+  obstacle = ''
+
+
+class Transformer(Fusion):
+  """A fusion of blocks, a final norm and positions."""
+
+  def setup(self):
+    config = self.config
+    self.blocks = [
+      encoder_lib.Block(config, self.dtype) for _ in range(config.num_layers)
+    ]
+    self.final_norm = nn.LayerNorm(dtype=self.dtype)
+    self.token_dropout = nn.Dropout(config.dropout)
+    if config.positions == 'recency':
+      self.recency = self.param(
+        'recency',
+        nn.initializers.normal(stddev=0.05),
+        (config.num_recency, config.width),
+      )
+
+  def _place_events(self, history, length):
+    """Adds the learned positions, if the config has them."""
+    if self.config.positions != 'recency':
+      return history
+    index = embedding.recency(length, history.shape[1], self.config.num_recency)
+    return history + self.recency.astype(self.dtype)[index]
+
+  def _place_candidates(self, candidates):
+    if self.config.positions != 'recency':
+      return candidates
+    return candidates + self.recency[0].astype(self.dtype)[None, None, :]
+
+  def _history_range(self, length, num_events) -> KeyRange:
+    return ranges.history_range(
+      length,
+      num_events,
+      causal=self.config.causal,
+      window=self.config.window,
+    )
+
+
+def visible_events(
+  length: Int[Array, 'B'],
+  visible: Int[Array, 'B C'] | None,
+  num_candidates: int,
+) -> Int[Array, 'B C']:
+  """int32 `[B, C]`, `visible` or, if it is None, `length` for all."""
+  if visible is None:
+    visible = jnp.broadcast_to(
+      length[:, None], (length.shape[0], num_candidates)
+    )
+  return visible.astype(jnp.int32)
+
+
+def ordinals(shape: tuple[int, ...]) -> Int[Array, 'B L']:
+  """int32 `[B, L]`, `0, 1, .., L - 1` in each row."""
+  ordinal = jnp.arange(shape[1], dtype=jnp.int32)
+  return jnp.broadcast_to(ordinal[None, :], shape[:2])
