@@ -41,6 +41,15 @@ VARIANTS = {
   },
   'bfloat16': {'dtype': 'bfloat16'},
 }
+ISOLATED = {
+  'isolated': {'fusion': 'append_isolated'},
+  'isolated_window': {'fusion': 'append_isolated', 'encoder__window': 3},
+  'isolated_bidirectional': {
+    'fusion': 'append_isolated',
+    'encoder__causal': False,
+  },
+  'isolated_bfloat16': {'fusion': 'append_isolated', 'dtype': 'bfloat16'},
+}
 SEEDS = st.integers(0, 2**32 - 1)
 _SCORERS: dict = {}
 
@@ -49,7 +58,7 @@ def scorer(variant='causal', **options) -> scoring.Scorer:
   """One scorer per variant for the whole file: compiling takes the time."""
   key = (variant, tuple(sorted(options.items())))
   if key not in _SCORERS:
-    config = support.config(**VARIANTS[variant])
+    config = support.config(**{**VARIANTS, **ISOLATED}[variant])
     _, params = support.init(config)
     _SCORERS[key] = scoring.Scorer(
       config, params, scoring.ScorerConfig(**options)
@@ -72,7 +81,7 @@ def rows(tree, index):
 
 
 class EquivalenceTest(parameterized.TestCase):
-  @parameterized.parameters(*VARIANTS)
+  @parameterized.parameters(*VARIANTS, *ISOLATED)
   @given(seed=SEEDS)
   def test_joint_equals_plain_equals_cached(self, variant, seed):
     s = scorer(variant)
@@ -90,7 +99,9 @@ class EquivalenceTest(parameterized.TestCase):
       real(cached(s, batch), batch), plain, **tolerance
     )
 
-  @parameterized.parameters('causal', 'window', 'bfloat16')
+  @parameterized.parameters(
+    'causal', 'window', 'bfloat16', 'isolated', 'isolated_window'
+  )
   @given(seed=SEEDS)
   def test_extend_event_by_event_equals_encode_at_once(self, variant, seed):
     s = scorer(variant)
@@ -209,13 +220,16 @@ class EquivalenceTest(parameterized.TestCase):
 class InvarianceTest(parameterized.TestCase):
   @parameterized.parameters(
     *(
-      {'way': way, 'seed': seed}
+      {'variant': variant, 'way': way, 'seed': seed}
+      for variant, num_seeds in (('causal', 3), ('isolated', 1))
       for way in ('joint', 'plain', 'cached')
-      for seed in range(3)
+      for seed in range(num_seeds)
     )
   )
-  def test_order_count_neighbours_and_padding_change_nothing(self, way, seed):
-    s = scorer()
+  def test_order_count_neighbours_and_padding_change_nothing(
+    self, variant, way, seed
+  ):
+    s = scorer(variant)
     score = {
       'joint': s.score_joint,
       'plain': s.score_plain,
@@ -271,11 +285,13 @@ class InvarianceTest(parameterized.TestCase):
     repeated = rows(batch, np.arange(3).repeat(4))
     check(repeated.replace(group=repeated.group), row=np.arange(3).repeat(4))
 
-  @parameterized.parameters(1, 2, 3, 5, 16)
-  def test_microbatch_size_changes_nothing(self, size):
+  @parameterized.parameters(
+    *(('causal', size) for size in (1, 2, 3, 5, 16)), ('isolated', 3)
+  )
+  def test_microbatch_size_changes_nothing(self, variant, size):
     batch = support.batch(np.random.default_rng(0), num_candidates=7)
-    s = scorer(microbatch=size, plain_microbatch=size)
-    expected = real(scorer().score_joint(batch), batch)
+    s = scorer(variant, microbatch=size, plain_microbatch=size)
+    expected = real(scorer(variant).score_joint(batch), batch)
     for logits in (cached(s, batch), s.score_plain(batch)):
       np.testing.assert_allclose(
         real(logits, batch), expected, **TOLERANCE['float32']
@@ -519,12 +535,19 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'call encode on the longer'):
       s.extend(cache, self.batch.history)
 
-  def test_fusion_that_is_not_amortizable(self):
-    config = support.config(fusion='concat')
+  @parameterized.parameters(
+    ('concat', "every candidate changes the history's tokens"),
+    ('append_self', "every candidate changes the history's tokens"),
+    ('target_attention', 'without a Transformer'),
+    ('mean_pool', 'without a Transformer'),
+    ('none', 'it reads none'),
+  )
+  def test_fusion_that_is_not_amortizable(self, name, obstacle):
+    config = support.config(fusion=name)
     _, params = support.init(config)
     s = scoring.Scorer(config, params)
     with self.assertRaisesRegex(
-      ValueError, "'concat' cannot score from a cached.*append_cross"
+      ValueError, f"'{name}' cannot score from a cached.*{obstacle}.*append_cr"
     ):
       s.encode(self.batch.context, self.batch.history)
     np.testing.assert_allclose(  # It still scores, and equally.
@@ -532,6 +555,12 @@ class BadInputTest(parameterized.TestCase):
       real(s.score_joint(self.batch), self.batch),
       **TOLERANCE['float32'],
     )
+
+  def test_candidate_tower_of_a_fusion_that_has_none(self):
+    with self.assertRaisesRegex(
+      ValueError, "candidate_tower='xla'.*'append_isolated'; set.*None"
+    ):
+      scorer('isolated', candidate_tower='xla')
 
   @parameterized.parameters(
     ({'microbatch': 0}, 'microbatch=0 must be at least 1'),
