@@ -172,9 +172,10 @@ class _Plan:
 
   @property
   def out_in_mid(self) -> bool:
-    """Whether attention's output fits where the hidden channels go."""
-    room = self.config.buffers * self.config.group * self.chunk
-    return self.query_in_act and room >= self.width
+    """Whether attention's queries and output go where hidden channels do."""
+    config = self.config
+    room = config.buffers * config.group * self.chunk
+    return self.query_in_act and config.park != 'shared' and room >= self.width
 
   @property
   def slots(self) -> int:
@@ -628,10 +629,8 @@ def _body(
 
     @pl.when(work)
     def _():
-      @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
-      def _():
-        warp = lax.axis_index('warp')
-
+      @plgpu.warp_map
+      def _(warp):
         @pl.when(warp < config.workers)  # One for each worker's ring.
         def _():
           @pl.loop(0, plan.num_layers)
@@ -795,7 +794,9 @@ class _Worker:
     hidden, queries, parked = (ref.at[tile] for ref in context.mid)
     self.act, self.hidden = context.act.at[tile], hidden
     self.queries, self.first_query = self.act, mine * plan.heads
-    if not plan.query_in_act:
+    if plan.out_in_mid:
+      self.queries = hidden
+    elif not plan.query_in_act:
       self.queries = queries
     self.parked = self.park_ref
     if plan.config.park == 'shared':
@@ -884,10 +885,10 @@ class _Worker:
     )
 
   def gather(self, ref, count, turn):
-    """Waits for `count` pieces of each worker; 0: for those of this block."""
+    """Waits for `count` pieces of each worker."""
     plgpu, context = self.plgpu, self.context
     blocks = self.plan.config.blocks
-    if blocks > 1 and count:
+    if blocks > 1:
       size = (
         (blocks - 1) * count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
       )
@@ -974,9 +975,9 @@ class _Worker:
       over = (item >= context.per_layer).astype(jnp.int32)
       item, ahead = item - over * context.per_layer, self.layer + over
 
-      @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
-      def _():
-        @pl.when((lax.axis_index('warp') == 0) & (ahead < plan.num_layers))
+      @plgpu.warp_map
+      def _(warp):
+        @pl.when((warp == 0) & (ahead < plan.num_layers))
         def _():
           context.fetch(ahead, item, self.worker)
 
@@ -1151,9 +1152,7 @@ class _Worker:
     q = self.times(init, self.act, self.wq, number, deep)
     number += deep
     q = self.rotated(q)
-    if plan.out_in_mid:
-      self.gather(self.act, 0, None)
-    else:
+    if not plan.out_in_mid:
       self.sync()  # All have read what the queries or outputs replace.
     for n, head in enumerate(q):
       self.queries[self.first_query + n] = head
@@ -1270,11 +1269,9 @@ class _Worker:
 
         @pl.when(self.leads & (self.worker == 0))
         def _():
-          @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
-          def _():
-            first = lax.axis_index('warp') == 0
-
-            @pl.when(first & (index + 2 < plan.num_layers))
+          @plgpu.warp_map
+          def _(warp):
+            @pl.when((warp == 0) & (index + 2 < plan.num_layers))
             def _():
               context.fetch_bias(index + 2)
 
@@ -1289,9 +1286,9 @@ class _Worker:
 
       @pl.when(self.leads)
       def _():
-        @pl.core_map(plgpu.WarpMesh(axis_name='warp'))
-        def _():
-          @pl.when(lax.axis_index('warp') == 0)
+        @plgpu.warp_map
+        def _(warp):
+          @pl.when(warp == 0)
           def _():
             self.fill()
 
