@@ -1,0 +1,149 @@
+"""The Hopper kernel without a GPU: interpreted on the CPU, and lowered.
+
+The interpreter looks for races. On a Hopper GPU test_backends.py runs it.
+"""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from histjax.ops.candidate_tower import pallas_gpu
+from tests.ops import gpu_interpreter
+from tests.ops.candidate_tower import suite
+
+Config = pallas_gpu.Config
+# As the defaults, but with as little of the MLP as makes its buffers wrap.
+LOADER = Config(slot=4096, park='shared')
+WIDE_HEADS = Config(park='shared')
+LOADERLESS = Config(buffers=1, park='device', loader=False)
+TWO_BLOCKS = Config(tiles=1, workers=2, blocks=2, group=1, buffers=1)
+FOUR_BLOCKS = Config(tiles=1, workers=1, blocks=4, slot=4096, buffers=1)
+
+
+def tower(call, config=None):
+  return pallas_gpu.candidate_tower(
+    *jax.tree.map(jnp.asarray, call.positional),
+    num_heads=call.num_heads,
+    count=None if call.count is None else jnp.asarray(call.count),
+    config=config,
+  )
+
+
+class InterpretedTest(gpu_interpreter.TestCase):
+  """Runs the kernel on the CPU; fails at a race."""
+
+  module = pallas_gpu
+
+  def setUp(self):
+    super().setUp()
+    for name, value in (
+      ('_mosaic_gpu', self.plgpu),
+      ('_cluster', gpu_interpreter.CLUSTER),
+    ):
+      self.enter_context(
+        mock.patch.object(pallas_gpu, name, lambda value=value: value)
+      )
+
+  def check(self, shape, config, **fields):
+    fields = {'num_layers': 3, 'mlp_width': 256, **fields}
+    call = suite.make_call(0, shape, dtype='bfloat16', **fields)
+    suite.assert_equals_oracle(
+      lambda call: np.asarray(tower(call, config)),
+      suite.poisoned(call, np.nan),
+    )
+    self.assertFalse(self.races_found())
+
+  def slow(self, *warpgroups):
+    slow = dict.fromkeys(warpgroups, 2e-3)
+    self.enter_context(mock.patch.dict(gpu_interpreter.SLOW, slow))
+
+  def test_first_tile_drifts(self):
+    self.slow(0, 1)
+    self.check((1, 130, 150, 4, 32), LOADER, ragged=True)
+
+  def test_last_tile_drifts(self):
+    self.slow(2, 3)
+    self.check((1, 70, 150, 4, 32), LOADER, num_layers=4)
+
+  def test_heads_as_wide_as_a_worker(self):
+    self.check((1, 70, 70, 2, 64), WIDE_HEADS, structure='prefix')
+
+  def test_last_tile_fills_the_rings(self):
+    self.slow(0, 1)
+    self.check((1, 70, 70, 4, 64), LOADERLESS, structure='prefix')
+
+  def test_cluster_of_two(self):
+    self.check((1, 9, 70, 4, 64), TWO_BLOCKS, mlp_width=512, rotate=False)
+
+  def test_cluster_of_four(self):
+    self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, ragged=True)
+
+  @parameterized.parameters('sync', 'wgmma_wait')
+  def test_the_test(self, name):
+    owner = pallas_gpu._Worker if name == 'sync' else self.plgpu
+    call = suite.make_call(
+      0, (1, 70, 9, 4, 32), num_layers=1, dtype='bfloat16', mlp_width=256
+    )
+    with mock.patch.object(owner, name, lambda x: None):
+      jax.block_until_ready(tower(call, LOADER))
+    self.assertTrue(self.races_found())
+
+
+def lower(shape, structure, **fields):
+  """StableHLO for CUDA; raises if a block's shared memory does not suffice."""
+
+  def shapes():
+    call = suite.make_call(0, shape, structure=structure, dtype='bfloat16')
+    return jax.tree.map(jnp.asarray, call.positional)
+
+  args = list(jax.eval_shape(shapes))
+  if not fields['rotate']:
+    args[1] = None
+  count = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+
+  def function(args, count):
+    return pallas_gpu.candidate_tower(
+      *args, num_heads=shape[3], count=count if fields['ragged'] else None
+    )
+
+  traced = jax.jit(function).trace(args, count)
+  return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
+class LoweringTest(parameterized.TestCase):
+  @parameterized.product(
+    heads=((2, 64), (4, 32), (4, 64), (8, 32)), few=(True, False)
+  )
+  def test_one_kernel(self, heads, few):
+    shape = (1 if few else 32, 999, 333, *heads)
+    odd = heads[0] == 4
+    text = lower(
+      shape, 'any' if odd == few else 'prefix', ragged=few, rotate=odd
+    )
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
+  def test_row_with_one_candidate(self):
+    text = lower((1, 1, 1, 4, 64), 'prefix', ragged=False, rotate=True)
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
+
+class RefusalTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ({'shape': (1, 2, 3, 2, 32)}, 'H 32 or 64 and F .* not D=64, N=2, H=32'),
+    ({'shape': (1, 2, 3, 1, 128)}, 'not D=128, N=1, H=128'),
+    ({'mlp_width': 192}, 'F a multiple of D, .* F=192'),
+    ({'mlp_width': 128, 'shape': (1, 2, 3, 2, 64)}, 'no plan for .* F=128'),
+    ({'dtype': 'float32'}, 'takes bfloat16 inputs and matrices, not float32'),
+  )
+  def test_call(self, fields, message):
+    fields = {'shape': (1, 2, 3, 4, 32), 'dtype': 'bfloat16', **fields}
+    call = suite.make_call(0, fields.pop('shape'), **fields)
+    with self.assertRaisesRegex(NotImplementedError, message):
+      tower(call)
+
+
+if __name__ == '__main__':
+  absltest.main()
