@@ -49,16 +49,23 @@ def history_attention(
   num_keys = key.shape[1]
   blocks = block_sizes(num_rows * num_heads, num_queries, num_keys)
   start, stop = _clip(key_range, num_keys)
+  key, value = (_pad(x, blocks.key) for x in (key, value))
   # Keys outside all ranges of their row may hold anything, NaN included.
   first, last = start.min(axis=1), stop.max(axis=1)  # [B]
-  index = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
+  index = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
   seen = (index >= first[:, None]) & (index < last[:, None])  # [B, L]
-  key, value = (
-    jnp.where(seen[:, :, None, None], x, jnp.zeros_like(x))
-    for x in (key, value)
-  )
+  seen = seen[:, :, None, None]
+  prefix = key_range.structure == 'prefix'
+  fill = jnp.zeros_like(key[:, :1])
+  if prefix:
+    # Copies of a key that all queries see: no mask is needed for the maximum.
+    fill = jnp.where((last > 0)[:, None, None, None], key[:, :1], fill)
+    if scale < 0:
+      query, scale = -query, -scale
+  key = jnp.where(seen, key, fill)
+  value = jnp.where(seen, value, jnp.zeros_like(value))
   query = _split(query, blocks.query)
-  if key_range.structure == 'prefix':
+  if prefix:
     # One range a row, its start a constant that XLA can see: a cheaper mask.
     shape = (len(query), num_rows, 1)
     start = jnp.zeros(shape, jnp.int32)
@@ -73,6 +80,7 @@ def history_attention(
     start,
     stop,
     scale,
+    prefix,
   )
   return _join(out, num_queries)
 
@@ -125,14 +133,17 @@ def _clip(key_range: KeyRange, num_keys: int):
   return jnp.where(empty, num_keys, start), jnp.where(empty, 0, stop)
 
 
+def _pad(x, block: int, fill: int = 0):
+  """`[B, T, ..]` with T rounded up to a multiple of `block`."""
+  pad = [(0, 0)] * x.ndim
+  pad[1] = (0, -x.shape[1] % block)
+  return jnp.pad(x, pad, constant_values=fill)
+
+
 def _split(x, block: int, fill: int = 0):
   """`[B, T, ..]` to `[T / block, B, N, block, H]` or `[.., B, block]`."""
-  num_rows, size = x.shape[:2]
-  num_blocks = -(-size // block)
-  pad = [(0, 0)] * x.ndim
-  pad[1] = (0, num_blocks * block - size)
-  x = jnp.pad(x, pad, constant_values=fill)
-  x = x.reshape(num_rows, num_blocks, block, *x.shape[2:])
+  x = _pad(x, block, fill)
+  x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
   return x.transpose((1, 0, 3, 2, 4) if x.ndim == 5 else (1, 0, 2))
 
 
@@ -144,17 +155,17 @@ def _join(x, size: int):
   return x[:, :size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(query, key, value, start, stop, scale):
-  return _forward(query, key, value, start, stop, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(query, key, value, start, stop, scale, prefix):
+  return _forward(query, key, value, start, stop, scale, prefix)[0]
 
 
-def _forward_rule(query, key, value, start, stop, scale):
-  out, log_total = _forward(query, key, value, start, stop, scale)
+def _forward_rule(query, key, value, start, stop, scale, prefix):
+  out, log_total = _forward(query, key, value, start, stop, scale, prefix)
   return out, (query, key, value, start, stop, out, log_total)
 
 
-def _forward(query, key, value, start, stop, scale):
+def _forward(query, key, value, start, stop, scale, prefix):
   """The output and, unless the range is empty, `log(sum(exp(scores)))`."""
   dtype = _accumulator(query)
   block_key = key.shape[3]
@@ -164,8 +175,11 @@ def _forward(query, key, value, start, stop, scale):
 
     def key_block(j, carry):
       acc, largest, total = carry
-      scores = _scores(q, key[j], first, last, j * block_key, scale)
-      new_largest = jnp.maximum(largest, scores.max(axis=-1))
+      products = _dot('bnqh,bnkh->bnqk', q, key[j])
+      scores = _mask(scale * products, first, last, j * block_key)
+      # XLA on CPUs would write masked scores to memory for their maximum.
+      top = scale * products.max(axis=-1) if prefix else scores.max(axis=-1)
+      new_largest = jnp.maximum(largest, top)
       weights = jnp.exp(scores - new_largest[..., None])  # [B, N, q, k]
       shrink = jnp.exp(largest - new_largest)
       total = shrink * total + weights.sum(axis=-1)
@@ -187,7 +201,7 @@ def _forward(query, key, value, start, stop, scale):
   return _map(query_block, (query, start, stop, *bounds))
 
 
-def _backward_rule(scale, residuals, cotangent):
+def _backward_rule(scale, prefix, residuals, cotangent):
   """`dS = P (dP - delta)`, `delta = sum(dO O)`; arXiv 2205.14135, B.4."""
   query, key, value, start, stop, out, log_total = residuals
   dtype = _accumulator(query)
@@ -201,7 +215,8 @@ def _backward_rule(scale, residuals, cotangent):
 
     def key_block(j, carry):
       d_query, d_key, d_value = carry
-      scores = _scores(q, key[j], first, last, j * block_key, scale)
+      scores = scale * _dot('bnqh,bnkh->bnqk', q, key[j])
+      scores = _mask(scores, first, last, j * block_key)
       weights = jnp.exp(scores - log_total[..., None])  # [B, N, q, k]
       d_weights = _dot('bnqh,bnkh->bnqk', d_out, value[j])
       # A huge value outside the range may make d_weights infinite there.
@@ -236,10 +251,10 @@ def _backward_rule(scale, residuals, cotangent):
 _attend.defvjp(_forward_rule, _backward_rule)
 
 
-def _scores(q, k, first, last, offset, scale):
-  """Scaled products `[B, N, q, k]`, -inf outside the ranges `[B, q or 1]`."""
-  scores = scale * _dot('bnqh,bnkh->bnqk', q, k)
-  index = offset + jnp.arange(k.shape[2], dtype=jnp.int32)[None, None, None, :]
+def _mask(scores, first, last, offset):
+  """`[B, N, q, k]`, -inf outside the ranges `[B, q or 1]`."""
+  index = offset + jnp.arange(scores.shape[3], dtype=jnp.int32)
+  index = index[None, None, None, :]
   first, last = first[:, None, :, None], last[:, None, :, None]
   return jnp.where((index >= first) & (index < last), scores, -jnp.inf)
 

@@ -105,6 +105,16 @@ class OracleTest(suite.BackendTestCase):
     self.check(call, implementation, scale=0.7)
 
   @parameterized.parameters('reference', 'xla')
+  def test_negative_scale(self, implementation):
+    call = suite.make_call(3, SMALL, 'prefix')
+    large = call.replace(query=20 * call.query)
+    self.assert_close(
+      suite.attend(large, implementation, scale=-1.0),
+      suite.oracle(large, -1.0)[0],
+      'float32',
+    )
+
+  @parameterized.parameters('reference', 'xla')
   def test_gradients_are_the_derivatives(self, implementation):
     with suite.double_precision('float64'):
       call = suite.make_call(4, (2, 5, 7, 1, 3), dtype='float64')

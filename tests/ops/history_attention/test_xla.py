@@ -52,6 +52,23 @@ class BlocksTest(suite.BackendTestCase):
     self.assert_close(out, expected, 'float32')
     self.assert_close(gradients, expected_gradients, 'float32', gradient=True)
 
+  @parameterized.parameters(*suite.STRUCTURES)
+  def test_masked_keys_do_not_count_where_scores_are_low(self, structure):
+    call = suite.make_call(6, SHAPE, structure)
+    # Exact in float32; exp(score) is zero, were any masked score the largest.
+    low = np.float32([-32, 1, 0, 0])
+    query = np.broadcast_to(low, call.query.shape)
+    key = np.abs(np.round(call.key))
+    key[..., 0] = 32
+    call = call.replace(query=query, key=key)
+    for blocks in (xla.Blocks(37, 50), xla.Blocks(8, 16)):
+      out, gradients = self.run_blocks(call, blocks)
+      expected, expected_gradients = suite.oracle(call)
+      self.assert_close(out, expected, 'float32')
+      self.assert_close(
+        gradients[2], expected_gradients[2], 'float32', gradient=True
+      )
+
   def test_16_bit_blocks(self):
     call = suite.make_call(2, SHAPE, 'causal', 'bfloat16')
     out, gradients = self.run_blocks(call, xla.Blocks(8, 16))
