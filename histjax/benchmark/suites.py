@@ -45,6 +45,7 @@ def default_contenders(
   ours.append('histjax:xla')
   if platform != 'gpu':
     return [*ours, 'jax:xla', 'tokamax']
+  ours.append('histjax:pallas_gpu')
   ragged = isinstance(workload, workloads.Tower) and workload.ragged
   return [*ours, *_GPU, *(['torch:varlen'] if ragged else [])]
 

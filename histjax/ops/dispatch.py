@@ -21,10 +21,13 @@ class Backend(NamedTuple):
     call: the operation. Raises NotImplementedError, while being traced, at
       arguments that it cannot compute.
     check_device: raises NotImplementedError at a device that it cannot run on.
+    by_name: runs only where it is named; for one whose present form has not
+      been checked on its hardware.
   """
 
   call: Callable[..., jax.Array]
   check_device: Callable[[jax.Device], None]
+  by_name: bool = False
 
 
 def any_device(device: jax.Device) -> None:
@@ -67,7 +70,9 @@ def run(
   Raises:
     NotImplementedError: the named backend cannot compute this.
   """
-  names = backends if implementation is None else (implementation,)
+  names = [implementation]
+  if implementation is None:
+    names = [name for name, backend in backends.items() if not backend.by_name]
   for name in names:
     backend = backends[name]
     try:

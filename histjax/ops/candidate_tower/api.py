@@ -44,7 +44,9 @@ def _over_rows(
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    _over_rows(pallas_gpu.candidate_tower), pallas_gpu.check_device
+    _over_rows(pallas_gpu.candidate_tower),
+    pallas_gpu.check_device,
+    by_name=True,
   ),
   'pallas_tpu': dispatch.Backend(
     _over_rows(pallas_tpu.candidate_tower, mesh_in_context=True),
@@ -106,7 +108,8 @@ def candidate_tower(
     implementation: 'pallas_gpu' (Hopper; bfloat16, D 128 or 256, H 32 or 64),
       'pallas_tpu' (bfloat16 or float32; D and F multiples of 128), 'xla'
       (everything, everywhere) or 'reference' (float32, readable). None: the
-      fastest that supports the call.
+      fastest that supports the call, but not 'pallas_gpu', which has to be
+      named.
 
   Returns:
     `[B, C, D]`, of the candidates' type.

@@ -22,7 +22,7 @@ from histjax.types import KeyRange
 # The fastest first, but see `_order`. 'xla' computes every call everywhere.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    pallas_gpu.history_attention, pallas_gpu.check_device
+    pallas_gpu.history_attention, pallas_gpu.check_device, by_name=True
   ),
   'cudnn': dispatch.Backend(cudnn.history_attention, cudnn.check_device),
   'pallas_tpu': dispatch.Backend(
@@ -75,7 +75,8 @@ def history_attention(
       'causal' ranges; keys and values must all be finite), 'pallas_tpu' (TPUs;
       bfloat16 and float32; to shard `B` under jit, put the mesh in context, as
       by `jax.set_mesh`), 'xla' (everything, everywhere) or 'reference'
-      (readable; memory `B N Q L`). None: the fastest that supports the call.
+      (readable; memory `B N Q L`). None: the fastest that supports the
+      call, but not 'pallas_gpu', which has to be named.
       In 'pallas_tpu', 'xla' and 'reference', keys and values that lie before or
       after all ranges of their row may hold anything, NaN included; those
       between must be finite.
