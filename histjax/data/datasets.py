@@ -23,6 +23,8 @@ class DataConfig:
     eval_rows: those of validation and test; None: as `rows`.
     tasks: what to predict, by the names of the schema's tasks; empty: all of
       them (of kuairand: 'click').
+    time_gaps: whether events have the feature `time_gap`, where the dataset's
+      schema has it.
     data_dir: of movielens and kuairand, where prepared data is kept; TFDS's
       own default if empty.
     manual_dir: of movielens and kuairand, a folder with the official files;
@@ -39,6 +41,7 @@ class DataConfig:
   rows: RowConfig = dataclasses.field(default_factory=RowConfig)
   eval_rows: RowConfig | None = None
   tasks: tuple[str, ...] = ()
+  time_gaps: bool = True
   data_dir: str = ''
   manual_dir: str = ''
   synthetic: synthetic_lib.SyntheticConfig = dataclasses.field(
@@ -92,6 +95,9 @@ def load(config: DataConfig) -> Dataset:
     ValueError: files or values in them are bad; the message says which.
   """
   log, masks = _LOADERS[config.name](config)
+  if not config.time_gaps:
+    schema = dataclasses.replace(log.schema, time_gap_buckets=0)
+    log = dataclasses.replace(log, schema=schema)
   eval_rows = config.eval_rows or config.rows
   splits = {
     split: log.rows(mask, config.rows if split == 'train' else eval_rows)

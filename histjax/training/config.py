@@ -175,18 +175,27 @@ def check_same_run(
     old: `to_dict` of the config of the one in `workdir`.
     workdir: its folder.
   """
-  lines = [
-    line
-    for line in dicts.differences(
-      old, dicts.to_dict(config), ('in workdir', 'asked for')
-    )
-    if not line.startswith(tuple(f'{field}:' for field in _FREE))
-  ]
+  lines = run_differences(old, config, ('in workdir', 'asked for'))
   if lines:
     raise ValueError(
       f'workdir={str(workdir)!r} holds a run of another config; name another '
       'workdir, or take over these fields:\n' + '\n'.join(lines)
     )
+
+
+def run_differences(
+  old: dict[str, Any], config: TrainConfig, names: tuple[str, str]
+) -> list[str]:
+  """`config.differences` in the fields that can change a run's result.
+
+  Args:
+    old: `to_dict` of a config.
+    config: the other.
+    names: what to call the two.
+  """
+  lines = dicts.differences(old, dicts.to_dict(config), names)
+  free = tuple(f'{field}:' for field in _FREE)
+  return [line for line in lines if not line.startswith(free)]
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> None:

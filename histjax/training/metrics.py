@@ -46,7 +46,7 @@ def auc(scores: Shaped[Array, 'K'], labels: Shaped[Array, 'K']) -> float:
     ValueError: scores that are not finite, or labels other than 0 and 1.
   """
   scores, labels = _check(scores, labels)
-  area, _ = _auc_by_group(scores, labels, np.zeros(len(scores), np.int64))
+  area, _ = auc_by_group(scores, labels, np.zeros(len(scores), np.int64))
   return float(area[0]) if len(area) else math.nan
 
 
@@ -79,7 +79,7 @@ def gauc(
       f'group has shape {np.shape(group)}; it must be that of the scores, '
       f'{scores.shape}'
     )
-  area, count = _auc_by_group(scores, labels, np.asarray(group))
+  area, count = auc_by_group(scores, labels, np.asarray(group))
   defined = ~np.isnan(area)
   weight = math.fsum(count[defined])
   if not weight:
@@ -275,11 +275,15 @@ def _check(scores, labels, where: str = ''):
   return scores, labels
 
 
-def _auc_by_group(scores, labels, group):
+def auc_by_group(
+  scores: Shaped[np.ndarray, 'K'],
+  labels: Shaped[np.ndarray, 'K'],
+  group: Int[np.ndarray, 'K'],
+) -> tuple[Float[np.ndarray, 'G'], Int[np.ndarray, 'G']]:
   """AUC (NaN with one class only) and count of each distinct group, sorted.
 
   Every intermediate is an integer held exactly, so the order of the data
-  changes nothing.
+  changes nothing. Nothing is checked; see `gauc` for what is expected.
   """
   if not len(scores):
     return np.zeros(0), np.zeros(0)

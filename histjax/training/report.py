@@ -93,7 +93,7 @@ class Reporter:
     self._line(
       f'step {step}/{self._num_steps} ({share:.0%})  loss {loss:.4f}  '
       f'{_si(candidates / seconds)} candidates/s  {_si(steps / seconds)} '
-      f'steps/s  {shapes} shapes  ETA {_clock(left)}',
+      f'steps/s  {shapes} shapes  ETA {clock(left)}',
       last=step >= self._num_steps,
     )
     self.scalars(
@@ -158,12 +158,21 @@ def format_metrics(values: Mapping[str, float]) -> str:
 
 
 def write_metrics(workdir: pathlib.Path, values: Mapping[str, Any]) -> None:
-  """Writes metrics.json, whole or not at all; NaN becomes null."""
-  path = workdir / METRICS_FILE
+  """Writes metrics.json; see `write_json`."""
+  write_json(workdir / METRICS_FILE, values)
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  """Writes a JSON file, whole or not at all; NaN becomes null."""
   temporary = path.with_suffix(f'.{os.getpid()}.tmp')
   text = json.dumps(_without_nan(values), indent=2, allow_nan=False)
   temporary.write_text(text + '\n')
   os.replace(temporary, path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """What `write_json` wrote; null stays None."""
+  return json.loads(path.read_text())
 
 
 def read_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -176,7 +185,7 @@ def read_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   try:
-    values = json.loads(path.read_text())
+    values = read_json(path)
     for split in ('validation', 'test'):
       values[split] = _with_nan(values[split])
     for entry in values['history']:
@@ -213,7 +222,8 @@ def _si(value: float) -> str:
   return f'{value:.3g}{unit}'
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+  """As `1:02:03`."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}'
