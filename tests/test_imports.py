@@ -19,6 +19,7 @@ LAYERS = (
   ('data',),
   ('training',),
   ('benchmark',),
+  ('study',),
 )
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from histjax.data import datasets
 from histjax.data.rows import RowConfig
+from histjax.study import floors
+from histjax.training import metrics
 from histjax.validation import validate_batch
 from tests.data import official
 
@@ -164,3 +166,21 @@ def test_batches_are_valid(data):
       range(64), num_rows=64, num_events=200, num_candidates=150
     )
     validate_batch(batch, data.schema)
+
+
+@pytest.mark.parametrize(
+  ('terms', 'auc', 'gauc'),
+  [
+    (('user', 'video_id'), 0.6935, 0.6095),
+    (('user', 'video_id', 'tab'), 0.7155, 0.6354),
+    (('history', 'video_id', 'tab'), 0.7337, 0.5570),
+  ],
+)
+def test_floors(data, terms, auc, gauc):
+  """Without a model, as computed outside of the library, too."""
+  train, test = data.splits['train'], data.splits['test']
+  found = floors.floor_logits(test, train, terms, 'click', window=50)
+  labels = data.log.labels['click'][test.events]
+  assert metrics.auc(found, labels) == pytest.approx(auc, abs=6e-5)
+  user = data.log.user[test.events]
+  assert metrics.gauc(found, labels, user) == pytest.approx(gauc, abs=6e-5)

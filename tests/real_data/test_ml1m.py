@@ -11,6 +11,8 @@ import pytest
 
 from histjax.data import datasets, pipeline
 from histjax.data.rows import RowConfig
+from histjax.study import floors
+from histjax.training import metrics
 from histjax.validation import validate_batch
 from tests.data import official
 
@@ -119,3 +121,13 @@ def test_an_epoch(data):
     data.log.features['movie_id'][rows.events], minlength=len(seen)
   )
   np.testing.assert_array_equal(seen, wanted)
+
+
+def test_floor(data):
+  """Without a model, as computed outside of the library, too."""
+  train, test = data.splits['train'], data.splits['test']
+  found = floors.floor_logits(test, train, ('user', 'movie_id'), 'like', 50)
+  labels = data.log.labels['like'][test.events]
+  assert metrics.auc(found, labels) == pytest.approx(0.7871, abs=6e-5)
+  user = data.log.user[test.events]
+  assert metrics.gauc(found, labels, user) == pytest.approx(0.7118, abs=6e-5)
