@@ -1,0 +1,82 @@
+"""Compares fusions: a grid of runs, tuned alike, tables and figures.
+
+  python experiments/study.py --config=experiments/configs/study.py \
+    --workdir=/tmp/study
+
+Each cell (data set, fusion, window, seed) is one training run; its JSON, under
+<workdir>/cells, says what was trained, what was tried on validation before,
+and the metrics. Run again to go on where it stopped: finished cells are not
+repeated. At the end, and with --report at any time, writes summary.json,
+study.md and quality.png (and cost.png, with --cost) to the workdir. --report
+of a folder with summary.json alone draws them again. Processes that share the
+workdir can share the work: --only=ml1m/concat,ml1m/none. --rerun=<cell>.json
+trains one cell again, in an empty workdir, and compares the metrics.
+"""
+
+import pathlib
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from histjax import config as config_lib
+from histjax.study import report, runner, summary
+from histjax.study.config import StudyConfig
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The study; every field can be set, as --config.margin=0.001.'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder for cells, runs and the report.', required=True
+)
+_REPORT = flags.DEFINE_bool('report', False, 'Report what is there; no runs.')
+_RERUN = flags.DEFINE_string('rerun', None, 'JSON of a cell to train again.')
+_ONLY = flags.DEFINE_list(
+  'only', [], 'Run the cells that start so, as ml1m/concat; empty: all.'
+)
+_COST = flags.DEFINE_string(
+  'cost', None, 'JSON of measured scoring costs by fusion, if any.'
+)
+
+
+def rerun(path):
+  stored, new = runner.rerun(path, _WORKDIR.value)
+  for split, values in stored.items():
+    for name, value in values.items():
+      print(f'{split} {name}: {value} then, {new[split][name]} now')
+  print('the same' if stored == new else 'not the same')
+
+
+def run():
+  if _RERUN.value:
+    return rerun(_RERUN.value)
+  if not _REPORT.value:
+    if _CONFIG.value is None:
+      raise ValueError('name a --config, or --report what is there')
+    study = config_lib.from_dict(StudyConfig, _CONFIG.value.to_dict())
+    if not runner.run_study(
+      study, _WORKDIR.value, only=_ONLY.value, progress=_print
+    ):
+      return None
+  found = summary.load(_WORKDIR.value, progress=_print)
+  paths = report.write(found, _WORKDIR.value, _COST.value)
+  print(pathlib.Path(paths[0]).read_text())
+  print('wrote', *paths)
+  return None
+
+
+def _print(line):
+  print(line, flush=True)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+  try:
+    run()
+  except (ValueError, OSError, ImportError, ArithmeticError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,336 @@
+"""Runs the cells of a study, one after the other, and goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from histjax import config as dicts
+from histjax.benchmark import machine
+from histjax.data import datasets, pipeline
+from histjax.models.ranker import Ranker
+from histjax.study import config as config_lib
+from histjax.study import floors, store
+from histjax.study.config import Cell, StudyConfig
+from histjax.training import checkpoints, evaluation, metrics, sharding
+from histjax.training import config as train_config
+from histjax.training import report as report_lib
+from histjax.training.config import TrainConfig
+from histjax.training.loop import train_and_evaluate
+
+Values = dict[str, Any]
+
+
+def run_study(
+  study: StudyConfig,
+  workdir: str | os.PathLike[str],
+  *,
+  only: Sequence[str] = (),
+  progress: Callable[[str], None] = print,
+  mesh: Mesh | None = None,
+) -> bool:
+  """Trains and tests every cell that is not finished.
+
+  Ctrl-C and SIGTERM end it after the running cell has saved a checkpoint; the
+  same call goes on from there.
+
+  Args:
+    study: the study.
+    workdir: a folder for cells and runs. Several processes may share it if
+      `only` gives them different cells.
+    only: run the cells whose names start with one of these; empty: all.
+    progress: called with a line per cell.
+    mesh: of `sharding.data_mesh`; None: over all devices.
+
+  Returns:
+    Whether all cells are finished; False: it was interrupted.
+
+  Raises:
+    ValueError: a finished cell is of another config (the message names the
+      cell, the fields and what to do), `only` fits no cell or leaves out
+      trials that a cell needs, or the config or the data is bad.
+    NotImplementedError: there are several processes.
+  """
+  if jax.process_count() > 1:
+    raise NotImplementedError(
+      'a study runs in one process: the scores of a cell are kept by one host'
+    )
+  workdir = checkpoints.prepare_workdir(workdir)
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  report_lib.write_json(workdir / store.STUDY_FILE, dicts.to_dict(study))
+  todo = list(config_lib.cells(study))
+  if only:
+    todo = [c for c in todo if c.name.startswith(tuple(only))]
+    if not todo:
+      raise ValueError(
+        f'only={list(only)} fits no cell; their names are as '
+        f'{[c.name for c in config_lib.cells(study)][-1]!r}'
+      )
+  left = [c for c in todo if store.read_cell(workdir, c.name) is None]
+  left = [c for c in left if c.kind != 'floor']  # They take no time.
+  spent, trained = 0.0, 0
+  for number, cell in enumerate(todo, 1):
+    begin = time.monotonic()
+    old = store.read_cell(workdir, cell.name)
+    found = _cell(study, cell, workdir, mesh, old)
+    if found is None:
+      progress(
+        f'[{number - 1}/{len(todo)}] interrupted in {cell.name}; the same '
+        'command goes on from there'
+      )
+      return False
+    if cell in left:
+      spent, trained = spent + time.monotonic() - begin, trained + 1
+    eta = (len(left) - trained) * spent / max(trained, 1)
+    progress(
+      f'[{number}/{len(todo)}] {cell.name}: {_line(found)}'
+      f'{"" if old is None else "  (finished before)"}  '
+      f'ETA {report_lib.clock(eta)}'
+    )
+  return True
+
+
+def rerun(
+  path: str | os.PathLike[str],
+  workdir: str | os.PathLike[str],
+  *,
+  mesh: Mesh | None = None,
+) -> tuple[Values, Values]:
+  """Trains a finished cell again, from its JSON alone.
+
+  On CPUs the metrics are the same to the bit.
+
+  Args:
+    path: of the cell's JSON.
+    workdir: a folder for the new run.
+    mesh: of `sharding.data_mesh`; None: over all devices.
+
+  Returns:
+    `(stored, new)`, each `{'validation': metrics, 'test': metrics}`.
+
+  Raises:
+    ValueError: it is a floor, or it was interrupted.
+  """
+  stored = report_lib.read_json(pathlib.Path(path))
+  if stored['cell']['kind'] == 'floor':
+    raise ValueError(f'{path} is a floor, which is not trained')
+  config = dicts.from_dict(TrainConfig, stored['config'])
+  result = train_and_evaluate(config, workdir, mesh=mesh)
+  if result['interrupted']:
+    raise ValueError('interrupted; the same command goes on from there')
+  splits = [k for k in ('validation', 'test') if stored[k] is not None]
+  return {k: stored[k] for k in splits}, {k: result[k] for k in splits}
+
+
+def _cell(study, cell: Cell, workdir, mesh, old) -> Values | None:
+  """The finished cell's values; None if interrupted."""
+  if cell.kind == 'floor':
+    return _floor(study, cell, workdir, old)
+  tuning = None
+  trial = cell.trial
+  if cell.kind != 'trial':
+    tuning = _tuning(study, cell, workdir)
+    trial = tuning['chosen']
+  config, dataset = config_lib.run_config(study, cell, trial)
+  if old is not None:
+    _check_same(old, config, cell, workdir)
+    if old['tuning'] != tuning:  # More trials, of which the same is the best.
+      old = {**old, 'tuning': tuning}
+      store.write_cell(workdir, cell.name, old, None)
+    return old
+  run = workdir / 'runs' / cell.name
+  result, seconds = _train(config, run, dataset, mesh)
+  if result['interrupted']:
+    return None
+  params, _ = checkpoints.load_params(run)
+  scores = None
+  if cell.kind != 'trial':
+    scores = _scores(config, params, dataset, mesh)
+  values = {
+    'cell': dataclasses.asdict(cell),
+    'fusion': config.model.fusion,
+    'validation': result['validation'],
+    'test': None if scores is None else result['test'],
+    'num_parameters': sum(x.size for x in jax.tree.leaves(params)),
+    'seconds': seconds,
+    'steps': result['step'],
+    'best_step': result['best_step'],
+    'history': result['history'],
+    'tuning': tuning,
+    'environment': machine.environment(),
+    'config': dicts.to_dict(config),
+  }
+  store.write_cell(workdir, cell.name, values, scores)
+  if not study.keep_runs:
+    shutil.rmtree(run)
+  return values
+
+
+def _train(config, run: pathlib.Path, dataset, mesh) -> tuple[Values, float]:
+  """The result, and the seconds of all attempts that ended in order."""
+  clock = checkpoints.prepare_workdir(run) / 'seconds.json'
+  before = report_lib.read_json(clock)['seconds'] if clock.exists() else 0.0
+  begin = time.monotonic()
+  result = train_and_evaluate(config, run, dataset=dataset, mesh=mesh)
+  seconds = before + time.monotonic() - begin
+  report_lib.write_json(clock, {'seconds': seconds})
+  return result, seconds
+
+
+def _scores(config, params, dataset: datasets.Dataset, mesh):
+  """Of the test split, by event."""
+  rows, task = dataset.splits['test'], config.model.schema.tasks[0].name
+  found = evaluation.predict(
+    Ranker(config.model), params, rows, config.pipeline, mesh
+  )
+  assert found is not None  # Nothing asked it to stop.
+  predictions = found.predictions()
+  # Evaluation goes bucket by bucket; see `pipeline.eval_batches`.
+  buckets = pipeline.make_buckets(rows, config.pipeline, row_multiple=mesh.size)
+  event = np.concatenate(
+    [rows.candidate_events(r) for bucket in buckets for r in bucket.rows]
+  )
+  order = np.argsort(event, kind='stable')
+  label = predictions.labels[task][order]
+  if not np.array_equal(label, dataset.log.labels[task][event[order]]):
+    raise AssertionError('scores and events are not in the same order')
+  return {
+    'event': event[order].astype(np.int32),
+    'user': predictions.group[order],
+    'label': label.astype(bool),
+    'logit': predictions.logits[task][order],
+  }
+
+
+def _floor(study, cell: Cell, workdir, old) -> Values:
+  dataset_config = study.datasets[cell.dataset]
+  terms = list(dataset_config.floors[cell.variant])
+  # Pointwise rows: of every event alone, with what it may see.
+  run = dataset_config.run
+  kind = {**run['data'].get('rows', {}), 'kind': 'pointwise'}
+  data = {**run['data'], 'rows': kind, 'eval_rows': None}
+  dataset = config_lib.load_dataset(dicts.from_dict(datasets.DataConfig, data))
+  task = dataset.schema.tasks[0].name
+  config = {'terms': terms, 'task': task, 'window': cell.window}
+  if old is not None:
+    lines = dicts.differences(
+      old['config'], config, ('in the cell', 'asked for')
+    )
+    _fail_if(lines, cell, workdir)
+    return old
+  splits = dataset.splits
+  found: Values = {}
+  for split in ('validation', 'test'):  # The scores kept are of the last.
+    rows = splits[split]
+    logits = floors.floor_logits(
+      rows, splits['train'], terms, task, cell.window
+    )
+    scores = {
+      'event': rows.events.astype(np.int32),
+      'user': dataset.log.user[rows.events],
+      'label': dataset.log.labels[task][rows.events] == 1,
+      'logit': logits.astype(np.float32),
+    }
+    found[split] = {
+      f'{task}/{name}': value for name, value in _metrics(scores).items()
+    }
+  values = {
+    'cell': dataclasses.asdict(cell),
+    'fusion': None,
+    **found,
+    'num_parameters': 0,
+    'config': config,
+  }
+  store.write_cell(workdir, cell.name, values, scores)
+  return values
+
+
+def _metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+  logit, label = scores['logit'], scores['label']
+  return {
+    'auc': metrics.auc(logit, label),
+    'gauc': metrics.gauc(logit, label, scores['user']),
+    'logloss': metrics.logloss(logit, label),
+    'ne': metrics.normalized_entropy(logit, label),
+  }
+
+
+def _tuning(study: StudyConfig, cell: Cell, workdir) -> Values:
+  """What was tried for the cell's fusion, and which trial is the best."""
+  fusion = config_lib.fusion_of(study, cell)
+  trials = {}
+  for other in config_lib.cells(study):
+    if other.kind == 'trial' and (other.dataset, other.variant) == (
+      cell.dataset,
+      fusion,
+    ):
+      stored = store.read_cell(workdir, other.name)
+      if stored is None:
+        raise ValueError(
+          f'{cell.name} needs the trial {other.name}, which is not finished; '
+          'run that first'
+        )
+      trials[other.trial] = {
+        'changes': dict(study.trials[other.trial]),
+        'validation': stored['validation'],
+        'best_step': stored['best_step'],
+        'seconds': stored['seconds'],
+        'criterion': _criterion(study, stored),
+      }
+  return {
+    'criterion': dict(study.criterion),
+    'seed': study.tuning_seed,
+    'chosen': max(trials, key=lambda name: trials[name]['criterion']),
+    'trials': trials,
+  }
+
+
+def _criterion(study: StudyConfig, trial: Values) -> float:
+  """The weighted sum of metrics; those where less is better count negative."""
+  task = trial['config']['model']['schema']['tasks'][0]['name']
+  return math.fsum(
+    (1 if metrics.higher_is_better(name) else -1)
+    * weight
+    * trial['validation'][f'{task}/{name}']
+    for name, weight in study.criterion.items()
+  )
+
+
+def _check_same(old: Values, config: TrainConfig, cell: Cell, workdir) -> None:
+  lines = train_config.run_differences(
+    old['config'], config, ('in the cell', 'asked for')
+  )
+  _fail_if(lines, cell, workdir)
+
+
+def _fail_if(lines: list[str], cell: Cell, workdir) -> None:
+  if lines:
+    path = store.json_path(workdir, cell.name)
+    raise ValueError(
+      f'the finished cell {cell.name} is of another config. Delete {path} to '
+      'have it trained again, name another workdir, or take over these '
+      'fields:\n' + '\n'.join(lines)
+    )
+
+
+def _line(values: Values) -> str:
+  split = 'validation' if values['test'] is None else 'test'
+  shown = {
+    k: v
+    for k, v in values[split].items()
+    if v is not None and k.endswith(('/auc', '/gauc'))
+  }
+  text = f'{split} {report_lib.format_metrics(shown)}'
+  if 'seconds' in values:
+    text += f'  ({values["seconds"]:.0f} s, best of step {values["best_step"]})'
+  return text

@@ -1,0 +1,359 @@
+"""A tiny study, end to end."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from histjax import config as dicts
+from histjax.study import report, runner, store, summary
+from histjax.study.config import StudyConfig, cells
+from histjax.training import metrics, sharding
+from histjax.training import step as step_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+VALUES = {
+  'datasets': {
+    'planted': {
+      'run': {
+        'data': {
+          'tasks': ('click',),
+          'synthetic': {
+            'num_users': 40,
+            'requests_per_user': 10,
+            'candidates_per_request': 2,
+            'num_items': 20,
+          },
+        },
+        'model': {
+          'encoder': {'num_layers': 1, 'width': 8, 'num_heads': 2},
+          'interaction': {'kind': 'mlp', 'mlp_widths': (8,)},
+          'embedding_dim': 4,
+        },
+        'pipeline': {
+          'batch_events': 512,
+          'history_buckets': (24,),
+          'candidate_buckets': (16,),
+          'num_threads': 0,
+        },
+        'num_steps': 6,
+        'eval_every': 3,
+        'checkpoint_every': 2,
+        'tensorboard': False,
+      },
+      'windows': (8,),
+      'floors': {'user + item': ('user', 'item'), 'running': ('history',)},
+    }
+  },
+  'fusions': {
+    'append_cross': {},
+    'concat': {'pipeline': {'batch_events': 1024}},
+  },
+  'trials': {
+    'slow': {'optimizer': {'learning_rate': 0.001}},
+    'fast': {'optimizer': {'learning_rate': 0.01}},
+  },
+  'seeds': (1, 2),
+  'ablations': {
+    'short': {'fusion': 'append_cross', 'changes': {'num_steps': 3}}
+  },
+  'ablation_seeds': (1,),
+  'resamples': 1000,
+}
+STUDY = dicts.from_dict(StudyConfig, VALUES)
+CELL = 'planted/append_cross/window8-seed2'
+
+
+def run(workdir, study=STUDY, only=()):
+  """Whether it finished, and its progress lines."""
+  lines = []
+  mesh = sharding.data_mesh(jax.devices()[:1])
+  done = runner.run_study(
+    study, workdir, only=only, progress=lines.append, mesh=mesh
+  )
+  return done, lines
+
+
+def changed(**changes):
+  return dicts.from_dict(StudyConfig, {**VALUES, **changes})
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('study')
+  done, lines = run(workdir)
+  assert done
+  return workdir, lines
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  """A copy to change."""
+  return shutil.copytree(finished[0], tmp_path / 'study')
+
+
+def interrupt_in_step(monkeypatch, number):
+  """Sends SIGINT in the `number`-th training step from now."""
+  make, count = step_lib.make_train_step, []
+
+  def wrapped(*args, **kwargs):
+    function = make(*args, **kwargs)
+
+    def step(*state_and_batch):
+      count.append(1)
+      if len(count) == number:
+        os.kill(os.getpid(), signal.SIGINT)
+      return function(*state_and_batch)
+
+    return step
+
+  monkeypatch.setattr(step_lib, 'make_train_step', wrapped)
+
+
+class TestStudy:
+  def test_every_cell_is_there(self, finished):
+    workdir, lines = finished
+    wanted = [c.name for c in cells(STUDY)]
+    assert len(wanted) == 2 + 2 * (2 + 2) + 1
+    found = sorted((workdir / 'cells').rglob('*.json'))
+    assert sorted(wanted) == [
+      str(p.relative_to(workdir / 'cells').with_suffix('')) for p in found
+    ]
+    assert len(lines) == len(wanted)
+    assert lines[-1].startswith('[11/11] planted/short/window8-seed1: ')
+    assert 'test click/auc 0.' in lines[-1]
+    assert lines[-1].endswith('ETA 0:00:00')
+    assert not (workdir / 'runs' / CELL).exists()
+    assert not list(workdir.rglob('*.tmp'))
+
+  def test_what_a_cell_says(self, finished):
+    workdir, _ = finished
+    cell = store.read_cell(workdir, CELL)
+    assert cell['config']['seed'] == cell['config']['pipeline']['seed'] == 2
+    assert cell['config']['model']['encoder']['window'] == 8
+    assert cell['steps'] == 6
+    assert cell['best_step'] in (3, 6)
+    assert cell['seconds'] > 0
+    assert cell['num_parameters'] > 100
+    assert 'jax' in cell['environment']
+    assert len([h for h in cell['history'] if 'validation' in h]) == 2
+
+  def test_trials_are_chosen_on_validation(self, finished):
+    workdir, _ = finished
+    tuning = store.read_cell(workdir, CELL)['tuning']
+    assert set(tuning['trials']) == {'slow', 'fast'}
+    auc = {k: v['validation']['click/auc'] for k, v in tuning['trials'].items()}
+    assert tuning['chosen'] == max(auc, key=auc.get)
+    for trial in tuning['trials']:
+      name = f'planted/append_cross/window8-trial-{trial}'
+      stored = store.read_cell(workdir, name)
+      assert stored['test'] is None
+      assert stored['validation']['click/auc'] == auc[trial]
+    chosen = VALUES['trials'][tuning['chosen']]['optimizer']['learning_rate']
+    config = store.read_cell(workdir, CELL)['config']
+    assert config['optimizer']['learning_rate'] == chosen
+
+  def test_scores_have_the_metrics_of_the_cell(self, finished):
+    workdir, _ = finished
+    events = None
+    for cell in cells(STUDY):
+      if cell.kind == 'trial':
+        continue
+      scores = store.read_scores(workdir, cell.name)
+      test = store.read_cell(workdir, cell.name)['test']
+      args = scores['logit'], scores['label']
+      assert metrics.auc(*args) == test['click/auc']
+      assert metrics.gauc(*args, scores['user']) == test['click/gauc']
+      events = scores['event'] if events is None else events
+      np.testing.assert_array_equal(scores['event'], events)
+
+  def test_a_deleted_cell_is_trained_again_to_the_bit(self, finished, workdir):
+    store.json_path(workdir, CELL).unlink()
+    done, lines = run(workdir)
+    assert done
+    assert sum('finished before' in line for line in lines) == 10
+    again, before = (store.read_cell(w, CELL) for w in (workdir, finished[0]))
+    for name in ('test', 'validation', 'history', 'config', 'tuning'):
+      assert again[name] == before[name]
+    chex.assert_trees_all_equal(
+      store.read_scores(workdir, CELL), store.read_scores(finished[0], CELL)
+    )
+
+  def test_rerun_from_json(self, finished, tmp_path):
+    stored, new = runner.rerun(
+      store.json_path(finished[0], CELL),
+      tmp_path,
+      mesh=sharding.data_mesh(jax.devices()[:1]),
+    )
+    assert stored == new
+    assert set(stored) == {'validation', 'test'}
+
+  def test_interrupted(self, finished, workdir, monkeypatch):
+    store.json_path(workdir, CELL).unlink()
+    with monkeypatch.context() as patch:
+      interrupt_in_step(patch, 4)
+      done, lines = run(workdir)
+    assert not done
+    assert f'interrupted in {CELL}' in lines[-1]
+    assert not store.json_path(workdir, CELL).exists()
+    assert (workdir / 'runs' / CELL / 'checkpoints' / '4').exists()
+    done, _ = run(workdir)
+    assert done
+    again, before = (store.read_cell(w, CELL) for w in (workdir, finished[0]))
+    assert again['test'] == before['test']
+
+  def test_a_changed_config_is_refused(self, workdir):
+    values = {**VALUES['fusions'], 'concat': {'model': {'embedding_dim': 8}}}
+    with pytest.raises(ValueError, match='concat/window8-trial-slow') as error:
+      run(workdir, changed(fusions=values))
+    message = str(error.value)
+    assert 'model.embedding_dim: 4 (in the cell), 8 (asked for)' in message
+    assert 'Delete' in message
+
+  def test_changed_floor_is_refused(self, workdir):
+    planted = {
+      **VALUES['datasets']['planted'],
+      'floors': {'running': ('item',)},
+    }
+    with pytest.raises(ValueError, match='planted/floor/running is of another'):
+      run(workdir, changed(datasets={'planted': planted}))
+
+  def test_only_some(self, tmp_path):
+    done, lines = run(tmp_path, only=['planted/floor/run'])
+    assert done
+    assert [line.split(': ')[0] for line in lines] == [
+      '[1/1] planted/floor/running'
+    ]
+    with pytest.raises(ValueError, match='seed1 needs the trial planted/con'):
+      run(tmp_path, only=['planted/concat/window8-seed'])
+    with pytest.raises(ValueError, match='fits no cell'):
+      run(tmp_path, only=['ml1m'])
+
+  def test_one_more_trial(self, workdir):
+    trials = {**VALUES['trials'], 'slow again': VALUES['trials']['slow']}
+    before = store.read_cell(workdir, CELL)
+    done, lines = run(workdir, changed(trials=trials))
+    assert done
+    assert sum('finished before' in line for line in lines) == 11
+    after = store.read_cell(workdir, CELL)
+    assert set(after['tuning']['trials']) == {*trials}
+    assert after['test'] == before['test']
+
+
+class TestReport:
+  def test_summary(self, finished):
+    workdir, _ = finished
+    found = summary.load(workdir, progress=lambda line: None)
+    rows = {row['variant']: row for row in found['datasets']['planted']}
+    assert list(rows) == [
+      *('running', 'user + item', 'append_cross', 'concat', 'short')
+    ]
+    ours, baseline = rows['append_cross'], rows['concat']
+    assert ours['seeds'] == [1, 2]
+    assert ours['amortizable'] and not baseline['amortizable']
+    assert baseline['compared'] is None
+    aucs = [
+      [
+        store.read_cell(workdir, f'planted/{fusion}/window8-seed{s}')['test'][
+          'click/auc'
+        ]
+        for s in (1, 2)
+      ]
+      for fusion in ('append_cross', 'concat')
+    ]
+    assert ours['auc']['mean'] == pytest.approx(np.mean(aucs[0]))
+    assert ours['auc']['low'] < ours['auc']['mean'] < ours['auc']['high']
+    compared = ours['compared']
+    assert compared['to'] == 'concat'
+    assert compared['auc']['difference'] == pytest.approx(
+      np.mean(aucs[0]) - np.mean(aucs[1])
+    )
+    assert rows['short']['compared']['to'] == 'append_cross'
+    assert rows['running']['compared']['to'] == 'concat'
+
+  def test_from_the_summary_alone(self, finished, tmp_path):
+    workdir, _ = finished
+    found = summary.load(workdir, progress=lambda line: None)
+    shutil.copy(workdir / 'summary.json', tmp_path)
+    assert summary.load(tmp_path) == found
+    cost = tmp_path / 'cost.json'
+    costs = {'append_cross': 1.0, 'concat': 50.0}
+    cost.write_text(json.dumps({'unit': 'ms', 'fusions': costs}))
+    paths = report.write(summary.load(tmp_path), tmp_path, cost)
+    assert [pathlib.Path(p).name for p in paths] == [
+      *('study.md', 'quality.png', 'cost.png')
+    ]
+    for path in paths[1:]:
+      assert pathlib.Path(path).stat().st_size > 5000
+    table = (tmp_path / 'study.md').read_text()
+    (line,) = (
+      x for x in table.splitlines() if x.startswith('| append_cross |')
+    )
+    auc = found['datasets']['planted'][2]['auc']
+    assert f'{auc["mean"]:.4f} +- {auc["deviation"]:.4f}' in line
+
+  def test_missing_scores(self, workdir):
+    store.json_path(workdir, CELL).with_suffix('.npz').unlink()
+    with pytest.raises(FileNotFoundError, match=r'seed2\.npz is missing'):
+      summary.load(workdir, progress=lambda line: None)
+
+  def test_no_study(self, tmp_path):
+    with pytest.raises(FileNotFoundError, match='neither cells/'):
+      summary.load(tmp_path)
+
+  def test_binary(self, workdir, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+      'import ml_collections\n'
+      f'def get_config():\n  return ml_collections.ConfigDict({VALUES!r})\n'
+    )
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    done = subprocess.run(
+      [
+        *(sys.executable, ROOT / 'experiments' / 'study.py'),
+        *(f'--config={config}', f'--workdir={workdir}'),
+      ],
+      capture_output=True,
+      text=True,
+      check=True,
+      env=environment,
+    )
+    assert done.stdout.count('finished before') == 11
+    assert '| append_cross | 8 | 2 |' in done.stdout
+    assert (workdir / 'quality.png').exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'seeds': ()}, 'seeds is empty'),
+    ({'fusions': {'late': {}}}, "fusions has 'late'; choose from"),
+    ({'baseline': 'none'}, "baseline='none' must be one of its fusions"),
+    ({'criterion': {'accuracy': 1.0}}, 'accuracy'),
+    ({'resamples': 10}, 'resamples=10 at least 1000'),
+    (
+      {'trials': {'a': {'model': {'encoder': {'window': 3}}}}},
+      "'a' changes model.encoder.window, which follows from",
+    ),
+    (
+      {'ablations': {'b': {'fusion': 'mean'}}},
+      "ablation 'b' is of fusion='mean'",
+    ),
+    (
+      {'ablations': {'b': {'fusion': 'concat', 'datasets': ('c',)}}},
+      "ablation 'b' is on 'c'",
+    ),
+    ({'ablations': {'concat': {'fusion': 'concat'}}}, 'the name of a fusion'),
+  ],
+)
+def test_bad_study(changes, message):
+  with pytest.raises(ValueError, match=message):
+    changed(**changes)
