@@ -5,103 +5,27 @@ The interpreter looks for races. On a Hopper GPU test_backends.py runs them.
 
 import functools
 import re
-from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from histjax.ops import partition
 from histjax.ops.history_attention import api, pallas_gpu
 from histjax.types import KeyRange
+from tests.ops import gpu_interpreter
 from tests.ops.history_attention import suite
 from tests.ops.history_attention.test_cudnn import fake_device
 
 Config, Backward = pallas_gpu.Config, pallas_gpu.Backward
-MAX_WARPGROUPS = 3
 
 
-class Instead:
-  """A module with some of its functions replaced."""
-
-  def __init__(self, module, **functions):
-    self._module = module
-    self.__dict__.update(functions)
-
-  def __getattr__(self, name):
-    return getattr(self._module, name)
-
-
-class Begun(NamedTuple):
-  """An accumulator that began at a value, to be added in the end."""
-
-  acc: Any
-  start: jax.Array
-
-
-class Value:
-  """A value that is read and written like a reference."""
-
-  def __init__(self, value):
-    self.value = value
-
-  def __getitem__(self, index):
-    return self.value
-
-  def __setitem__(self, index, value):
-    self.value = value
-
-
-def wgmma(acc, a, b):
-  """With a factor in registers, which the interpreter takes from memory."""
-  acc = acc.acc if isinstance(acc, Begun) else acc
-  if hasattr(jax.typeof(getattr(a, 'ref', a)), 'inner_aval'):
-    return plgpu.wgmma(acc, a, b)
-
-  def product(ref):
-    factor = ref.at[jax.lax.axis_index('wg')]
-    factor[...] = a
-    plgpu.commit_smem()
-    plgpu.wgmma(acc, factor, b)
-
-  pl.run_scoped(
-    product,
-    plgpu.SMEM((MAX_WARPGROUPS, *a.shape), a.dtype),
-    collective_axes='wg',
-  )
-
-
-def wgmma_accumulator_load(acc, **kwargs):
-  if not isinstance(acc, Begun):
-    return plgpu.wgmma_accumulator_load(acc, **kwargs)
-  return plgpu.wgmma_accumulator_load(acc.acc, **kwargs) + acc.start
-
-
-def run_state(function):
-  """With accumulators, which the interpreter can only begin at zero."""
-
-  def run(state):
-    starts = [x._init for x in state if hasattr(x, '_init')]
-    values = [Value(x) for x in state if not hasattr(x, '_init')]
-
-    def body(*accs):
-      accs = [Begun(*x) for x in zip(accs, starts, strict=True)]
-      function((*accs, *values))
-      results = [wgmma_accumulator_load(x) for x in accs]
-      return *results, *(x[...] for x in values)
-
-    return pl.run_scoped(body, *(plgpu.ACC(x.shape, x.dtype) for x in starts))
-
-  return run
-
-
-class InterpretedTest(suite.BackendTestCase):
+class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
   """Runs 'pallas_gpu' on the CPU; fails at a race."""
+
+  module = pallas_gpu
 
   def setUp(self):
     super().setUp()
@@ -110,20 +34,13 @@ class InterpretedTest(suite.BackendTestCase):
     self.enter_context(
       mock.patch.dict(api._BACKENDS, {'pallas_gpu': everywhere})
     )
-    changed = Instead(
-      plgpu, wgmma=wgmma, wgmma_accumulator_load=wgmma_accumulator_load
-    )
     for module, name, value in (
-      (pallas_gpu, 'plgpu', changed),
-      (pallas_gpu, 'pl', Instead(pl, run_state=run_state)),
+      (pallas_gpu, 'plgpu', self.plgpu),
       (pallas_gpu, '_jitted', pallas_gpu._attend),
       # The interpreter's callbacks are not for custom_partitioning.
       (partition, 'by_rows', lambda function, *axes: function),
     ):
       self.enter_context(mock.patch.object(module, name, value))
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    self.enter_context(plgpu.force_gpu_interpret_mode(params))
-    self.addCleanup(gpu_callbacks.reset_gpu_interpret_mode_state)
 
   def run_call(self, call, scale=None):
     run = functools.partial(
@@ -133,7 +50,7 @@ class InterpretedTest(suite.BackendTestCase):
       call.query, call.key, call.value, call.cotangent, call.key_range
     )
     jax.block_until_ready(found)
-    self.assertFalse(gpu_callbacks.get_races().races_found)
+    self.assertFalse(self.races_found())
     return found
 
   def check(self, call, scale=None):
