@@ -141,7 +141,10 @@ def cost_figure(summary: Values, cost: Values):
       axis.errorbar(
         costs[row['variant']],
         auc['mean'],
-        [[auc['mean'] - auc['low']], [auc['high'] - auc['mean']]],
+        [
+          [max(auc['mean'] - auc['low'], 0)],
+          [max(auc['high'] - auc['mean'], 0)],
+        ],
         fmt='o' if row['amortizable'] else 's',
         capsize=2,
         label=row['variant'],
