@@ -9,8 +9,9 @@ and the metrics. Run again to go on where it stopped: finished cells are not
 repeated. At the end, and with --report at any time, writes summary.json,
 study.md and quality.png (and cost.png, with --cost) to the workdir. --report
 of a folder with summary.json alone draws them again. Processes that share the
-workdir can share the work: --only=ml1m/concat,ml1m/none. --rerun=<cell>.json
-trains one cell again, in an empty workdir, and compares the metrics.
+workdir can share the work, --only=ml1m/concat,ml1m/none, and then --report.
+--rerun=<cell>.json trains one cell again, in an empty workdir, and compares
+the metrics.
 """
 
 import pathlib
@@ -53,9 +54,10 @@ def run():
     if _CONFIG.value is None:
       raise ValueError('name a --config, or --report what is there')
     study = config_lib.from_dict(StudyConfig, _CONFIG.value.to_dict())
-    if not runner.run_study(
+    done = runner.run_study(
       study, _WORKDIR.value, only=_ONLY.value, progress=_print
-    ):
+    )
+    if _ONLY.value or not done:
       return None
   found = summary.load(_WORKDIR.value, progress=_print)
   paths = report.write(found, _WORKDIR.value, _COST.value)
