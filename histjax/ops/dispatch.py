@@ -70,9 +70,10 @@ def run(
   Raises:
     NotImplementedError: the named backend cannot compute this.
   """
-  names = [implementation]
   if implementation is None:
     names = [name for name, backend in backends.items() if not backend.by_name]
+  else:
+    names = [implementation]
   for name in names:
     backend = backends[name]
     try:
