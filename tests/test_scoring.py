@@ -198,9 +198,17 @@ class EquivalenceTest(parameterized.TestCase):
       else:
         np.testing.assert_array_equal(changed(at), before)
 
-  def test_window_bounds_the_receptive_field(self):
-    s = scorer('window')  # Two layers of 3: five events back.
-    self.assertEqual(s.config.encoder.receptive_field, 5)
+  @parameterized.parameters(
+    ('append_cross', 5),  # Two layers of 3: five events back.
+    ('append_isolated', 5),
+    ('append_self', 3),
+    ('concat', 7),  # The mean reads events, which have seen two windows.
+    ('mean_pool', 3),
+  )
+  def test_window_bounds_the_receptive_field(self, fusion, reach):
+    config = support.config(fusion=fusion, encoder__window=3)
+    self.assertEqual(config.receptive_field, reach)
+    s = scoring.Scorer(config, support.init(config)[1])
     batch = support.batch(np.random.default_rng(3), num_events=8)
     batch = batch.replace(
       history=batch.history.replace(length=np.full(3, 8, np.int32)),
@@ -214,7 +222,7 @@ class EquivalenceTest(parameterized.TestCase):
         features={**batch.history.features, 'item': items}
       )
       after = real(s.score_joint(batch.replace(history=history)), batch)
-      self.assertEqual(bool((after == before).all()), at < 3)
+      self.assertEqual(bool((after == before).all()), at < 8 - reach)
 
 
 class InvarianceTest(parameterized.TestCase):

@@ -65,6 +65,21 @@ class RankerConfig:
       raise ValueError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 
   @property
+  def hops(self) -> int:
+    """Windows between a score and the oldest event that it can depend on."""
+    return fusion.FUSIONS[self.fusion].hops(self.encoder.num_layers)
+
+  @property
+  def receptive_field(self) -> int | None:
+    """How many events back a score can depend on; None: all of them.
+
+    Layer by layer a window reaches further: the candidate sees W events, and
+    the first of those has itself seen W - 1 more, `hops` times over.
+    """
+    window = self.encoder.window
+    return None if window is None else self.hops * (window - 1) + 1
+
+  @property
   def amortizable(self) -> bool:
     """Whether one pass over the history can serve every candidate."""
     return fusion.FUSIONS[self.fusion].amortizable

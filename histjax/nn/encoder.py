@@ -81,17 +81,6 @@ class EncoderConfig:
     """H."""
     return self.width // self.num_heads
 
-  @property
-  def receptive_field(self) -> int | None:
-    """How many events back a score can depend on; None: all of them.
-
-    Layer by layer a window reaches further: the candidate sees W events, and
-    the first of those has itself seen W - 1 more, `num_layers` times over.
-    """
-    if self.window is None:
-      return None
-    return self.num_layers * (self.window - 1) + 1
-
 
 class Block(nn.Module):
   """`x += Attention(norm(x), history)`, then `x += MLP(norm(x))`.

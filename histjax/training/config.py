@@ -130,15 +130,16 @@ class TrainConfig:
       )
     if rows.history_length is None or rows.on_overflow == 'error':
       return
-    field_of_view = encoder.receptive_field
+    field_of_view = self.model.receptive_field
     if field_of_view is None or field_of_view > rows.history_length:
       reach = 'the whole history' if field_of_view is None else field_of_view
-      window = (rows.history_length - 1) // encoder.num_layers + 1
+      window = (rows.history_length - 1) // self.model.hops + 1
       raise ValueError(
         f"{field}.kind='streaming' cuts histories to {field}.history_length="
         f'{rows.history_length} events before the first candidate, but with '
-        f'model.encoder.window={encoder.window} and model.encoder.num_layers='
-        f'{encoder.num_layers} a score reads {reach}: it would depend on how '
+        f'model.encoder.window={encoder.window}, model.encoder.num_layers='
+        f'{encoder.num_layers} and model.fusion={self.model.fusion!r} a score '
+        f'reads {reach}: it would depend on how '
         f'users are cut into rows. Set model.encoder.window to {window} or '
         f'less, or {field}.history_length=None'
       )

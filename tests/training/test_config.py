@@ -52,7 +52,7 @@ def with_rows(field='rows', **fields):
     ),
     (
       {'data': with_rows(history_length=9)},
-      r'history_length=9 .*window=None and model.encoder.num_layers=2 a score '
+      r'history_length=9 .*window=None, model.encoder.num_layers=2 .* a score '
       r'reads the whole history.*Set model\.encoder\.window to 5 or less, or '
       r'data\.rows\.history_length=None',
     ),
@@ -61,7 +61,16 @@ def with_rows(field='rows', **fields):
         'data': with_rows(history_length=9),
         'model': with_encoder(num_layers=2, window=6),
       },
-      r'window=6 .* reads 11: .* to 5 or less',
+      r'window=6, .* reads 11: .* to 5 or less',
+    ),
+    (  # The mean reads events that have seen two windows.
+      {
+        'data': with_rows(history_length=9),
+        'model': dataclasses.replace(
+          with_encoder(num_layers=2, window=5), fusion='concat'
+        ),
+      },
+      r"fusion='concat' a score reads 13: .* to 3 or less",
     ),
     (
       {

@@ -30,9 +30,20 @@ class Fusion(nn.Module):
   amortizable = False
   obstacle = ''
 
+  @staticmethod
+  def hops(num_layers: int) -> int:
+    """Windows between a score and the oldest event that it can depend on."""
+    del num_layers
+    return 1
+
 
 class Transformer(Fusion):
   """A fusion of blocks, a final norm and positions."""
+
+  @staticmethod
+  def hops(num_layers: int) -> int:
+    """One a layer: what a query sees has seen a window itself."""
+    return num_layers
 
   def setup(self):
     config = self.config

@@ -24,6 +24,11 @@ class Concat(base.Transformer):
 
   obstacle = _OBSTACLE
 
+  @staticmethod
+  def hops(num_layers: int) -> int:
+    """One a layer and one for the mean."""
+    return num_layers + 1
+
   @nn.compact
   def __call__(
     self,
@@ -75,6 +80,7 @@ class AppendSelf(base.Transformer):
   """
 
   obstacle = _OBSTACLE
+  hops = base.Fusion.hops  # The window cuts the sequence itself.
 
   def __call__(
     self,
