@@ -294,8 +294,8 @@ class Lines(race_detection_state.GPURaceDetectionState):
   bytes are read as they were written, and what the matrix units read.
   """
 
-  def __init__(self, num_cores):
-    super().__init__(num_cores=num_cores)
+  def __init__(self, **options):
+    super().__init__(**options)
     self.lines = {}
     self.unfinished = {}
     self.peers = {}
