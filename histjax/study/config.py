@@ -243,7 +243,8 @@ def run_config(
   values['model'] = {**model, 'encoder': encoder, 'schema': dataset.schema}
   if 'streaming' in {data.rows.kind, (data.eval_rows or data.rows).kind}:
     layers = encoder.get('num_layers', EncoderConfig.num_layers)
-    encoder['window'] = (cell.window - 1) // layers + 1
+    hops = fusion_lib.FUSIONS[fusion].hops(layers)
+    encoder['window'] = (cell.window - 1) // hops + 1
   return dicts.from_dict(TrainConfig, values), dataset
 
 
