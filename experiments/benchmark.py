@@ -20,6 +20,7 @@ from absl import app, flags, logging
 
 from histjax import EncoderConfig, Ranker, RankerConfig, benchmark
 from histjax import config as config_lib
+from histjax.benchmark import report as report_lib
 from histjax.benchmark import requests, suites, workloads
 from histjax.data import synthetic
 
@@ -107,6 +108,8 @@ def main(argv):
   report = scoring() if _SUITE.value == 'scoring' else named_suite(_SUITE.value)
   if _OUTPUT.value:
     print('wrote', *benchmark.write_report(report, _OUTPUT.value))
+  if broken := report_lib.broken(report):
+    raise SystemExit('\n'.join(['failed:', *broken]))
 
 
 if __name__ == '__main__':

@@ -183,6 +183,8 @@ class SuitesTest(parameterized.TestCase):
     self.assertEqual(entry['ratios'], {})
     self.assertIsNone(entry['best_rival'])
     self.assertIn('failed: wrong', report.table(entry))
+    (line,) = report.broken(result)
+    self.assertStartsWith(line, 'full_32 histjax: wrong: ')
     self.assertNotEmpty(report.roofline(result).axes)
 
   def test_ratios_are_to_the_best_rival(self):

@@ -26,6 +26,22 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
   return [str(json_path), str(figure_path)]
 
 
+def broken(report: Mapping[str, Any]) -> list[str]:
+  """What of this library failed, but for calls that a backend refuses.
+
+  A rival that fails is a result; the library's own code must not.
+  """
+  return [
+    f'{entry["name"]} {name}: {row["failed"]}'
+    for entry in report['results']
+    for name, row in entry.get('contenders', {}).items()
+    if name.startswith('histjax')
+    and not row.get('failed', 'NotImplementedError').startswith(
+      'NotImplementedError'
+    )
+  ]
+
+
 def ceilings_line(report: Mapping[str, Any]) -> str:
   """The device and its measured ceilings, in a line."""
   ceilings = report['ceilings']

@@ -141,8 +141,8 @@ class JaxProgram:
 
       measured = profiler.measure(self._one, aggregate=False, iterations=5)
       _, calls = measured(self._x, self._rests[0])
-    except Exception:  # An experimental extra, of no fixed interface.
-      return None
+    except (ImportError, AttributeError, TypeError, RuntimeError):
+      return None  # An experimental extra, of no fixed interface.
     milliseconds = [sum(t for _, t in kernels) for kernels in calls or []]
     return float(np.median(milliseconds)) / 1e3
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import dispatch, partition
+from histjax.ops import devices, dispatch, partition
 from histjax.ops.candidate_tower import (
   pallas_gpu,
   pallas_tpu,
@@ -45,12 +45,12 @@ def _over_rows(
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
     _over_rows(pallas_gpu.candidate_tower),
-    pallas_gpu.check_device,
+    devices.check_hopper,
     by_name=True,
   ),
   'pallas_tpu': dispatch.Backend(
     _over_rows(pallas_tpu.candidate_tower, mesh_in_context=True),
-    pallas_tpu.check_device,
+    devices.check_tpu,
   ),
   'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_device),
   'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_device),
@@ -100,7 +100,8 @@ def candidate_tower(
     values: `[layers, B, L, N, H]`, likewise.
     key_range: int32 `[B, C]` each. Its `structure` opens faster paths. Keys
       and values before or after all ranges of their row may hold anything,
-      NaN included; those between must be finite.
+      NaN included, unless 'xla' runs with an attention that needs them finite,
+      as cuDNN's does; those between must be finite.
     weights: see `TowerWeights`; the matrices are of the candidates' type.
     num_heads: N, with `N H = D`.
     count: int32 `[B]`. The result of candidates `c >= count[b]` is zeros, and

@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from histjax.ops import rotary
 from histjax.ops.candidate_tower import reference
 from histjax.types import KeyRange
 
@@ -243,20 +244,6 @@ def _cluster():
   return cluster
 
 
-def check_device(device: jax.Device) -> None:
-  """Raises NotImplementedError unless the kernel runs on `device`."""
-  if 'cuda' not in device.client.platform_version.lower():
-    raise NotImplementedError(
-      'pallas_gpu needs an NVIDIA GPU, not a device of platform '
-      f'{device.platform!r}'
-    )
-  if device.compute_capability != '9.0':
-    raise NotImplementedError(
-      'pallas_gpu is written for NVIDIA Hopper, compute capability 9.0, and '
-      f'{device.device_kind} has {device.compute_capability}'
-    )
-
-
 def candidate_tower(
   candidates: Float[Array, 'B C D'],
   position: Int[Array, 'B C'] | None,
@@ -298,10 +285,8 @@ def candidate_tower(
   x = pad(candidates, -(-num_candidates // 8) * 8)
   start, stop = key_range.start, key_range.stop
   place = start if position is None else position
-  place = pad(place.astype(jnp.int32), padded, 'edge')
+  place = pad(place, padded, 'edge')
   prefix = key_range.structure == 'prefix'
-  if count is not None:
-    count = count.astype(jnp.int32)
   few = num_rows * num_blocks <= MULTIPROCESSORS  # Any order is as good.
   if prefix and (few or count is None):
     meta = start = None  # The kernel knows all of it from `stop` and `count`.
@@ -457,7 +442,6 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged):
         collective_axes=('part',), num_arrivals=workers
       ),
     )
-  arrivals = dict(num_arrivals=tiles, num_barriers=ring)
   scratch = dict(
     act=swizzled((tiles, plan.width // wide, ROWS, wide)),
     mid=plgpu.RefUnion(*mid),
@@ -469,7 +453,7 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged):
     ),
     kv_full=plgpu.Barrier(num_arrivals=2, num_barriers=ring),
     full=plgpu.Barrier(num_barriers=ring),
-    free=plgpu.Barrier(**arrivals),
+    free=plgpu.Barrier(num_arrivals=tiles, num_barriers=ring),
     bias_full=plgpu.Barrier(num_barriers=2),
     bias_free=plgpu.Barrier(num_arrivals=tiles * workers, num_barriers=2),
     met=plgpu.Barrier(num_arrivals=workers, num_barriers=tiles),
@@ -821,8 +805,8 @@ class _Worker:
   def across(self, v):  # [columns] -> [64, columns]
     return lax.broadcast_in_dim(v, (ROWS, v.shape[0]), (1,))
 
-  def filled(self, columns, value=0.0):
-    x = jnp.full((ROWS, columns), value, jnp.float32)
+  def zeros(self, columns):
+    x = jnp.zeros((ROWS, columns), jnp.float32)
     return self.plgpu.layout_cast(x, self.plgpu.Layout.WGMMA)
 
   def vector(self, value):
@@ -846,15 +830,19 @@ class _Worker:
 
   # Between the workers of a tile.
 
+  def meet(self):
+    """Waits for the workers of the tile in this block."""
+    met = self.context.met.at[self.tile]
+    self.plgpu.barrier_arrive(met)
+    self.plgpu.barrier_wait(met)
+
   def sync(self):
-    """No worker of the tile goes on before all have come here."""
-    plgpu, context = self.plgpu, self.context
+    """Waits for all workers of the tile."""
     if self.plan.config.blocks > 1:
-      plgpu.barrier_arrive(context.together)
-      plgpu.barrier_wait(context.together)
+      self.plgpu.barrier_arrive(self.context.together)
+      self.plgpu.barrier_wait(self.context.together)
     else:
-      plgpu.barrier_arrive(context.met.at[self.tile])
-      plgpu.barrier_wait(context.met.at[self.tile])
+      self.meet()
 
   def share(self, pieces, ref, at, turn):
     """Writes pieces to blocks `at, at + 1, ..` of `ref`, for all workers.
@@ -886,7 +874,7 @@ class _Worker:
 
   def gather(self, ref, count, turn):
     """Waits for `count` pieces of each worker."""
-    plgpu, context = self.plgpu, self.context
+    plgpu = self.plgpu
     blocks = self.plan.config.blocks
     if blocks > 1:
       size = (
@@ -895,8 +883,7 @@ class _Worker:
       plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
         functools.partial(_cluster().receive, size=size)
       )(self.sent(turn))
-    plgpu.barrier_arrive(context.met.at[self.tile])
-    plgpu.barrier_wait(context.met.at[self.tile])
+    self.meet()
 
   def split(self, x, size):
     """`[64, columns]` as blocks `[64, size]`."""
@@ -963,7 +950,7 @@ class _Worker:
     return self.worker * slots + lax.rem(number, jnp.int32(slots))
 
   def give(self, number):
-    """Gives a slot back; whoever leads refills the one before it."""
+    """Gives a slot back; without a loader, whoever leads refills it."""
     plgpu, plan, context = self.plgpu, self.plan, self.context
     plgpu.barrier_arrive(context.free.at[self.slot(number)])
     if plan.config.loader:
@@ -1033,7 +1020,7 @@ class _Worker:
       channel = self.plgpu.broadcasted_iota(
         jnp.int32, (half,), 0, layout=self.column_layout
       ).astype(jnp.float32)
-      frequency = jnp.exp2(channel * (-math.log2(10_000.0) / half))
+      frequency = jnp.exp2(channel * (-math.log2(rotary.MAX_WAVELENGTH) / half))
       angle = self.down(self.place, half) * self.across(frequency)
       # Two-term reduction to [-pi, pi], where the fast sine is accurate.
       turns = lax.round(
@@ -1081,14 +1068,13 @@ class _Worker:
     """The output `[64, H]` of this worker's head `n`."""
     plan, steps = self.plan, self.context.steps
     empty = (
-      self.filled(plan.head_dim),
+      self.zeros(plan.head_dim),
       self.vector(NEVER),
-      self.filled(8),  # Sums of every eighth weight, added up at the end.
+      self.zeros(8),  # Sums of every eighth weight, added up at the end.
     )
-    done = lax.fori_loop(
+    out, _, total = lax.fori_loop(
       0, steps, functools.partial(self.attend_slot, n, number), empty
     )
-    out, _, total = done
     total = total.sum(axis=1)
     share = jnp.where(total > 0, 1 / total, 0.0)
     return (out * self.down(share, plan.head_dim)).astype(jnp.bfloat16)
@@ -1220,7 +1206,7 @@ class _Worker:
         init = self.bias(two, block, 1)
         u = self.times(init, self.act, self.w1, first + c * n1, n1)
         u = gelu(u).astype(jnp.bfloat16)
-        if config.buffers < plan.num_groups and config.buffers == 1:
+        if config.buffers == 1 and plan.num_groups > 1:
 
           @pl.when((turn > 0) & (c == 0))
           def _():

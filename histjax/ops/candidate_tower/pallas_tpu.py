@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import rotary
+from histjax.ops import rotary, tpu
 from histjax.ops.candidate_tower import reference
 from histjax.types import KeyRange
 
@@ -81,17 +81,6 @@ class _Plan(NamedTuple):
   @property
   def tiles(self) -> int:
     return pl.cdiv(self.num_candidates, self.tile)
-
-
-def check_device(device: jax.Device) -> None:
-  """Raises NotImplementedError unless `device` is a TPU."""
-  if device.platform != 'tpu':
-    raise NotImplementedError(
-      f'pallas_tpu needs a TPU, not a device of platform {device.platform!r}; '
-      'to compile for one that is not attached, make it the default: '
-      'jax.default_device(jax.experimental.topologies.get_topology_desc('
-      "'v5e:2x2', platform='tpu').devices[0])"
-    )
 
 
 def candidate_tower(
@@ -411,12 +400,12 @@ def _attend(r: _Refs, offset, first, last, plan: _Plan):
     jnp.int32, (plan.block, plan.tile), 0
   )
   visible = (r.seen[0, 0:1] <= index) & (index < r.seen[0, 1:2])  # [k, c]
-  value = _rows(r.value[0, 0], first - offset, last - offset)
+  value = tpu.rows(r.value[0, 0], first - offset, last - offset)
   value = value.T.astype(r.value.dtype)  # [D, k]
   for h in range(plan.num_heads):
     lanes, head, row = _lanes(h, plan), _head(h, plan), pl.ds(h, 1)
     query = _only_head(r.query[:, lanes], h, plan)
-    scores = _dot(r.key[0, 0, :, lanes], query, _NT)  # [k, c]
+    scores = tpu.dot(r.key[0, 0, :, lanes], query, _NT)  # [k, c]
     scores = jnp.where(visible, scores, -jnp.inf)
     before = r.largest[row]  # [1, c]
     largest = jnp.maximum(before, scores.max(axis=0, keepdims=True))
@@ -425,7 +414,7 @@ def _attend(r: _Refs, offset, first, last, plan: _Plan):
     r.largest[row] = largest
     total = weight.sum(axis=0, keepdims=True)
     r.total[row] = shrink * r.total[row] + total
-    r.acc[head] = shrink * r.acc[head] + _dot(value[head], weight, _NN)
+    r.acc[head] = shrink * r.acc[head] + tpu.dot(value[head], weight, _NN)
 
 
 def _finish_layer(r: _Refs, plan: _Plan):
@@ -440,8 +429,8 @@ def _finish_layer(r: _Refs, plan: _Plan):
   for begin in range(0, hidden, _MAX_BLOCK):
     chunk = slice(begin, min(begin + _MAX_BLOCK, hidden))
     bias = r.bias[0, :, 2 * width + chunk.start : 2 * width + chunk.stop]
-    u = jax.nn.gelu(_dot(z, r.mlp_in[0, :, chunk], _NN) + bias)
-    x += _dot(u, r.mlp_out[0, chunk], _NN)
+    u = jax.nn.gelu(tpu.dot(z, r.mlp_in[0, :, chunk], _NN) + bias)
+    x += tpu.dot(u, r.mlp_out[0, chunk], _NN)
   r.stream[...] = x + r.bias[0, :, 2 * width + hidden :]
 
 
@@ -449,7 +438,7 @@ def _linear(x, weight_ref, r: _Refs, begin: int):
   """`x W + b`, the bias from `begin` on."""
   weight = weight_ref[0]
   bias = r.bias[0, :, begin : begin + weight.shape[1]]
-  return _dot(x, weight, _NN) + bias
+  return tpu.dot(x, weight, _NN) + bias
 
 
 def _head(h: int, plan: _Plan):
@@ -472,24 +461,3 @@ def _only_head(x, h: int, plan: _Plan):
   lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
   inside = (lane >= begin) & (lane < begin + plan.head_dim)
   return jnp.where(inside, x.astype(jnp.float32), 0).astype(x.dtype)
-
-
-def _rows(x, first, last):
-  """`[k, D]` in float32 with zeros in all rows but `[first, last)`."""
-  row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-  inside = (row >= first) & (row < last)
-  return jnp.where(inside, x.astype(jnp.float32), 0)
-
-
-def _dot(x, y, contract):
-  """A product in float32 whose wider factor is rounded to the other's type."""
-  dtype = min(x.dtype, y.dtype, key=lambda d: d.itemsize)
-  # A precision means passes over float32 factors; others have none to choose.
-  precision = None if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-  return jax.lax.dot_general(
-    x.astype(dtype),
-    y.astype(dtype),
-    contract,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )

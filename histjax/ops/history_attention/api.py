@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from histjax.ops import dispatch
+from histjax.ops import devices, dispatch
 from histjax.ops.history_attention import (
   cudnn,
   pallas_gpu,
@@ -19,24 +19,20 @@ from histjax.ops.history_attention import (
 )
 from histjax.types import KeyRange
 
-# The fastest first, but see `_order`. 'xla' computes every call everywhere.
+# The fastest first; 'xla' computes every call everywhere.
 _BACKENDS = {
-  'pallas_gpu': dispatch.Backend(
-    pallas_gpu.history_attention, pallas_gpu.check_device, by_name=True
-  ),
   'cudnn': dispatch.Backend(cudnn.history_attention, cudnn.check_device),
+  'pallas_gpu': dispatch.Backend(
+    pallas_gpu.history_attention, devices.check_hopper, by_name=True
+  ),
   'pallas_tpu': dispatch.Backend(
-    pallas_tpu.history_attention, pallas_tpu.check_device
+    pallas_tpu.history_attention, devices.check_tpu
   ),
   'xla': dispatch.Backend(xla.history_attention, dispatch.any_device),
   'reference': dispatch.Backend(
     reference.history_attention, dispatch.any_device
   ),
 }
-
-# Head dimensions at which 'pallas_gpu' is no slower than 'cudnn' on an H200,
-# forward and backward. cuDNN has no ranges of structure 'any'.
-_FASTER_THAN_CUDNN = (32,)
 
 
 def history_attention(
@@ -145,10 +141,9 @@ def history_attention_backend(
 
 def _dispatch(query, key, value, key_range, scale, implementation, device):
   """Runs the named backend, or the first that can; returns its name too."""
-  backends = {name: _BACKENDS[name] for name in _order(query)}
   return dispatch.run(
     'history_attention',
-    backends,
+    _BACKENDS,
     implementation,
     device,
     query,
@@ -157,13 +152,6 @@ def _dispatch(query, key, value, key_range, scale, implementation, device):
     key_range,
     scale=scale,
   )
-
-
-def _order(query) -> list[str]:
-  """The backends, the fastest first; measurements are in `ops/NOTES.md`."""
-  if query.shape[-1] in _FASTER_THAN_CUDNN:
-    return list(_BACKENDS)
-  return sorted(_BACKENDS, key=lambda name: name != 'cudnn')
 
 
 def _check(query, key, value, key_range, implementation):

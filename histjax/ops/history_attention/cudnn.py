@@ -12,20 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from histjax.ops import devices
 from histjax.types import KeyRange
 
 
 def check_device(device: jax.Device) -> None:
   """Raises NotImplementedError unless cuDNN attention runs on `device`."""
-  if 'cuda' not in device.client.platform_version.lower():
-    raise NotImplementedError(
-      f'cudnn needs an NVIDIA GPU, not a device of platform {device.platform!r}'
-    )
-  if float(device.compute_capability) < 8.0:
-    raise NotImplementedError(
-      'cudnn attention needs an NVIDIA GPU of compute capability 8.0 or '
-      f'newer, and {device.device_kind} has {device.compute_capability}'
-    )
+  devices.check_cuda(device, 'cudnn', 8.0)
 
 
 def history_attention(

@@ -50,20 +50,6 @@ _LANES = plgpu.Layout.TILED(
 )
 
 
-def check_device(device: jax.Device) -> None:
-  """Raises NotImplementedError unless the kernels run on `device`."""
-  if 'cuda' not in device.client.platform_version.lower():
-    raise NotImplementedError(
-      'pallas_gpu needs an NVIDIA GPU, not a device of platform '
-      f'{device.platform!r}'
-    )
-  if device.compute_capability != '9.0':
-    raise NotImplementedError(
-      'pallas_gpu is written for NVIDIA Hopper, compute capability 9.0, and '
-      f'{device.device_kind} has {device.compute_capability}'
-    )
-
-
 def history_attention(
   query: Float[Array, 'B Q N H'],
   key: Float[Array, 'B L N H'],

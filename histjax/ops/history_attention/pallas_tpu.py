@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import partition
+from histjax.ops import partition, tpu
 from histjax.types import KeyRange
 
 _LANES = 128
@@ -77,17 +77,6 @@ class _Plan(NamedTuple):
   @property
   def k_blocks(self) -> int:
     return pl.cdiv(self.num_keys, self.block_k)
-
-
-def check_device(device: jax.Device) -> None:
-  """Raises NotImplementedError unless `device` is a TPU."""
-  if device.platform != 'tpu':
-    raise NotImplementedError(
-      f'pallas_tpu needs a TPU, not a device of platform {device.platform!r}; '
-      'to compile for one that is not attached, make it the default: '
-      'jax.default_device(jax.experimental.topologies.get_topology_desc('
-      "'v5e:2x2', platform='tpu').devices[0])"
-    )
 
 
 def history_attention(
@@ -499,7 +488,7 @@ def _forward_kernel(
   @pl.when(lower + step < upper)
   def _():
     visible = _visible(range_ref, offset, plan)
-    value = _rows(v_ref[0], first - offset, last - offset).T  # [G H, k]
+    value = tpu.rows(v_ref[0], first - offset, last - offset).T  # [G H, k]
     value = value.astype(v_ref.dtype)
     for h in range(plan.group):
       head, row = _head(h, plan), pl.ds(h, 1)
@@ -513,7 +502,9 @@ def _forward_kernel(
       total_ref[row] = shrink * total_ref[row] + weights.sum(
         axis=0, keepdims=True
       )
-      acc_ref[head] = shrink * acc_ref[head] + _dot(value[head], weights, _NN)
+      acc_ref[head] = shrink * acc_ref[head] + tpu.dot(
+        value[head], weights, _NN
+      )
 
   @pl.when(step == last_step)
   def _():
@@ -555,7 +546,7 @@ def _query_gradient_kernel(
   @pl.when(lower + step < upper)
   def _():
     visible = _visible(range_ref, offset, plan)
-    key = _rows(k_ref[0], first - offset, last - offset).T  # [G H, k]
+    key = tpu.rows(k_ref[0], first - offset, last - offset).T  # [G H, k]
     key = key.astype(k_ref.dtype)
     for h in range(plan.group):
       head = _head(h, plan)
@@ -565,7 +556,7 @@ def _query_gradient_kernel(
       _, d_scores = _weights_and_gradient(
         scores, v_ref, d_out, log_total_ref, delta_ref, visible, h
       )
-      acc_ref[head] += _dot(key[head], d_scores, _NN)
+      acc_ref[head] += tpu.dot(key[head], d_scores, _NN)
 
   @pl.when(step == last_step)
   def _():
@@ -606,9 +597,9 @@ def _key_gradients_kernel(
   @pl.when(sees)
   def _():
     visible = _visible(range_ref, j * plan.block_k, plan)
-    query = _rows(q_ref[0], 0, num_queries).T  # [G H, q]
+    query = tpu.rows(q_ref[0], 0, num_queries).T  # [G H, q]
     query = query.astype(q_ref.dtype)
-    cotangent = _rows(d_out_ref[0], 0, num_queries).T
+    cotangent = tpu.rows(d_out_ref[0], 0, num_queries).T
     cotangent = cotangent.astype(d_out_ref.dtype)
     for h in range(plan.group):
       head = _head(h, plan)
@@ -618,8 +609,8 @@ def _key_gradients_kernel(
       weights, d_scores = _weights_and_gradient(
         scores, v_ref, d_out, log_total_ref, delta_ref, visible, h
       )
-      d_value_acc_ref[head] += _dot(cotangent[head], weights, _NT)
-      d_key_acc_ref[head] += _dot(query[head], d_scores, _NT)
+      d_value_acc_ref[head] += tpu.dot(cotangent[head], weights, _NT)
+      d_key_acc_ref[head] += tpu.dot(query[head], d_scores, _NT)
 
   @pl.when(step == last_step)
   def _():
@@ -636,7 +627,7 @@ def _visible(range_ref, offset, plan: _Plan):
 
 def _scores(k, q, visible, plan: _Plan):
   """Scaled products, `[k, q]`; -inf outside the ranges."""
-  return jnp.where(visible, plan.scale * _dot(k, q, _NT), -jnp.inf)
+  return jnp.where(visible, plan.scale * tpu.dot(k, q, _NT), -jnp.inf)
 
 
 def _weights_and_gradient(
@@ -644,7 +635,7 @@ def _weights_and_gradient(
 ):
   """`P` and `dS / scale`, `[k, q]` each."""
   weights = jnp.exp(scores - log_total_ref[0, 0, h : h + 1])
-  d_weights = _dot(v_ref[0], d_out, _NT)
+  d_weights = tpu.dot(v_ref[0], d_out, _NT)
   d_scores = weights * (d_weights - delta_ref[0, 0, h : h + 1])
   # What is not seen may be anything, and 0 NaN = NaN.
   return weights, jnp.where(visible, d_scores, 0)
@@ -662,24 +653,3 @@ def _only_head(x, h: int, plan: _Plan):
   lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
   inside = (lane >= h * plan.head_dim) & (lane < (h + 1) * plan.head_dim)
   return jnp.where(inside, x.astype(jnp.float32), 0).astype(x.dtype)
-
-
-def _rows(x, first, last):
-  """`[T, G H]` in float32 with zeros in all rows but `[first, last)`."""
-  row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-  inside = (row >= first) & (row < last)
-  return jnp.where(inside, x.astype(jnp.float32), 0)
-
-
-def _dot(x, y, contract):
-  """A product in float32 whose wider factor is rounded to the other's type."""
-  dtype = min(x.dtype, y.dtype, key=lambda d: d.itemsize)
-  # A precision means passes over float32 factors; others have none to choose.
-  precision = None if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-  return jax.lax.dot_general(
-    x.astype(dtype),
-    y.astype(dtype),
-    contract,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )

@@ -1,0 +1,60 @@
+"""Which devices the kernels run on."""
+
+import types
+
+from absl.testing import absltest
+
+from histjax.ops import devices
+from histjax.ops.history_attention import cudnn
+
+
+def device(version, capability='', platform='gpu'):
+  return types.SimpleNamespace(
+    client=types.SimpleNamespace(platform_version=version),
+    compute_capability=capability,
+    device_kind='a GPU',
+    platform=platform,
+  )
+
+
+class DevicesTest(absltest.TestCase):
+  def check(self, function, good, bad):
+    for x in good:
+      function(x)
+    for x, message in bad:
+      with self.assertRaisesRegex(NotImplementedError, message):
+        function(x)
+
+  def test_cudnn(self):
+    self.check(
+      cudnn.check_device,
+      (device('cuda 13000', '9.0'), device('PJRT C API\ncuda 13000', '12.1')),
+      (
+        (device('cpu', '', 'cpu'), "not a device of platform 'cpu'"),
+        (device('rocm 60000', '9.4'), 'cudnn needs an NVIDIA GPU'),
+        (device('cuda 12080', '7.5'), '8.0 or newer, and a GPU has 7.5'),
+      ),
+    )
+
+  def test_hopper(self):
+    self.check(
+      devices.check_hopper,
+      (device('cuda 13000', '9.0'),),
+      (
+        (device('cpu', '', 'cpu'), "not a device of platform 'cpu'"),
+        (device('rocm 60000', '9.4'), 'pallas_gpu needs an NVIDIA GPU'),
+        (device('cuda 13000', '10.0'), '9.0, and a GPU has 10.0'),
+        (device('cuda 13000', '8.0'), '9.0, and a GPU has 8.0'),
+      ),
+    )
+
+  def test_tpu(self):
+    self.check(
+      devices.check_tpu,
+      (device('', platform='tpu'),),
+      ((device('', platform='cpu'), "TPU, not a device of platform 'cpu'"),),
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
