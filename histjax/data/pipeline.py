@@ -9,6 +9,7 @@ rows of every one: shapes agree at every step, and nothing is dropped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,9 @@ import numpy as np
 
 from histjax.data.rows import Rows
 from histjax.types import RankingBatch
+
+_ENDLESS = 1_000_000
+"""Epochs of training batches without end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,11 +220,8 @@ def train_batches(
   buckets = make_buckets(
     rows, config, row_multiple=row_multiple, shard_count=shard_count
   )
-  # Grain uses seed + epoch: the seeds of different things must be far apart.
-  seeds = np.random.SeedSequence(config.seed).generate_state(len(buckets) + 1)
-  parts = [_batched(b, i, int(seeds[i])) for i, b in enumerate(buckets)]
-  dataset = grain.MapDataset.concatenate(parts).shuffle(seed=int(seeds[-1]))
-  dataset = dataset.repeat(num_epochs)
+  batches = _Batches(tuple(buckets), config.seed, num_epochs or _ENDLESS)
+  dataset = grain.MapDataset.source(batches)
   load = _Load(rows, tuple(buckets), shard_index, shard_count)
   return BatchIterator(dataset.map(load), rows, buckets, config)
 
@@ -238,10 +239,50 @@ def eval_batches(
   buckets = make_buckets(
     rows, config, row_multiple=row_multiple, shard_count=shard_count
   )
-  parts = [_batched(b, i, None) for i, b in enumerate(buckets)]
-  dataset = grain.MapDataset.concatenate(parts)
+  dataset = grain.MapDataset.source(_Batches(tuple(buckets), None, 1))
   load = _Load(rows, tuple(buckets), shard_index, shard_count)
   return BatchIterator(dataset.map(load), rows, buckets, config)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batches:
+  """The bucket and row numbers of batches, by position; a source for Grain.
+
+  Batches, not rows, are its elements: Grain spends microseconds on each, and
+  an epoch of pointwise rows has a million.
+
+  Attributes:
+    buckets: of the rows.
+    seed: of the order of rows and batches; None: as they come.
+    num_epochs: how often to go through them.
+  """
+
+  buckets: tuple[Bucket, ...]
+  seed: int | None
+  num_epochs: int
+
+  def __len__(self) -> int:
+    return self.num_epochs * sum(b.num_batches for b in self.buckets)
+
+  def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
+    epoch, place = divmod(index, len(self) // self.num_epochs)
+    order, rows = _shuffled(self, epoch)
+    number, batch = order[place]
+    start = batch * self.buckets[number].num_rows
+    return number, rows[number][start : start + self.buckets[number].num_rows]
+
+
+@functools.lru_cache(maxsize=4)  # Threads work on the end and the next start.
+def _shuffled(batches: _Batches, epoch: int):
+  """`[(bucket, batch)]` and each bucket's rows, in the order of an epoch."""
+  buckets, seed = batches.buckets, batches.seed
+  order = [(n, i) for n, b in enumerate(buckets) for i in range(b.num_batches)]
+  rows = [bucket.rows for bucket in buckets]
+  if seed is None:
+    return order, rows
+  rng = np.random.default_rng((seed, epoch))
+  rows = [rng.permutation(r) for r in rows]
+  return [order[i] for i in rng.permutation(len(order))], rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -266,20 +307,10 @@ class _Load:
     )
 
 
-def _batched(bucket: Bucket, number: int, seed: int | None):
-  """`(number, row indices)` of each batch of a bucket."""
-  dataset = grain.MapDataset.source(bucket.rows)
-  if seed is not None:
-    dataset = dataset.shuffle(seed=seed)
-  return dataset.batch(bucket.num_rows, batch_fn=np.array).map(
-    lambda rows: (number, rows)
-  )
-
-
 def _order(rows: Rows, buckets: list[Bucket], config: PipelineConfig) -> str:
   """Identifies the order of batches that a position counts in."""
   shapes = [(b.num_events, b.num_candidates, b.num_rows) for b in buckets]
-  digest = hashlib.sha256(json.dumps([config.seed, shapes]).encode())
+  digest = hashlib.sha256(json.dumps([2, config.seed, shapes]).encode())
   arrays = [rows.events, rows.offsets, rows.start, rows.stop]
   for array in arrays + [b.rows for b in buckets]:
     digest.update(np.ascontiguousarray(array, '<i8').tobytes())
