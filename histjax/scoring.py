@@ -129,10 +129,10 @@ class ScorerConfig:
     candidate_buckets: the same for candidates, up to `microbatch`; beyond it
       they are padded to a multiple of `microbatch`.
     row_buckets: the same for rows. Empty: powers of two.
-    candidate_tower: the implementation of `ops.candidate_tower`, which scores
-      from a cache with the fusion 'append_cross'; None picks the fastest that
-      can. (`encoder.attention` names that of the attention in the passes over
-      histories.)
+    candidate_tower: the implementation of `ops.candidate_tower`, which reads
+      histories and scores with the fusion 'append_cross'; None picks the
+      fastest that can. (`encoder.attention` names that of the attention alone,
+      and then histories are read block by block.)
   """
 
   microbatch: int = 1024
@@ -198,8 +198,22 @@ class Scorer:
     microbatch = self.options.microbatch
     plain_microbatch = self.options.plain_microbatch
 
-    def encode(variables, context, history):
-      return model.apply(variables, context, history, method='encode')
+    def options(tower):
+      # A named attention runs layer by layer.
+      if tower is None or config.encoder.attention is not None:
+        return {}
+      return {
+        'tower': tower,
+        'implementation': self.options.candidate_tower,
+      }
+
+    def encode(variables, tower, context, history):
+      return model.apply(
+        variables, context, history, method='encode', **options(tower)
+      )
+
+    def joint(variables, tower, batch):
+      return model.apply(variables, batch, **options(tower))
 
     def score(variables, tower, cache, candidates):
       return score_microbatched(
@@ -220,14 +234,15 @@ class Scorer:
       )
       return model.apply(variables, cache, events, method='extend')
 
-    def plain(variables, batch):
+    def plain(variables, tower, batch):
+      del tower
       return score_plain(model, variables, batch, microbatch=plain_microbatch)
 
     self._encode = jax.jit(encode)
     self._score = jax.jit(score)
     self._trace_score = score
     self._extend = jax.jit(extend, static_argnames='capacity')
-    self._joint = jax.jit(model.apply)
+    self._joint = jax.jit(joint)
     self._plain = jax.jit(plain)
 
   @property
@@ -263,6 +278,7 @@ class Scorer:
     rows = padding.bucket(num_rows, self.options.row_buckets, 'rows', 1)
     return self._encode(
       self._variables,
+      self._tower,
       padding.pad(context, (rows,)),
       self._pad_history(history, rows),
     )
@@ -422,7 +438,7 @@ class Scorer:
       labels={},
       group=np.zeros(rows, np.int32),
     )
-    logits = function(self._variables, padded)
+    logits = function(self._variables, self._tower, padded)
     return {k: v[:num_rows, :num_candidates] for k, v in logits.items()}
 
   def _pad_history(

@@ -400,10 +400,15 @@ class BackendsTest(parameterized.TestCase):
   def test_an_unknown_backend(self):
     s = scorer(candidate_tower='cuda')
     batch = support.batch(np.random.default_rng(0))
-    cache = s.encode(batch.context, batch.history)
-    for function in (s.score, s.backends):
+    cache = scorer().encode(batch.context, batch.history)
+    for function, *arguments in (
+      (s.encode, batch.context, batch.history),
+      (s.score, cache, batch.candidates),
+      (s.backends, cache, batch.candidates),
+      (s.score_joint, batch),
+    ):
       with self.assertRaisesRegex(ValueError, "'cuda' is unknown; use one of"):
-        function(cache, batch.candidates)
+        function(*arguments)
 
   @parameterized.parameters(5, 2)
   def test_candidates_after_the_last_real_one_are_not_computed(self, size):

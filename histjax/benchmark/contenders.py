@@ -69,26 +69,9 @@ def backends(name: str, workload: Attention | Tower) -> dict[str, str]:
   implementation = name.partition(':')[2] or None
   if isinstance(workload, Attention):
     return {'history_attention': attention_backend(workload, implementation)}
-  two_passes = implementation == 'encode_score'
-  found = {}
-  if workload.joint:
-    found['history_attention'] = attention_backend(
-      Attention(
-        workload.num_rows,
-        workload.num_events + workload.num_candidates * (not two_passes),
-        workload.num_events,
-        workload.head_dim,
-        'causal',
-        num_heads=workload.num_heads,
-        dtype=workload.dtype,
-      ),
-      None if two_passes else implementation,
-    )
-  if two_passes or not workload.joint:
-    found['candidate_tower'] = _tower_backend(
-      workload, None if two_passes else implementation
-    )
-  return found
+  if implementation == 'encode_score':
+    implementation = None
+  return {'candidate_tower': _tower_backend(workload, implementation)}
 
 
 def attention_backend(workload: Attention, implementation: str | None) -> str:
@@ -239,9 +222,7 @@ def _our_tower(workload: Tower, inputs, implementation: str | None):
     _flax_params(weights), dtype=workload.dtype
   )
   two_passes = implementation == 'encode_score'
-  module = _fusion(
-    workload, workload.dtype, None if two_passes else implementation
-  )
+  module = _fusion(workload, workload.dtype)
   params = {'params': jax.tree.map(jnp.asarray, _flax_params(weights))}
   # As `Scorer` does: all candidates count unless some are padding.
   shared = {'tower': tower, 'length': length}
@@ -269,13 +250,19 @@ def _our_tower(workload: Tower, inputs, implementation: str | None):
 
   def joint(x, rest):
     arguments = (rest['params'], rest['history'], x, rest['length'], None)
-    return module.apply(*arguments), ()
+    return module.apply(
+      *arguments, tower=rest['tower'], implementation=implementation
+    ), ()
 
   def encode_score(x, rest):
     # Reading the history, too, must wait for the call before.
     history, x = jax.lax.optimization_barrier((rest['history'], x))
     keys, values = module.apply(
-      rest['params'], history, rest['length'], method='encode'
+      rest['params'],
+      history,
+      rest['length'],
+      tower=rest['tower'],
+      method='encode',
     )
     return score(x, keys, values, rest, None), ()
 
@@ -301,12 +288,12 @@ def _tower_program(workload: Tower, inputs, step, shared):
   return timing.JaxProgram(step, candidates[0], rests)
 
 
-def _fusion(workload: Tower, dtype, attention: str | None):
+def _fusion(workload: Tower, dtype, attention: str | None = None):
   config = EncoderConfig(
     num_layers=workload.num_layers,
     width=workload.width,
     num_heads=workload.num_heads,
-    attention=attention if workload.joint or dtype == 'float32' else None,
+    attention=attention,
   )
   return fusion.AppendCross(config, jnp.dtype(dtype))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -145,13 +145,20 @@ class Ranker(nn.Module):
     self.feature_dropout = nn.Dropout(config.embedding_dropout)
 
   def __call__(
-    self, batch: RankingBatch, *, train: bool = False
+    self,
+    batch: RankingBatch,
+    *,
+    train: bool = False,
+    tower: ops.TowerWeights | None = None,
+    implementation: str | None = None,
   ) -> dict[str, Float[Array, 'B C']]:
     """Logits of every candidate in one pass over each row's history.
 
     Args:
       batch: rows; labels are not read.
       train: whether dropout is on (needs the rng `dropout`).
+      tower: to score, as `score`.
+      implementation: likewise.
 
     Returns:
       `{task: [B, C]}` float32. Values at padding mean nothing.
@@ -168,6 +175,7 @@ class Ranker(nn.Module):
       batch.history.length,
       batch.candidates.visible,
       train=train,
+      **_tower_options(tower, implementation),
     )
     user = self._user(batch.context, batch.history.length.shape[0])
     user = self.feature_dropout(user, deterministic=not train)
@@ -176,11 +184,27 @@ class Ranker(nn.Module):
       self.head.user_half(user), features, readout, train=train
     )
 
-  def encode(self, context: dict[str, Array], history: History) -> HistoryCache:
-    """One pass over each history; see `histjax.Scorer.encode`."""
+  def encode(
+    self,
+    context: dict[str, Array],
+    history: History,
+    *,
+    tower: ops.TowerWeights | None = None,
+    implementation: str | None = None,
+  ) -> HistoryCache:
+    """One pass over each history; see `histjax.Scorer.encode`.
+
+    Args:
+      context: `{name: [B]}`.
+      history: `[B, L]`.
+      tower: as `score`.
+      implementation: likewise.
+    """
     self.config.require_amortizable()
     keys, values = self.fusion.encode(
-      self._event_tokens(history), history.length
+      self._event_tokens(history),
+      history.length,
+      **_tower_options(tower, implementation),
     )
     user = self._user(context, history.length.shape[0])
     return HistoryCache(
@@ -210,13 +234,9 @@ class Ranker(nn.Module):
     self.config.require_amortizable()
     self._check_visible(candidates.visible, cache.length)
     features, tokens = self._candidate_inputs(candidates)
-    options = {}
+    options = _tower_options(tower, implementation)
     if tower is not None:
-      options = {
-        'tower': tower,
-        'count': _count(candidates.mask),
-        'implementation': implementation,
-      }
+      options['count'] = _count(candidates.mask)
     readout = self.fusion.score(
       cache.keys,
       cache.values,
@@ -284,6 +304,13 @@ class Ranker(nn.Module):
         'would learn of the rest. Use pointwise or request rows, or '
         'encoder.causal=True'
       )
+
+
+def _tower_options(tower, implementation) -> dict[str, Any]:
+  """Arguments that only fusions with a tower have."""
+  if tower is None:
+    return {}
+  return {'tower': tower, 'implementation': implementation}
 
 
 def _count(mask) -> jax.Array | None:

@@ -21,13 +21,10 @@ class Backend(NamedTuple):
     call: the operation. Raises NotImplementedError, while being traced, at
       arguments that it cannot compute.
     check_device: raises NotImplementedError at a device that it cannot run on.
-    by_name: runs only where it is named; for one whose present form has not
-      been checked on its hardware.
   """
 
   call: Callable[..., jax.Array]
   check_device: Callable[[jax.Device], None]
-  by_name: bool = False
 
 
 def any_device(device: jax.Device) -> None:
@@ -70,11 +67,7 @@ def run(
   Raises:
     NotImplementedError: the named backend cannot compute this.
   """
-  if implementation is None:
-    names = [name for name, backend in backends.items() if not backend.by_name]
-  else:
-    names = [implementation]
-  for name in names:
+  for name in backends if implementation is None else [implementation]:
     backend = backends[name]
     try:
       backend.check_device(device)

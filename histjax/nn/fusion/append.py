@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -21,8 +22,21 @@ class _SharedHistory(base.Transformer):
     length: Int[Array, 'B'],
     *,
     train: bool = False,
+    tower: ops.TowerWeights | None = None,
+    implementation: str | None = None,
   ) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
-    """Keys and values of every layer; one pass over the history."""
+    """Keys and values of every layer; one pass over the history.
+
+    Args:
+      history: tokens `[B, L, D]`.
+      length: int32 `[B]`.
+      train: whether dropout is on.
+      tower: `pack_tower` of this module's parameters, for
+        `ops.candidate_tower` to compute each layer; None: block by block.
+      implementation: with `tower`, of that operation; None picks, and on a CPU
+        picks the blocks.
+    """
+    tower = _unless_blocks_are_faster(tower, implementation)
     position = base.ordinals(history.shape)
     key_range = self._history_range(length, history.shape[1])
     x = self._place_events(history, length)
@@ -32,9 +46,35 @@ class _SharedHistory(base.Transformer):
       key, value = block.keys_values(x, position)
       keys.append(key)
       values.append(value)
-      if i + 1 < len(self.blocks):  # Nothing reads the last layer's events.
+      if i + 1 == len(self.blocks):  # Nothing reads the last layer's events.
+        break
+      if tower is None:
         x = block(x, position, key, value, key_range, train=train)
+      else:
+        x = self._tower(
+          x,
+          position,
+          key[None],
+          value[None],
+          key_range,
+          tower.layer(i),
+          final_norm=False,
+          implementation=implementation,
+        )
     return jnp.stack(keys), jnp.stack(values)
+
+  def _tower(self, x, position, keys, values, key_range, weights, **options):
+    """`ops.candidate_tower`; the residual stream between layers is float32."""
+    return ops.candidate_tower(
+      x,
+      position if self.config.positions == 'rotary' else None,
+      keys,
+      values,
+      key_range,
+      weights,
+      num_heads=self.config.num_heads,
+      **options,
+    )
 
   def extend(
     self,
@@ -80,6 +120,12 @@ class _SharedHistory(base.Transformer):
     return key_range, position
 
 
+def _unless_blocks_are_faster(tower, implementation):
+  """A layer at a time, as on a CPU, is faster as `Block` than as a tower."""
+  on_cpu = jax.default_backend() == 'cpu'
+  return None if on_cpu and implementation is None else tower
+
+
 class AppendCross(_SharedHistory):
   """The candidate is appended to the history and attends to it.
 
@@ -99,8 +145,21 @@ class AppendCross(_SharedHistory):
     visible: Int[Array, 'B C'] | None,
     *,
     train: bool = False,
+    tower: ops.TowerWeights | None = None,
+    implementation: str | None = None,
   ) -> Float[Array, 'B C D']:
-    """The fused candidates; the final norm's output."""
+    """The fused candidates; the final norm's output.
+
+    Args:
+      history: tokens `[B, L, D]`.
+      candidates: tokens `[B, C, D]`.
+      length: int32 `[B]`.
+      visible: int32 `[B, C]`, or None for all events.
+      train: whether dropout is on.
+      tower: as `encode`.
+      implementation: likewise.
+    """
+    tower = _unless_blocks_are_faster(tower, implementation)
     num_events, num_candidates = history.shape[1], candidates.shape[1]
     candidate_range, candidate_position = self._candidates_see(
       length, visible, num_candidates
@@ -118,20 +177,27 @@ class AppendCross(_SharedHistory):
     )  # [B, L + C, D]
     x = self.token_dropout(x, deterministic=not train)
     position = jnp.concatenate([event_position, candidate_position], axis=1)
-    for block in self.blocks[:-1]:
+    key_range = joint_range
+    for i, block in enumerate(self.blocks):
+      last = i + 1 == len(self.blocks)
       key, value = block.keys_values(x[:, :num_events], event_position)
-      x = block(x, position, key, value, joint_range, train=train)
-    block = self.blocks[-1]
-    key, value = block.keys_values(x[:, :num_events], event_position)
-    x = block(
-      x[:, num_events:],
-      candidate_position,
-      key,
-      value,
-      candidate_range,
-      train=train,
-    )
-    return self.final_norm(x)
+      if last:  # Nothing reads its events.
+        x = x[:, num_events:]
+        position, key_range = candidate_position, candidate_range
+      if tower is None:
+        x = block(x, position, key, value, key_range, train=train)
+      else:
+        x = self._tower(
+          x,
+          position,
+          key[None],
+          value[None],
+          key_range,
+          tower.layer(i),
+          final_norm=last,
+          implementation=implementation,
+        )
+    return self.final_norm(x) if tower is None else x
 
   def score(
     self,
@@ -163,14 +229,13 @@ class AppendCross(_SharedHistory):
     )
     x = self._place_candidates(candidates)
     if tower is not None:
-      return ops.candidate_tower(
+      return self._tower(
         x,
-        position if self.config.positions == 'rotary' else None,
+        position,
         keys,
         values,
         key_range,
         tower,
-        num_heads=self.config.num_heads,
         count=count,
         implementation=implementation,
       )

@@ -50,7 +50,7 @@ class Transformer(Fusion):
     self.blocks = [
       encoder_lib.Block(config, self.dtype) for _ in range(config.num_layers)
     ]
-    self.final_norm = nn.LayerNorm(dtype=self.dtype)
+    self.final_norm = encoder_lib.layer_norm(self.dtype)
     self.token_dropout = nn.Dropout(config.dropout)
     if config.positions == 'recency':
       self.recency = self.param(

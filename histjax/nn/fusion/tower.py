@@ -42,7 +42,8 @@ def _pack_block(block):
     shift = jnp.matmul(
       norm['bias'], kernel, precision=jax.lax.Precision.HIGHEST
     )
-    return norm['scale'][:, None] * kernel, shift
+    kernel = norm['scale'][:, None] * kernel
+    return kernel - kernel.mean(axis=0, keepdims=True), shift
 
   query, query_bias = fold(block['attention_norm'], block['query']['kernel'])
   mlp_in, in_bias = fold(block['mlp_norm'], block['mlp_in']['kernel'])

@@ -24,7 +24,7 @@ def _over_rows(
 ) -> Callable[..., jax.Array]:
   """The kernel, run by each device on the rows that it holds."""
 
-  def call(*arrays, num_heads, count):
+  def call(*arrays, num_heads, count, final_norm):
     # As in `_Call`; weights have no rows.
     parts = zip((*arrays, count), (0, 0, 1, 1, 0, None, 0), strict=True)
     leaves, tree = jax.tree.flatten((*arrays, count))
@@ -32,7 +32,9 @@ def _over_rows(
 
     def on_leaves(*leaves):
       *arrays, count = jax.tree.unflatten(tree, leaves)
-      return kernel(*arrays, num_heads=num_heads, count=count)
+      return kernel(
+        *arrays, num_heads=num_heads, count=count, final_norm=final_norm
+      )
 
     return partition.by_rows(
       on_leaves, axes, 0, mesh_in_context=mesh_in_context
@@ -44,9 +46,7 @@ def _over_rows(
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    _over_rows(pallas_gpu.candidate_tower),
-    devices.check_hopper,
-    by_name=True,
+    _over_rows(pallas_gpu.candidate_tower), devices.check_hopper
   ),
   'pallas_tpu': dispatch.Backend(
     _over_rows(pallas_tpu.candidate_tower, mesh_in_context=True),
@@ -79,6 +79,7 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  final_norm: bool = True,
   implementation: str | None = None,
 ) -> Float[Array, 'B C D']:
   """Every layer of the candidate path, from the cached keys and values.
@@ -86,34 +87,35 @@ def candidate_tower(
       x += Attention(norm(x) W_q + b_q, keys, values) W_o + b_o
       x += gelu(norm(x) W_1 + b_1) W_2 + b_2
 
-  in every layer; the result is the last norm's. The attention is
+  in every layer; the result is the last norm's, or x itself. The attention is
   `ops.history_attention`: each candidate sees one range of the history's keys
   and no other candidate (arXiv 2412.06924), so its result depends on nothing
   but itself and its row's history. Sums are in float32. Works under jit, vmap
   and with `B` sharded; it is for scoring: kernels have no gradients.
 
   Args:
-    candidates: tokens `[B, C, D]`, float16, bfloat16 or float32.
+    candidates: tokens `[B, C, D]`, of the matrices' type or float32.
     position: int32 `[B, C]`, the rotary positions of the queries; None: they
       are not rotated.
-    keys: `[layers, B, L, N, H]`, of the candidates' type, rotated already.
+    keys: `[layers, B, L, N, H]`, of the matrices' type, rotated already.
     values: `[layers, B, L, N, H]`, likewise.
     key_range: int32 `[B, C]` each. Its `structure` opens faster paths. Keys
       and values before or after all ranges of their row may hold anything,
       NaN included, unless 'xla' runs with an attention that needs them finite,
       as cuDNN's does; those between must be finite.
-    weights: see `TowerWeights`; the matrices are of the candidates' type.
+    weights: see `TowerWeights`; the matrices are float16, bfloat16 or float32.
     num_heads: N, with `N H = D`.
     count: int32 `[B]`. The result of candidates `c >= count[b]` is zeros, and
       a kernel does not compute it. None: all C count.
+    final_norm: False: the result is the residual stream, float32, to go on
+      with; so a history is read layer by layer, its events as candidates.
     implementation: 'pallas_gpu' (Hopper; bfloat16, D 128 or 256, H 32 or 64),
       'pallas_tpu' (bfloat16 or float32; D and F multiples of 128), 'xla'
       (everything, everywhere) or 'reference' (float32, readable). None: the
-      fastest that supports the call, but not 'pallas_gpu', which has to be
-      named.
+      fastest that supports the call.
 
   Returns:
-    `[B, C, D]`, of the candidates' type.
+    `[B, C, D]`, of the matrices' type, or float32 without `final_norm`.
 
   Raises:
     ValueError: an argument is malformed, or no such implementation.
@@ -124,9 +126,11 @@ def candidate_tower(
   call = jax.tree.map(jnp.asarray, call)
   _check(call, num_heads, implementation)
   if 0 in call.candidates.shape:
-    return call.candidates
+    return call.candidates.astype(
+      call.weights.query.dtype if final_norm else jnp.float32
+    )
   device = dispatch.device_of(call.candidates)
-  return _run(call, num_heads, implementation, device)[1]
+  return _run(call, num_heads, final_norm, implementation, device)[1]
 
 
 def candidate_tower_backend(
@@ -139,6 +143,7 @@ def candidate_tower_backend(
   *,
   num_heads: int,
   count: Any = None,
+  final_norm: bool = True,
   implementation: str | None = None,
 ) -> str:
   """The name of the backend that `candidate_tower` would run.
@@ -156,6 +161,7 @@ def candidate_tower_backend(
     weights: likewise.
     num_heads: likewise.
     count: likewise.
+    final_norm: likewise.
     implementation: likewise.
 
   Returns:
@@ -172,14 +178,14 @@ def candidate_tower_backend(
 
   def trace(call):
     nonlocal name
-    name, out = _run(call, num_heads, implementation, device)
+    name, out = _run(call, num_heads, final_norm, implementation, device)
     return out
 
   jax.eval_shape(trace, call)
   return name
 
 
-def _run(call: _Call, num_heads, implementation, device):
+def _run(call: _Call, num_heads, final_norm, implementation, device):
   """Runs the named backend, or the first that can; returns its name too."""
   keys, values, key_range = call.keys, call.values, call.key_range
   if not keys.shape[2]:  # One key that nobody sees, instead of none.
@@ -200,18 +206,24 @@ def _run(call: _Call, num_heads, implementation, device):
     call.weights,
     num_heads=num_heads,
     count=call.count,
+    final_norm=final_norm,
   )
 
 
 def _check(call: _Call, num_heads, implementation):
   """Raises ValueError at a malformed call."""
   dispatch.check_implementation(_BACKENDS, implementation)
-  shape, dtype = call.candidates.shape, call.candidates.dtype
+  shape, dtype = call.candidates.shape, call.weights.query.dtype
   if len(shape) != 3:
     raise ValueError(f'candidates has shape {shape}; make it [B, C, D]')
   if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
     raise ValueError(
-      f'candidates is {dtype}; cast it to float16, bfloat16 or float32'
+      f'weights.query is {dtype}; cast it to float16, bfloat16 or float32'
+    )
+  if call.candidates.dtype not in (dtype, jnp.float32):
+    raise ValueError(
+      f'candidates is {call.candidates.dtype}; cast it to {dtype}, the type of '
+      'weights.query, or to float32'
     )
   num_rows, num_candidates, width = shape
   if num_heads < 1 or width < 1 or width % num_heads:
@@ -238,10 +250,10 @@ def _check(call: _Call, num_heads, implementation):
       _check_array(name, x, '[B, C]', (num_rows, num_candidates), jnp.int32)
   if call.count is not None:
     _check_array('count', call.count, '[B]', (num_rows,), jnp.int32)
-  if call.key_range.structure not in ('any', 'prefix'):
+  if call.key_range.structure not in ('any', 'prefix', 'causal'):
     raise ValueError(
-      f'key_range.structure={call.key_range.structure!r} is not of '
-      "candidates; use 'prefix' where that is true, else 'any'"
+      f'key_range.structure={call.key_range.structure!r} is unknown; use '
+      "'prefix' or 'causal' where that is true, else 'any'"
     )
 
 

@@ -254,6 +254,7 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  final_norm: bool = True,
   config: Config | None = None,
 ) -> Float[Array, 'B C D']:
   """See `api.candidate_tower`; `config` is for measurements."""
@@ -281,8 +282,10 @@ def candidate_tower(
     widths = [(0, 0), (0, after)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, widths, mode=mode)
 
-  # The copy engine moves 8 rows at a time. Padding sees what the last one sees.
-  x = pad(candidates, -(-num_candidates // 8) * 8)
+  # The copy engine moves 8 rows at a time, and registers whole blocks. Padding
+  # sees what the last one sees.
+  whole = candidates.dtype == jnp.float32 or not final_norm
+  x = pad(candidates, padded if whole else -(-num_candidates // 8) * 8)
   start, stop = key_range.start, key_range.stop
   place = start if position is None else position
   place = pad(place, padded, 'edge')
@@ -293,7 +296,7 @@ def candidate_tower(
   else:
     start, stop = jnp.maximum(start, 0), jnp.minimum(stop, num_keys)
     start, stop = pad(start, padded, 'edge'), pad(stop, padded, 'edge')
-    meta = _blocks(start, stop, count, rows, prefix)
+    meta = _blocks(start, stop, count, rows, prefix, sort=not few)
     start = start.reshape(-1)
   keys, values = (
     pad(
@@ -309,6 +312,8 @@ def candidate_tower(
     (num_blocks, num_candidates, num_keys),
     position is not None,
     count is not None,
+    x.dtype,
+    final_norm,
   )
   out = call(
     meta,
@@ -344,16 +349,14 @@ def _check(candidates, keys, weights, num_heads):
       'pallas_gpu takes D 128 or 256, H 32 or 64 and F a multiple of D, not '
       f'D={width}, N={num_heads}, H={head_dim}, F={hidden}'
     )
-  matrices = (weights.query, weights.output, weights.mlp_in, weights.mlp_out)
-  for array in (candidates, keys, *matrices):
-    if array.dtype != jnp.bfloat16:
-      raise NotImplementedError(
-        f'pallas_gpu takes bfloat16 inputs and matrices, not {array.dtype}'
-      )
+  if keys.dtype != jnp.bfloat16:
+    raise NotImplementedError(
+      f'pallas_gpu takes bfloat16 keys, values and matrices, not {keys.dtype}'
+    )
 
 
-def _blocks(start, stop, count, rows, prefix):
-  """The list of work, int32 `[blocks, META]`; long blocks first if ragged.
+def _blocks(start, stop, count, rows, prefix, sort):
+  """The list of work, int32 `[blocks, META]`; long blocks first if sorted.
 
   Fields: user, first candidate, the keys that some candidate sees (from, to),
   the keys that every candidate sees (from, to), the candidates that count, the
@@ -380,7 +383,7 @@ def _blocks(start, stop, count, rows, prefix):
     [row, first, low, high, all_from, all_to, live, row * padded + first],
     axis=-1,
   ).reshape(-1, META)
-  if count is None:
+  if not sort:
     return meta
   # Longest first, as a counting rank: cheaper than a sort of so few.
   cost = jnp.where(meta[:, 6] > 0, 512 + meta[:, 3] - meta[:, 2], 0)
@@ -393,7 +396,7 @@ def _blocks(start, stop, count, rows, prefix):
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged):
+def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, x_type, final_norm):
   """Builds the call for static shapes."""
   num_blocks = sizes[0]
   config = plan.config
@@ -463,12 +466,18 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged):
     num_rows * num_blocks, config.blocks * tiles * workers, ROWS, plan.columns
   )  # fmt: skip
   body = functools.partial(
-    _body, plgpu=plgpu, plan=plan, sizes=sizes, rotate=rotate, ragged=ragged
+    _body,
+    plgpu=plgpu,
+    plan=plan,
+    sizes=sizes,
+    rotate=rotate,
+    ragged=ragged,
+    final_norm=final_norm,
   )
   return plgpu.kernel(
     body,
     out_type=(
-      jax.ShapeDtypeStruct(x_shape, bf16),
+      jax.ShapeDtypeStruct(x_shape, bf16 if final_norm else jnp.float32),
       jax.ShapeDtypeStruct(park, jnp.float32)
       if config.park == 'device'
       else None,
@@ -499,7 +508,7 @@ def _body(
   meta_ref, count_ref, start_ref, stop_ref, place_ref, x_ref, k_ref, v_ref,
   wq_ref, wo_ref, w1_ref, w2_ref, bias_ref, scale_ref, shift_ref,
   out_ref, park_ref,
-  *, plgpu, plan, sizes, rotate, ragged, **scratch,
+  *, plgpu, plan, sizes, rotate, ragged, final_norm, **scratch,
 ):  # fmt: skip
   """One block: a warpgroup for each worker of each tile, and one that loads."""
   config = plan.config
@@ -550,17 +559,30 @@ def _body(
     here = first + tile * ROWS
     per = plan.columns // plan.wide
     act = scratch['act'].at[tile]
+    own = row, pl.ds(here, ROWS), pl.ds(mine * plan.columns, plan.columns)
 
     def cut(n):
       columns = pl.ds((mine * per + n) * plan.wide, plan.wide)
       return row, pl.ds(here, ROWS), columns
 
+    def read():
+      """The residual stream, which is being copied unless it is float32."""
+      layout = plgpu.Layout.WGMMA
+      if x_ref.dtype == jnp.float32:
+        return plgpu.load(x_ref.at[own], layout=layout, optimized=False)
+      plgpu.barrier_wait(scratch['x_full'].at[wg])
+      pieces = [
+        plgpu.load(act.at[mine * per + n], layout=layout) for n in range(per)
+      ]
+      return _join(pieces).astype(jnp.float32)
+
     @pl.when(work)
     def _():
-      for n in range(per):
-        plgpu.copy_gmem_to_smem(
-          x_ref.at[cut(n)], act.at[mine * per + n], scratch['x_full'].at[wg]
-        )
+      if x_ref.dtype != jnp.float32:
+        for n in range(per):
+          plgpu.copy_gmem_to_smem(
+            x_ref.at[cut(n)], act.at[mine * per + n], scratch['x_full'].at[wg]
+          )
       at = pl.ds(place + tile * ROWS, ROWS)
       layout = plgpu.Layout.WGMMA.reduce(1)
 
@@ -574,8 +596,7 @@ def _body(
         )
       else:
         start, stop = column(start_ref), column(stop_ref)
-      plgpu.barrier_wait(scratch['x_full'].at[wg])
-      _Worker(
+      x = _Worker(
         context,
         tile=tile,
         worker=worker,
@@ -584,18 +605,30 @@ def _body(
         place=column(place_ref).astype(jnp.float32) if rotate else None,
         park_ref=park_ref,
         park_at=(block, part * computing + wg),
-      ).run((scale_ref, shift_ref), live - tile * ROWS if ragged else None)
+      ).run(
+        read,
+        (scale_ref, shift_ref) if final_norm else None,
+        live - tile * ROWS if ragged else None,
+      )
+      if not final_norm:
+        out_ref[own] = x
+
+    def zeros(columns, dtype):
+      zero = jnp.zeros((ROWS, columns), dtype)
+      return plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
 
     if ragged:
 
       @pl.when(jnp.logical_not(work))
       def _():
-        zero = plgpu.layout_cast(
-          jnp.zeros((ROWS, plan.wide), jnp.bfloat16), plgpu.Layout.WGMMA
-        )
-        for n in range(per):
-          act[mine * per + n] = zero
+        if final_norm:
+          for n in range(per):
+            act[mine * per + n] = zeros(plan.wide, jnp.bfloat16)
+        else:
+          out_ref[own] = zeros(plan.columns, jnp.float32)
 
+    if not final_norm:
+      return
     plgpu.commit_smem()
     for n in range(per):
       plgpu.copy_smem_to_gmem(
@@ -777,6 +810,7 @@ class _Worker:
     plan, context = self.plan, self.context
     hidden, queries, parked = (ref.at[tile] for ref in context.mid)
     self.act, self.hidden = context.act.at[tile], hidden
+    self.stats = context.stats.at[tile]
     self.queries, self.first_query = self.act, mine * plan.heads
     if plan.out_in_mid:
       self.queries = hidden
@@ -844,22 +878,25 @@ class _Worker:
     else:
       self.meet()
 
-  def share(self, pieces, ref, at, turn):
-    """Writes pieces to blocks `at, at + 1, ..` of `ref`, for all workers.
+  def share(self, turn, *parts):
+    """Writes each part, `pieces, ref, at`, and waits for all workers'.
 
-    In a cluster, calls are counted by two barriers in `turn`, so that what
-    arrives early is not counted for the call before.
+    Pieces go to blocks `at, at + 1, ..` of `ref`. In a cluster, calls are
+    counted by two barriers in `turn`, so that what arrives early is not counted
+    for the call before.
     """
-    for n, piece in enumerate(pieces):
-      ref[at + n] = piece
+    for pieces, ref, at in parts:
+      for n, piece in enumerate(pieces):
+        ref[at + n] = piece
     self.plgpu.commit_smem()
     if self.plan.config.blocks > 1:
-      self.send(ref, at, turn)
-    self.gather(ref, 1, turn)
+      for _, ref, at in parts:
+        self.send(ref, at, turn)
+    self.gather(turn, *(ref for _, ref, _ in parts))
 
   def sent(self, turn):
     """The barrier of a layer's meeting number `turn`."""
-    meetings = 5 + self.plan.num_groups
+    meetings = 3 + self.plan.num_groups
     odd = lax.rem(self.layer * meetings + turn, jnp.int32(2))
     return self.context.sent.at[pl.ds(2 * odd, 2)]
 
@@ -872,13 +909,15 @@ class _Worker:
       ref.at[at], self.sent(turn)
     )
 
-  def gather(self, ref, count, turn):
-    """Waits for `count` pieces of each worker."""
+  def gather(self, turn, *refs, count=1):
+    """Waits for `count` pieces in each ref of each worker."""
     plgpu = self.plgpu
     blocks = self.plan.config.blocks
     if blocks > 1:
       size = (
-        (blocks - 1) * count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
+        (blocks - 1)
+        * count
+        * sum(math.prod(ref.shape[1:]) * ref.dtype.itemsize for ref in refs)
       )
       plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
         functools.partial(_cluster().receive, size=size)
@@ -889,26 +928,30 @@ class _Worker:
     """`[64, columns]` as blocks `[64, size]`."""
     return [x[:, at : at + size] for at in range(0, x.shape[1], size)]
 
-  def statistics(self, x, turn):
-    """Mean and inverse deviation `[64]` over all workers' columns.
+  def moments(self, x):
+    """The mean and the sum of squares around it of this worker's columns.
 
-    The workers' means and sums of squares around them are joined as by Chan
-    et al. 1979.
+    `[64, 8]`, the mean in columns 0 to 3.
     """
-    plan = self.plan
-    workers, columns, width = plan.all_workers, plan.columns, plan.width
-    mean = x.sum(axis=1) * (1 / columns)
+    mean = x.sum(axis=1) * (1 / self.plan.columns)
     mean = lax.optimization_barrier(mean)
     square = 0.0
     for piece in self.split(x, 32):
       gap = piece - self.down(mean, 32)
       square += (gap * gap).sum(axis=1)
     left = self.iota((ROWS, 8), 1) < 4
-    both = jnp.where(left, self.down(mean, 8), self.down(square, 8))
-    stats = self.context.stats.at[self.tile]
-    self.share([both], stats, self.mine, turn)
+    return jnp.where(left, self.down(mean, 8), self.down(square, 8))
+
+  def statistics(self):
+    """Mean and inverse deviation `[64]` from all workers' moments.
+
+    They are joined as by Chan et al. 1979.
+    """
+    plan = self.plan
+    workers, columns, width = plan.all_workers, plan.columns, plan.width
+    left = self.iota((ROWS, 8), 1) < 4
     parts = [
-      self.plgpu.load(stats.at[w], layout=self.plgpu.Layout.WGMMA)
+      self.plgpu.load(self.stats.at[w], layout=self.plgpu.Layout.WGMMA)
       for w in range(workers)
     ]
     total = sum(parts)
@@ -922,21 +965,19 @@ class _Worker:
     scale = lax.rsqrt(variance + reference.EPSILON)
     return lax.optimization_barrier((mean, scale))
 
-  def share_norm(self, x, turn):
-    """Puts the norm of `x` into `act`; all workers' columns are there then."""
-    mean, scale = self.statistics(x, turn)
-    wide = self.plan.wide
+  def share_stream(self, x, turn):
+    """Puts `x` into `act`; returns its inverse deviation `[64]`.
+
+    That is all of a norm that a product needs, behind it: no column of W_q and
+    W_1 sees the mean.
+    """
+    pieces = (y.astype(jnp.bfloat16) for y in self.split(x, self.plan.wide))
     self.share(
-      (
-        ((y - self.down(mean, wide)) * self.down(scale, wide)).astype(
-          jnp.bfloat16
-        )
-        for y in self.split(x, wide)
-      ),
-      self.act,
-      self.mine * self.per,
-      turn + 1,
+      turn,
+      ([self.moments(x)], self.stats, self.mine),
+      (pieces, self.act, self.mine * self.per),
     )
+    return self.statistics()[1]
 
   # Products with the tiles of a ring.
 
@@ -1008,6 +1049,17 @@ class _Worker:
       self.product(acc, left, view, number, tiles)
 
     return pl.run_state(run)(self.plgpu.ACC.init(init))
+
+  def scaled(self, scale, view, number, tiles, bias):
+    """diag(scale) act @ tiles + bias; `bias` is its layer, block and blocks."""
+    columns = view.shape[2]
+
+    def run(acc):
+      self.product(acc, self.act, view, number, tiles)
+      return acc[...]
+
+    y = pl.run_scoped(run, self.plgpu.ACC((ROWS, columns), jnp.float32))
+    return y * self.down(scale, columns) + self.bias(*bias)
 
   # The parts of a layer.
 
@@ -1132,10 +1184,9 @@ class _Worker:
     deep = plan.counts()[0]
     blocks = plan.width // plan.wide
     at = self.mine * self.per
-    self.share_norm(x, 0)
+    scale = self.share_stream(x, 0)
     self.park(x)
-    init = self.bias(two, at, self.per)
-    q = self.times(init, self.act, self.wq, number, deep)
+    q = self.scaled(scale, self.wq, number, deep, (two, at, self.per))
     number += deep
     q = self.rotated(q)
     if not plan.out_in_mid:
@@ -1154,7 +1205,7 @@ class _Worker:
         yield _join(heads)
 
     attended = self.hidden if plan.out_in_mid else self.act
-    self.share(outputs(), attended, at, 2)
+    self.share(1, (outputs(), attended, at))
     number += plan.heads * context.steps
     bias = self.bias(two, blocks + at, self.per)
     x = self.unpark(x) + bias
@@ -1192,7 +1243,9 @@ class _Worker:
     group, workers = config.group, plan.all_workers
     blocks = plan.width // plan.wide
     at = self.mine * self.per
-    self.share_norm(x, 3)
+    if not plan.out_in_mid:
+      self.sync()  # All have read the attention's outputs.
+    scale = self.share_stream(x, 2)
     x = x + self.bias(two, 2 * blocks + plan.hidden // plan.wide + at, self.per)
 
     def one_group(turn, x):
@@ -1203,8 +1256,8 @@ class _Worker:
 
       def chunk(c):
         block = 2 * blocks + (turn * group + c) * workers + self.mine
-        init = self.bias(two, block, 1)
-        u = self.times(init, self.act, self.w1, first + c * n1, n1)
+        bias = two, block, 1
+        u = self.scaled(scale, self.w1, first + c * n1, n1, bias)
         u = gelu(u).astype(jnp.bfloat16)
         if config.buffers == 1 and plan.num_groups > 1:
 
@@ -1216,14 +1269,14 @@ class _Worker:
         self.hidden[at] = u
         if config.blocks > 1:
           self.plgpu.commit_smem()
-          self.send(self.hidden, at, 5 + turn)
+          self.send(self.hidden, at, 3 + turn)
 
       if group == 1:
         chunk(0)
       else:
         pl.loop(0, group)(chunk)
       self.plgpu.commit_smem()
-      self.gather(self.hidden, group, 5 + turn)
+      self.gather(3 + turn, self.hidden, count=group)
       hidden = self.hidden.at[pl.ds(buffer, group * workers)]
       first += group * n1
       return self.times(x, hidden, self.w2, first, group * n2)
@@ -1232,16 +1285,16 @@ class _Worker:
       return one_group(0, x)
     return lax.fori_loop(0, plan.num_groups, one_group, x)
 
-  def run(self, final, live):
-    """All layers; leaves the final norm's output in `act`."""
+  def run(self, read, final, live):
+    """All layers, of what `read` gives.
+
+    With `final`, the last norm's scale and shift, leaves its output in `act`;
+    else returns the residual stream. Zeros from candidate `live` on.
+    """
     plgpu, plan, context = self.plgpu, self.plan, self.context
     at = self.mine * self.per
     deep = plan.counts()[0]
-    pieces = [
-      plgpu.load(self.act.at[at + n], layout=plgpu.Layout.WGMMA)
-      for n in range(self.per)
-    ]
-    x = _join(pieces).astype(jnp.float32)
+    x = read()
 
     def layer(index, x):
       two = lax.rem(index, 2)
@@ -1279,22 +1332,28 @@ class _Worker:
             self.fill()
 
     x = lax.fori_loop(0, plan.num_layers, layer, x)
-    last = self.at_layer(jnp.int32(plan.num_layers))
-    mean, deviation = last.statistics(x, 0)
-    scale_ref, shift_ref = final
-    wide = plan.wide
-    for n, y in enumerate(self.split(x, wide)):
-      y = (y - self.down(mean, wide)) * self.down(deviation, wide)
-      scale, shift = (
-        plgpu.load(ref.at[at + n], layout=self.column_layout, optimized=False)
-        for ref in (scale_ref, shift_ref)
-      )
-      y = y * self.across(scale) + self.across(shift)
+    if final is None:
       if live is not None:
-        y = jnp.where(self.iota(y.shape, 0) < live, y, 0.0)
-      self.act[at + n] = y.astype(jnp.bfloat16)
+        x = jnp.where(self.iota(x.shape, 0) < live, x, 0.0)
+    else:
+      last = self.at_layer(jnp.int32(plan.num_layers))
+      last.share(0, ([last.moments(x)], last.stats, last.mine))
+      mean, deviation = last.statistics()
+      scale_ref, shift_ref = final
+      wide = plan.wide
+      for n, y in enumerate(self.split(x, wide)):
+        y = (y - self.down(mean, wide)) * self.down(deviation, wide)
+        scale, shift = (
+          plgpu.load(ref.at[at + n], layout=self.column_layout, optimized=False)
+          for ref in (scale_ref, shift_ref)
+        )
+        y = y * self.across(scale) + self.across(shift)
+        if live is not None:
+          y = jnp.where(self.iota(y.shape, 0) < live, y, 0.0)
+        self.act[at + n] = y.astype(jnp.bfloat16)
     if plan.config.blocks > 1:
       self.sync()  # Shared memory goes with the block that leaves first.
+    return x
 
 
 def _join(pieces):

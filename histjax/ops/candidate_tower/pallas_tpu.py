@@ -60,6 +60,7 @@ class _Plan(NamedTuple):
     tile: candidates in a tile, a multiple of 128.
     block: keys in a block, a multiple of 128.
     rotate: whether queries are rotated.
+    final_norm: whether the result is the last norm's.
     vmem: bytes of vector memory that the kernel asks for.
   """
 
@@ -72,6 +73,7 @@ class _Plan(NamedTuple):
   tile: int
   block: int
   rotate: bool
+  final_norm: bool
   vmem: int
 
   @property
@@ -93,11 +95,12 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  final_norm: bool = True,
 ) -> Float[Array, 'B C D']:
   """See `api.candidate_tower`; cannot be differentiated."""
   num_rows, num_candidates, _ = candidates.shape
   rotate = position is not None
-  plan = make_plan(candidates, keys, weights, num_heads, rotate)
+  plan = make_plan(candidates, keys, weights, num_heads, rotate, final_norm)
   if num_rows * (2 * plan.tiles + 1) > _MAX_SCALARS:
     raise NotImplementedError(
       f'pallas_tpu keeps the bounds of {num_rows * plan.tiles} tiles in scalar '
@@ -131,15 +134,17 @@ def candidate_tower(
   )
 
 
-def make_plan(candidates, keys, weights, num_heads: int, rotate: bool) -> _Plan:
+def make_plan(
+  candidates, keys, weights, num_heads: int, rotate: bool, final_norm: bool
+) -> _Plan:
   """The blocks of a call, or a NotImplementedError that says why not."""
   num_candidates, width = candidates.shape[1:]
   num_layers, hidden = weights.mlp_in.shape[0], weights.mlp_in.shape[2]
   head_dim = width // num_heads
-  if candidates.dtype not in (jnp.bfloat16, jnp.float32):
+  if keys.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(
       'pallas_tpu computes in bfloat16 or float32, the types that a TPU '
-      f'multiplies, and candidates is {candidates.dtype}'
+      f'multiplies, and keys is {keys.dtype}'
     )
   # A head fills whole registers, or a whole number of them fills one.
   fits = head_dim % _LANES == 0 or (_LANES % head_dim == 0 and head_dim >= 16)
@@ -152,15 +157,18 @@ def make_plan(candidates, keys, weights, num_heads: int, rotate: bool) -> _Plan:
   limit = max(_LANES, _MAX_TILE_BYTES // (4 * width) // _LANES * _LANES)
   tile = _block(num_candidates, min(limit, _MAX_BLOCK))
   block = _block(keys.shape[2], min(limit, _MAX_BLOCK))
-  itemsize = candidates.dtype.itemsize
-  streamed = 2 * width * (width + hidden) + 2 * (block + tile) * width
+  itemsize = keys.dtype.itemsize
+  out_type = keys.dtype if final_norm else jnp.dtype(jnp.float32)
+  # Candidates and results, in units of the type of matrices.
+  tokens = tile * (candidates.dtype.itemsize + out_type.itemsize) // itemsize
+  streamed = 2 * width * (width + hidden) + (2 * block + tokens) * width
   scratch = 5 * tile * width + tile * width * itemsize // 4
   temporary = 4 * tile * max(block, width, min(hidden, _MAX_BLOCK))
   vmem = 2 * streamed * itemsize + 4 * (scratch + temporary) + (2 << 20)
   if vmem > _MAX_VMEM:
     raise NotImplementedError(
       f'pallas_tpu would need {vmem >> 20} MiB of vector memory for D={width}, '
-      f'F={hidden} in {candidates.dtype}, and takes {_MAX_VMEM >> 20} at most'
+      f'F={hidden} in {keys.dtype}, and takes {_MAX_VMEM >> 20} at most'
     )
   return _Plan(
     num_candidates=num_candidates,
@@ -172,6 +180,7 @@ def make_plan(candidates, keys, weights, num_heads: int, rotate: bool) -> _Plan:
     tile=tile,
     block=block,
     rotate=rotate,
+    final_norm=final_norm,
     vmem=vmem,
   )
 
@@ -205,7 +214,7 @@ def _call(count, candidates, seen, keys, values, *weights, plan: _Plan):
   tile, tokens = plan.tile, (plan.tile, width)
   scratch = [
     pltpu.VMEM(tokens, jnp.float32),  # The residual stream.
-    pltpu.VMEM(tokens, candidates.dtype),  # Queries.
+    pltpu.VMEM(tokens, keys.dtype),  # Queries.
     pltpu.VMEM((width, tile), jnp.float32),  # The attention's sums.
     pltpu.VMEM((plan.num_heads, tile), jnp.float32),  # Its largest scores.
     pltpu.VMEM((plan.num_heads, tile), jnp.float32),  # Its sums of weights.
@@ -216,7 +225,9 @@ def _call(count, candidates, seen, keys, values, *weights, plan: _Plan):
   return pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     name='candidate_tower',
-    out_shape=jax.ShapeDtypeStruct(candidates.shape, candidates.dtype),
+    out_shape=jax.ShapeDtypeStruct(
+      candidates.shape, keys.dtype if plan.final_norm else jnp.float32
+    ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
       grid=(
@@ -361,8 +372,9 @@ def _kernel(*refs, plan: _Plan):
 
   @pl.when(counts & last_step & last_layer)
   def _():
-    x = reference.normalize(r.stream[...])
-    x = x * r.final[0:1] + r.final[1:2]
+    x = r.stream[...]
+    if plan.final_norm:
+      x = reference.normalize(x) * r.final[0:1] + r.final[1:2]
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     r.out[0] = jnp.where(index < left, x, 0).astype(r.out.dtype)
 

@@ -20,12 +20,14 @@ class TowerWeights(flax.struct.PyTreeNode):
 
   A norm followed by a linear map, `(z * g + b) W + c` with `z` of zero mean
   and unit variance, is `z (g W) + (b W + c)`, so no norm but the last keeps
-  parameters. `F` is the width of the MLP.
+  parameters. And since z has zero mean, each column of `g W` may have: then
+  `norm(x) W = (x W) / std(x)`, and a kernel need not know x's mean before the
+  product. `F` is the width of the MLP.
 
   Attributes:
-    query: `[layers, D, D]`.
+    query: `[layers, D, D]`; every column must sum to zero.
     output: `[layers, D, D]`.
-    mlp_in: `[layers, D, F]`.
+    mlp_in: `[layers, D, F]`; likewise.
     mlp_out: `[layers, F, D]`.
     bias: float32 `[layers, 3 D + F]`: query, output, mlp_in, mlp_out.
     final_scale: float32 `[D]`.
@@ -40,6 +42,12 @@ class TowerWeights(flax.struct.PyTreeNode):
   final_scale: Float[Array, 'D']
   final_bias: Float[Array, 'D']
 
+  def layer(self, index: int) -> TowerWeights:
+    """A tower of that layer alone, and the last norm."""
+    final = {'final_scale': self.final_scale, 'final_bias': self.final_bias}
+    one = jax.tree.map(lambda x: x[index][None], self)
+    return one.replace(**final)
+
 
 def candidate_tower(
   candidates: Float[Array, 'B C D'],
@@ -51,6 +59,7 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  final_norm: bool = True,
 ) -> Float[Array, 'B C D']:
   """See `api.candidate_tower`; everything in float32."""
 
@@ -78,7 +87,7 @@ def candidate_tower(
     x = x + linear(attended, weights.output[i], output_bias)
     hidden = jax.nn.gelu(linear(normalize(x), weights.mlp_in[i], in_bias))
     x = x + linear(hidden, weights.mlp_out[i], out_bias)
-  return finish(x, weights, count).astype(candidates.dtype)
+  return finish(x, weights, count, final_norm)
 
 
 def split_bias(
@@ -101,10 +110,12 @@ def finish(
   x: Float[Array, 'B C D'],
   weights: TowerWeights,
   count: Int[Array, 'B'] | None,
+  final_norm: bool,
 ) -> Float[Array, 'B C D']:
-  """The last norm; zeros where candidates do not count."""
-  x = normalize(x) * weights.final_scale[None, None, :]
-  x = x + weights.final_bias[None, None, :]
+  """The last norm, if wanted; zeros where candidates do not count."""
+  if final_norm:
+    x = normalize(x) * weights.final_scale[None, None, :]
+    x = (x + weights.final_bias[None, None, :]).astype(weights.query.dtype)
   if count is None:
     return x
   index = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :, None]

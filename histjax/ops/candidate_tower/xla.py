@@ -27,9 +27,10 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  final_norm: bool = True,
 ) -> Float[Array, 'B C D']:
   """See `api.candidate_tower`."""
-  dtype = candidates.dtype
+  dtype = weights.query.dtype
 
   def linear(x, weight, bias):
     return jnp.matmul(x.astype(dtype), weight) + bias[None, None, :]
@@ -48,7 +49,7 @@ def candidate_tower(
     x = x + linear(attended, weights.output[i], output_bias)
     hidden = linear(_normalize(x), weights.mlp_in[i], in_bias)
     x = x + linear(jax.nn.gelu(hidden), weights.mlp_out[i], out_bias)
-  return reference.finish(x, weights, count).astype(dtype)
+  return reference.finish(x, weights, count, final_norm)
 
 
 def _normalize(x: Float[Array, 'B C D']) -> Float[Array, 'B C D']:

@@ -21,10 +21,10 @@ from histjax.types import KeyRange
 
 # The fastest first; 'xla' computes every call everywhere.
 _BACKENDS = {
-  'cudnn': dispatch.Backend(cudnn.history_attention, cudnn.check_device),
   'pallas_gpu': dispatch.Backend(
-    pallas_gpu.history_attention, devices.check_hopper, by_name=True
+    pallas_gpu.history_attention, devices.check_hopper
   ),
+  'cudnn': dispatch.Backend(cudnn.history_attention, cudnn.check_device),
   'pallas_tpu': dispatch.Backend(
     pallas_tpu.history_attention, devices.check_tpu
   ),
@@ -72,7 +72,7 @@ def history_attention(
       bfloat16 and float32; to shard `B` under jit, put the mesh in context, as
       by `jax.set_mesh`), 'xla' (everything, everywhere) or 'reference'
       (readable; memory `B N Q L`). None: the fastest that supports the
-      call, but not 'pallas_gpu', which has to be named.
+      call.
       In 'pallas_tpu', 'xla' and 'reference', keys and values that lie before or
       after all ranges of their row may hold anything, NaN included; those
       between must be finite.

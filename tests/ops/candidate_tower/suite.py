@@ -36,10 +36,11 @@ class Call:
   weights: ops.TowerWeights
   num_heads: int
   count: np.ndarray | None
+  final_norm: bool
 
   @property
   def dtype(self) -> str:
-    return str(self.candidates.dtype)
+    return str(self.keys.dtype)
 
   @property
   def key_range(self) -> KeyRange:
@@ -99,6 +100,7 @@ def make_call(
   rotate: bool = True,
   ragged: bool = False,
   mlp_width: int | None = None,
+  residual: bool = False,
 ) -> Call:
   """A random call of shape (B, C, L, N, H); some of its ranges are empty.
 
@@ -111,6 +113,7 @@ def make_call(
     rotate: whether there are positions.
     ragged: whether there is a count.
     mlp_width: F; None: 4 D.
+    residual: whether the call takes and gives a float32 residual stream.
   """
   num_rows, num_candidates, num_keys, num_heads, head_dim = shape
   rng = np.random.default_rng(seed)
@@ -132,8 +135,9 @@ def make_call(
     stop = np.repeat(length[:, None], num_candidates, axis=1)
   position = rng.integers(0, 2 * num_keys + 1, of_candidates, dtype=np.int32)
   count = rng.integers(0, num_candidates + 1, num_rows, dtype=np.int32)
+  candidates = normal(*of_candidates, width)
   return Call(
-    candidates=normal(*of_candidates, width),
+    candidates=candidates.astype(np.float32) if residual else candidates,
     position=position if rotate else None,
     keys=normal(*cached),
     values=normal(*cached),
@@ -143,6 +147,7 @@ def make_call(
     weights=make_weights(rng, num_layers, width, mlp_width, dtype),
     num_heads=num_heads,
     count=count if ragged else None,
+    final_norm=not residual,
   )
 
 
@@ -156,17 +161,19 @@ def make_weights(
   """Weights that keep activations of order 1; no bias is zero."""
   hidden = mlp_width or 4 * width
 
-  def matrix(rows, columns, gain=1.0):
+  def matrix(rows, columns, gain=1.0, centered=False):
     x = rng.normal(size=(num_layers, rows, columns)) * gain / math.sqrt(rows)
+    if centered:
+      x -= x.mean(axis=1, keepdims=True)
     return x.astype(jnp.dtype(dtype))
 
   def vector(*shape):
     return (0.1 * rng.normal(size=shape)).astype(np.float32)
 
   return ops.TowerWeights(
-    query=matrix(width, width, gain=1.5),
+    query=matrix(width, width, gain=1.5, centered=True),
     output=matrix(width, width),
-    mlp_in=matrix(width, hidden),
+    mlp_in=matrix(width, hidden, centered=True),
     mlp_out=matrix(hidden, width),
     bias=vector(num_layers, 3 * width + hidden),
     final_scale=1 + vector(width),
@@ -195,7 +202,9 @@ def oracle(call: Call) -> np.ndarray:
     x = np.asarray(call.candidates[b, c], np.float64)
     for layer in range(len(weights.query)):
       x = _layer(call, weights, layer, b, c, x)
-    out[b, c] = _norm(x) * weights.final_scale + weights.final_bias
+    if call.final_norm:
+      x = _norm(x) * weights.final_scale + weights.final_bias
+    out[b, c] = x
   return out
 
 
@@ -245,6 +254,7 @@ def run(call: Call, implementation: str | None) -> np.ndarray:
       *call.positional,
       num_heads=call.num_heads,
       count=call.count,
+      final_norm=call.final_norm,
       implementation=implementation,
     )
   )
@@ -252,7 +262,8 @@ def run(call: Call, implementation: str | None) -> np.ndarray:
 
 # One function, so that a call of a shape is compiled once for all tests.
 _tower = jax.jit(
-  ops.candidate_tower, static_argnames=('num_heads', 'implementation')
+  ops.candidate_tower,
+  static_argnames=('num_heads', 'final_norm', 'implementation'),
 )
 
 Tower = Callable[[Call], np.ndarray]
@@ -261,7 +272,8 @@ Tower = Callable[[Call], np.ndarray]
 def assert_equals_oracle(tower: Tower, call: Call) -> None:
   """Compares with the oracle; checks the type and the zeros."""
   found = tower(call)
-  assert found.dtype == call.candidates.dtype, found.dtype
+  dtype = call.dtype if call.final_norm else 'float32'
+  assert found.dtype == dtype, found.dtype
   np.testing.assert_array_equal(found[~call.counts], 0)
   np.testing.assert_allclose(
     found.astype(np.float64),

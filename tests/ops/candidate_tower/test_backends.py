@@ -1,6 +1,7 @@
 """Every backend against the float64 oracle, and what a score depends on."""
 
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from histjax import ops
 from histjax.ops.candidate_tower import api
+from histjax.ops.history_attention import xla as attention
 from tests.ops.candidate_tower import suite
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -55,6 +57,34 @@ class BackendTest(parameterized.TestCase):
     call = suite.make_call(0, (2, 3, 5, 2, 3), rotate=False)
     suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
 
+  @parameterized.product(
+    implementation=IMPLEMENTATIONS,
+    dtype=('float32', 'bfloat16'),
+    ragged=(False, True),
+  )
+  @settings(max_examples=4)
+  @given(seed=SEEDS)
+  def test_residual_stream(self, implementation, dtype, ragged, seed):
+    call = suite.make_call(
+      seed, SHAPES[0], dtype=dtype, ragged=ragged, residual=True
+    )
+    suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
+
+  @parameterized.product(implementation=IMPLEMENTATIONS)
+  def test_layer_by_layer(self, implementation):
+    call = suite.make_call(0, SHAPES[0], num_layers=3, dtype='bfloat16')
+    x = call.candidates
+    for i in range(3):
+      layer = call.replace(
+        candidates=x,
+        keys=call.keys[i][None],
+        values=call.values[i][None],
+        weights=call.weights.layer(i),
+        final_norm=i == 2,
+      )
+      x = suite.run(layer, implementation)
+    suite.assert_same(x, suite.run(call, implementation), call)
+
   @parameterized.product(implementation=IMPLEMENTATIONS)
   def test_many_keys_in_blocks(self, implementation):
     call = suite.make_call(0, (1, 150, 700, 4, 4), num_layers=1)
@@ -95,10 +125,16 @@ class KernelTest(parameterized.TestCase):
   @parameterized.product(
     implementation=KERNELS,
     # Odd sizes over several tiles of candidates and blocks of keys.
-    shape=((3, 203, 333, 4, 32), (2, 130, 77, 4, 64), (1, 1, 1, 4, 32)),
+    shape=(
+      (3, 203, 333, 4, 32),
+      (2, 130, 77, 4, 64),
+      (2, 70, 70, 2, 64),
+      (1, 1, 1, 4, 32),
+    ),
     structure=('any', 'prefix'),
     ragged=(False, True),
     rotate=(False, True),
+    residual=(False, True),
   )
   def test_equals_the_oracle(self, implementation, shape, **fields):
     call = suite.make_call(0, shape, num_layers=3, dtype='bfloat16', **fields)
@@ -117,6 +153,7 @@ class KernelTest(parameterized.TestCase):
 
 class MemoryTest(parameterized.TestCase):
   @parameterized.parameters((4096, 128), (128, 4096), (2048, 2048))
+  @mock.patch.object(attention, '_ACCELERATOR_SCORES', attention._CPU_SCORES)
   def test_xla_is_linear(self, num_candidates, num_keys):
     def temporary(factor):
       shape = (1, factor * num_candidates, factor * num_keys, 2, 8)

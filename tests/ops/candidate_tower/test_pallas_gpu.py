@@ -28,6 +28,7 @@ def tower(call, config=None):
     *jax.tree.map(jnp.asarray, call.positional),
     num_heads=call.num_heads,
     count=None if call.count is None else jnp.asarray(call.count),
+    final_norm=call.final_norm,
     config=config,
   )
 
@@ -68,6 +69,11 @@ class InterpretedTest(gpu_interpreter.TestCase):
     self.slow(2, 3)
     self.check((1, 70, 150, 4, 32), LOADER, num_layers=4)
 
+  def test_residual_stream(self):
+    self.check(
+      (2, 70, 70, 4, 32), LOADER, num_layers=1, residual=True, ragged=True
+    )
+
   def test_heads_as_wide_as_a_worker(self):
     self.check((1, 70, 70, 2, 64), WIDE_HEADS, structure='prefix')
 
@@ -75,8 +81,14 @@ class InterpretedTest(gpu_interpreter.TestCase):
     self.slow(0, 1)
     self.check((1, 70, 70, 4, 64), LOADERLESS, structure='prefix')
 
+  def test_residual_stream_without_loader(self):
+    self.check((1, 70, 70, 4, 64), LOADERLESS, num_layers=1, residual=True)
+
   def test_cluster_of_two(self):
     self.check((1, 9, 70, 4, 64), TWO_BLOCKS, mlp_width=512, rotate=False)
+
+  def test_residual_stream_in_a_cluster(self):
+    self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, num_layers=2, residual=True)
 
   def test_cluster_of_four(self):
     self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, ragged=True)
@@ -136,7 +148,7 @@ class RefusalTest(parameterized.TestCase):
     ({'shape': (1, 2, 3, 1, 128)}, 'not D=128, N=1, H=128'),
     ({'mlp_width': 192}, 'F a multiple of D, .* F=192'),
     ({'mlp_width': 128, 'shape': (1, 2, 3, 2, 64)}, 'no plan for .* F=128'),
-    ({'dtype': 'float32'}, 'takes bfloat16 inputs and matrices, not float32'),
+    ({'dtype': 'float32'}, 'takes bfloat16 keys, .* not float32'),
   )
   def test_call(self, fields, message):
     fields = {'shape': (1, 2, 3, 4, 32), 'dtype': 'bfloat16', **fields}

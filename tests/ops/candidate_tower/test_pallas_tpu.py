@@ -76,6 +76,8 @@ class InterpretTest(parameterized.TestCase):
     {'dtype': 'bfloat16', 'ragged': True},
     {'structure': 'prefix', 'rotate': False},
     {'num_layers': 1, 'ragged': True},
+    {'num_layers': 1, 'dtype': 'bfloat16', 'residual': True},
+    {'ragged': True, 'residual': True},
   )
   def test_small(self, **fields):
     self.check(suite.make_call(2, SMALL, mlp_width=128, **fields))
@@ -127,7 +129,7 @@ class RefusalTest(parameterized.TestCase):
     ((1, 3, 5, 2, 32), {}, 'D=64, F=256, H=32'),
     ((1, 3, 5, 4, 32), {'mlp_width': 64}, 'D=128, F=64'),
     ((1, 3, 5, 16, 8), {}, 'H=8'),
-    ((1, 3, 5, 4, 32), {'dtype': 'float16'}, 'candidates is float16'),
+    ((1, 3, 5, 4, 32), {'dtype': 'float16'}, 'keys is float16'),
     ((1, 3, 5, 8, 256), {'num_layers': 1}, 'MiB of vector memory'),
     ((70_000, 1, 1, 8, 16), {'num_layers': 1}, 'split the rows'),
   )

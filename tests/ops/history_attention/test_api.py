@@ -8,13 +8,12 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from histjax import ops
-from histjax.ops import dispatch
+from histjax.ops import devices, dispatch
 from histjax.ops.history_attention import api
 from histjax.types import KeyRange
 from tests.ops.history_attention import suite
 
 SHAPE = (2, 3, 5, 2, 8)
-ON_CUDA = 'cuda' in jax.devices()[0].client.platform_version.lower()
 
 
 def arguments(dtype='float32', structure='any', shape=SHAPE):
@@ -136,16 +135,6 @@ class DispatchTest(parameterized.TestCase):
       self.assertEqual(ops.history_attention_backend(**arguments()), 'b')
     np.testing.assert_array_equal(out, 2)
 
-  def test_some_run_only_by_name(self):
-    by_name = dispatch.Backend(self.gives(1), lambda device: None, by_name=True)
-    with self.backends(b=self.gives(2)):
-      with mock.patch.dict(
-        api._BACKENDS, {'a': by_name, **api._BACKENDS}, clear=True
-      ):
-        for name, number in ((None, 2), ('a', 1)):
-          out = ops.history_attention(**arguments(), implementation=name)
-          np.testing.assert_array_equal(out, number)
-
   def test_takes_the_named_one(self):
     with self.backends(a=self.gives(1), b=self.gives(2)):
       out = ops.history_attention(**arguments(), implementation='b')
@@ -182,8 +171,12 @@ class DispatchTest(parameterized.TestCase):
   def test_backend(self, dtype, structure):
     fields = arguments(dtype, structure)
     expected = 'xla'
-    if ON_CUDA and dtype == 'bfloat16':
-      expected = 'xla' if structure == 'any' else 'cudnn'
+    if dtype == 'bfloat16':
+      try:
+        devices.check_hopper(jax.devices()[0])
+        expected = 'pallas_gpu'
+      except NotImplementedError:
+        pass
     self.assertEqual(ops.history_attention_backend(**fields), expected)
     shapes = jax.eval_shape(lambda: fields)
     self.assertEqual(ops.history_attention_backend(**shapes), expected)
