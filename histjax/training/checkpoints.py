@@ -1,9 +1,11 @@
 """Checkpoints: everything a run needs to go on, or a scorer to start.
 
 A checkpoint is a folder `<workdir>/checkpoints/<step>` of three items:
-`params`, `state` (optimizer, step, rng, loss window) and `meta` (JSON: the
-config, the place in the data, and what is known of validation). Orbax writes
-it under a temporary name and renames it, so a step is there or it is not.
+`params` (to score with: the average, if one is kept), `state` (optimizer,
+step, rng, loss window, and the parameters in training if `params` is their
+average) and `meta` (JSON: the config, the place in the data, and what is known
+of validation). Orbax writes it under a temporary name and renames it, so a
+step is there or it is not.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class Checkpoints:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
+        params=ocp.args.StandardSave(state.scoring_params),
         state=ocp.args.StandardSave(trees.flatten(state)),
         meta=ocp.args.JsonSave(dict(meta)),
       ),
@@ -128,7 +130,7 @@ class Checkpoints:
     Raises:
       ValueError: the checkpoint is of another model or optimizer.
     """
-    where = jax.tree.map(_abstract, template.params)
+    where = jax.tree.map(_abstract, template.scoring_params)
     rest = jax.tree.map(_abstract, trees.flatten(template))
     for step, meta in _complete_steps(self._manager, self._set_aside):
       name = f'the checkpoint {_folder(self.workdir) / str(step)}'

@@ -49,6 +49,9 @@ class TrainConfig:
     select: the validation metric that says which parameters are the best, as
       'like/auc'; empty: AUC of the first task.
     task_weights: `{task: weight}` in the loss; tasks left out weigh 1.
+    average: decay of the moving average of the parameters, see
+      `step.averaged`; validation, test, checkpoints and scoring then use the
+      average. None: the parameters themselves.
     seed: of initialisation and dropout. `pipeline.seed` orders the data.
     tensorboard: write scalars to `<workdir>/tensorboard`.
   """
@@ -68,6 +71,7 @@ class TrainConfig:
   patience: int | None = None
   select: str = ''
   task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  average: float | None = None
   seed: int = 0
   tensorboard: bool = True
 
@@ -90,6 +94,10 @@ class TrainConfig:
       value = getattr(self, field)
       if value is not None and value < least:
         raise ValueError(f'{field}={value} must be at least {least}')
+    if self.average is not None and not 0 <= self.average < 1:
+      raise ValueError(
+        f'average={self.average} must be in [0, 1), as 0.99, or None'
+      )
     self._check_tasks()
     self.check_rows('data.rows', self.data.rows)
     if self.data.eval_rows is not None:

@@ -133,10 +133,19 @@ class _Run:
     self.eval_every = config.eval_every or epoch
     tx = optimizer_lib.make_optimizer(config.optimizer, self.num_steps)
     self.train_step = step_lib.make_train_step(
-      self.model, tx, task_weights=config.task_weights, mesh=mesh
+      self.model,
+      tx,
+      task_weights=config.task_weights,
+      average=config.average,
+      mesh=mesh,
     )
     self.state = state_lib.create_state(
-      self.model, tx, config.model.schema, config.seed, mesh=mesh
+      self.model,
+      tx,
+      config.model.schema,
+      config.seed,
+      average=config.average is not None,
+      mesh=mesh,
     )
     self.progress = _Progress()
     self.shapes: set[tuple[int, ...]] = set()
@@ -193,7 +202,7 @@ class _Run:
   def result(self) -> dict[str, Any]:
     """Tests the best parameters and writes metrics.json."""
     best = self.progress.best_step
-    params = self.state.params
+    params = self.state.scoring_params
     if best != self.step:
       assert best is not None  # The last step is validated.
       params = self.checkpoints.restore_params(best, params)
@@ -269,7 +278,7 @@ class _Run:
     self.reporter.pause()
     found = evaluation.predict(
       self.model,
-      self.state.params,
+      self.state.scoring_params,
       self.splits['validation'],
       self.config.pipeline,
       self.mesh,

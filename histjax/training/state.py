@@ -53,6 +53,7 @@ class TrainState:
     opt_state: the optimizer's.
     rng: the key that dropout of step t is drawn from, as `fold_in(rng, t)`.
     window: the loss since the last report.
+    average: the moving average of the parameters; None: none is kept.
   """
 
   step: Int[Array, '']
@@ -60,6 +61,12 @@ class TrainState:
   opt_state: Any
   rng: Key[jax.Array, '']
   window: LossWindow
+  average: Any = None
+
+  @property
+  def scoring_params(self) -> Any:
+    """The parameters to evaluate and to score with."""
+    return self.params if self.average is None else self.average
 
 
 def create_state(
@@ -68,6 +75,7 @@ def create_state(
   schema: schema_lib.Schema,
   seed: int,
   *,
+  average: bool = False,
   mesh: Mesh | None = None,
 ) -> TrainState:
   """The state before the first step; a function of the seed alone.
@@ -77,12 +85,13 @@ def create_state(
     tx: the optimizer.
     schema: says what batches hold.
     seed: of initialisation and dropout.
+    average: whether to keep the average of the parameters, too.
     mesh: the state is replicated over it; None: on the default device.
 
   Returns:
     The state.
   """
-  return _jit_create(model, tx, schema, mesh)(seed)
+  return _jit_create(model, tx, schema, average, mesh)(seed)
 
 
 def example_batch(schema: schema_lib.Schema) -> RankingBatch:
@@ -113,7 +122,7 @@ def example_batch(schema: schema_lib.Schema) -> RankingBatch:
 
 
 @functools.lru_cache(maxsize=8)
-def _jit_create(model, tx, schema, mesh):
+def _jit_create(model, tx, schema, average, mesh):
   def create(seed) -> TrainState:
     init, dropout = jax.random.split(jax.random.key(seed))
     params = model.init(init, example_batch(schema))['params']
@@ -123,6 +132,7 @@ def _jit_create(model, tx, schema, mesh):
       opt_state=tx.init(params),
       rng=dropout,
       window=LossWindow.empty(),
+      average=jax.tree.map(jnp.copy, params) if average else None,
     )
 
   out = None if mesh is None else NamedSharding(mesh, PartitionSpec())

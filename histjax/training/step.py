@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from histjax.training import sharding
 from histjax.training.state import LossWindow, TrainState
@@ -62,11 +62,34 @@ def loss_sum(
   return total, weight
 
 
+def averaged(
+  average: Any, params: Any, step: Int[Array, ''], decay: float
+) -> Any:
+  """The moving average of the parameters after one more step.
+
+      a_t = a_{t-1} + (1 - d_t) (p_t - a_{t-1}),  d_t = min(d, t / (9 + t))
+
+  for t = 1, 2, ...; the average of late iterates (Polyak and Juditsky 1992,
+  doi:10.1137/0330046), as an exponential one with a shorter memory at first,
+  so that the start is soon forgotten.
+
+  Args:
+    average: a_{t-1}; of the initial parameters, they themselves.
+    params: p_t.
+    step: int32, t - 1.
+    decay: d.
+  """
+  t = step.astype(jnp.float32)
+  rate = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+  return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+
+
 def make_train_step(
   model: nn.Module,
   tx: optax.GradientTransformation,
   *,
   task_weights: Mapping[str, float] | None = None,
+  average: float | None = None,
   mesh: Mesh | None = None,
 ) -> TrainStep:
   """The jitted update; the state given to it is donated, so use its result.
@@ -79,13 +102,15 @@ def make_train_step(
     model: a `Ranker`, or any module with its call signature.
     tx: the optimizer.
     task_weights: see `loss_sum`.
+    average: decay of `averaged`, for a state with an average; None: without.
     mesh: of `sharding.data_mesh`; None: wherever the arguments are.
 
   Returns:
     `(state, batch) -> state`; the loss is in `state.window`. The same
     function, with what it has compiled, for the same arguments.
   """
-  return _jit_train_step(model, tx, tuple((task_weights or {}).items()), mesh)
+  weights = tuple((task_weights or {}).items())
+  return _jit_train_step(model, tx, weights, average, mesh)
 
 
 def make_pmap_train_step(
@@ -93,6 +118,7 @@ def make_pmap_train_step(
   tx: optax.GradientTransformation,
   *,
   task_weights: Mapping[str, float] | None = None,
+  average: float | None = None,
 ) -> TrainStep:
   """The update through `jax.pmap`, for programs built on it.
 
@@ -103,6 +129,7 @@ def make_pmap_train_step(
     model: a `Ranker`, or any module with its call signature.
     tx: the optimizer.
     task_weights: see `loss_sum`.
+    average: as `make_train_step`.
 
   Returns:
     `(state, batch) -> state`. Every array of the state has a leading axis of
@@ -111,7 +138,7 @@ def make_pmap_train_step(
   """
 
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
-    return _update(model, tx, state, batch, task_weights, axis_name='data')
+    return _update(model, tx, state, batch, task_weights, average, 'data')
 
   return jax.pmap(step, axis_name='data', donate_argnums=0)
 
@@ -149,10 +176,10 @@ def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _jit_train_step(model, tx, task_weights, mesh) -> TrainStep:
+def _jit_train_step(model, tx, task_weights, average, mesh) -> TrainStep:
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
     with _in_context(mesh):
-      return _update(model, tx, state, batch, dict(task_weights))
+      return _update(model, tx, state, batch, dict(task_weights), average)
 
   out = None if mesh is None else NamedSharding(mesh, P())
   return jax.jit(step, donate_argnums=0, out_shardings=out)
@@ -171,6 +198,7 @@ def _update(
   state: TrainState,
   batch: RankingBatch,
   task_weights: Mapping[str, float] | None,
+  average: float | None,
   axis_name: str | None = None,
 ) -> TrainState:
   """One step; `axis_name` is the mapped axis of pmap, if there is one."""
@@ -213,6 +241,9 @@ def _update(
     params=params,
     opt_state=opt_state,
     window=window,
+    average=None
+    if average is None
+    else averaged(state.average, params, state.step, average),
   )
 
 

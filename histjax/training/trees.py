@@ -51,14 +51,14 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def flatten(state: TrainState) -> dict[str, Any]:
-  """All of the state but the parameters, by name, without typed keys."""
+  """All of the state but `scoring_params`, by name, without typed keys."""
   return _by_name({**_rest(state), 'rng': jax.random.key_data(state.rng)})
 
 
 def unflatten(
   template: TrainState, params: Any, flat: Mapping[str, Any]
 ) -> TrainState:
-  """The state that `flatten` was given, and its parameters."""
+  """The state that `flatten` was given; `params` is its `scoring_params`."""
   rest = _rest(template)
   names = list(_by_name(rest))
   rest = jax.tree.unflatten(
@@ -67,7 +67,10 @@ def unflatten(
   rng = jax.random.wrap_key_data(
     rest.pop('rng'), impl=jax.random.key_impl(template.rng)
   )
-  return TrainState(params=params, rng=rng, **rest)
+  trained = rest.pop('trained')
+  if trained is None:
+    return TrainState(params=params, rng=rng, **rest)
+  return TrainState(params=trained, average=params, rng=rng, **rest)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -76,4 +79,6 @@ def _rest(state: TrainState) -> dict[str, Any]:
     'opt_state': state.opt_state,
     'rng': state.rng,
     'window': state.window,
+    # Those that the optimizer goes on with, if others are scored with.
+    'trained': None if state.average is None else state.params,
   }

@@ -34,6 +34,7 @@ def with_rows(field='rows', **fields):
     ({'num_steps': 0}, 'num_steps=0 must be at least 1'),
     ({'log_every': 0}, 'log_every=0 must be at least 1'),
     ({'patience': 0}, 'patience=0 must be at least 1'),
+    ({'average': 1.0}, r'average=1.0 must be in \[0, 1\), as 0.99, or None'),
     ({'eval_every': -1}, 'eval_every=-1 must be at least 0'),
     ({'select': 'like/acu'}, r"select='like/acu' must be one of \['click/auc'"),
     ({'select': 'auc'}, "select='auc' must be one of"),

@@ -27,11 +27,11 @@ from tests.training import runs
 CONFIG = runs.CONFIG
 
 
-def saved(workdir):
+def saved(workdir, *, average=False):
   """Everything in the latest checkpoint."""
   tx = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.num_steps)
   template = state_lib.create_state(
-    ranker.Ranker(CONFIG.model), tx, CONFIG.model.schema, 0
+    ranker.Ranker(CONFIG.model), tx, CONFIG.model.schema, 0, average=average
   )
   with checkpoints.Checkpoints(workdir) as manager:
     state, meta = manager.restore(template)
@@ -40,9 +40,10 @@ def saved(workdir):
   ), meta
 
 
-def assert_same_run(workdir, other):
+def assert_same_run(workdir, other, *, average=False):
   """Parameters, optimizer, position, history and metrics, to the bit."""
-  (state, meta), (other_state, other_meta) = saved(workdir), saved(other)
+  state, meta = saved(workdir, average=average)
+  other_state, other_meta = saved(other, average=average)
   chex.assert_trees_all_equal(state, other_state)
   np.testing.assert_equal(meta, other_meta)
   assert (workdir / 'metrics.json').read_text() == (
@@ -270,6 +271,44 @@ class TestResume:
     assert 'by SIGTERM; saved' in rest and rest.endswith('True\n')
     np.testing.assert_equal(runs.run(tmp_path), straight[1])
     assert_same_run(tmp_path, straight[0])
+
+
+class TestAverage:
+  def test_it_is_what_is_evaluated_and_resumes(
+    self, straight, tmp_path, monkeypatch
+  ):
+    result = runs.run(tmp_path / 'straight', average=0.8)
+    with monkeypatch.context() as patch:
+      on_call(patch, loop.step_lib, 'make_train_step', 7, send(signal.SIGTERM))
+      assert runs.run(tmp_path / 'stopped', average=0.8)['interrupted']
+    again = runs.run(tmp_path / 'stopped', average=0.8)
+    np.testing.assert_equal(again, result)
+    assert_same_run(tmp_path / 'straight', tmp_path / 'stopped', average=True)
+    state, _ = saved(tmp_path / 'stopped', average=True)
+    # Averaging changes no update.
+    chex.assert_trees_all_equal(state.params, saved(straight[0])[0].params)
+    latest, _ = checkpoints.load_params(tmp_path / 'stopped', 'latest')
+    chex.assert_trees_all_equal(jax.device_get(latest), state.average)
+    last = result['history'][-1]
+    assert last['step'] == result['step'] == state.step
+    for params, same in ((state.average, True), (state.params, False)):
+      found = evaluation.evaluate(
+        ranker.Ranker(CONFIG.model),
+        params,
+        runs.dataset().splits['validation'],
+        CONFIG.pipeline,
+        runs.mesh(),
+      )
+      assert (found == last['validation']) == same
+    best, _ = checkpoints.load_params(tmp_path / 'straight')
+    found = evaluation.evaluate(
+      ranker.Ranker(CONFIG.model),
+      best,
+      runs.dataset().splits['test'],
+      CONFIG.pipeline,
+      runs.mesh(),
+    )
+    assert found == result['test']
 
 
 class TestFailures:

@@ -176,6 +176,30 @@ class TrainStepTest(parameterized.TestCase):
     self.assertEqual(found.window.diverged_at, -1)
 
 
+class AverageTest(parameterized.TestCase):
+  def test_equals_numpy(self):
+    decay = 0.3  # From the fourth step on; a shorter memory before.
+    train_step = step.make_train_step(TINY, TX, average=decay)
+    current = state.create_state(TINY, TX, support.SCHEMA, 3, average=True)
+    plain = new_state()
+    expected = jax.device_get(current.params)
+    for t, batch in enumerate(batches(5), 1):
+      current = train_step(current, batch)
+      plain = step.make_train_step(TINY, TX)(plain, batch)
+      d = min(decay, t / (9 + t))
+      expected = jax.tree.map(
+        lambda a, p, d=d: d * a + (1 - d) * np.asarray(p, np.float64),
+        expected,
+        current.params,
+      )
+    chex.assert_trees_all_close(current.average, expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal(current.scoring_params, current.average)
+    # Training itself goes on from the parameters.
+    chex.assert_trees_all_equal(current.params, plain.params)
+    self.assertIsNone(plain.average)
+    chex.assert_trees_all_equal(plain.scoring_params, plain.params)
+
+
 class ParallelTest(parameterized.TestCase):
   """Eight fake devices; the suite's conftest makes them."""
 
