@@ -40,12 +40,11 @@ def config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
     ValueError: an unknown field, or a value of the wrong type.
   """
   model = {**values.get('model', {}), 'schema': _ANY_SCHEMA}
-  # Placeholder: metrics are checked against the dataset's tasks, later.
-  checked = {**values, 'model': model, 'select': '', 'task_weights': {}}
-  config = config_lib.from_dict(TrainConfig, checked)
-  full = config_lib.to_dict(config)
-  for name in ('select', 'task_weights'):
-    full[name] = values.get(name, full[name])
+  # Their names are checked against the dataset's tasks, later.
+  late = {k: v for k, v in values.items() if k in ('select', 'task_weights')}
+  checked = {k: v for k, v in values.items() if k not in late}
+  config = config_lib.from_dict(TrainConfig, {**checked, 'model': model})
+  full = {**config_lib.to_dict(config), **late}
   del full['model']['schema']
   return _typed(TrainConfig, full)
 

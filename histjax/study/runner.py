@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pathlib
 import shutil
@@ -296,13 +295,11 @@ def _tuning(study: StudyConfig, cell: Cell, workdir) -> Values:
 
 
 def _criterion(study: StudyConfig, trial: Values) -> float:
-  """The weighted sum of metrics; those where less is better count negative."""
+  """What the study chooses by, of a finished trial."""
   task = trial['config']['model']['schema']['tasks'][0]['name']
-  return math.fsum(
-    (1 if metrics.higher_is_better(name) else -1)
-    * weight
-    * trial['validation'][f'{task}/{name}']
-    for name, weight in study.criterion.items()
+  return metrics.criterion(
+    trial['validation'],
+    {f'{task}/{name}': weight for name, weight in study.criterion.items()},
   )
 
 

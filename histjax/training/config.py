@@ -46,8 +46,9 @@ class TrainConfig:
     log_every: steps from one report of the training loss to the next.
     patience: stop after this many validations in a row that were no better
       than the best; None: never.
-    select: the validation metric that says which parameters are the best, as
-      'like/auc'; empty: AUC of the first task.
+    select: `{metric: weight}`, what says which parameters are the best: the
+      largest `metrics.criterion` on validation. A metric is as 'like/auc', or
+      as 'auc', of the first task.
     task_weights: `{task: weight}` in the loss; tasks left out weigh 1.
     average: decay of the moving average of the parameters, see
       `step.averaged`; validation, test, checkpoints and scoring then use the
@@ -69,7 +70,9 @@ class TrainConfig:
   keep_checkpoints: int = 2
   log_every: int = 100
   patience: int | None = None
-  select: str = ''
+  select: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {'auc': 1.0}
+  )
   task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   average: float | None = None
   seed: int = 0
@@ -104,9 +107,14 @@ class TrainConfig:
       self.check_rows('data.eval_rows', self.data.eval_rows)
 
   @property
-  def select_metric(self) -> str:
-    """`select`, or what stands for it if it is empty."""
-    return self.select or f'{self.model.schema.tasks[0].name}/auc'
+  def criterion(self) -> dict[str, float]:
+    """`select` as `metrics.criterion` takes it, without weights of 0."""
+    first = self.model.schema.tasks[0].name
+    weights: dict[str, float] = {}
+    for name, weight in self.select.items():
+      full = name if '/' in name else f'{first}/{name}'
+      weights[full] = weights.get(full, 0.0) + weight
+    return {name: weight for name, weight in weights.items() if weight}
 
   def check_rows(self, field: str, rows: RowConfig) -> None:
     """Raises ValueError if the encoder would get wrong scores of such rows.
@@ -155,8 +163,22 @@ class TrainConfig:
   def _check_tasks(self) -> None:
     tasks = [t.name for t in self.model.schema.tasks]
     known = [f'{t}/{m}' for t in tasks for m in metrics.METRICS]
-    if self.select_metric not in known:
-      raise ValueError(f'select={self.select!r} must be one of {known}')
+    for name, weight in self.select.items():
+      if name not in known and name not in metrics.METRICS:
+        raise ValueError(
+          f'select has {name!r}, which is not a metric; choose from '
+          f'{[*metrics.METRICS, *known]}'
+        )
+      if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(
+          f'select[{name!r}]={weight} must be >= 0 and finite; where less is '
+          'better the sign is changed anyway'
+        )
+    if not self.criterion:
+      raise ValueError(
+        f'select={dict(self.select)}: nothing to choose the best parameters '
+        "by; give a metric a positive weight, as {'auc': 1.0}"
+      )
     for task, weight in self.task_weights.items():
       if task not in tasks:
         raise ValueError(

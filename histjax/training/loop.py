@@ -298,16 +298,16 @@ class _Run:
     return True
 
   def _note(self, values: dict[str, float]) -> None:
-    name, progress = self.config.select_metric, self.progress
-    value = values[name]
-    if math.isnan(value):
+    weights, progress = self.config.criterion, self.progress
+    undefined = [name for name in weights if math.isnan(values[name])]
+    if undefined:
       raise ValueError(
-        f'select={name!r} is undefined on the validation split, whose labels '
-        'are all the same (for GAUC: of each user); select another metric'
+        f'select: {undefined} is undefined on the validation split, whose '
+        'labels are all the same (for GAUC: of each user); select another '
+        'metric'
       )
-    sign = 1 if metrics.higher_is_better(name) else -1
-    best = progress.best_metrics
-    if best is None or sign * (value - best[name]) > 0:
+    value, best = metrics.criterion(values, weights), progress.best_metrics
+    if best is None or value > metrics.criterion(best, weights):
       progress.best_step, progress.best_metrics = self.step, values
       progress.no_better = 0
     else:
@@ -318,7 +318,8 @@ class _Run:
     if patience is not None and progress.no_better >= patience:
       progress.stopped = True
       self.reporter.message(
-        f'{name} has not improved for {patience} validations: stopping early'
+        f'{" + ".join(weights)} has not improved for {patience} validations: '
+        'stopping early'
       )
 
   def _save(self) -> None:

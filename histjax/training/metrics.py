@@ -26,6 +26,24 @@ def higher_is_better(metric: str) -> bool:
   return metric.rsplit('/', 1)[-1] in ('auc', 'gauc')
 
 
+def criterion(
+  values: Mapping[str, float], weights: Mapping[str, float]
+) -> float:
+  """One number to choose by; the larger, the better.
+
+      sum_m w_m s_m value_m,   s_m = 1, or -1 where less is better
+
+  Args:
+    values: `{'task/metric': value}`.
+    weights: `{'task/metric': w}`; metrics of weight 0 are not read.
+  """
+  return math.fsum(
+    (1 if higher_is_better(name) else -1) * weight * values[name]
+    for name, weight in weights.items()
+    if weight
+  )
+
+
 def auc(scores: Shaped[Array, 'K'], labels: Shaped[Array, 'K']) -> float:
   """The area under the ROC curve.
 

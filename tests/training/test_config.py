@@ -36,8 +36,14 @@ def with_rows(field='rows', **fields):
     ({'patience': 0}, 'patience=0 must be at least 1'),
     ({'average': 1.0}, r'average=1.0 must be in \[0, 1\), as 0.99, or None'),
     ({'eval_every': -1}, 'eval_every=-1 must be at least 0'),
-    ({'select': 'like/acu'}, r"select='like/acu' must be one of \['click/auc'"),
-    ({'select': 'auc'}, "select='auc' must be one of"),
+    (
+      {'select': {'like/acu': 1.0}},
+      r"select has 'like/acu', .* choose from \['auc', .*'click/auc'",
+    ),
+    ({'select': {'lik/auc': 1.0}}, "select has 'lik/auc', which is not"),
+    ({'select': {'auc': -1.0}}, r"select\['auc'\]=-1.0 must be >= 0"),
+    ({'select': {'ne': float('inf')}}, r"select\['ne'\]=inf must be"),
+    ({'select': {'auc': 0.0}}, "select={'auc': 0.0}: nothing to choose"),
     ({'task_weights': {'lik': 1.0}}, "task_weights has 'lik'.*'click', 'like'"),
     ({'task_weights': {'like': -1.0}}, r"task_weights\['like'\]=-1.0 must be"),
     ({'task_weights': {'like': float('nan')}}, "'like'.=nan must be >= 0"),
@@ -90,7 +96,7 @@ def test_refuses(fields, message):
   'fields',
   [
     {'num_steps': None, 'num_epochs': 2},
-    {'select': 'like/gauc', 'task_weights': {'like': 0.0}},
+    {'select': {'like/gauc': 1.0}, 'task_weights': {'like': 0.0}},
     {'model': with_encoder(causal=False), 'data': with_rows(kind='request')},
     {
       'model': with_encoder(positions='recency'),
@@ -107,6 +113,7 @@ def test_takes(fields):
   assert isinstance(make(**fields).model, ranker.RankerConfig)
 
 
-def test_the_first_task_selects_by_default():
-  assert make().select_metric == 'click/auc'
-  assert make(select='like/ne').select_metric == 'like/ne'
+def test_what_the_best_is_chosen_by():
+  assert make().criterion == {'click/auc': 1.0}
+  select = {'auc': 1.0, 'like/ne': 0.3, 'click/auc': 2.0, 'gauc': 0.0}
+  assert make(select=select).criterion == {'click/auc': 3.0, 'like/ne': 0.3}

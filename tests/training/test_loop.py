@@ -176,14 +176,19 @@ class TestRun:
     rows = len(runs.dataset().splits['train'])
     assert per_epoch == math.ceil(rows / (256 // 36))
 
-  def test_selects_by_another_metric(self, tmp_path):
-    result = runs.run(tmp_path, select='like/logloss')
-    losses = {
-      e['step']: e['validation']['like/logloss']
+  def test_selects_by_a_weighted_sum(self, tmp_path):
+    result = runs.run(
+      tmp_path,
+      select={'like/logloss': 1.0, 'gauc': 0.3},
+      eval_every=2,
+    )
+    values = {
+      e['step']: 0.3 * e['validation']['click/gauc']
+      - e['validation']['like/logloss']
       for e in result['history']
       if 'validation' in e
     }
-    assert result['best_step'] == min(losses, key=losses.get)
+    assert result['best_step'] == max(values, key=values.get)
 
 
 class TestResume:
@@ -361,7 +366,7 @@ class TestFailures:
     data = dataclasses.replace(
       data, splits={**data.splits, 'validation': validation}
     )
-    with pytest.raises(ValueError, match="select='click/auc' is undefined"):
+    with pytest.raises(ValueError, match=r"select: \['click/auc'\] is undef"):
       loop.train_and_evaluate(CONFIG, tmp_path, dataset=data, mesh=runs.mesh())
 
   def test_a_foreign_metrics_file(self, tmp_path):

@@ -120,6 +120,13 @@ class FunctionsTest(parameterized.TestCase):
     metrics.gauc(logits, labels, group)
     self.assertLess(time.process_time() - start, 1.0)
 
+  def test_criterion(self):
+    values = {'a/auc': 0.7, 'a/gauc': 0.6, 'a/logloss': 0.5, 'b/auc': np.nan}
+    weights = {'a/auc': 1.0, 'a/gauc': 0.3, 'a/logloss': 2.0, 'b/auc': 0.0}
+    np.testing.assert_allclose(
+      metrics.criterion(values, weights), 0.7 + 0.18 - 1.0, rtol=1e-12
+    )
+
   def test_direction(self):
     self.assertTrue(metrics.higher_is_better('like/gauc'))
     self.assertFalse(metrics.higher_is_better('like/ne'))
