@@ -42,8 +42,7 @@ def _pack_block(block):
     shift = jnp.matmul(
       norm['bias'], kernel, precision=jax.lax.Precision.HIGHEST
     )
-    kernel = norm['scale'][:, None] * kernel
-    return kernel - kernel.mean(axis=0, keepdims=True), shift
+    return norm['scale'][:, None] * kernel, shift
 
   query, query_bias = fold(block['attention_norm'], block['query']['kernel'])
   mlp_in, in_bias = fold(block['mlp_norm'], block['mlp_in']['kernel'])

@@ -810,7 +810,6 @@ class _Worker:
     plan, context = self.plan, self.context
     hidden, queries, parked = (ref.at[tile] for ref in context.mid)
     self.act, self.hidden = context.act.at[tile], hidden
-    self.stats = context.stats.at[tile]
     self.queries, self.first_query = self.act, mine * plan.heads
     if plan.out_in_mid:
       self.queries = hidden
@@ -878,25 +877,22 @@ class _Worker:
     else:
       self.meet()
 
-  def share(self, turn, *parts):
-    """Writes each part, `pieces, ref, at`, and waits for all workers'.
+  def share(self, pieces, ref, at, turn):
+    """Writes pieces to blocks `at, at + 1, ..` of `ref`, for all workers.
 
-    Pieces go to blocks `at, at + 1, ..` of `ref`. In a cluster, calls are
-    counted by two barriers in `turn`, so that what arrives early is not counted
-    for the call before.
+    In a cluster, calls are counted by two barriers in `turn`, so that what
+    arrives early is not counted for the call before.
     """
-    for pieces, ref, at in parts:
-      for n, piece in enumerate(pieces):
-        ref[at + n] = piece
+    for n, piece in enumerate(pieces):
+      ref[at + n] = piece
     self.plgpu.commit_smem()
     if self.plan.config.blocks > 1:
-      for _, ref, at in parts:
-        self.send(ref, at, turn)
-    self.gather(turn, *(ref for _, ref, _ in parts))
+      self.send(ref, at, turn)
+    self.gather(ref, 1, turn)
 
   def sent(self, turn):
     """The barrier of a layer's meeting number `turn`."""
-    meetings = 3 + self.plan.num_groups
+    meetings = 5 + self.plan.num_groups
     odd = lax.rem(self.layer * meetings + turn, jnp.int32(2))
     return self.context.sent.at[pl.ds(2 * odd, 2)]
 
@@ -909,15 +905,13 @@ class _Worker:
       ref.at[at], self.sent(turn)
     )
 
-  def gather(self, turn, *refs, count=1):
-    """Waits for `count` pieces in each ref of each worker."""
+  def gather(self, ref, count, turn):
+    """Waits for `count` pieces of each worker."""
     plgpu = self.plgpu
     blocks = self.plan.config.blocks
     if blocks > 1:
       size = (
-        (blocks - 1)
-        * count
-        * sum(math.prod(ref.shape[1:]) * ref.dtype.itemsize for ref in refs)
+        (blocks - 1) * count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
       )
       plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
         functools.partial(_cluster().receive, size=size)
@@ -928,30 +922,26 @@ class _Worker:
     """`[64, columns]` as blocks `[64, size]`."""
     return [x[:, at : at + size] for at in range(0, x.shape[1], size)]
 
-  def moments(self, x):
-    """The mean and the sum of squares around it of this worker's columns.
+  def statistics(self, x, turn):
+    """Mean and inverse deviation `[64]` over all workers' columns.
 
-    `[64, 8]`, the mean in columns 0 to 3.
+    The workers' means and sums of squares around them are joined as by Chan
+    et al. 1979.
     """
-    mean = x.sum(axis=1) * (1 / self.plan.columns)
+    plan = self.plan
+    workers, columns, width = plan.all_workers, plan.columns, plan.width
+    mean = x.sum(axis=1) * (1 / columns)
     mean = lax.optimization_barrier(mean)
     square = 0.0
     for piece in self.split(x, 32):
       gap = piece - self.down(mean, 32)
       square += (gap * gap).sum(axis=1)
     left = self.iota((ROWS, 8), 1) < 4
-    return jnp.where(left, self.down(mean, 8), self.down(square, 8))
-
-  def statistics(self):
-    """Mean and inverse deviation `[64]` from all workers' moments.
-
-    They are joined as by Chan et al. 1979.
-    """
-    plan = self.plan
-    workers, columns, width = plan.all_workers, plan.columns, plan.width
-    left = self.iota((ROWS, 8), 1) < 4
+    both = jnp.where(left, self.down(mean, 8), self.down(square, 8))
+    stats = self.context.stats.at[self.tile]
+    self.share([both], stats, self.mine, turn)
     parts = [
-      self.plgpu.load(self.stats.at[w], layout=self.plgpu.Layout.WGMMA)
+      self.plgpu.load(stats.at[w], layout=self.plgpu.Layout.WGMMA)
       for w in range(workers)
     ]
     total = sum(parts)
@@ -965,19 +955,21 @@ class _Worker:
     scale = lax.rsqrt(variance + reference.EPSILON)
     return lax.optimization_barrier((mean, scale))
 
-  def share_stream(self, x, turn):
-    """Puts `x` into `act`; returns its inverse deviation `[64]`.
-
-    That is all of a norm that a product needs, behind it: no column of W_q and
-    W_1 sees the mean.
-    """
-    pieces = (y.astype(jnp.bfloat16) for y in self.split(x, self.plan.wide))
+  def share_norm(self, x, turn):
+    """Puts the norm of `x` into `act`; all workers' columns are there then."""
+    mean, scale = self.statistics(x, turn)
+    wide = self.plan.wide
     self.share(
-      turn,
-      ([self.moments(x)], self.stats, self.mine),
-      (pieces, self.act, self.mine * self.per),
+      (
+        ((y - self.down(mean, wide)) * self.down(scale, wide)).astype(
+          jnp.bfloat16
+        )
+        for y in self.split(x, wide)
+      ),
+      self.act,
+      self.mine * self.per,
+      turn + 1,
     )
-    return self.statistics()[1]
 
   # Products with the tiles of a ring.
 
@@ -1049,17 +1041,6 @@ class _Worker:
       self.product(acc, left, view, number, tiles)
 
     return pl.run_state(run)(self.plgpu.ACC.init(init))
-
-  def scaled(self, scale, view, number, tiles, bias):
-    """diag(scale) act @ tiles + bias; `bias` is its layer, block and blocks."""
-    columns = view.shape[2]
-
-    def run(acc):
-      self.product(acc, self.act, view, number, tiles)
-      return acc[...]
-
-    y = pl.run_scoped(run, self.plgpu.ACC((ROWS, columns), jnp.float32))
-    return y * self.down(scale, columns) + self.bias(*bias)
 
   # The parts of a layer.
 
@@ -1184,9 +1165,10 @@ class _Worker:
     deep = plan.counts()[0]
     blocks = plan.width // plan.wide
     at = self.mine * self.per
-    scale = self.share_stream(x, 0)
+    self.share_norm(x, 0)
     self.park(x)
-    q = self.scaled(scale, self.wq, number, deep, (two, at, self.per))
+    init = self.bias(two, at, self.per)
+    q = self.times(init, self.act, self.wq, number, deep)
     number += deep
     q = self.rotated(q)
     if not plan.out_in_mid:
@@ -1205,7 +1187,7 @@ class _Worker:
         yield _join(heads)
 
     attended = self.hidden if plan.out_in_mid else self.act
-    self.share(1, (outputs(), attended, at))
+    self.share(outputs(), attended, at, 2)
     number += plan.heads * context.steps
     bias = self.bias(two, blocks + at, self.per)
     x = self.unpark(x) + bias
@@ -1243,9 +1225,7 @@ class _Worker:
     group, workers = config.group, plan.all_workers
     blocks = plan.width // plan.wide
     at = self.mine * self.per
-    if not plan.out_in_mid:
-      self.sync()  # All have read the attention's outputs.
-    scale = self.share_stream(x, 2)
+    self.share_norm(x, 3)
     x = x + self.bias(two, 2 * blocks + plan.hidden // plan.wide + at, self.per)
 
     def one_group(turn, x):
@@ -1256,8 +1236,8 @@ class _Worker:
 
       def chunk(c):
         block = 2 * blocks + (turn * group + c) * workers + self.mine
-        bias = two, block, 1
-        u = self.scaled(scale, self.w1, first + c * n1, n1, bias)
+        init = self.bias(two, block, 1)
+        u = self.times(init, self.act, self.w1, first + c * n1, n1)
         u = gelu(u).astype(jnp.bfloat16)
         if config.buffers == 1 and plan.num_groups > 1:
 
@@ -1269,14 +1249,14 @@ class _Worker:
         self.hidden[at] = u
         if config.blocks > 1:
           self.plgpu.commit_smem()
-          self.send(self.hidden, at, 3 + turn)
+          self.send(self.hidden, at, 5 + turn)
 
       if group == 1:
         chunk(0)
       else:
         pl.loop(0, group)(chunk)
       self.plgpu.commit_smem()
-      self.gather(3 + turn, self.hidden, count=group)
+      self.gather(self.hidden, group, 5 + turn)
       hidden = self.hidden.at[pl.ds(buffer, group * workers)]
       first += group * n1
       return self.times(x, hidden, self.w2, first, group * n2)
@@ -1337,8 +1317,7 @@ class _Worker:
         x = jnp.where(self.iota(x.shape, 0) < live, x, 0.0)
     else:
       last = self.at_layer(jnp.int32(plan.num_layers))
-      last.share(0, ([last.moments(x)], last.stats, last.mine))
-      mean, deviation = last.statistics()
+      mean, deviation = last.statistics(x, 0)
       scale_ref, shift_ref = final
       wide = plan.wide
       for n, y in enumerate(self.split(x, wide)):

@@ -20,14 +20,12 @@ class TowerWeights(flax.struct.PyTreeNode):
 
   A norm followed by a linear map, `(z * g + b) W + c` with `z` of zero mean
   and unit variance, is `z (g W) + (b W + c)`, so no norm but the last keeps
-  parameters. And since z has zero mean, each column of `g W` may have: then
-  `norm(x) W = (x W) / std(x)`, and a kernel need not know x's mean before the
-  product. `F` is the width of the MLP.
+  parameters. `F` is the width of the MLP.
 
   Attributes:
-    query: `[layers, D, D]`; every column must sum to zero.
+    query: `[layers, D, D]`.
     output: `[layers, D, D]`.
-    mlp_in: `[layers, D, F]`; likewise.
+    mlp_in: `[layers, D, F]`.
     mlp_out: `[layers, F, D]`.
     bias: float32 `[layers, 3 D + F]`: query, output, mlp_in, mlp_out.
     final_scale: float32 `[D]`.

@@ -161,19 +161,17 @@ def make_weights(
   """Weights that keep activations of order 1; no bias is zero."""
   hidden = mlp_width or 4 * width
 
-  def matrix(rows, columns, gain=1.0, centered=False):
+  def matrix(rows, columns, gain=1.0):
     x = rng.normal(size=(num_layers, rows, columns)) * gain / math.sqrt(rows)
-    if centered:
-      x -= x.mean(axis=1, keepdims=True)
     return x.astype(jnp.dtype(dtype))
 
   def vector(*shape):
     return (0.1 * rng.normal(size=shape)).astype(np.float32)
 
   return ops.TowerWeights(
-    query=matrix(width, width, gain=1.5, centered=True),
+    query=matrix(width, width, gain=1.5),
     output=matrix(width, width),
-    mlp_in=matrix(width, hidden, centered=True),
+    mlp_in=matrix(width, hidden),
     mlp_out=matrix(hidden, width),
     bias=vector(num_layers, 3 * width + hidden),
     final_scale=1 + vector(width),
