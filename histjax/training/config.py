@@ -14,6 +14,7 @@ from histjax.data.pipeline import PipelineConfig
 from histjax.data.rows import RowConfig
 from histjax.models.ranker import RankerConfig
 from histjax.training import metrics
+from histjax.training.losses import RankLossConfig
 from histjax.training.optimizer import OptimizerConfig
 
 SPLITS = ('train', 'validation', 'test')
@@ -50,6 +51,7 @@ class TrainConfig:
       largest `metrics.criterion` on validation. A metric is as 'like/auc', or
       as 'auc', of the first task.
     task_weights: `{task: weight}` in the loss; tasks left out weigh 1.
+    rank_loss: the loss of pairs in a row, beside the log loss.
     average: decay of the moving average of the parameters, see
       `step.averaged`; validation, test, checkpoints and scoring then use the
       average. None: the parameters themselves.
@@ -74,6 +76,7 @@ class TrainConfig:
     default_factory=lambda: {'auc': 1.0}
   )
   task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  rank_loss: RankLossConfig = dataclasses.field(default_factory=RankLossConfig)
   average: float | None = None
   seed: int = 0
   tensorboard: bool = True
@@ -100,6 +103,12 @@ class TrainConfig:
     if self.average is not None and not 0 <= self.average < 1:
       raise ValueError(
         f'average={self.average} must be in [0, 1), as 0.99, or None'
+      )
+    if self.rank_loss.weight and self.data.rows.kind == 'pointwise':
+      raise ValueError(
+        f'rank_loss.weight={self.rank_loss.weight} with data.rows.kind='
+        "'pointwise': such a row has one candidate, and so no pairs. Set "
+        "data.rows.kind='streaming' or 'request', or rank_loss.weight=0"
       )
     self._check_tasks()
     self.check_rows('data.rows', self.data.rows)

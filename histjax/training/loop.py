@@ -136,6 +136,7 @@ class _Run:
       self.model,
       tx,
       task_weights=config.task_weights,
+      rank_loss=config.rank_loss,
       average=config.average,
       mesh=mesh,
     )

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-from histjax.training import sharding
+from histjax.training import losses, sharding
+from histjax.training.losses import RankLossConfig
 from histjax.training.state import LossWindow, TrainState
 from histjax.types import RankingBatch
 
@@ -25,41 +26,6 @@ EvalStep = Callable[[Any, RankingBatch], dict[str, Array]]
 _CACHED = 8
 """How many jitted functions are kept, so that a second run in a notebook, or a
 second validation, compiles nothing."""
-
-
-def loss_sum(
-  logits: Mapping[str, Float[Array, 'B C']],
-  labels: Mapping[str, Float[Array, 'B C']],
-  mask: Bool[Array, 'B C'] | None,
-  task_weights: Mapping[str, float] | None = None,
-) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """The binary cross-entropy summed over tasks and candidates, and its weight.
-
-      sum   = sum_t w_t sum_{b,c} mask (softplus(z_t) - y_t z_t)
-      loss  = sum / weight,    weight = sum_t w_t sum_{b,c} mask
-
-  Args:
-    logits: `{task: [B, C]}`; what stands at padding has no influence, NaN
-      included.
-    labels: `{task: [B, C]}`, 0 or 1.
-    mask: the candidates that count; None: all.
-    task_weights: `{task: w_t}`; tasks left out, and None, mean 1.
-
-  Returns:
-    `(sum, weight)`, float32 scalars. They add up over parts of a batch.
-  """
-  total = weight = jnp.zeros((), jnp.float32)
-  for task, z in logits.items():
-    w = 1.0 if task_weights is None else task_weights.get(task, 1.0)
-    keep = jnp.ones(z.shape, bool) if mask is None else mask
-    # Before the loss as well as after it: the gradient of a NaN that `where`
-    # drops is still NaN.
-    z = jnp.where(keep, z, 0.0).astype(jnp.float32)
-    y = jnp.where(keep, labels[task], 0.0)
-    loss = jnp.where(keep, optax.sigmoid_binary_cross_entropy(z, y), 0.0)
-    total += w * jnp.sum(loss)
-    weight += w * jnp.sum(keep, dtype=jnp.float32)
-  return total, weight
 
 
 def averaged(
@@ -89,6 +55,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   *,
   task_weights: Mapping[str, float] | None = None,
+  rank_loss: RankLossConfig | None = None,
   average: float | None = None,
   mesh: Mesh | None = None,
 ) -> TrainStep:
@@ -101,7 +68,8 @@ def make_train_step(
   Args:
     model: a `Ranker`, or any module with its call signature.
     tx: the optimizer.
-    task_weights: see `loss_sum`.
+    task_weights: see `losses.loss_sum`.
+    rank_loss: the loss of pairs, if any.
     average: decay of `averaged`, for a state with an average; None: without.
     mesh: of `sharding.data_mesh`; None: wherever the arguments are.
 
@@ -110,7 +78,7 @@ def make_train_step(
     function, with what it has compiled, for the same arguments.
   """
   weights = tuple((task_weights or {}).items())
-  return _jit_train_step(model, tx, weights, average, mesh)
+  return _jit_train_step(model, tx, weights, rank_loss, average, mesh)
 
 
 def make_pmap_train_step(
@@ -118,6 +86,7 @@ def make_pmap_train_step(
   tx: optax.GradientTransformation,
   *,
   task_weights: Mapping[str, float] | None = None,
+  rank_loss: RankLossConfig | None = None,
   average: float | None = None,
 ) -> TrainStep:
   """The update through `jax.pmap`, for programs built on it.
@@ -128,7 +97,8 @@ def make_pmap_train_step(
   Args:
     model: a `Ranker`, or any module with its call signature.
     tx: the optimizer.
-    task_weights: see `loss_sum`.
+    task_weights: see `losses.loss_sum`.
+    rank_loss: the loss of pairs, if any.
     average: as `make_train_step`.
 
   Returns:
@@ -137,8 +107,10 @@ def make_pmap_train_step(
     `split_for_pmap` makes.
   """
 
+  loss = _loss(task_weights, rank_loss)
+
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
-    return _update(model, tx, state, batch, task_weights, average, 'data')
+    return _update(model, tx, state, batch, loss, average, 'data')
 
   return jax.pmap(step, axis_name='data', donate_argnums=0)
 
@@ -176,13 +148,23 @@ def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _jit_train_step(model, tx, task_weights, average, mesh) -> TrainStep:
+def _jit_train_step(
+  model, tx, task_weights, rank_loss, average, mesh
+) -> TrainStep:
+  loss = _loss(dict(task_weights), rank_loss)
+
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
     with _in_context(mesh):
-      return _update(model, tx, state, batch, dict(task_weights), average)
+      return _update(model, tx, state, batch, loss, average)
 
   out = None if mesh is None else NamedSharding(mesh, P())
   return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _loss(task_weights, rank_loss) -> Callable[..., jax.Array]:
+  return functools.partial(
+    losses.batch_loss, task_weights=task_weights, rank_loss=rank_loss
+  )
 
 
 def _in_context(mesh: Mesh | None):
@@ -197,7 +179,7 @@ def _update(
   tx: optax.GradientTransformation,
   state: TrainState,
   batch: RankingBatch,
-  task_weights: Mapping[str, float] | None,
+  batch_loss: Callable[..., jax.Array],
   average: float | None,
   axis_name: str | None = None,
 ) -> TrainState:
@@ -215,10 +197,7 @@ def _update(
     logits: Any = model.apply(
       {'params': params}, batch, train=True, rngs={'dropout': rng}
     )
-    total, weight = loss_sum(logits, batch.labels, mask, task_weights)
-    # A batch of padding alone has loss 0, not 0 / 0.
-    weight = over_devices(weight)
-    return total / jnp.where(weight > 0, weight, 1.0)
+    return batch_loss(logits, batch, over_devices=over_devices)
 
   loss, grads = jax.value_and_grad(loss_fn)(state.params)
   loss, grads = over_devices(loss), over_devices(grads)

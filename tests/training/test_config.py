@@ -8,6 +8,7 @@ from histjax.data import rows
 from histjax.models import ranker
 from histjax.nn import encoder
 from histjax.training import config as config_lib
+from histjax.training import losses
 from tests import support
 
 MODEL = support.config()
@@ -35,6 +36,13 @@ def with_rows(field='rows', **fields):
     ({'log_every': 0}, 'log_every=0 must be at least 1'),
     ({'patience': 0}, 'patience=0 must be at least 1'),
     ({'average': 1.0}, r'average=1.0 must be in \[0, 1\), as 0.99, or None'),
+    (
+      {
+        'rank_loss': losses.RankLossConfig(0.1),
+        'data': with_rows(kind='pointwise'),
+      },
+      r"rank_loss\.weight=0\.1 with data\.rows\.kind='pointwise'.*'streaming'",
+    ),
     ({'eval_every': -1}, 'eval_every=-1 must be at least 0'),
     (
       {'select': {'like/acu': 1.0}},
@@ -96,6 +104,7 @@ def test_refuses(fields, message):
   'fields',
   [
     {'num_steps': None, 'num_epochs': 2},
+    {'rank_loss': losses.RankLossConfig(0.1, 4)},
     {'select': {'like/gauc': 1.0}, 'task_weights': {'like': 0.0}},
     {'model': with_encoder(causal=False), 'data': with_rows(kind='request')},
     {

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from histjax.models import ranker
 from histjax.nn import interaction
-from histjax.training import optimizer, sharding, state, step
+from histjax.training import losses, optimizer, sharding, state, step
 from tests import support
 
 
@@ -60,37 +60,6 @@ def batches(n, num_rows=16):
   # A whole device's share without a single candidate, as eval has at its end.
   found[-1].candidates.mask[-2:] = False
   return found
-
-
-class LossTest(parameterized.TestCase):
-  def test_equals_numpy(self):
-    rng = np.random.default_rng(0)
-    z = {t: rng.normal(size=(3, 4)).astype(np.float32) for t in 'ab'}
-    y = {t: rng.integers(0, 2, (3, 4)).astype(np.float32) for t in 'ab'}
-    mask = rng.random((3, 4)) < 0.6
-    total, weight = step.loss_sum(z, y, mask, {'b': 3.0})
-    expected = 0.0
-    for task, w in (('a', 1.0), ('b', 3.0)):
-      p = 1 / (1 + np.exp(-z[task].astype(np.float64)))
-      nll = -np.log(np.where(y[task] == 1, p, 1 - p))
-      expected += w * nll[mask].sum()
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
-    self.assertEqual(weight, 4 * mask.sum())
-
-  def test_padding_may_be_nan(self):
-    mask = np.array([[True, False]])
-    labels = {'a': np.array([[1.0, np.nan]], np.float32)}
-
-    def loss(z):
-      return step.loss_sum({'a': z}, labels, mask)[0]
-
-    value, grad = jax.value_and_grad(loss)(jnp.array([[0.0, jnp.nan]]))
-    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(grad, [[-0.5, 0.0]])
-
-  def test_no_mask_means_all(self):
-    ones = {'a': np.ones((2, 3), np.float32)}
-    self.assertEqual(step.loss_sum(ones, ones, None)[1], 6)
 
 
 class TrainStepTest(parameterized.TestCase):
@@ -252,6 +221,36 @@ class ParallelTest(parameterized.TestCase):
     chex.assert_trees_all_close(
       sharding.to_host(found), jax.device_get(expected), atol=1e-5
     )
+
+  @parameterized.parameters('mesh', 'pmap')
+  def test_rank_loss_and_average(self, which):
+    options = {'rank_loss': losses.RankLossConfig(0.5, 4), 'average': 0.5}
+    one = step.make_train_step(TINY, TX, **options)
+    start, found = (
+      state.create_state(TINY, TX, support.SCHEMA, 3, average=True)
+      for _ in range(2)
+    )
+    if which == 'mesh':
+      mesh = sharding.data_mesh()
+      found = sharding.replicate(found, mesh)
+      many = step.make_train_step(TINY, TX, **options, mesh=mesh)
+    else:
+      found = jax.tree.map(lambda x: jnp.stack([x] * 8), found)
+      many = step.make_pmap_train_step(TINY, TX, **options)
+    for batch in self.data:
+      start = one(start, batch)
+      found = many(
+        found,
+        sharding.put_batch(batch, mesh)
+        if which == 'mesh'
+        else step.split_for_pmap(batch, 8),
+      )
+    if which == 'pmap':
+      found = jax.tree.map(lambda x: x[7], found)
+    found, start = jax.device_get((found, start))
+    # As in `assert_same`.
+    chex.assert_trees_all_close(found.average, start.average, atol=1e-5)
+    np.testing.assert_allclose(found.window.loss, start.window.loss, rtol=1e-6)
 
   @parameterized.parameters('mesh', 'pmap')
   def test_rows_must_divide(self, which):
