@@ -3,6 +3,7 @@
 The interpreter looks for races. On a Hopper GPU test_backends.py runs it.
 """
 
+import re
 from unittest import mock
 
 import jax
@@ -107,11 +108,15 @@ class InterpretedTest(gpu_interpreter.TestCase):
 def lower(shape, structure, **fields):
   """StableHLO for CUDA; raises if a block's shared memory does not suffice."""
 
-  def shapes():
-    call = suite.make_call(0, shape, structure=structure, dtype='bfloat16')
-    return jax.tree.map(jnp.asarray, call.positional)
+  # A small call's arrays, stretched: numbers cost time.
+  sizes = dict(zip((3, 5, 7), shape[:3], strict=True))
 
-  args = list(jax.eval_shape(shapes))
+  def stretch(x):
+    return jax.ShapeDtypeStruct([sizes.get(n, n) for n in x.shape], x.dtype)
+
+  small = (*sizes, *shape[3:])
+  call = suite.make_call(0, small, structure=structure, dtype='bfloat16')
+  args = list(jax.tree.map(stretch, call.positional))
   if not fields['rotate']:
     args[1] = None
   count = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
@@ -136,6 +141,18 @@ class LoweringTest(parameterized.TestCase):
       shape, 'any' if odd == few else 'prefix', ragged=few, rotate=odd
     )
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
+  @parameterized.product(structure=('any', 'prefix'), axis=(1, 2))
+  def test_memory_grows_linearly(self, structure, axis):
+    shape = [1024, 4096, 4096, 4, 32]
+    sizes = []
+    for _ in range(3):
+      text = lower(shape, structure, ragged=True, rotate=True)
+      arrays = re.findall(r'tensor<((?:\d+x)+)', text)
+      sizes.append(max(np.prod([*map(int, x[:-1].split('x'))]) for x in arrays))
+      shape[axis] *= 2
+    self.assertLessEqual(sizes[1], 2 * sizes[0])
+    self.assertLessEqual(sizes[2], 2 * sizes[1])
 
   def test_row_with_one_candidate(self):
     text = lower((1, 1, 1, 4, 64), 'prefix', ragged=False, rotate=True)
