@@ -7,10 +7,11 @@
   python experiments/benchmark.py --suite=train_step
 
 'scoring' compares plain, joint and cached scoring of one model, that of a
-training run or one of random parameters. The other suites time the named
-workloads of `histjax.benchmark.workloads` against rivals that are installed.
-Prints tables; writes <output>.json and, but for requests and updates, the plot
-<output>.png.
+training run or one of random parameters; 'cost' says with which powers of L
+and C their FLOPs and times grow, for each amortizable fusion. The other suites
+time the named workloads of `histjax.benchmark.workloads` against rivals that
+are installed. Prints tables; writes <output>.json and, but for requests and
+updates, the plot <output>.png.
 """
 
 import dataclasses
@@ -20,14 +21,14 @@ from absl import app, flags, logging
 
 from histjax import EncoderConfig, Ranker, RankerConfig, benchmark
 from histjax import config as config_lib
+from histjax.benchmark import cost, requests, suites, workloads
 from histjax.benchmark import report as report_lib
-from histjax.benchmark import requests, suites, workloads
 from histjax.data import synthetic
 
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  ['scoring', *suites.SUITES, *requests.SUITES],
+  ['scoring', 'cost', *suites.SUITES, *requests.SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -39,17 +40,19 @@ _CONTENDERS = flags.DEFINE_list(
   'contenders', None, 'Names; None: all for here.'
 )
 _REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'scoring: of a run, if any.')
-_LENGTHS = flags.DEFINE_list('lengths', ['64', '256', '1024'], 'scoring: L.')
-_CANDIDATES = flags.DEFINE_list('candidates', ['64', '512'], 'scoring: C.')
-_ROWS = flags.DEFINE_integer('rows', 1, 'scoring: users at once.')
-_WIDTH = flags.DEFINE_integer('width', 64, 'scoring without a workdir: D.')
+# Of the suites scoring and cost.
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, if any.')
+_LENGTHS = flags.DEFINE_list('lengths', ['64', '256', '1024'], 'L.')
+_CANDIDATES = flags.DEFINE_list('candidates', ['64', '512'], 'C.')
+_ROWS = flags.DEFINE_integer('rows', 1, 'Users at once.')
+_WIDTH = flags.DEFINE_integer('width', 64, 'Without a workdir: D.')
 _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
-_BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'scoring: in bfloat16.')
+_BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
 
 
-def scoring():
+def one_model(suite):
+  params = None
   if _WORKDIR.value:
     # These need the packages that read data; the other suites do not.
     from histjax.training import checkpoints
@@ -66,19 +69,17 @@ def scoring():
         num_heads=_HEADS.value,
       ),
     )
-    batch = benchmark.random_batch(config.schema, 1, 16, 16)
-    params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']
   if _BFLOAT16.value:
     config = dataclasses.replace(config, dtype='bfloat16')
+  sizes = [[int(n) for n in x.value] for x in (_LENGTHS, _CANDIDATES)]
+  options = {'num_rows': _ROWS.value, 'seconds': _SECONDS.value or 1.0}
+  if suite == 'cost':
+    return cost.run(config, *sizes, **options)
+  if params is None:
+    batch = benchmark.random_batch(config.schema, 1, 16, 16)
+    params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']
   print(benchmark.HEADER)
-  report = benchmark.scoring_suite(
-    config,
-    params,
-    [int(n) for n in _LENGTHS.value],
-    [int(n) for n in _CANDIDATES.value],
-    num_rows=_ROWS.value,
-    seconds=_SECONDS.value or 1.0,
-  )
+  report = benchmark.scoring_suite(config, params, *sizes, **options)
   print(
     f'matmul ceiling {report["ceiling_flops"] / 1e9:.0f} GFLOP/s on '
     f'{report["environment"]["device"]}'
@@ -105,7 +106,9 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
-  report = scoring() if _SUITE.value == 'scoring' else named_suite(_SUITE.value)
+  suite = _SUITE.value
+  run = one_model if suite in ('scoring', 'cost') else named_suite
+  report = run(suite)
   if _OUTPUT.value:
     print('wrote', *benchmark.write_report(report, _OUTPUT.value))
   if broken := report_lib.broken(report):

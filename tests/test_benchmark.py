@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 from histjax import benchmark
 from histjax.benchmark import (
   contenders,
+  cost,
   machine,
   report,
   requests,
@@ -20,6 +21,7 @@ from histjax.benchmark import (
   timing,
   workloads,
 )
+from histjax.nn import interaction
 from tests import support
 
 QUICK = {'repeats': 2, 'seconds': 0.0, 'singles': 2}
@@ -123,6 +125,72 @@ class ScoringTest(absltest.TestCase):
       self.assertEqual(json.load(f), result)
     with open(paths[1], 'rb') as f:
       self.assertEqual(f.read(8), b'\x89PNG\r\n\x1a\n')
+
+
+TINY_HEAD = interaction.InteractionConfig(kind='mlp', mlp_widths=(1,))
+
+
+class CostTest(parameterized.TestCase):
+  @parameterized.parameters('append_cross', 'append_isolated')
+  def test_formulas_are_what_xla_counts(self, fusion):
+    config = support.config(
+      fusion=fusion,
+      encoder__width=64,
+      encoder__num_layers=3,
+      embedding_dim=1,
+      interaction=TINY_HEAD,
+    )
+    for n, m in ((512, 16), (32, 512)):
+      batch = benchmark.random_batch(config.schema, 1, n, m)
+      counted = benchmark.flops(config, batch)
+      for way in cost.WAYS:
+        expected = cost._formula(way, n, m, config)
+        # Norms, softmax, rotations and the head come on top of it.
+        self.assertBetween(counted[way] / expected, 1.0, 1.12)
+      self.assertGreater(
+        cost._formula('paper', n, m, config),
+        cost._formula('joint', n, m, config),
+      )
+
+  def test_report(self):
+    config = support.config(encoder__width=32, interaction=TINY_HEAD)
+    lines = []
+    # One fusion, for the time that compiling takes.
+    with mock.patch.object(
+      cost.fusion_lib, 'amortizable', lambda: ('append_isolated',)
+    ):
+      result = cost.run(
+        config, [16, 128], [16, 64], seconds=0, progress=lines.append
+      )
+    middle = {'history_length': 128, 'candidates': 64}
+    self.assertEqual(result['middle'], middle)
+    self.assertEqual(
+      [(r['history_length'], r['candidates']) for r in result['results']],
+      [(16, 64), (128, 16), (128, 64)],
+    )
+    for row in result['slopes']:
+      for axis in middle:
+        self.assertAlmostEqual(
+          row[axis]['flops'], row[axis]['formula'], delta=0.1
+        )
+        self.assertTrue(np.isfinite(row[axis]['seconds']))
+    plain, joint, cached = result['slopes']
+    self.assertAlmostEqual(plain['candidates']['flops'], 1.0)
+    self.assertLess(joint['candidates']['flops'], 0.9)
+    self.assertLess(
+      cached['history_length']['flops'], plain['history_length']['flops']
+    )
+    self.assertIn('| append_isolated | cached | ', lines[-1])
+    paths = benchmark.write_report(result, temporary(self, 'cost'))
+    with open(paths[0]) as f:
+      self.assertEqual(json.load(f), result)
+    with open(paths[1], 'rb') as f:
+      self.assertEqual(f.read(8), b'\x89PNG\r\n\x1a\n')
+
+  @parameterized.parameters(([16], [16, 32]), ([16, 32], [32, 16]))
+  def test_one_point_has_no_slope(self, lengths, candidates):
+    with self.assertRaisesRegex(ValueError, 'must be ascending, and two'):
+      cost.run(support.config(), lengths, candidates)
 
 
 class SuitesTest(parameterized.TestCase):

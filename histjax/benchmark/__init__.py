@@ -1,6 +1,7 @@
 """Timing: of ways to score, of operations against rivals, of whole requests.
 
-`workloads` names what is timed, `suites` and `requests` time it, `contenders`
+`scoring` compares the ways to score, `cost` says how they grow. `workloads`
+names what is timed, `suites` and `requests` time it, `contenders`
 and `torch_rivals` are who is compared, `machine` what the device can do.
 """
 

@@ -64,16 +64,6 @@ def program(
   return _rival_tower(workload, inputs, attend)
 
 
-def backends(name: str, workload: Attention | Tower) -> dict[str, str]:
-  """Which implementations 'histjax..' runs: `{operation: implementation}`."""
-  implementation = name.partition(':')[2] or None
-  if isinstance(workload, Attention):
-    return {'history_attention': attention_backend(workload, implementation)}
-  if implementation == 'encode_score':
-    implementation = None
-  return {'candidate_tower': _tower_backend(workload, implementation)}
-
-
 def attention_backend(workload: Attention, implementation: str | None) -> str:
   """What `ops.history_attention` runs, `implementation` given."""
   rows, heads, dim = workload.num_rows, workload.num_heads, workload.head_dim
@@ -88,36 +78,6 @@ def attention_backend(workload: Attention, implementation: str | None) -> str:
     key,
     key,
     KeyRange(ends, ends, workload.structure),
-    implementation=implementation,
-  )
-
-
-def _tower_backend(workload: Tower, implementation: str | None) -> str:
-  rows, candidates = workload.num_rows, workload.num_candidates
-  dtype = jnp.dtype(workload.dtype)
-  cached = jax.ShapeDtypeStruct(
-    (
-      workload.num_layers,
-      rows,
-      workload.num_events,
-      workload.num_heads,
-      workload.head_dim,
-    ),
-    dtype,
-  )
-  ends = jax.ShapeDtypeStruct((rows, candidates), jnp.int32)
-  weights = jax.eval_shape(
-    lambda: fusion.pack_tower(_flax_params(workload.weights()), dtype)
-  )
-  return ops.candidate_tower_backend(
-    jax.ShapeDtypeStruct((rows, candidates, workload.width), dtype),
-    ends,
-    cached,
-    cached,
-    KeyRange(ends, ends, 'prefix'),
-    weights,
-    num_heads=workload.num_heads,
-    count=jax.ShapeDtypeStruct((rows,), jnp.int32) if workload.ragged else None,
     implementation=implementation,
   )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from histjax.benchmark import scoring
+from histjax.benchmark import cost, scoring
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:
@@ -18,7 +18,12 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
   path.parent.mkdir(parents=True, exist_ok=True)
   json_path = path.with_name(path.name + '.json')
   json_path.write_text(json.dumps(report, indent=2) + '\n')
-  plots = {'attention': roofline, 'tower': roofline, 'scoring': scoring.plot}
+  plots = {
+    'attention': roofline,
+    'tower': roofline,
+    'scoring': scoring.plot,
+    'cost': cost.plot,
+  }
   if report['suite'] not in plots:
     return [str(json_path)]
   figure_path = path.with_name(path.name + '.png')

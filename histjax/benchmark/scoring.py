@@ -126,8 +126,8 @@ def scoring_suite(
     for num_candidates in candidates:
       batch = random_batch(config.schema, num_rows, num_events, num_candidates)
       batch = jax.device_put(batch)
-      results.append(_workload(scorer, batch, ceiling, seconds))
-      progress(_line(results[-1]))
+      results.append(time_ways(scorer, batch, ceiling, seconds))
+      progress(line(results[-1]))
   return {
     'suite': 'scoring',
     'environment': environment(),
@@ -140,7 +140,10 @@ def scoring_suite(
   }
 
 
-def _workload(scorer, batch, ceiling, seconds) -> dict[str, Any]:
+def time_ways(
+  scorer: scoring.Scorer, batch: RankingBatch, ceiling: float, seconds: float
+) -> dict[str, Any]:
+  """One entry of the `results` of `scoring_suite`."""
   cache = scorer.encode(batch.context, batch.history)
   ways: dict[str, Callable] = {
     'plain': lambda: scorer.score_plain(batch),
@@ -178,7 +181,8 @@ HEADER = (
 )
 
 
-def _line(entry: Mapping[str, Any]) -> str:
+def line(entry: Mapping[str, Any]) -> str:
+  """An entry's times, under `HEADER`."""
   ms = {k: 1e3 * entry[k]['median'] for k in _WAYS}
   difference = max(
     entry[k]['max_difference_from_plain'] for k in ('joint', 'cached')

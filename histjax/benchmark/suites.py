@@ -11,6 +11,7 @@ import jax
 
 from histjax.benchmark import contenders as contenders_lib
 from histjax.benchmark import machine, report, timing, workloads
+from histjax.ops import dispatch
 
 SUITES: dict[str, Mapping[str, Any]] = {
   'attention': workloads.ATTENTION,
@@ -108,7 +109,8 @@ def _compare(name, workload, contenders, ceilings, options, progress):
   for contender in contenders:
     start = time.perf_counter()
     try:
-      program = _program(contender, workload, sets)
+      with dispatch.record() as used:
+        program = _program(contender, workload, sets)
       error = contenders_lib.difference(workload, program.output(), expected)
       program.enqueue(1)  # Compiles what is timed.
     except Exception as e:  # A rival that is missing or fails is a result.
@@ -120,8 +122,8 @@ def _compare(name, workload, contenders, ceilings, options, progress):
       continue
     seconds = time.perf_counter() - start
     rows[contender] = {'relative_error': error, 'compile_seconds': seconds}
-    if contender.startswith('histjax'):
-      rows[contender]['runs'] = contenders_lib.backends(contender, workload)
+    if used:
+      rows[contender]['runs'] = dispatch.names(used)
     if not error <= _BOUNDS[workload.dtype]:
       rows[contender]['failed'] = f'wrong: relative error {error:.1e}'
       progress(f'  {name} {contender}: {rows[contender]["failed"]}')
