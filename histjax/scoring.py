@@ -300,7 +300,7 @@ class Scorer:
     padded = self._check_candidates(cache, candidates)
     with dispatch.record() as used:
       logits = self._score(self._variables, self._tower, cache, padded)
-    for line in _names(used).items():
+    for line in dispatch.names(used).items():
       if line not in self._logged:
         self._logged.add(line)
         logging.info('%s runs as %r', *line)
@@ -334,7 +334,7 @@ class Scorer:
     with dispatch.record() as used:
       # A new function: of one that it knows, JAX may keep the trace.
       jax.eval_shape(lambda *args: self._trace_score(*args), *arguments)
-    return _names(used)
+    return dispatch.names(used)
 
   def extend(self, cache: HistoryCache, events: History) -> HistoryCache:
     """Appends each user's new events; equals `encode` of the longer history.
@@ -486,7 +486,3 @@ class Scorer:
       visible=None if visible is None else padding.pad(visible, (rows, padded)),
       mask=None if whole else padding.pad(real, (rows, padded)),
     )
-
-
-def _names(used: Mapping[str, set[str]]) -> dict[str, str]:
-  return {k: ', '.join(sorted(v)) for k, v in sorted(used.items())}

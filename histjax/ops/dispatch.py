@@ -54,6 +54,11 @@ def record() -> Iterator[dict[str, set[str]]]:
     _record.reset(token)
 
 
+def names(used: Mapping[str, set[str]]) -> dict[str, str]:
+  """`{operation: name}` of what `record` has collected, sorted."""
+  return {k: ', '.join(sorted(v)) for k, v in sorted(used.items())}
+
+
 def run(
   operation: str,
   backends: Mapping[str, Backend],
