@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from histjax.data import schema
 from histjax.models import ranker
-from histjax.nn import interaction
+from histjax.nn import fusion, interaction
 from histjax.ops import history_attention_backend
 from histjax.training import optimizer, sharding, state, step
 from histjax.types import KeyRange
@@ -75,11 +75,12 @@ class CompileTestCase(parameterized.TestCase):
 
 
 def kernels(program) -> dict[str, list[int]]:
-  """The bytes of VMEM of each call of each attention kernel."""
+  """The bytes of VMEM of each call of each kernel."""
   found: dict[str, list[int]] = {}
   for line in program.as_text().splitlines():
     name = re.search(
-      r'%(history_attention_\w+?)[.\d]* = .*tpu_custom_call', line
+      r'%(history_attention_\w+?|candidate_tower)[.\d]* = .*tpu_custom_call',
+      line,
     )
     if name:
       size = re.search(
@@ -234,6 +235,37 @@ class RankerTest(CompileTestCase):
       topology, 'score', self.params, cache, self.batch.candidates
     )
     self.assert_kernels(program, **{FORWARD: 2})
+
+  @parameterized.product(topology=TOPOLOGIES, method=(None, 'encode', 'score'))
+  def test_layers_in_one_kernel(self, topology, method):
+    """What `Scorer` runs on a TPU: each layer, or all of them, by the tower."""
+    tower = self.eval_shape(
+      lambda params: fusion.pack_tower(params['fusion'], CONFIG.dtype),
+      self.params,
+    )
+    batch = self.batch
+
+    def run(params, tower, *args):
+      options = {'tower': tower, 'implementation': 'pallas_tpu'}
+      return MODEL.apply({'params': params}, *args, method=method, **options)
+
+    encode = functools.partial(MODEL.apply, method='encode')
+    arguments: tuple = (batch,)
+    if method == 'encode':
+      arguments = (batch.context, batch.history)
+    elif method == 'score':
+      cache = self.eval_shape(
+        encode, {'params': self.params}, batch.context, batch.history
+      )
+      arguments = (cache, batch.candidates)
+    where = jax.sharding.SingleDeviceSharding(devices(topology)[0])
+    program = self.compile(
+      topology,
+      jax.jit(run),
+      *shapes((self.params, tower, *arguments), where),
+    )
+    calls = {None: 2, 'encode': 1, 'score': 1}[method]
+    self.assert_kernels(program, candidate_tower=calls)
 
   @on_every_chip
   def test_training_step_over_four_chips(self, topology):
