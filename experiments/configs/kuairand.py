@@ -3,10 +3,11 @@
   python experiments/train.py --config=experiments/configs/kuairand.py \
     --workdir=/tmp/kuairand
 
-Two CPU cores: about 2 minutes. Expect a test AUC near 0.734, GAUC 0.596. The
+Two CPU cores: about 2 minutes. Expect a test AUC near 0.736, GAUC 0.600. The
 label is is_click. A history is what is strictly earlier; two layers of a
 window of 25 read its 49 most recent events. Tables overfit within an epoch:
-hence the frequent validation and the low `table_learning_rate`.
+hence the frequent validation and the low `table_learning_rate`. The average of
+the parameters adds 0.002 and 0.003 to the validation AUC of seeds 0 and 1.
 """
 
 import config_util
@@ -50,6 +51,7 @@ def get_config():
         'clip_norm': 1.0,
       },
       'task_weights': {'click': 1.0},
+      'average': 0.99,
       'num_epochs': 3,
       'eval_every': 73,
       'patience': 3,

@@ -29,7 +29,7 @@ def get_config():
   kuai = kuairand.get_config()
   kuai.data.rows.update(_POINTWISE)
   kuai.pipeline.update({'batch_events': 57 * 1024, 'auto_buckets': 1})
-  kuai.update({'eval_every': 31, 'tensorboard': False})
+  kuai.update({'eval_every': 31, 'average': None, 'tensorboard': False})
   append = 'append_cross'
   return ml_collections.ConfigDict(
     {
