@@ -100,13 +100,16 @@ def score_plain(
 
   def score(chunk: Candidates) -> Logits:
     num_candidates = chunk.shape[1]
+    # Or XLA would take the history's pass, the same for all chunks, out of
+    # their loop.
+    chunk, history = jax.lax.optimization_barrier((chunk, batch.history))
 
     def repeat(x):
       return jnp.repeat(jnp.asarray(x), num_candidates, axis=0)
 
     rows = RankingBatch(
       context=jax.tree.map(repeat, batch.context),
-      history=jax.tree.map(repeat, batch.history),
+      history=jax.tree.map(repeat, history),
       candidates=jax.tree.map(lambda x: x.reshape(-1, 1), chunk),
       labels={},
       group=repeat(batch.group),
