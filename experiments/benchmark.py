@@ -15,6 +15,7 @@ updates, the plot <output>.png.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -72,7 +73,10 @@ def one_model(suite):
   if _BFLOAT16.value:
     config = dataclasses.replace(config, dtype='bfloat16')
   sizes = [[int(n) for n in x.value] for x in (_LENGTHS, _CANDIDATES)]
-  options = {'num_rows': _ROWS.value, 'seconds': _SECONDS.value or 1.0}
+  options: dict[str, Any] = {
+    'num_rows': _ROWS.value,
+    'seconds': _SECONDS.value or 1.0,
+  }
   if suite == 'cost':
     return cost.run(config, *sizes, **options)
   if params is None:
