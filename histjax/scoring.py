@@ -16,6 +16,7 @@ padding.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -237,8 +238,7 @@ class Scorer:
       )
       return model.apply(variables, cache, events, method='extend')
 
-    def plain(variables, tower, batch):
-      del tower
+    def plain(variables, batch):
       return score_plain(model, variables, batch, microbatch=plain_microbatch)
 
     self._encode = jax.jit(encode)
@@ -382,7 +382,8 @@ class Scorer:
     Raises:
       ValueError: an input is malformed.
     """
-    return self._whole(self._joint, batch, self.options.microbatch)
+    joint = functools.partial(self._joint, self._variables, self._tower)
+    return self._whole(joint, batch, self.options.microbatch)
 
   def score_plain(self, batch: RankingBatch) -> Logits:
     """Scores each candidate as a row of its own; any fusion.
@@ -396,7 +397,8 @@ class Scorer:
     Raises:
       ValueError: an input is malformed.
     """
-    return self._whole(self._plain, batch, self.options.plain_microbatch)
+    plain = functools.partial(self._plain, self._variables)
+    return self._whole(plain, batch, self.options.plain_microbatch)
 
   def _check_candidates(
     self, cache: HistoryCache, candidates: Candidates
@@ -441,7 +443,7 @@ class Scorer:
       labels={},
       group=np.zeros(rows, np.int32),
     )
-    logits = function(self._variables, self._tower, padded)
+    logits = function(padded)
     return {k: v[:num_rows, :num_candidates] for k, v in logits.items()}
 
   def _pad_history(

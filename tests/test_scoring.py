@@ -397,6 +397,19 @@ class BackendsTest(parameterized.TestCase):
         **TOLERANCE['float32'],
       )
 
+  def test_a_tower_does_not_train(self):
+    s = scorer()
+    batch = support.batch(np.random.default_rng(0))
+    with self.assertRaisesRegex(ValueError, 'tower is for scoring'):
+      ranker.Ranker(s.config).apply(
+        s._variables,
+        batch,
+        train=True,
+        tower=s._tower,
+        implementation='xla',
+        rngs={'dropout': jax.random.key(0)},
+      )
+
   def test_an_unknown_backend(self):
     s = scorer(candidate_tower='cuda')
     batch = support.batch(np.random.default_rng(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -48,20 +50,30 @@ class _SharedHistory(base.Transformer):
       values.append(value)
       if i + 1 == len(self.blocks):  # Nothing reads the last layer's events.
         break
-      if tower is None:
-        x = block(x, position, key, value, key_range, train=train)
-      else:
-        x = self._tower(
-          x,
-          position,
-          key[None],
-          value[None],
-          key_range,
-          tower.layer(i),
-          final_norm=False,
-          implementation=implementation,
-        )
+      layer = self._layer(i, tower, train, implementation, final_norm=False)
+      x = layer(x, position, key, value, key_range)
     return jnp.stack(keys), jnp.stack(values)
+
+  def _layer(self, index, tower, train, implementation, *, final_norm):
+    """A layer's function of tokens, by its block or by the tower."""
+    if tower is None:
+      return functools.partial(self.blocks[index], train=train)
+    if train:
+      raise ValueError('tower is for scoring; with train=True, pass None')
+
+    def layer(x, position, key, value, key_range):
+      return self._tower(
+        x,
+        position,
+        key[None],
+        value[None],
+        key_range,
+        tower.layer(index),
+        final_norm=final_norm,
+        implementation=implementation,
+      )
+
+    return layer
 
   def _tower(self, x, position, keys, values, key_range, weights, **options):
     """`ops.candidate_tower`; the residual stream between layers is float32."""
@@ -184,19 +196,8 @@ class AppendCross(_SharedHistory):
       if last:  # Nothing reads its events.
         x = x[:, num_events:]
         position, key_range = candidate_position, candidate_range
-      if tower is None:
-        x = block(x, position, key, value, key_range, train=train)
-      else:
-        x = self._tower(
-          x,
-          position,
-          key[None],
-          value[None],
-          key_range,
-          tower.layer(i),
-          final_norm=last,
-          implementation=implementation,
-        )
+      layer = self._layer(i, tower, train, implementation, final_norm=last)
+      x = layer(x, position, key, value, key_range)
     return self.final_norm(x) if tower is None else x
 
   def score(

@@ -312,7 +312,6 @@ def candidate_tower(
     (num_blocks, num_candidates, num_keys),
     position is not None,
     count is not None,
-    x.dtype,
     final_norm,
   )
   out = call(
@@ -398,7 +397,7 @@ def _blocks(start, stop, count, rows, prefix, sort):
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, x_type, final_norm):
+def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
   """Builds the call for static shapes."""
   num_blocks = sizes[0]
   config = plan.config
