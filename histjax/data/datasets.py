@@ -61,6 +61,13 @@ class DataConfig:
       raise ValueError(
         f'data: name={self.name!r} must be one of {sorted(_LOADERS)}'
       )
+    if (self.eval_rows or self.rows).snapshot_every is not None:
+      field = 'rows' if self.eval_rows is None else 'eval_rows'
+      raise ValueError(
+        f'data: {field}.snapshot_every='
+        f'{(self.eval_rows or self.rows).snapshot_every} would evaluate events '
+        'more than once; set eval_rows with snapshot_every=None'
+      )
     if self.name == 'events' and (not self.paths or self.schema is None):
       raise ValueError(
         "data: name='events' needs paths, the files of the log, and schema, "

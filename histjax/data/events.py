@@ -179,13 +179,22 @@ class EventLog:
 
   def time_gap(self, ties: Ties = 'order') -> np.ndarray:
     """The feature `time_gap`, int32 `[n]`; see `Schema.time_gap_buckets`."""
-    stop = self.visible(ties)
-    begin = self.offsets[self.user]
-    last = self.time[np.maximum(stop - 1, 0)]
+    return self.time_gap_of(np.arange(len(self)), self.visible(ties))
+
+  def time_gap_of(self, events: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """`time_gap` of events that see their user's past up to `visible`.
+
+    Args:
+      events: int64 `[c]`, indices of events.
+      visible: int64 `[c]`, indices of events; see `visible`.
+
+    Returns:
+      int32 `[c]`.
+    """
+    begin = self.offsets[self.user[events]]
+    gap = self.time[events] - self.time[np.maximum(visible - 1, 0)]
     return gap_buckets(
-      np.where(stop > begin, self.time - last, 0),
-      self.schema,
-      self.is_timestamp,
+      np.where(visible > begin, gap, 0), self.schema, self.is_timestamp
     )
 
   def rows(self, mask: np.ndarray, config: rows_lib.RowConfig) -> rows_lib.Rows:

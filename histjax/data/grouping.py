@@ -20,10 +20,8 @@ def make_rows(log: EventLog, mask: np.ndarray, config: RowConfig) -> Rows:
       f'mask is {mask.dtype}{list(mask.shape)}; it must be bool [{len(log)}], '
       'one for each event of the log'
     )
-  visible = log.visible(config.ties)
-  events, offsets = _group(log, np.flatnonzero(mask), config)
+  events, offsets, visible = _group(log, np.flatnonzero(mask), config)
   starts = offsets[:-1]
-  visible = visible[events]
   if len(events):
     least = np.minimum.reduceat(visible, starts)
     stop = np.maximum.reduceat(visible, starts)
@@ -35,33 +33,68 @@ def make_rows(log: EventLog, mask: np.ndarray, config: RowConfig) -> Rows:
       _check_overflow(log, events[starts], least - start, config)
     start = np.maximum(start, least - config.history_length)
   features = dict(log.features)
+  gap = None
   if log.schema.time_gap_buckets:
     features['time_gap'] = log.time_gap(config.ties)
+    gap = log.time_gap_of(events, visible)
   if config.kind != 'pointwise':
     _check_context(log, events, starts, config)
-  return Rows(log, config, features, events, offsets, start, stop, visible)
+  return Rows(log, config, features, events, offsets, start, stop, visible, gap)
 
 
-def _group(log, events, config) -> tuple[np.ndarray, np.ndarray]:
-  """Candidates in the order of rows, and each row's first, `[rows + 1]`."""
+def _group(log, events, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Candidates in the order of rows, each row's first `[rows + 1]`, visible."""
+  visible = log.visible(config.ties)
   if config.kind == 'pointwise':
-    return events, np.arange(len(events) + 1)
-  if config.kind == 'streaming':
-    group = log.user[events].astype(np.int64)
+    return events, np.arange(len(events) + 1), visible[events]
+  if config.kind == 'snapshot':
+    events, taken, group = _snapshots(log, events, visible, config)
+    # No candidate sees its own request, even if that had begun before.
+    visible = np.minimum(taken, visible[events])
+    _, place = np.unique(group, return_inverse=True)
+    least = np.full(len(events), len(log))
+    np.minimum.at(least, place, visible)
+    visible = least[place]
+  elif config.kind == 'streaming':
+    group, visible = log.user[events].astype(np.int64), visible[events]
   else:
     group = _request(log, config)[events]
     order = np.argsort(group, kind='stable')
     events, group = events[order], group[order]
+    visible = visible[events]
   first = np.flatnonzero(np.diff(group, prepend=-1))
   if config.max_candidates is None:
-    return events, np.append(first, len(events))
+    return events, np.append(first, len(events)), visible
   count = np.diff(np.append(first, len(events)))
   pieces = -(-count // config.max_candidates)
   piece = np.arange(pieces.sum()) - np.repeat(
     np.cumsum(pieces) - pieces, pieces
   )
   starts = np.repeat(first, pieces) + piece * config.max_candidates
-  return events, np.append(starts, len(events))
+  return events, np.append(starts, len(events)), visible
+
+
+def _snapshots(log, events, visible, config):
+  """Candidates with each snapshot: events, where histories end, and groups."""
+  user = log.user[events].astype(np.int64)
+  if config.snapshot_every is None or not len(events):
+    first = np.searchsorted(user, user)  # Users come in order.
+    return events, visible[events[first]], user
+  unit = 1e-9 if log.is_timestamp else log.schema.time_unit
+  begin = log.time[events].min()
+  period = np.floor((log.time - begin) * unit / config.snapshot_every)
+  period = period.astype(np.int64)
+  parts = []
+  later = None
+  for number in range(int(period[events].max()), -1, -1):
+    before = np.bincount(log.user[period < number], minlength=log.num_users)
+    taken = (log.offsets[:-1] + before)[user]
+    due = period[events] >= number
+    if later is not None:  # Candidates of later periods may have had it.
+      due &= (period[events] == number) | (taken != later)
+    parts.append((events[due], taken[due], number * log.num_users + user[due]))
+    later = taken
+  return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def _request(log, config) -> np.ndarray:

@@ -31,7 +31,9 @@ class RowConfig:
     kind: 'pointwise': one candidate a row. 'request': the candidates of one
       request (equal `Schema.request`; without such a column, equal time,
       which needs ties='strict'). 'streaming': all of a user's candidates, in
-      time order, each seeing only what came before it.
+      time order, each seeing only what came before it. 'snapshot': all of a
+      user's candidates with one history, taken before the first of them; see
+      `snapshot_every`.
     history_length: the most recent events kept; for rows of several
       candidates, before the candidate that sees the least. Later ones always
       see all events in between, too. None: all.
@@ -41,16 +43,24 @@ class RowConfig:
     ties: 'order': an event sees all earlier ones in the log's order. 'strict':
       only those of a strictly earlier time. Either way an event never sees
       others of its own request.
+    snapshot_every: of 'snapshot', seconds between the moments at which
+      histories are taken, the same for all users, from the time of the first
+      candidate on. A candidate comes once with every history of its user that
+      was taken before it and differs from the next: to train on, not to
+      evaluate. None: one snapshot, before the user's first candidate.
   """
 
-  kind: Literal['pointwise', 'request', 'streaming'] = 'streaming'
+  kind: Literal['pointwise', 'request', 'streaming', 'snapshot'] = 'streaming'
   history_length: int | None = None
   on_overflow: Literal['truncate', 'error'] = 'truncate'
   max_candidates: int | None = None
   ties: Literal['order', 'strict'] = 'order'
+  snapshot_every: float | None = None
 
   def __post_init__(self):
-    _check_choice(self, 'kind', ('pointwise', 'request', 'streaming'))
+    _check_choice(
+      self, 'kind', ('pointwise', 'request', 'streaming', 'snapshot')
+    )
     _check_choice(self, 'on_overflow', ('truncate', 'error'))
     _check_choice(self, 'ties', ('order', 'strict'))
     if self.history_length is not None and self.history_length < 0:
@@ -60,6 +70,13 @@ class RowConfig:
     if self.max_candidates is not None and self.max_candidates < 1:
       raise ValueError(
         f'rows: max_candidates={self.max_candidates} must be >= 1, or None'
+      )
+    if self.snapshot_every is not None and (
+      self.kind != 'snapshot' or not self.snapshot_every > 0
+    ):
+      raise ValueError(
+        f'rows: snapshot_every={self.snapshot_every} must be > 0 seconds and '
+        f"with kind='snapshot', which is {self.kind!r}; or None"
       )
 
 
@@ -91,13 +108,16 @@ class Rows(Sequence[Row]):
   Attributes:
     log: the events.
     config: how the rows were made.
-    features: `log.features` and, if the schema has it, `time_gap`.
+    features: `log.features` and, if the schema has it, `time_gap`, of events
+      of histories.
     events: int64 `[candidates]`, the candidates of all rows, one row after
       the other, as indices of events.
     offsets: int64 `[rows + 1]`; row r has `events[offsets[r]:offsets[r + 1]]`.
     start: int64 `[rows]`, the first event of each row's history.
     stop: int64 `[rows]`, the event after the last one.
     visible: int64 `[candidates]`, the event after the last visible one.
+    gap: int32 `[candidates]`, the feature `time_gap` of candidates, since the
+      last event that they see; None if the schema does not have it.
   """
 
   log: EventLog
@@ -108,6 +128,7 @@ class Rows(Sequence[Row]):
   start: np.ndarray
   stop: np.ndarray
   visible: np.ndarray
+  gap: np.ndarray | None
 
   @property
   def schema(self) -> Schema:
@@ -136,7 +157,8 @@ class Rows(Sequence[Row]):
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
     r = range(len(self))[index]  # Negative indices, and IndexError.
-    events = self.candidate_events(r)
+    slots = slice(self.offsets[r], self.offsets[r + 1])
+    events = self.events[slots]
     history = slice(self.start[r], self.stop[r])
     first = events[0]
     return Row(
@@ -146,11 +168,10 @@ class Rows(Sequence[Row]):
         for f in self.schema.history_features
       },
       candidates={
-        f.name: self.features[f.name][events] for f in self.schema.item_features
+        f.name: self._of_candidates(f.name, slots)
+        for f in self.schema.item_features
       },
-      visible=(
-        self.visible[self.offsets[r] : self.offsets[r + 1]] - self.start[r]
-      ).astype(np.int32),
+      visible=(self.visible[slots] - self.start[r]).astype(np.int32),
       labels={name: y[events] for name, y in self.log.labels.items()},
       group=int(self.log.user[first]),
     )
@@ -158,6 +179,12 @@ class Rows(Sequence[Row]):
   @property
   def _context(self):
     return self.schema.context
+
+  def _of_candidates(self, name: str, slots) -> np.ndarray:
+    """A feature of the candidates in these places of `events`."""
+    if name == 'time_gap' and self.gap is not None:
+      return self.gap[slots]
+    return self.features[name][self.events[slots]]
 
   def candidate_events(self, index: int) -> np.ndarray:
     """The candidates of a row as indices of events of the log, int64 `[c]`."""
@@ -221,7 +248,7 @@ class Rows(Sequence[Row]):
       ),
       candidates=Candidates(
         features={
-          f.name: take(self.features[f.name], shown, mask)
+          f.name: take(self._of_candidates(f.name, slots), np.s_[:], mask)
           for f in self.schema.item_features
         },
         visible=np.where(mask, self.visible[slots] - start[:, None], 0).astype(

@@ -108,7 +108,8 @@ class TrainConfig:
       raise ValueError(
         f'rank_loss.weight={self.rank_loss.weight} with data.rows.kind='
         "'pointwise': such a row has one candidate, and so no pairs. Set "
-        "data.rows.kind='streaming' or 'request', or rank_loss.weight=0"
+        "data.rows.kind='streaming', 'snapshot' or 'request', or "
+        'rank_loss.weight=0'
       )
     self._check_tasks()
     self.check_rows('data.rows', self.data.rows)

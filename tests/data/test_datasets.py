@@ -102,6 +102,14 @@ def test_kuairand_needs_strict_ties():
       datasets.load(datasets.DataConfig('kuairand', **fields))
 
 
+def test_evaluation_counts_events_once():
+  often = RowConfig('snapshot', snapshot_every=86_400.0)
+  datasets.DataConfig(rows=often, eval_rows=RowConfig('snapshot'))
+  for fields in ({}, {'eval_rows': often}):
+    with pytest.raises(ValueError, match='evaluate events more than once'):
+      datasets.DataConfig(rows=often, **fields)
+
+
 def test_own_log(tmp_path):
   config = datasets.DataConfig(
     'events',

@@ -36,6 +36,26 @@ def views(rows) -> dict[int, list]:
   return found
 
 
+def _snapshots(events, shown, begin, every):
+  """`[(events before the moment, candidates)]` of one user."""
+  period = {i: (events[i]['ts'] - begin) // every for i in shown}
+
+  def before(number):
+    return sum(e['ts'] < begin + number * every for e in events)
+
+  groups = []
+  for number in range(max(period.values(), default=-1) + 1):
+    due = [
+      i
+      for i in shown
+      if period[i] == number
+      or (period[i] > number and before(number) != before(number + 1))
+    ]
+    if due:
+      groups.append((before(number), due))
+  return groups
+
+
 class RowsTest(parameterized.TestCase):
   @parameterized.parameters(
     (kind, ties, request)
@@ -89,7 +109,40 @@ class RowsTest(parameterized.TestCase):
     gap = events[index]['ts'] - events[past[-1]]['ts']
     return min(math.floor(math.log2(1 + gap)), 5)
 
-  @parameterized.product(kind=KINDS, length=(0, 1, 3))
+  @parameterized.product(
+    every=(None, 1, 7), ties=('order', 'strict'), request=(False, True)
+  )
+  @given(data=logs.columns(), seed=st.integers(0, 99), limit=st.integers(1, 4))
+  def test_snapshots(self, every, ties, request, data, seed, limit):
+    log = EventLog.from_columns(data, logs.schema(request=request))
+    mask = np.random.default_rng(seed).random(len(log)) < 0.6
+    config = RowConfig(
+      'snapshot', ties=ties, max_candidates=limit, snapshot_every=every
+    )
+    wanted = set(log.features['item'][mask].tolist())
+    begin = log.time[mask].min() if wanted else 0
+    expected = []
+    for events in logs.records(data).values():
+      shown = [i for i, e in enumerate(events) if e['item_id'] in wanted]
+      if every is None:
+        groups = [(len(events), shown)] if shown else []
+      else:
+        groups = _snapshots(events, shown, begin, every)
+      for taken, group in groups:
+        least = [len(logs.seen(events, i, ties, request)) for i in group]
+        past = list(range(min([taken, *least])))
+        for i in group:
+          gap = self._gap(events, i, past)
+          items = [events[j]['item_id'] for j in past]
+          expected.append((events[i]['item_id'], items, gap))
+    rows = log.rows(mask, config)
+    found = []
+    for item, seen in views(rows).items():
+      found += [(item, v['seen'], v['candidate']['time_gap']) for v in seen]
+    self.assertCountEqual(found, expected)
+    self.assertTrue(all(len(set(row.visible.tolist())) == 1 for row in rows))
+
+  @parameterized.product(kind=(*KINDS, 'snapshot'), length=(0, 1, 3))
   @given(data=logs.columns())
   def test_history_length(self, kind, length, data):
     log = EventLog.from_columns(data, logs.schema(request=True))
@@ -108,7 +161,7 @@ class RowsTest(parameterized.TestCase):
       self.assertLessEqual(row.visible.min(), length)
       self.assertEqual(row.visible.max(), len(row.history['item']))
 
-  @parameterized.parameters(*KINDS)
+  @parameterized.parameters(*KINDS, 'snapshot')
   @given(data=logs.columns(), seed=st.integers(0, 99))
   def test_batch_is_collate(self, kind, data, seed):
     rng = np.random.default_rng(seed)
@@ -212,6 +265,8 @@ class RowsTest(parameterized.TestCase):
     ({'on_overflow': 'drop'}, "on_overflow='drop'"),
     ({'history_length': -1}, 'history_length=-1'),
     ({'max_candidates': 0}, 'max_candidates=0'),
+    ({'snapshot_every': 60.0}, "with kind='snapshot', which is 'streaming'"),
+    ({'kind': 'snapshot', 'snapshot_every': 0}, 'snapshot_every=0 must be > 0'),
   )
   def test_bad_config(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
