@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from histjax.data import rates as rates_lib
 from histjax.data import synthetic as synthetic_lib
 from histjax.data.events import EventLog, FractionSplit, TimeSplit
 from histjax.data.rows import RowConfig, Rows
@@ -25,6 +26,11 @@ class DataConfig:
       them (of kuairand: 'click').
     time_gaps: whether events have the feature `time_gap`, where the dataset's
       schema has it.
+    without: features that the model does not get.
+    rates: log-odds of the first task by these features of items, over other
+      users' training events, as further features of items; a server has to
+      send them, too. See `rates.with_rates`.
+    rate_prior: likewise.
     data_dir: of movielens and kuairand, where prepared data is kept; TFDS's
       own default if empty.
     manual_dir: of movielens and kuairand, a folder with the official files;
@@ -42,6 +48,9 @@ class DataConfig:
   eval_rows: RowConfig | None = None
   tasks: tuple[str, ...] = ()
   time_gaps: bool = True
+  without: tuple[str, ...] = ()
+  rates: tuple[str, ...] = ()
+  rate_prior: float = 10.0
   data_dir: str = ''
   manual_dir: str = ''
   synthetic: synthetic_lib.SyntheticConfig = dataclasses.field(
@@ -57,6 +66,10 @@ class DataConfig:
   def __post_init__(self):
     object.__setattr__(self, 'tasks', tuple(self.tasks))
     object.__setattr__(self, 'paths', tuple(self.paths))
+    object.__setattr__(self, 'without', tuple(self.without))
+    object.__setattr__(self, 'rates', tuple(self.rates))
+    if not self.rate_prior > 0:
+      raise ValueError(f'data: rate_prior={self.rate_prior} must be > 0')
     if self.name not in _LOADERS:
       raise ValueError(
         f'data: name={self.name!r} must be one of {sorted(_LOADERS)}'
@@ -105,12 +118,31 @@ def load(config: DataConfig) -> Dataset:
   if not config.time_gaps:
     schema = dataclasses.replace(log.schema, time_gap_buckets=0)
     log = dataclasses.replace(log, schema=schema)
+  log = rates_lib.with_rates(
+    log, masks['train'], config.rates, config.rate_prior
+  )
+  log = _without(log, config.without)
   eval_rows = config.eval_rows or config.rows
   splits = {
     split: log.rows(mask, config.rows if split == 'train' else eval_rows)
     for split, mask in masks.items()
   }
   return Dataset(log.schema, splits, log)
+
+
+def _without(log: EventLog, names: tuple[str, ...]) -> EventLog:
+  parts = {n: getattr(log.schema, n) for n in ('context', 'item', 'action')}
+  known = [f.name for features in parts.values() for f in features]
+  for name in names:
+    if name not in known:
+      raise ValueError(f'data: without={name!r} must be one of {known}')
+  kept = {
+    n: tuple(f for f in features if f.name not in names)
+    for n, features in parts.items()
+  }
+  return dataclasses.replace(
+    log, schema=dataclasses.replace(log.schema, **kept)
+  )
 
 
 def _synthetic(config: DataConfig):

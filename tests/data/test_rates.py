@@ -1,0 +1,102 @@
+"""Rates count other users' training labels, and no others."""
+
+import math
+
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histjax.data import datasets, rates
+from histjax.data.events import EventLog
+from histjax.data.schema import Categorical, Schema, Task
+
+SCHEMA = Schema(
+  user='user',
+  time='time',
+  context=(Categorical('age', 4),),
+  item=(Categorical('item', 3), Categorical('tab', 2)),
+  tasks=(Task('click'),),
+)
+
+
+@st.composite
+def _columns(draw):
+  n = draw(st.integers(4, 40))
+  rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+  return {
+    'user': rng.integers(0, 4, n),
+    'time': np.arange(n),
+    'age': np.zeros(n, np.int64),
+    'item': rng.integers(0, 3, n),
+    'tab': rng.integers(0, 2, n),
+    'click': np.append(rng.integers(0, 2, n - 2), [0, 1]),
+  }
+
+
+def _logit(p):
+  return math.log(p / (1 - p))
+
+
+class RatesTest(parameterized.TestCase):
+  @parameterized.parameters(('item', 1.0), ('item*tab', 10.0))
+  @given(data=_columns(), seed=st.integers(0, 99))
+  def test_definition(self, rate, prior, data, seed):
+    log = EventLog.from_columns(data, SCHEMA)
+    train = np.random.default_rng(seed).random(len(log)) < 0.5
+    label = log.labels['click']
+    if len(set(label[train])) < 2:
+      with self.assertRaisesRegex(ValueError, 'are all the same'):
+        rates.with_rates(log, train, [rate], prior)
+      return
+    found = rates.with_rates(log, train, [rate], prior)
+    name = 'rate_' + rate.replace('*', '_x_')
+    self.assertEqual([f.name for f in found.schema.item][-1], name)
+    value = list(zip(*(log.features[n] for n in rate.split('*')), strict=True))
+    mean = label[train].mean(dtype=np.float64)
+    for i in range(len(log)):
+      others = [
+        float(label[j])
+        for j in np.flatnonzero(train)
+        if value[j] == value[i] and log.user[j] != log.user[i]
+      ]
+      smoothed = (sum(others) + prior * mean) / (len(others) + prior)
+      np.testing.assert_allclose(
+        found.features[name][i], _logit(smoothed) - _logit(mean), atol=1e-6
+      )
+
+  @parameterized.parameters('age', 'nothing', 'item*nothing')
+  def test_unknown(self, rate):
+    log = EventLog.from_columns(
+      {k: [0, 1] for k in ('user', 'time', 'age', 'item', 'tab', 'click')},
+      SCHEMA,
+    )
+    with self.assertRaisesRegex(ValueError, 'one of the categorical features'):
+      rates.with_rates(log, np.ones(2, bool), [rate], 1.0)
+
+  def test_of_a_dataset(self):
+    options = {'rates': ('item',), 'without': ('segment',)}
+    plain = datasets.load(datasets.DataConfig())
+    found = datasets.load(datasets.DataConfig(**options))
+    names = [f.name for f in found.schema.features]
+    self.assertIn('rate_item', names)
+    self.assertEqual(
+      set(names),
+      {f.name for f in plain.schema.features} - {'segment'} | {'rate_item'},
+    )
+    batch = found.splits['test'].batch(
+      [0], num_rows=1, num_events=512, num_candidates=512
+    )
+    self.assertEqual(batch.candidates.features['rate_item'].dtype, np.float32)
+    self.assertIn('rate_item', batch.history.features)
+    self.assertNotIn('segment', batch.context)
+
+  def test_bad_options(self):
+    with self.assertRaisesRegex(ValueError, "without='size' must be one of"):
+      datasets.load(datasets.DataConfig(without=('size',)))
+    with self.assertRaisesRegex(ValueError, 'rate_prior=0 must be > 0'):
+      datasets.DataConfig(rate_prior=0)
+
+
+if __name__ == '__main__':
+  absltest.main()
