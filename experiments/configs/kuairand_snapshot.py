@@ -1,7 +1,5 @@
 """KuaiRand-Pure, snapshot rows; protocol `kuairand` (README, Data)."""
 
-import ml_collections
-
 from configs import kuairand
 
 

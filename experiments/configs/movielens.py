@@ -38,16 +38,19 @@ def get_config():
           'dropout': 0.3,
         },
       },
-      'pipeline': {'batch_events': 12_288},
+      'pipeline': {'batch_events': 12_288, 'auto_buckets': 3},
       'optimizer': {
-        'learning_rate': 1e-3,
+        'learning_rate': 2e-3,
         'weight_decay': 0.05,
-        'table_learning_rate': 0.05,
+        'table_learning_rate': 0.1,
         'warmup_steps': 200,
         'clip_norm': 1.0,
       },
       'task_weights': {'like': 1.0},
-      'num_epochs': 12,
+      'rank_loss': {'weight': 0.1},
+      'average': 0.998,
+      'select': {'auc': 1.0, 'gauc': 1.0},
+      'num_epochs': 10,
       'patience': 2,
     }
   )

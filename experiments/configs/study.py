@@ -25,7 +25,11 @@ def get_config():
   ml1m.data.rows.update(_POINTWISE)
   # 57 a row, with padding: 4096 candidates a batch, 195 batches an epoch.
   ml1m.pipeline.update({'batch_events': 57 * 4096, 'auto_buckets': 1})
+  ml1m.optimizer.update({'learning_rate': 1e-3, 'table_learning_rate': 0.05})
   ml1m.update({'eval_every': 195, 'num_epochs': 10, 'tensorboard': False})
+  ml1m.average = None
+  ml1m.rank_loss.weight = 0.0  # One candidate a row has no pairs.
+  del ml1m.select.gauc
   kuai = kuairand.get_config()
   kuai.data.rows.update(_POINTWISE)
   kuai.pipeline.update({'batch_events': 57 * 1024, 'auto_buckets': 1})
