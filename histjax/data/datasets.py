@@ -131,18 +131,22 @@ def load(config: DataConfig) -> Dataset:
 
 
 def _without(log: EventLog, names: tuple[str, ...]) -> EventLog:
-  parts = {n: getattr(log.schema, n) for n in ('context', 'item', 'action')}
-  known = [f.name for features in parts.values() for f in features]
+  schema = log.schema
+  known = [f.name for f in (*schema.context, *schema.item, *schema.action)]
   for name in names:
     if name not in known:
       raise ValueError(f'data: without={name!r} must be one of {known}')
-  kept = {
-    n: tuple(f for f in features if f.name not in names)
-    for n, features in parts.items()
-  }
-  return dataclasses.replace(
-    log, schema=dataclasses.replace(log.schema, **kept)
+
+  def kept(features):
+    return tuple(f for f in features if f.name not in names)
+
+  schema = dataclasses.replace(
+    schema,
+    context=kept(schema.context),
+    item=kept(schema.item),
+    action=kept(schema.action),
   )
+  return dataclasses.replace(log, schema=schema)
 
 
 def _synthetic(config: DataConfig):
