@@ -1,23 +1,30 @@
-"""KuaiRand-Pure, snapshot rows; protocol `kuairand` (README, Data)."""
+"""KuaiRand-Pure, snapshot rows; protocol `kuairand` (README, Data).
+
+  python experiments/train.py \
+    --config=experiments/configs/kuairand_snapshot.py --workdir=/tmp/snapshot
+
+Two CPU cores: about 5 minutes. Expect a test AUC near 0.728, GAUC 0.638. All of
+a user's candidates of a split have the history as it was when the split began,
+up to six days before: less than the protocol allows, and what a server that
+reads histories once has. Training sees snapshots of each day. No candidate's
+score knows the outcome of another one, so the user's mood, which raises AUC,
+cannot mislead within the user (GAUC).
+"""
 
 from configs import kuairand
 
 
 def get_config():
   config = kuairand.get_config()
+  rows = config.data.rows.copy_and_resolve_references()
+  rows.update({'kind': 'snapshot', 'max_candidates': 32})
   config.data.update(
     {
       'rates': ('video_id', 'author_id', 'tab', 'tag_0', 'video_id*tab'),
       'without': ('user_id',),
-      'eval_rows': {
-        **config.data.rows.to_dict(),
-        'kind': 'snapshot',
-        'max_candidates': 32,
-      },
+      'rows': {**rows, 'snapshot_every': 86_400.0},
+      'eval_rows': rows,
     }
-  )
-  config.data.rows.update(
-    {'kind': 'snapshot', 'max_candidates': 32, 'snapshot_every': 86_400.0}
   )
   config.pipeline.update(
     {

@@ -16,6 +16,7 @@ def get_config():
     {
       'data': {
         'name': 'movielens',
+        'tasks': ('like', 'rating_2', 'rating_3', 'rating_5'),
         'rows': {
           'kind': 'streaming',
           'history_length': 200,
@@ -46,7 +47,6 @@ def get_config():
         'warmup_steps': 200,
         'clip_norm': 1.0,
       },
-      'task_weights': {'like': 1.0},
       'rank_loss': {'weight': 0.1},
       'average': 0.998,
       'select': {'auc': 1.0, 'gauc': 1.0},

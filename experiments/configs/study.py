@@ -23,6 +23,8 @@ _POINTWISE = {'kind': 'pointwise', 'max_candidates': None}
 def get_config():
   ml1m = movielens.get_config()
   ml1m.data.rows.update(_POINTWISE)
+  del ml1m.data.tasks
+  ml1m.task_weights = {'like': 1.0}
   # 57 a row, with padding: 4096 candidates a batch, 195 batches an epoch.
   ml1m.pipeline.update({'batch_events': 57 * 4096, 'auto_buckets': 1})
   ml1m.optimizer.update({'learning_rate': 1e-3, 'table_learning_rate': 0.05})

@@ -23,7 +23,7 @@ class DataConfig:
     rows: the rows to train on.
     eval_rows: those of validation and test; None: as `rows`.
     tasks: what to predict, by the names of the schema's tasks; empty: all of
-      them (of kuairand: 'click').
+      them (of kuairand 'click', of movielens 'like').
     time_gaps: whether events have the feature `time_gap`, where the dataset's
       schema has it.
     without: features that the model does not get.
@@ -158,7 +158,7 @@ def _movielens(config: DataConfig):
   from histjax.data import movielens  # TFDS takes a second to import.
 
   log = movielens.load(data_dir=config.data_dir, manual_dir=config.manual_dir)
-  return log.with_tasks(config.tasks), movielens.SPLIT.masks(log)
+  return log.with_tasks(config.tasks or ('like',)), movielens.SPLIT.masks(log)
 
 
 def _kuairand(config: DataConfig):

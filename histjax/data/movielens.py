@@ -56,7 +56,10 @@ SCHEMA = Schema(
     Categorical('year', NUM_YEARS),
   ),
   action=(Categorical('rating', 6),),
-  tasks=(Task('like', column='rating', threshold=4),),
+  tasks=(
+    Task('like', column='rating', threshold=4),
+    *(Task(f'rating_{n}', column='rating', threshold=n) for n in (2, 3, 5)),
+  ),
 )
 """No time gaps: see `load`. Movies have up to six genres; the first three, in
 the alphabetical order of the files, are read (all there are for 97 % of the
