@@ -3,9 +3,10 @@
   python experiments/train.py --config=experiments/configs/movielens.py \
     --workdir=/tmp/movielens
 
-Two busy CPU cores: 24 minutes. Expect a test AUC near 0.826, GAUC 0.731. The
-label is rating >= 4. Two layers of a window of 100 read at most the 199 most
-recent events.
+Two CPU cores: 15 minutes. Expect a test AUC near 0.833, GAUC 0.747. The label
+is rating >= 4; the other thresholds are auxiliary tasks. Two layers of a window
+of 100 read at most the 199 most recent events. Large steps need the average of
+the parameters, and the pairs of a user in the loss are for GAUC.
 """
 
 import config_util
