@@ -5,8 +5,7 @@
 
 Two CPU cores: 15 minutes. Expect a test AUC near 0.833, GAUC 0.747. The label
 is rating >= 4; the other thresholds are auxiliary tasks. Two layers of a window
-of 100 read at most the 199 most recent events. Large steps need the average of
-the parameters, and the pairs of a user in the loss are for GAUC.
+of 100 read at most the 199 most recent events.
 """
 
 import config_util

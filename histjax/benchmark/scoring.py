@@ -146,7 +146,7 @@ def time_ways(
   """One entry of the `results` of `scoring_suite`."""
   cache = scorer.encode(batch.context, batch.history)
   ways: dict[str, Callable] = {
-    'plain': lambda: _score_plain(scorer, batch),
+    'plain': lambda: scorer.score_plain(batch),
     'joint': lambda: scorer.score_joint(batch),
     'encode': lambda: scorer.encode(batch.context, batch.history),
     'cached': lambda: scorer.score(cache, batch.candidates),
@@ -172,26 +172,6 @@ def time_ways(
         float(jnp.abs(scores[task] - plain[task]).max()) for task in plain
       )
   return entry
-
-
-def _score_plain(scorer: scoring.Scorer, batch: RankingBatch):
-  """A call per microbatch.
-
-  In one program XLA would move what microbatches share out of their loop: the
-  history's part, which plain scoring is there to repeat.
-  """
-  size = scorer.options.plain_microbatch
-  parts = [
-    scorer.score_plain(
-      batch.replace(
-        candidates=jax.tree.map(
-          lambda x, start=start: x[:, start : start + size], batch.candidates
-        )
-      )
-    )
-    for start in range(0, batch.candidates.shape[1], size)
-  ]
-  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
 HEADER = (

@@ -30,7 +30,6 @@ class DataConfig:
     rates: log-odds of the first task by these features of items, over other
       users' training events, as further features of items; a server has to
       send them, too. See `rates.with_rates`.
-    rate_prior: likewise.
     data_dir: of movielens and kuairand, where prepared data is kept; TFDS's
       own default if empty.
     manual_dir: of movielens and kuairand, a folder with the official files;
@@ -50,7 +49,6 @@ class DataConfig:
   time_gaps: bool = True
   without: tuple[str, ...] = ()
   rates: tuple[str, ...] = ()
-  rate_prior: float = 10.0
   data_dir: str = ''
   manual_dir: str = ''
   synthetic: synthetic_lib.SyntheticConfig = dataclasses.field(
@@ -68,8 +66,6 @@ class DataConfig:
     object.__setattr__(self, 'paths', tuple(self.paths))
     object.__setattr__(self, 'without', tuple(self.without))
     object.__setattr__(self, 'rates', tuple(self.rates))
-    if not self.rate_prior > 0:
-      raise ValueError(f'data: rate_prior={self.rate_prior} must be > 0')
     if self.name not in _LOADERS:
       raise ValueError(
         f'data: name={self.name!r} must be one of {sorted(_LOADERS)}'
@@ -118,9 +114,7 @@ def load(config: DataConfig) -> Dataset:
   if not config.time_gaps:
     schema = dataclasses.replace(log.schema, time_gap_buckets=0)
     log = dataclasses.replace(log, schema=schema)
-  log = rates_lib.with_rates(
-    log, masks['train'], config.rates, config.rate_prior
-  )
+  log = rates_lib.with_rates(log, masks['train'], config.rates)
   log = _without(log, config.without)
   eval_rows = config.eval_rows or config.rows
   splits = {

@@ -49,12 +49,7 @@ def _group(log, events, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return events, np.arange(len(events) + 1), visible[events]
   if config.kind == 'snapshot':
     events, taken, group = _snapshots(log, events, visible, config)
-    # No candidate sees its own request, even if that had begun before.
     visible = np.minimum(taken, visible[events])
-    _, place = np.unique(group, return_inverse=True)
-    least = np.full(len(events), len(log))
-    np.minimum.at(least, place, visible)
-    visible = least[place]
   elif config.kind == 'streaming':
     group, visible = log.user[events].astype(np.int64), visible[events]
   else:
@@ -63,9 +58,12 @@ def _group(log, events, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     events, group = events[order], group[order]
     visible = visible[events]
   first = np.flatnonzero(np.diff(group, prepend=-1))
+  count = np.diff(np.append(first, len(events)))
+  if config.kind == 'snapshot' and len(events):
+    # One history, without any candidate's request that had begun before.
+    visible = np.repeat(np.minimum.reduceat(visible, first), count)
   if config.max_candidates is None:
     return events, np.append(first, len(events)), visible
-  count = np.diff(np.append(first, len(events)))
   pieces = -(-count // config.max_candidates)
   piece = np.arange(pieces.sum()) - np.repeat(
     np.cumsum(pieces) - pieces, pieces

@@ -12,7 +12,7 @@ from histjax.data.schema import Categorical, Dense
 
 
 def with_rates(
-  log: EventLog, train: np.ndarray, rates: Sequence[str], prior: float
+  log: EventLog, train: np.ndarray, rates: Sequence[str], prior: float = 10.0
 ) -> EventLog:
   """A log whose items have log-odds of the first task as features.
 

@@ -91,11 +91,9 @@ class RatesTest(parameterized.TestCase):
     self.assertIn('rate_item', batch.history.features)
     self.assertNotIn('segment', batch.context)
 
-  def test_bad_options(self):
+  def test_without_unknown(self):
     with self.assertRaisesRegex(ValueError, "without='size' must be one of"):
       datasets.load(datasets.DataConfig(without=('size',)))
-    with self.assertRaisesRegex(ValueError, 'rate_prior=0 must be > 0'):
-      datasets.DataConfig(rate_prior=0)
 
 
 if __name__ == '__main__':
