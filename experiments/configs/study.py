@@ -21,6 +21,20 @@ from configs import kuairand, movielens
 _POINTWISE = {'kind': 'pointwise', 'max_candidates': None}
 
 
+def _streaming(window):
+  """append_cross on ml1m with streaming rows, 36 of them a batch."""
+  return {
+    'fusion': 'append_cross',
+    'changes': {
+      'data': {'rows': {'kind': 'streaming', 'max_candidates': 200}},
+      # A row's history: the window, and its own 200 candidates.
+      'pipeline': {'batch_events': 36 * (window + 400)},
+    },
+    'window': window,
+    'datasets': ('ml1m',),
+  }
+
+
 def get_config():
   ml1m = movielens.get_config()
   ml1m.data.rows.update(_POINTWISE)
@@ -93,32 +107,16 @@ def get_config():
           'fusion': append,
           'changes': {'model': {'encoder': {'num_layers': 4}}},
         },
-        'window_200': {
-          'fusion': append,
-          'changes': {'pipeline': {'batch_events': 201 * 4096}},
-          'window': 200,
-          'datasets': ('ml1m',),
-        },
-        'window_500': {
-          'fusion': append,
-          'changes': {'pipeline': {'batch_events': 505 * 4096}},
-          'window': 500,
-          'datasets': ('ml1m',),
-        },
         'no_time_gaps': {
           'fusion': append,
           'changes': {'data': {'time_gaps': False}},
           'datasets': ('kuairand',),
         },
-        # About as many candidates a batch as the pointwise rows have.
-        'streaming_ml1m': {
-          'fusion': append,
-          'changes': {
-            'data': {'rows': {'kind': 'streaming', 'max_candidates': 200}},
-            'pipeline': {'batch_events': 12_288, 'auto_buckets': 4},
-          },
-          'datasets': ('ml1m',),
-        },
+        # About as many candidates a batch as the pointwise rows have. Histories
+        # beyond 50 are compared in streaming rows, where they are cheap.
+        'streaming_ml1m': _streaming(50),
+        'streaming_200': _streaming(200),
+        'streaming_500': _streaming(500),
         'streaming_kuairand': {
           'fusion': append,
           'changes': {

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from histjax import ops
@@ -296,7 +297,8 @@ class Ranker(nn.Module):
       length, jax.core.Tracer
     ):
       return
-    if (jnp.asarray(visible) != jnp.asarray(length)[:, None]).any():
+    # NumPy: in a jitted function even constants would be traced by JAX.
+    if (np.asarray(visible) != np.asarray(length)[:, None]).any():
       raise ValueError(
         'candidates.visible differs from history.length, but '
         'encoder.causal=False: in a bidirectional history every event has '

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from histjax.data import schema as schema_lib
 from histjax.models import ranker
+from histjax.training import state
 from histjax.types import Candidates, History, RankingBatch
 from tests import oracle, support
 
@@ -194,6 +195,22 @@ class RankerTest(parameterized.TestCase):
     np.testing.assert_array_equal(run(0), run(1))
     np.testing.assert_array_equal(run(0, train=True), run(0, train=True))
     self.assertFalse(np.array_equal(run(0, train=True), run(1, train=True)))
+
+  @parameterized.parameters(0, 1)
+  def test_bidirectional_visible_is_checked_of_constants_in_jit(self, visible):
+    # As in `training.state.create_state`, which initialises on one.
+    model = ranker.Ranker(support.config(encoder__causal=False))
+    batch = state.example_batch(support.SCHEMA)
+    batch = batch.replace(
+      candidates=batch.candidates.replace(visible=np.full((1, 1), visible))
+    )
+    self.assertEqual(batch.history.length.tolist(), [1])
+    init = jax.jit(lambda key: model.init(key, batch))
+    if visible == 1:
+      jax.block_until_ready(init(jax.random.key(0)))
+    else:
+      with self.assertRaisesRegex(ValueError, 'differs from history.length'):
+        init(jax.random.key(0))
 
   def test_missing_feature(self):
     model, params = support.init(support.config())
