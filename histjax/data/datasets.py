@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from histjax.data import activity as activity_lib
 from histjax.data import rates as rates_lib
 from histjax.data import synthetic as synthetic_lib
 from histjax.data.events import EventLog, FractionSplit, TimeSplit
@@ -30,6 +31,13 @@ class DataConfig:
     rates: log-odds of the first task by these features of items, over other
       users' training events, as further features of items; a server has to
       send them, too. See `rates.with_rates`.
+    recent_rates: if positive, for each of `rates` also its sum over the user's
+      so many last events, divided by that number: what was shown, whatever
+      came of it.
+    history_rates: see `Schema.history_rates`; in place of the schema's own.
+    activity: numbers of the user's earlier events within these spans, in
+      whole seconds, and the time since the last one, likewise. See
+      `activity.with_activity`.
     data_dir: of movielens and kuairand, where prepared data is kept; TFDS's
       own default if empty.
     manual_dir: of movielens and kuairand, a folder with the official files;
@@ -49,6 +57,9 @@ class DataConfig:
   time_gaps: bool = True
   without: tuple[str, ...] = ()
   rates: tuple[str, ...] = ()
+  recent_rates: int = 0
+  history_rates: tuple[str, ...] = ()
+  activity: tuple[int, ...] = ()
   data_dir: str = ''
   manual_dir: str = ''
   synthetic: synthetic_lib.SyntheticConfig = dataclasses.field(
@@ -66,6 +77,8 @@ class DataConfig:
     object.__setattr__(self, 'paths', tuple(self.paths))
     object.__setattr__(self, 'without', tuple(self.without))
     object.__setattr__(self, 'rates', tuple(self.rates))
+    object.__setattr__(self, 'history_rates', tuple(self.history_rates))
+    object.__setattr__(self, 'activity', tuple(self.activity))
     if self.name not in _LOADERS:
       raise ValueError(
         f'data: name={self.name!r} must be one of {sorted(_LOADERS)}'
@@ -114,7 +127,14 @@ def load(config: DataConfig) -> Dataset:
   if not config.time_gaps:
     schema = dataclasses.replace(log.schema, time_gap_buckets=0)
     log = dataclasses.replace(log, schema=schema)
-  log = rates_lib.with_rates(log, masks['train'], config.rates)
+  if config.history_rates:
+    schema = dataclasses.replace(log.schema, history_rates=config.history_rates)
+    log = dataclasses.replace(log, schema=schema)
+  ties = config.rows.ties
+  log = rates_lib.with_rates(
+    log, masks['train'], config.rates, recent=config.recent_rates, ties=ties
+  )
+  log = activity_lib.with_activity(log, config.activity, ties)
   log = _without(log, config.without)
   eval_rows = config.eval_rows or config.rows
   splits = {

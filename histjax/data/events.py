@@ -18,6 +18,7 @@ import numpy as np
 
 from histjax.data import columns as columns_lib
 from histjax.data import files, grouping
+from histjax.data import history_rates as history_rates_lib
 from histjax.data import rows as rows_lib
 from histjax.data.schema import Categorical, Schema
 
@@ -195,6 +196,29 @@ class EventLog:
     gap = self.time[events] - self.time[np.maximum(visible - 1, 0)]
     return gap_buckets(
       np.where(visible > begin, gap, 0), self.schema, self.is_timestamp
+    )
+
+  def history_rates(
+    self, events: np.ndarray, start: np.ndarray, visible: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """`Schema.history_rates` of events that see `[start, visible)`.
+
+    Args:
+      events: int64 `[c]`, indices of events.
+      start: int64 `[c]`, the first event that each sees.
+      visible: int64 `[c]`, the event after the last one.
+
+    Returns:
+      `{feature: float32 [c]}`.
+    """
+    named = [name for name in self.schema.history_rates if name != '*']
+    return history_rates_lib.history_rates(
+      self.schema,
+      self.labels[self.schema.tasks[0].name],
+      self.features,
+      {name: self.features[name][events] for name in named},
+      start,
+      visible,
     )
 
   def rows(self, mask: np.ndarray, config: rows_lib.RowConfig) -> rows_lib.Rows:

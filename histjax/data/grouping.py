@@ -32,14 +32,23 @@ def make_rows(log: EventLog, mask: np.ndarray, config: RowConfig) -> Rows:
     if config.on_overflow == 'error':
       _check_overflow(log, events[starts], least - start, config)
     start = np.maximum(start, least - config.history_length)
-  features = dict(log.features)
-  gap = None
+  features, seen = dict(log.features), {}
   if log.schema.time_gap_buckets:
     features['time_gap'] = log.time_gap(config.ties)
-    gap = log.time_gap_of(events, visible)
+    seen['time_gap'] = log.time_gap_of(events, visible)
+  if log.schema.history_rates:
+    every, past = np.arange(len(log)), log.visible(config.ties)
+    begin = log.offsets[log.user]
+    if config.history_length is not None:
+      begin = np.maximum(begin, past - config.history_length)
+    features |= log.history_rates(every, begin, past)
+    begin = np.repeat(start, np.diff(offsets))
+    seen |= log.history_rates(events, begin, visible)
   if config.kind != 'pointwise':
     _check_context(log, events, starts, config)
-  return Rows(log, config, features, events, offsets, start, stop, visible, gap)
+  return Rows(
+    log, config, features, events, offsets, start, stop, visible, seen
+  )
 
 
 def _group(log, events, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from histjax.data import columns as columns_lib
 from histjax.data import events as events_lib
 from histjax.data import rows as rows_lib
+from histjax.data.history_rates import history_rates
 from histjax.data.schema import Categorical, Feature, Schema
 
 Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
@@ -54,7 +55,7 @@ def make_row(
     raise ValueError('candidates is empty; give at least one item to score')
   if schema.time not in shown and schema.time in context:
     shown[schema.time] = [context[schema.time]] * num_candidates
-  visible, gaps = _times(schema, past, shown, config.ties)
+  visible, seen, gaps = _times(schema, past, shown, config.ties)
   start = 0
   if config.history_length is not None:
     least = int(visible.min())
@@ -72,6 +73,18 @@ def make_row(
   if schema.time_gap_buckets:
     encoded_history['time_gap'] = gaps[:num_events]
     encoded_candidates['time_gap'] = gaps[num_events:]
+  if schema.history_rates:
+    label = _labels(schema, past, num_events)
+    begin = np.zeros(num_events, np.int64)
+    if config.history_length is not None:
+      begin = np.maximum(begin, seen - config.history_length)
+    everywhere = (schema, label, encoded_history)
+    of_events = history_rates(*everywhere, encoded_history, begin, seen)
+    begin = np.full(num_candidates, start)
+    encoded_candidates |= history_rates(
+      *everywhere, encoded_candidates, begin, visible
+    )
+    encoded_history |= of_events
   stop = int(visible.max())
   return rows_lib.Row(
     context={
@@ -128,13 +141,14 @@ def _encode(
 
 
 def _times(schema: Schema, past, shown, ties):
-  """What each candidate sees, `[c]`, and all time gaps, `[l + c]`."""
+  """What candidates see, `[c]`, and events, `[l]`; time gaps, `[l + c]`."""
   num_events, num_candidates = _length(past), _length(shown)
   visible = np.full(num_candidates, num_events)
   gaps = np.zeros(num_events + num_candidates, np.int32)
   needed = bool(schema.time_gap_buckets) or ties == 'strict'
+  first = np.arange(num_events)
   if not needed and not (schema.time in past and schema.time in shown):
-    return visible, gaps
+    return visible, _by_request(schema, past, first), gaps
   both = {
     schema.time: [*past.get(schema.time, ()), *shown.get(schema.time, ())]
   }
@@ -147,16 +161,24 @@ def _times(schema: Schema, past, shown, ties):
   table = columns_lib.from_mapping(both, [schema.time], 'history + candidates')
   time, is_timestamp = columns_lib.encode_time(table, schema.time)
   _check_order(schema, time, num_events)
-  first = np.arange(num_events)
   if ties == 'strict':
     first = np.searchsorted(time[:num_events], time[:num_events], 'left')
     visible = np.searchsorted(time[:num_events], time[num_events:], 'left')
+  seen = _by_request(schema, past, first)
   if schema.time_gap_buckets:
-    stop = np.concatenate([_by_request(schema, past, first), visible])
+    stop = np.concatenate([seen, visible])
     last = time[np.maximum(stop - 1, 0)]
     gap = np.where(stop > 0, time - last, 0)
     gaps = events_lib.gap_buckets(gap, schema, is_timestamp)
-  return visible, gaps
+  return visible, seen, gaps
+
+
+def _labels(schema: Schema, past, length: int) -> np.ndarray:
+  if not length:
+    return np.zeros(0, np.float32)
+  task = schema.tasks[0]
+  table = columns_lib.from_mapping(past, [task.column], 'history')
+  return columns_lib.encode_label(table, task)
 
 
 def _by_request(schema: Schema, past, stop: np.ndarray) -> np.ndarray:

@@ -108,16 +108,16 @@ class Rows(Sequence[Row]):
   Attributes:
     log: the events.
     config: how the rows were made.
-    features: `log.features` and, if the schema has it, `time_gap`, of events
-      of histories.
+    features: `log.features` and those that the schema derives, of events of
+      histories.
     events: int64 `[candidates]`, the candidates of all rows, one row after
       the other, as indices of events.
     offsets: int64 `[rows + 1]`; row r has `events[offsets[r]:offsets[r + 1]]`.
     start: int64 `[rows]`, the first event of each row's history.
     stop: int64 `[rows]`, the event after the last one.
     visible: int64 `[candidates]`, the event after the last visible one.
-    gap: int32 `[candidates]`, the feature `time_gap` of candidates, since the
-      last event that they see; None if the schema does not have it.
+    seen: `{name: [candidates]}`, the features of candidates that depend on
+      what they see: `time_gap` and `Schema.history_rates`, if any.
   """
 
   log: EventLog
@@ -128,7 +128,7 @@ class Rows(Sequence[Row]):
   start: np.ndarray
   stop: np.ndarray
   visible: np.ndarray
-  gap: np.ndarray | None
+  seen: dict[str, np.ndarray]
 
   @property
   def schema(self) -> Schema:
@@ -182,8 +182,8 @@ class Rows(Sequence[Row]):
 
   def _of_candidates(self, name: str, slots) -> np.ndarray:
     """A feature of the candidates in these places of `events`."""
-    if name == 'time_gap' and self.gap is not None:
-      return self.gap[slots]
+    if name in self.seen:
+      return self.seen[name][slots]
     return self.features[name][self.events[slots]]
 
   def candidate_events(self, index: int) -> np.ndarray:

@@ -122,6 +122,13 @@ class Schema:
       shown (the last one visible to it as a candidate), as the bucket
       `floor(log2(1 + gap in seconds))`, capped at `time_gap_buckets - 1`;
       0 if there is none. An event keeps its bucket when it becomes history.
+    history_rates: adds item features that say how the first task's labels
+      came out over the events visible to the candidate: over those with the
+      same value of each categorical item feature named, or over all, '*'. Of
+      n events, k of them positive, `history_rate_<name>` is
+      `log((k + 1) / (n - k + 1))` and `history_count_<name>` is `log(1 + n)`
+      (of '*' `history_rate` and `history_count`). An event keeps its own when
+      it becomes history. Softmax attention alone tells means, not counts.
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
       a timestamp column knows its own. Only `time_gap` reads it.
   """
@@ -134,10 +141,11 @@ class Schema:
   context: tuple[Feature, ...] = ()
   request: str = ''
   time_gap_buckets: int = 0
+  history_rates: tuple[str, ...] = ()
   time_unit: float = 1.0
 
   def __post_init__(self):
-    for field in ('item', 'tasks', 'action', 'context'):
+    for field in ('item', 'tasks', 'action', 'context', 'history_rates'):
       object.__setattr__(self, field, tuple(getattr(self, field)))
     if not self.item:
       raise ValueError('schema: item is empty; a candidate needs a feature')
@@ -147,6 +155,12 @@ class Schema:
       raise ValueError(
         f'schema: time_gap_buckets={self.time_gap_buckets} must be >= 0'
       )
+    known = ['*', *(f.name for f in categorical(self.item))]
+    for name in self.history_rates:
+      if name not in known:
+        raise ValueError(
+          f'schema: history_rates has {name!r}; it must be one of {known}'
+        )
     if not self.time_unit > 0:
       raise ValueError(f'schema: time_unit={self.time_unit} must be positive')
     for group in (self.features, self.tasks):
@@ -161,10 +175,16 @@ class Schema:
 
   @property
   def item_features(self) -> tuple[Feature, ...]:
-    """`item` and, if it is on, the derived `time_gap`."""
-    if not self.time_gap_buckets:
-      return self.item
-    return (*self.item, Categorical('time_gap', self.time_gap_buckets))
+    """`item` and the derived `time_gap` and `history_rates`, if any."""
+    derived: list[Feature] = []
+    if self.time_gap_buckets:
+      derived.append(Categorical('time_gap', self.time_gap_buckets))
+    for name in self.history_rates:
+      suffix = '' if name == '*' else f'_{name}'
+      derived += [
+        Dense(f'history_{what}{suffix}') for what in ('rate', 'count')
+      ]
+    return (*self.item, *derived)
 
   @property
   def history_features(self) -> tuple[Feature, ...]:

@@ -1,4 +1,4 @@
-"""Rates count other users' training labels, and no others."""
+"""Rates count other users' training labels that come before, and no others."""
 
 import math
 
@@ -54,16 +54,39 @@ class RatesTest(parameterized.TestCase):
     self.assertEqual([f.name for f in found.schema.item][-1], name)
     value = list(zip(*(log.features[n] for n in rate.split('*')), strict=True))
     mean = label[train].mean(dtype=np.float64)
+    # The order that training events come in, as the definition has it.
+    rank = np.full(len(log), len(log))
+    rank[train] = np.random.default_rng(0).permutation(train.sum())
     for i in range(len(log)):
       others = [
         float(label[j])
         for j in np.flatnonzero(train)
-        if value[j] == value[i] and log.user[j] != log.user[i]
+        if value[j] == value[i]
+        and log.user[j] != log.user[i]
+        and rank[j] < rank[i]
       ]
       smoothed = (sum(others) + prior * mean) / (len(others) + prior)
       np.testing.assert_allclose(
         found.features[name][i], _logit(smoothed) - _logit(mean), atol=1e-6
       )
+
+  def test_a_rate_does_not_tell_the_label(self):
+    # One value, every event of another user, so that a mean over the others
+    # is lower where the label is 1: within the value it would tell the label.
+    n = 4000
+    rng = np.random.default_rng(0)
+    columns = {k: np.zeros(n, np.int64) for k in ('age', 'item', 'tab')}
+    click = rng.integers(0, 2, n)
+    log = EventLog.from_columns(
+      {**columns, 'user': np.arange(n), 'time': np.arange(n), 'click': click},
+      SCHEMA,
+    )
+    found = rates.with_rates(log, np.ones(n, bool), ['item'])
+    rate = found.features['rate_item']
+    difference = rate[click == 1].mean() - rate[click == 0].mean()
+    self.assertLess(abs(difference), 4 * rate.std() / np.sqrt(n / 4))
+    left_out = (click.sum() - click) / (n - 1)  # What is avoided.
+    self.assertEqual(set(left_out[click == 1] < left_out.mean()), {True})
 
   @parameterized.parameters('age', 'nothing', 'item*nothing')
   def test_unknown(self, rate):

@@ -1,0 +1,59 @@
+"""How active the user was just before an event, as dense features of items."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from histjax.data.events import EventLog, Ties
+from histjax.data.schema import Dense
+
+
+def with_activity(
+  log: EventLog, spans: Sequence[int], ties: Ties = 'order'
+) -> EventLog:
+  """A log whose items say how many events the user had within each span.
+
+  Of an event at time t whose user had earlier ones at times t_1 .. t_n:
+
+    activity_<span> = log(1 + #{i: t - t_i <= span})
+    activity_since = log(1 + t - t_n) / 10, t_n the log's first time if n = 0
+
+  in seconds. They tell what was shown, not what came of it, and so are the
+  same whatever history a candidate sees.
+
+  Args:
+    log: the events.
+    spans: whole seconds, each >= 1; empty: the log as it is.
+    ties: what is earlier, as `RowConfig.ties`.
+
+  Raises:
+    ValueError: a span is less than 1, or named twice.
+  """
+  if not spans:
+    return log
+  names = [f'activity_{span}' for span in spans]
+  if min(spans) < 1 or len(set(names)) < len(names):
+    raise ValueError(
+      f'data: activity={tuple(spans)} must be whole seconds >= 1, each once'
+    )
+  unit = 1e-9 if log.is_timestamp else log.schema.time_unit
+  stop = log.visible(ties)
+  times, rank = np.unique(log.time, return_inverse=True)
+  # Users and their times as one increasing number.
+  place = log.user.astype(np.int64) * (len(times) + 1) + rank
+  features = dict(log.features)
+  for name, span in zip(names, spans, strict=True):
+    oldest = np.searchsorted(times, log.time - span / unit, 'left')
+    begin = np.searchsorted(place, place - rank + oldest, 'left')
+    features[name] = np.log1p(stop - begin).astype(np.float32)
+  last = np.where(
+    stop > log.offsets[log.user], log.time[stop - 1], log.time.min()
+  )
+  since = (log.time - last) * unit
+  features['activity_since'] = (np.log1p(since) / 10).astype(np.float32)
+  added = [Dense(name) for name in (*names, 'activity_since')]
+  schema = dataclasses.replace(log.schema, item=(*log.schema.item, *added))
+  return dataclasses.replace(log, schema=schema, features=features)

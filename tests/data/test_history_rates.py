@@ -1,0 +1,139 @@
+"""History rates count the labels that a candidate may see, and no others."""
+
+import dataclasses
+import math
+
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histjax.data import datasets, requests
+from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig
+from histjax.data.schema import Categorical, Schema, Task
+
+SCHEMA = Schema(
+  user='user',
+  time='time',
+  item=(Categorical('item', 50), Categorical('tab', 2)),
+  action=(Categorical('stars', 6),),
+  tasks=(Task('liked', column='stars', threshold=4),),
+  history_rates=('*', 'tab'),
+)
+EVENTS = st.lists(
+  st.tuples(
+    st.integers(0, 2),
+    st.integers(0, 15),
+    st.integers(0, 1),
+    st.integers(1, 5),
+  ),
+  min_size=1,
+  max_size=30,
+)
+
+
+def _columns(events):
+  names = ('user', 'time', 'tab', 'stars')
+  columns = dict(zip(names, np.array(events).T, strict=True))
+  return {**columns, 'item': np.arange(len(events))}
+
+
+def _expected(log, event, begin, end):
+  """Of the event that sees [begin, end), from the definition."""
+  liked = log.labels['liked']
+  tab = log.features['tab']
+  found = {}
+  for suffix, same in (
+    ('', range(begin, end)),
+    ('_tab', [i for i in range(begin, end) if tab[i] == tab[event]]),
+  ):
+    k = sum(float(liked[i]) for i in same)
+    found[f'history_rate{suffix}'] = math.log((k + 1) / (len(same) - k + 1))
+    found[f'history_count{suffix}'] = math.log(1 + len(same))
+  return found
+
+
+class HistoryRatesTest(parameterized.TestCase):
+  @parameterized.product(
+    config=(
+      RowConfig('pointwise', 3),
+      RowConfig('pointwise', ties='strict'),
+      RowConfig('streaming', 2, max_candidates=4),
+      RowConfig('snapshot', 3, ties='strict'),
+      RowConfig('snapshot', snapshot_every=4.0),
+    )
+  )
+  @given(events=EVENTS, seed=st.integers(0, 99))
+  def test_of_rows(self, config, events, seed):
+    log = EventLog.from_columns(_columns(events), SCHEMA)
+    rows = log.rows(np.random.default_rng(seed).random(len(log)) < 0.7, config)
+    past = log.visible(config.ties)
+    for r in range(len(rows)):
+      row, start = rows[r], rows.start[r]
+      for c, event in enumerate(rows.candidate_events(r)):
+        wanted = _expected(log, event, start, start + row.visible[c])
+        for name, value in wanted.items():
+          np.testing.assert_allclose(row.candidates[name][c], value, atol=1e-6)
+      for i in range(start, rows.stop[r]):
+        begin = log.offsets[log.user[i]]
+        if config.history_length is not None:
+          begin = max(begin, past[i] - config.history_length)
+        for name, value in _expected(log, i, begin, past[i]).items():
+          np.testing.assert_allclose(
+            row.history[name][i - start], value, atol=1e-6
+          )
+
+  @parameterized.product(ties=('order', 'strict'), length=(None, 2))
+  @given(events=EVENTS)
+  def test_of_a_request(self, ties, length, events):
+    log = EventLog.from_columns(_columns(events), SCHEMA)
+    config = RowConfig('pointwise', length, ties=ties)
+    rows = log.rows(np.ones(len(log), bool), config)
+    for r, (user, time) in enumerate(zip(log.user, log.time, strict=True)):
+      past = range(log.offsets[user], log.visible(ties)[r])
+
+      def record(i):
+        values = {n: log.features[n][i] for n in ('item', 'tab', 'stars')}
+        return {'time': log.time[i], **values}
+
+      row = requests.make_row(
+        SCHEMA,
+        context={},
+        history=[record(i) for i in past],
+        candidates=[{**record(r), 'time': time}],
+        config=config,
+      )
+      for part in ('history', 'candidates'):
+        for name in rows[r].candidates:
+          np.testing.assert_array_equal(
+            getattr(row, part)[name], getattr(rows[r], part)[name], strict=True
+          )
+      self.assertNotIn('stars', row.candidates)
+
+  def test_schema(self):
+    dense = [f.name for f in SCHEMA.item_features[2:]]
+    self.assertEqual(
+      dense,
+      [
+        'history_rate',
+        'history_count',
+        'history_rate_tab',
+        'history_count_tab',
+      ],
+    )
+    with self.assertRaisesRegex(ValueError, "history_rates has 'stars'.*'tab'"):
+      dataclasses.replace(SCHEMA, history_rates=('stars',))
+
+  def test_of_a_dataset(self):
+    found = datasets.load(datasets.DataConfig(history_rates=('*',)))
+    self.assertEqual(found.schema.history_rates, ('*',))
+    batch = found.splits['test'].batch(
+      [0], num_rows=1, num_events=512, num_candidates=512
+    )
+    for part in (batch.history, batch.candidates):
+      self.assertEqual(part.features['history_count'].dtype, np.float32)
+
+
+if __name__ == '__main__':
+  absltest.main()
