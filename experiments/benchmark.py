@@ -8,10 +8,11 @@
 
 'scoring' compares plain, joint and cached scoring of one model, that of a
 training run or one of random parameters; 'cost' says with which powers of L
-and C their FLOPs and times grow, for each amortizable fusion. The other suites
-time the named workloads of `histjax.benchmark.workloads` against rivals that
-are installed. Prints tables; writes <output>.json and, but for requests and
-updates, the plot <output>.png.
+and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
+all fusions at one L and C, for `study.py --cost`. The other suites time the
+named workloads of `histjax.benchmark.workloads` against rivals that are
+installed. Prints tables; writes <output>.json and, but for 'fusions', requests
+and updates, the plot <output>.png.
 """
 
 import dataclasses
@@ -26,10 +27,11 @@ from histjax.benchmark import cost, requests, suites, workloads
 from histjax.benchmark import report as report_lib
 from histjax.data import synthetic
 
+_OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  ['scoring', 'cost', *suites.SUITES, *requests.SUITES],
+  [*_OF_ONE_MODEL, *suites.SUITES, *requests.SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -41,7 +43,7 @@ _CONTENDERS = flags.DEFINE_list(
   'contenders', None, 'Names; None: all for here.'
 )
 _REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
-# Of the suites scoring and cost.
+# Of the suites scoring, cost and fusions.
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, if any.')
 _LENGTHS = flags.DEFINE_list('lengths', ['64', '256', '1024'], 'L.')
 _CANDIDATES = flags.DEFINE_list('candidates', ['64', '512'], 'C.')
@@ -79,6 +81,13 @@ def one_model(suite):
   }
   if suite == 'cost':
     return cost.run(config, *sizes, **options)
+  if suite == 'fusions':
+    if len(sizes[0]) != 1 or len(sizes[1]) != 1:
+      raise app.UsageError(
+        f'suite=fusions takes one of --lengths={_LENGTHS.value} and one of '
+        f'--candidates={_CANDIDATES.value}'
+      )
+    return cost.fusions(config, sizes[0][0], sizes[1][0], **options)
   if params is None:
     batch = benchmark.random_batch(config.schema, 1, 16, 16)
     params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']
@@ -111,7 +120,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   suite = _SUITE.value
-  run = one_model if suite in ('scoring', 'cost') else named_suite
+  run = one_model if suite in _OF_ONE_MODEL else named_suite
   report = run(suite)
   if _OUTPUT.value:
     print('wrote', *benchmark.write_report(report, _OUTPUT.value))

@@ -187,6 +187,20 @@ class CostTest(parameterized.TestCase):
     with open(paths[1], 'rb') as f:
       self.assertEqual(f.read(8), b'\x89PNG\r\n\x1a\n')
 
+  def test_fusions(self):
+    names = ('append_cross', 'none')
+    some = {name: cost.fusion_lib.FUSIONS[name] for name in names}
+    with mock.patch.object(cost.fusion_lib, 'FUSIONS', some):
+      result = cost.fusions(support.config(), 16, 8, seconds=0)
+    self.assertEqual(tuple(result['fusions']), names)
+    for row, way in zip(result['results'], ('cached', 'joint'), strict=True):
+      self.assertEqual(row['way'], way)
+      self.assertEqual(1e3 * row['median'], result['fusions'][row['fusion']])
+    self.assertStartsWith(result['unit'], 'ms, 8 candidates, 16 events, ')
+    (path,) = benchmark.write_report(result, temporary(self, 'fusions'))
+    with open(path) as f:
+      self.assertEqual(json.load(f), result)
+
   @parameterized.parameters(([16], [16, 32]), ([16, 32], [32, 16]))
   def test_one_point_has_no_slope(self, lengths, candidates):
     with self.assertRaisesRegex(ValueError, 'must be ascending, and two'):

@@ -14,6 +14,7 @@ With l layers, n events, m candidates and width d, a layer's matrices cost
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from histjax import scoring
 from histjax.benchmark import scoring as scoring_suite
+from histjax.benchmark import timing as timing_lib
 from histjax.benchmark.machine import environment, matmul_ceiling
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn import fusion as fusion_lib
@@ -118,10 +120,8 @@ def run(
   }
   results = []
   for name in fusion_lib.amortizable():
-    model = dataclasses.replace(config, fusion=name)
-    example = scoring_suite.random_batch(config.schema, 1, 16, 16)
-    params = jax.jit(Ranker(model).init)(jax.random.key(0), example)['params']
-    scorer = scoring.Scorer(model, params)
+    scorer = _scorer(config, name)
+    model = scorer.config
     progress(f'{name}\n{scoring_suite.HEADER}')
     for n, m in sorted(points):
       batch = scoring_suite.random_batch(config.schema, num_rows, n, m)
@@ -145,6 +145,72 @@ def run(
   }
   progress(table(report))
   return report
+
+
+def fusions(
+  config: RankerConfig,
+  num_events: int,
+  num_candidates: int,
+  *,
+  num_rows: int = 1,
+  seconds: float = 0.2,
+  progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Times scoring with every fusion, for `study.report.cost_figure`.
+
+  Each in its fastest way: an amortizable one from a cache, which was made
+  before, the others jointly. Parameters are random.
+
+  Args:
+    config: of the model; its fusion does not matter.
+    num_events: L.
+    num_candidates: C.
+    num_rows: users scored at once.
+    seconds: least time spent on each measurement.
+    progress: called with a line per fusion.
+
+  Returns:
+    A JSON-able report: `environment`, `unit`, `fusions`, `{fusion: median in
+    that unit}`, and `results`, with each one's way and `Timing`.
+  """
+  found: dict[str, float] = {}
+  results = []
+  for name in fusion_lib.FUSIONS:
+    scorer = _scorer(config, name)
+    batch = jax.device_put(
+      scoring_suite.random_batch(
+        config.schema, num_rows, num_events, num_candidates
+      )
+    )
+    way, call = 'joint', functools.partial(scorer.score_joint, batch)
+    if scorer.config.amortizable:
+      cache = scorer.encode(batch.context, batch.history)
+      way = 'cached'
+      call = functools.partial(scorer.score, cache, batch.candidates)
+    timing = timing_lib.measure(call, seconds=seconds)
+    found[name] = 1e3 * timing.median
+    results.append({'fusion': name, 'way': way, **dataclasses.asdict(timing)})
+    progress(f'{name:18} {way:8} {found[name]:10.3f} ms')
+  device = environment()['device']
+  return {
+    'suite': 'fusions',
+    'environment': environment(),
+    'dtype': config.dtype,
+    'num_layers': config.encoder.num_layers,
+    'width': config.encoder.width,
+    'num_heads': config.encoder.num_heads,
+    'unit': f'ms, {num_candidates} candidates, {num_events} events, {device}',
+    'fusions': found,
+    'results': results,
+  }
+
+
+def _scorer(config: RankerConfig, fusion: str) -> scoring.Scorer:
+  """Of random parameters."""
+  model = dataclasses.replace(config, fusion=fusion)
+  example = scoring_suite.random_batch(config.schema, 1, 16, 16)
+  params = jax.jit(Ranker(model).init)(jax.random.key(0), example)['params']
+  return scoring.Scorer(model, params)
 
 
 def slopes(

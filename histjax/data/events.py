@@ -214,7 +214,7 @@ class EventLog:
     named = [name for name in self.schema.history_rates if name != '*']
     return history_rates_lib.history_rates(
       self.schema,
-      self.labels[self.schema.tasks[0].name],
+      self.labels,
       self.features,
       {name: self.features[name][events] for name in named},
       start,

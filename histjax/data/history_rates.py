@@ -11,7 +11,7 @@ from histjax.data.schema import Schema
 
 def history_rates(
   schema: Schema,
-  label: np.ndarray,
+  labels: Mapping[str, np.ndarray],
   history: Mapping[str, np.ndarray],
   candidates: Mapping[str, np.ndarray],
   start: np.ndarray,
@@ -21,7 +21,7 @@ def history_rates(
 
   Args:
     schema: names them.
-    label: `[n]`, of the first task, 0 or 1, of all events.
+    labels: `{task: [n]}`, 0 or 1, of all events.
     history: `{name: int [n]}`, the values of all events.
     candidates: `{name: int [c]}`, the values of candidates.
     start: int `[c]`, the first event that each candidate sees.
@@ -31,19 +31,23 @@ def history_rates(
     `{feature: float32 [c]}`.
   """
   found = {}
+  num_events = len(next(iter(labels.values())))
   for name in schema.history_rates:
-    order, low, high = np.arange(len(label)), start, stop
+    order, low, high = np.arange(num_events), start, stop
     if name != '*':
       # Events by value; those of one value stay in order.
       order = np.argsort(history[name], kind='stable')
-      place = history[name][order].astype(np.int64) * len(label) + order
-      base = candidates[name].astype(np.int64) * len(label)
+      place = history[name][order].astype(np.int64) * num_events + order
+      base = candidates[name].astype(np.int64) * num_events
       low = np.searchsorted(place, base + start)
       high = np.searchsorted(place, base + stop)
-    total = np.append(0.0, np.cumsum(label[order], dtype=np.float64))
-    n, k = high - low, total[high] - total[low]
     suffix = '' if name == '*' else f'_{name}'
-    rate = np.log((k + 1) / (n - k + 1))
-    found[f'history_rate{suffix}'] = rate.astype(np.float32)
+    n = high - low
     found[f'history_count{suffix}'] = np.log1p(n).astype(np.float32)
+    for task in schema.tasks:
+      label = labels[task.name][order]
+      total = np.append(0.0, np.cumsum(label, dtype=np.float64))
+      k = total[high] - total[low]
+      rate = np.log((k + 1) / (n - k + 1))
+      found[f'history_{task.name}{suffix}'] = rate.astype(np.float32)
   return found

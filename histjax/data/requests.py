@@ -74,11 +74,11 @@ def make_row(
     encoded_history['time_gap'] = gaps[:num_events]
     encoded_candidates['time_gap'] = gaps[num_events:]
   if schema.history_rates:
-    label = _labels(schema, past, num_events)
+    labels = _labels(schema, past, num_events)
     begin = np.zeros(num_events, np.int64)
     if config.history_length is not None:
       begin = np.maximum(begin, seen - config.history_length)
-    everywhere = (schema, label, encoded_history)
+    everywhere = (schema, labels, encoded_history)
     of_events = history_rates(*everywhere, encoded_history, begin, seen)
     begin = np.full(num_candidates, start)
     encoded_candidates |= history_rates(
@@ -173,12 +173,12 @@ def _times(schema: Schema, past, shown, ties):
   return visible, seen, gaps
 
 
-def _labels(schema: Schema, past, length: int) -> np.ndarray:
+def _labels(schema: Schema, past, length: int) -> dict[str, np.ndarray]:
   if not length:
-    return np.zeros(0, np.float32)
-  task = schema.tasks[0]
-  table = columns_lib.from_mapping(past, [task.column], 'history')
-  return columns_lib.encode_label(table, task)
+    return {task.name: np.zeros(0, np.float32) for task in schema.tasks}
+  columns = [task.column for task in schema.tasks]
+  table = columns_lib.from_mapping(past, columns, 'history')
+  return {t.name: columns_lib.encode_label(table, t) for t in schema.tasks}
 
 
 def _by_request(schema: Schema, past, stop: np.ndarray) -> np.ndarray:

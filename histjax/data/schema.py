@@ -122,13 +122,13 @@ class Schema:
       shown (the last one visible to it as a candidate), as the bucket
       `floor(log2(1 + gap in seconds))`, capped at `time_gap_buckets - 1`;
       0 if there is none. An event keeps its bucket when it becomes history.
-    history_rates: adds item features that say how the first task's labels
-      came out over the events visible to the candidate: over those with the
-      same value of each categorical item feature named, or over all, '*'. Of
-      n events, k of them positive, `history_rate_<name>` is
-      `log((k + 1) / (n - k + 1))` and `history_count_<name>` is `log(1 + n)`
-      (of '*' `history_rate` and `history_count`). An event keeps its own when
-      it becomes history. Softmax attention alone tells means, not counts.
+    history_rates: adds item features that say how each task's labels came out
+      over the events visible to the candidate: over those with the same value
+      of each categorical item feature named, or over all, '*'. Of n events, k
+      of them positive, `history_<task>_<name>` is `log((k + 1) / (n - k + 1))`
+      and `history_count_<name>` is `log(1 + n)` (of '*' `history_<task>` and
+      `history_count`). An event keeps its own when it becomes history. They
+      tell numbers; softmax attention alone tells means.
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
       a timestamp column knows its own. Only `time_gap` reads it.
   """
@@ -181,9 +181,8 @@ class Schema:
       derived.append(Categorical('time_gap', self.time_gap_buckets))
     for name in self.history_rates:
       suffix = '' if name == '*' else f'_{name}'
-      derived += [
-        Dense(f'history_{what}{suffix}') for what in ('rate', 'count')
-      ]
+      what = (*(t.name for t in self.tasks), 'count')
+      derived += [Dense(f'history_{w}{suffix}') for w in what]
     return (*self.item, *derived)
 
   @property

@@ -18,7 +18,10 @@ SCHEMA = Schema(
   time='time',
   item=(Categorical('item', 50), Categorical('tab', 2)),
   action=(Categorical('stars', 6),),
-  tasks=(Task('liked', column='stars', threshold=4),),
+  tasks=(
+    Task('liked', column='stars', threshold=4),
+    Task('loved', column='stars', threshold=5),
+  ),
   history_rates=('*', 'tab'),
 )
 EVENTS = st.lists(
@@ -41,15 +44,15 @@ def _columns(events):
 
 def _expected(log, event, begin, end):
   """Of the event that sees [begin, end), from the definition."""
-  liked = log.labels['liked']
   tab = log.features['tab']
   found = {}
   for suffix, same in (
     ('', range(begin, end)),
     ('_tab', [i for i in range(begin, end) if tab[i] == tab[event]]),
   ):
-    k = sum(float(liked[i]) for i in same)
-    found[f'history_rate{suffix}'] = math.log((k + 1) / (len(same) - k + 1))
+    for task, label in log.labels.items():
+      k = sum(float(label[i]) for i in same)
+      found[f'history_{task}{suffix}'] = math.log((k + 1) / (len(same) - k + 1))
     found[f'history_count{suffix}'] = math.log(1 + len(same))
   return found
 
@@ -116,10 +119,9 @@ class HistoryRatesTest(parameterized.TestCase):
     self.assertEqual(
       dense,
       [
-        'history_rate',
-        'history_count',
-        'history_rate_tab',
-        'history_count_tab',
+        f'history_{name}{suffix}'
+        for suffix in ('', '_tab')
+        for name in ('liked', 'loved', 'count')
       ],
     )
     with self.assertRaisesRegex(ValueError, "history_rates has 'stars'.*'tab'"):
