@@ -131,11 +131,14 @@ def run() -> None:
   task = _TASK.value or tasks[0]
   if task not in tasks:
     raise ValueError(f'--task={task} is not a task of the run; it has {tasks}')
-  items = [schema.user, *(f.column for f in schema.item)]
+  items = [f.column for f in (*schema.item, *schema.hidden)]
+  items = [schema.user, *items]
   timed = schema.time_gap_buckets or config.data.rows.ties == 'strict'
   seen = [schema.time, *items, *(f.column for f in schema.action)]
   if schema.request:
     seen.append(schema.request)
+  if schema.history_rates:
+    seen += [t.column for t in schema.tasks]
   shown = [*items, *(f.column for f in schema.context)]
   events = Table(_EVENTS.value, schema, seen)
   candidates = Table(

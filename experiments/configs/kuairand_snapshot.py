@@ -3,15 +3,33 @@
   python experiments/train.py \
     --config=experiments/configs/kuairand_snapshot.py --workdir=/tmp/snapshot
 
-One CPU core: 7 minutes. Expect a test AUC near 0.728, GAUC 0.638. All of
-a user's candidates of a split have the history as it was when the split began,
+One CPU core: 5 minutes. Expect a test AUC near 0.737, GAUC 0.642. All of a
+user's candidates of a split have the history as it was when the split began,
 up to six days before: less than the protocol allows, and what a server that
-reads histories once has. Training sees snapshots of each day. No candidate's
-score knows the outcome of another one, so the user's mood, which raises AUC,
-cannot mislead within the user (GAUC).
+reads histories once has. No candidate's score knows the outcome of another one,
+so the user's mood, which raises AUC, cannot mislead within the user (GAUC).
+What was shown since then, but not what came of it, is in `activity` and
+`recent_rates`.
 """
 
 from configs import kuairand
+
+# Ids, and anonymous features of so many values that they single users out:
+# the model remembers what it saw of them, and its test AUC falls while its
+# GAUC still grows.
+_WITHOUT = (
+  *('user_id', 'video_id', 'author_id'),
+  *(f'onehot_feat{i}' for i in (2, 3, 4, 5, 7, 8)),
+)
+_RATES = (
+  *('video_id', 'author_id', 'tab', 'tag_0', 'tag_1', 'hour'),
+  *('duration_bucket', 'video_id*tab', 'author_id*tab', 'tab*hour'),
+  'tab*duration_bucket',
+)
+
+_HISTORY_RATES = (
+  *('*', 'tab', 'tag_0', 'author_id', 'duration_bucket', 'hour'),
+)
 
 
 def get_config():
@@ -20,20 +38,29 @@ def get_config():
   rows.update({'kind': 'snapshot', 'max_candidates': 32})
   config.data.update(
     {
-      'rates': ('video_id', 'author_id', 'tab', 'tag_0', 'video_id*tab'),
-      'without': ('user_id',),
-      'rows': {**rows, 'snapshot_every': 86_400.0},
+      'tasks': ('click', 'long_view'),
+      'without': _WITHOUT,
+      'rates': _RATES,
+      'recent_rates': 10,
+      'history_rates': _HISTORY_RATES,
+      'activity': (600, 3600, 86_400),
+      'rows': {**rows, 'snapshot_every': 43_200.0},
       'eval_rows': rows,
     }
   )
+  config.task_weights = {'click': 1.0, 'long_view': 0.5}
+  config.model.update({'embedding_dim': 16, 'embedding_dropout': 0.2})
+  config.model.encoder.update({'width': 32, 'window': None, 'dropout': 0.2})
   config.pipeline.update(
     {
-      'batch_events': 16_384,
+      # About 850 candidates: larger batches make too few steps.
+      'batch_events': 4096,
       'history_buckets': (8, 24, 56),
       'candidate_buckets': (8, 32),
     }
   )
   config.optimizer.table_learning_rate = 0.005
+  config.average = 0.998
   config.select = {'auc': 1.0, 'gauc': 1.0}
-  config.update({'eval_every': 25, 'num_epochs': 3, 'patience': 6})
+  config.update({'eval_every': 124, 'num_epochs': 3, 'patience': 6})
   return config

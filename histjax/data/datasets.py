@@ -7,6 +7,7 @@ from typing import Literal
 
 from histjax.data import activity as activity_lib
 from histjax.data import rates as rates_lib
+from histjax.data import schema as schema_lib
 from histjax.data import synthetic as synthetic_lib
 from histjax.data.events import EventLog, FractionSplit, TimeSplit
 from histjax.data.rows import RowConfig, Rows
@@ -27,7 +28,8 @@ class DataConfig:
       them (of kuairand 'click', of movielens 'like').
     time_gaps: whether events have the feature `time_gap`, where the dataset's
       schema has it.
-    without: features that the model does not get.
+    without: features that the model does not get; `rates` and `history_rates`
+      may name them all the same.
     rates: log-odds of the first task by these features of items, over other
       users' training events, as further features of items; a server has to
       send them, too. See `rates.with_rates`.
@@ -154,10 +156,16 @@ def _without(log: EventLog, names: tuple[str, ...]) -> EventLog:
   def kept(features):
     return tuple(f for f in features if f.name not in names)
 
+  hidden = [
+    f
+    for f in schema_lib.categorical(schema.item)
+    if f.name in names and f.name in schema.history_rates
+  ]
   schema = dataclasses.replace(
     schema,
     context=kept(schema.context),
     item=kept(schema.item),
+    hidden=(*schema.hidden, *hidden),
     action=kept(schema.action),
   )
   return dataclasses.replace(log, schema=schema)

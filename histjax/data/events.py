@@ -108,7 +108,7 @@ class EventLog:
         if isinstance(f, Categorical)
         else columns_lib.encode_dense(table, f)
       )[order]
-      for f in (*schema.context, *schema.item, *schema.action)
+      for f in schema.logged
     }
     labels = {
       t.name: columns_lib.encode_label(table, t)[order] for t in schema.tasks
@@ -354,7 +354,7 @@ def _wanted(schema: Schema, extra: Sequence[str]) -> list[str]:
   names = [schema.user, schema.time]
   if schema.request:
     names.append(schema.request)
-  names += [f.column for f in (*schema.context, *schema.item, *schema.action)]
+  names += [f.column for f in schema.logged]
   names += [t.column for t in schema.tasks]
   return list(dict.fromkeys([*names, *extra]))
 

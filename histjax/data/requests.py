@@ -67,9 +67,11 @@ def make_row(
     start = max(0, least - config.history_length)
   one = {name: [value] for name, value in context.items()}
   encoded_history = _encode(
-    past, schema.item + schema.action, num_events, 'history'
+    past, schema.item + schema.hidden + schema.action, num_events, 'history'
   )
-  encoded_candidates = _encode(shown, schema.item, num_candidates, 'candidates')
+  encoded_candidates = _encode(
+    shown, schema.item + schema.hidden, num_candidates, 'candidates'
+  )
   if schema.time_gap_buckets:
     encoded_history['time_gap'] = gaps[:num_events]
     encoded_candidates['time_gap'] = gaps[num_events:]
@@ -85,6 +87,8 @@ def make_row(
       *everywhere, encoded_candidates, begin, visible
     )
     encoded_history |= of_events
+  for feature in schema.hidden:
+    del encoded_history[feature.name], encoded_candidates[feature.name]
   stop = int(visible.max())
   return rows_lib.Row(
     context={

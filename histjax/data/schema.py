@@ -122,13 +122,15 @@ class Schema:
       shown (the last one visible to it as a candidate), as the bucket
       `floor(log2(1 + gap in seconds))`, capped at `time_gap_buckets - 1`;
       0 if there is none. An event keeps its bucket when it becomes history.
+    hidden: columns of items that are no input, for `history_rates` to name.
     history_rates: adds item features that say how each task's labels came out
       over the events visible to the candidate: over those with the same value
-      of each categorical item feature named, or over all, '*'. Of n events, k
-      of them positive, `history_<task>_<name>` is `log((k + 1) / (n - k + 1))`
-      and `history_count_<name>` is `log(1 + n)` (of '*' `history_<task>` and
-      `history_count`). An event keeps its own when it becomes history. They
-      tell numbers; softmax attention alone tells means.
+      of each categorical feature of items named, or over all, '*'. Of n
+      events, k of them positive, `history_<task>_<name>` is
+      `log((k + 1) / (n - k + 1))` and `history_count_<name>` is `log(1 + n)`
+      (of '*' `history_<task>` and `history_count`). An event keeps its own
+      when it becomes history. They tell numbers; softmax attention alone
+      tells means.
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
       a timestamp column knows its own. Only `time_gap` reads it.
   """
@@ -141,11 +143,14 @@ class Schema:
   context: tuple[Feature, ...] = ()
   request: str = ''
   time_gap_buckets: int = 0
+  hidden: tuple[Categorical, ...] = ()
   history_rates: tuple[str, ...] = ()
   time_unit: float = 1.0
 
   def __post_init__(self):
-    for field in ('item', 'tasks', 'action', 'context', 'history_rates'):
+    for field in (
+      *('item', 'tasks', 'action', 'context', 'hidden', 'history_rates'),
+    ):
       object.__setattr__(self, field, tuple(getattr(self, field)))
     if not self.item:
       raise ValueError('schema: item is empty; a candidate needs a feature')
@@ -155,7 +160,7 @@ class Schema:
       raise ValueError(
         f'schema: time_gap_buckets={self.time_gap_buckets} must be >= 0'
       )
-    known = ['*', *(f.name for f in categorical(self.item))]
+    known = ['*', *(f.name for f in categorical(self.item + self.hidden))]
     for name in self.history_rates:
       if name not in known:
         raise ValueError(
@@ -163,7 +168,7 @@ class Schema:
         )
     if not self.time_unit > 0:
       raise ValueError(f'schema: time_unit={self.time_unit} must be positive')
-    for group in (self.features, self.tasks):
+    for group in (self.features + self.hidden, self.tasks):
       names = [f.name for f in group]
       for name in names:
         if names.count(name) > 1:
@@ -194,6 +199,11 @@ class Schema:
   def features(self) -> tuple[Feature, ...]:
     """Every feature: context, item, action."""
     return self.context + self.history_features
+
+  @property
+  def logged(self) -> tuple[Feature, ...]:
+    """Every feature that is a column of the log, `hidden` ones included."""
+    return (*self.context, *self.item, *self.hidden, *self.action)
 
   def with_tasks(self, names: Sequence[str]) -> Schema:
     """This schema with the tasks `names` alone, in that order.

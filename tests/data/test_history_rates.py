@@ -22,13 +22,15 @@ SCHEMA = Schema(
     Task('liked', column='stars', threshold=4),
     Task('loved', column='stars', threshold=5),
   ),
-  history_rates=('*', 'tab'),
+  hidden=(Categorical('shop', 3),),
+  history_rates=('*', 'tab', 'shop'),
 )
 EVENTS = st.lists(
   st.tuples(
     st.integers(0, 2),
     st.integers(0, 15),
     st.integers(0, 1),
+    st.integers(0, 2),
     st.integers(1, 5),
   ),
   min_size=1,
@@ -37,19 +39,19 @@ EVENTS = st.lists(
 
 
 def _columns(events):
-  names = ('user', 'time', 'tab', 'stars')
+  names = ('user', 'time', 'tab', 'shop', 'stars')
   columns = dict(zip(names, np.array(events).T, strict=True))
   return {**columns, 'item': np.arange(len(events))}
 
 
 def _expected(log, event, begin, end):
   """Of the event that sees [begin, end), from the definition."""
-  tab = log.features['tab']
   found = {}
-  for suffix, same in (
-    ('', range(begin, end)),
-    ('_tab', [i for i in range(begin, end) if tab[i] == tab[event]]),
-  ):
+  for name in ('', 'tab', 'shop'):
+    same, suffix = list(range(begin, end)), f'_{name}' if name else ''
+    if name:
+      value = log.features[name]
+      same = [i for i in same if value[i] == value[event]]
     for task, label in log.labels.items():
       k = sum(float(label[i]) for i in same)
       found[f'history_{task}{suffix}'] = math.log((k + 1) / (len(same) - k + 1))
@@ -97,7 +99,9 @@ class HistoryRatesTest(parameterized.TestCase):
       past = range(log.offsets[user], log.visible(ties)[r])
 
       def record(i):
-        values = {n: log.features[n][i] for n in ('item', 'tab', 'stars')}
+        values = {
+          n: log.features[n][i] for n in ('item', 'tab', 'shop', 'stars')
+        }
         return {'time': log.time[i], **values}
 
       row = requests.make_row(
@@ -108,11 +112,12 @@ class HistoryRatesTest(parameterized.TestCase):
         config=config,
       )
       for part in ('history', 'candidates'):
+        self.assertEqual(set(getattr(row, part)), set(getattr(rows[r], part)))
         for name in rows[r].candidates:
           np.testing.assert_array_equal(
             getattr(row, part)[name], getattr(rows[r], part)[name], strict=True
           )
-      self.assertNotIn('stars', row.candidates)
+      self.assertNotIn('shop', row.candidates)
 
   def test_schema(self):
     dense = [f.name for f in SCHEMA.item_features[2:]]
@@ -120,7 +125,7 @@ class HistoryRatesTest(parameterized.TestCase):
       dense,
       [
         f'history_{name}{suffix}'
-        for suffix in ('', '_tab')
+        for suffix in ('', '_tab', '_shop')
         for name in ('liked', 'loved', 'count')
       ],
     )
@@ -128,13 +133,17 @@ class HistoryRatesTest(parameterized.TestCase):
       dataclasses.replace(SCHEMA, history_rates=('stars',))
 
   def test_of_a_dataset(self):
-    found = datasets.load(datasets.DataConfig(history_rates=('*',)))
-    self.assertEqual(found.schema.history_rates, ('*',))
+    config = datasets.DataConfig(history_rates=('*', 'item'), without=('item',))
+    found = datasets.load(config)
+    self.assertEqual(found.schema.history_rates, ('*', 'item'))
+    self.assertEqual([f.name for f in found.schema.hidden], ['item'])
     batch = found.splits['test'].batch(
       [0], num_rows=1, num_events=512, num_candidates=512
     )
     for part in (batch.history, batch.candidates):
-      self.assertEqual(part.features['history_count'].dtype, np.float32)
+      self.assertNotIn('item', part.features)
+      for name in ('history_count', 'history_count_item'):
+        self.assertEqual(part.features[name].dtype, np.float32)
 
 
 if __name__ == '__main__':
