@@ -46,7 +46,9 @@ def with_activity(
   place = log.user.astype(np.int64) * (len(times) + 1) + rank
   features = dict(log.features)
   for name, span in zip(names, spans, strict=True):
-    oldest = np.searchsorted(times, log.time - span / unit, 'left')
+    # Whole nanoseconds: as floating-point numbers they would be rounded.
+    width = span * 10**9 if log.is_timestamp else span / unit
+    oldest = np.searchsorted(times, log.time - width, 'left')
     begin = np.searchsorted(place, place - rank + oldest, 'left')
     features[name] = np.log1p(stop - begin).astype(np.float32)
   last = np.where(
