@@ -196,7 +196,7 @@ class CostTest(parameterized.TestCase):
     for row, way in zip(result['results'], ('cached', 'joint'), strict=True):
       self.assertEqual(row['way'], way)
       self.assertEqual(1e3 * row['median'], result['fusions'][row['fusion']])
-    self.assertStartsWith(result['unit'], 'ms, 8 candidates, 16 events, ')
+    self.assertEqual(result['unit'], 'ms to score 8 candidates, 16 events')
     (path,) = benchmark.write_report(result, temporary(self, 'fusions'))
     with open(path) as f:
       self.assertEqual(json.load(f), result)

@@ -191,7 +191,6 @@ def fusions(
     found[name] = 1e3 * timing.median
     results.append({'fusion': name, 'way': way, **dataclasses.asdict(timing)})
     progress(f'{name:18} {way:8} {found[name]:10.3f} ms')
-  device = environment()['device']
   return {
     'suite': 'fusions',
     'environment': environment(),
@@ -199,7 +198,7 @@ def fusions(
     'num_layers': config.encoder.num_layers,
     'width': config.encoder.width,
     'num_heads': config.encoder.num_heads,
-    'unit': f'ms, {num_candidates} candidates, {num_events} events, {device}',
+    'unit': f'ms to score {num_candidates} candidates, {num_events} events',
     'fusions': found,
     'results': results,
   }
