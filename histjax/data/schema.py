@@ -166,6 +166,12 @@ class Schema:
         raise ValueError(
           f'schema: history_rates has {name!r}; it must be one of {known}'
         )
+    for feature in self.hidden:
+      if feature.name not in self.history_rates:
+        raise ValueError(
+          f'schema: hidden has {feature.name!r}, which nothing reads; name it '
+          'in history_rates, or leave it out'
+        )
     if not self.time_unit > 0:
       raise ValueError(f'schema: time_unit={self.time_unit} must be positive')
     for group in (self.features + self.hidden, self.tasks):

@@ -131,6 +131,8 @@ class HistoryRatesTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, "history_rates has 'stars'.*'tab'"):
       dataclasses.replace(SCHEMA, history_rates=('stars',))
+    with self.assertRaisesRegex(ValueError, "hidden has 'shop', which nothing"):
+      dataclasses.replace(SCHEMA, history_rates=('*',))
 
   def test_of_a_dataset(self):
     config = datasets.DataConfig(history_rates=('*', 'item'), without=('item',))
