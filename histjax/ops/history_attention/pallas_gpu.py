@@ -99,13 +99,11 @@ class Backward(NamedTuple):
     warpgroups: of a block of the grid, which hold 64 queries or keys each.
     block: of the other kind, in a step.
     stages: blocks in flight.
-    held: whether the 64 are factors in registers, not in shared memory.
   """
 
   warpgroups: int
   block: int
   stages: int = 2
-  held: bool = False
 
 
 class Config(NamedTuple):
@@ -118,6 +116,8 @@ class Config(NamedTuple):
     parts: the products with the values are begun when a `1 / parts` of the
       weights is known.
     d_query: of the kernel for the query's gradient.
+    held: whether in that kernel the queries and the output's gradients are
+      factors in registers, not in shared memory: for trials (NOTES.md).
     d_key: of the kernel for the gradients of keys and values.
   """
 
@@ -126,6 +126,7 @@ class Config(NamedTuple):
   stages: int = 2
   parts: int = 1
   d_query: Backward = Backward(1, 64)
+  held: bool = False
   d_key: Backward = Backward(1, 64)
 
 
@@ -137,17 +138,16 @@ def config(
   tiles = num_rows * num_heads * pl.cdiv(num_queries, 2 * _ROWS)
   if structure == 'any':
     # Ranges may be narrow, so that a large block would be mostly hidden.
-    forward = {'warpgroups': 1, 'block': 64, 'stages': 3}
-  elif head_dim == 128:
-    # Two warpgroups halve what is read; few tiles would leave cores idle.
-    forward = {'warpgroups': 1 if tiles < 132 else 2, 'block': 64}
+    choice = Config(1, 64, stages=3)
+  elif head_dim == 32 or tiles < 132:  # Larger tiles would leave cores idle.
+    choice = Config(1, 64 if head_dim == 128 else 128)
+  elif head_dim == 64:
+    # Two warpgroups halve what is read; in parts the weights take fewer
+    # registers, so that four warpgroups run.
+    choice = Config(2, 128, parts=2)
   else:
-    forward = {'warpgroups': 1, 'block': 128}
-  return Config(
-    **forward,
-    d_query=Backward(1 if head_dim == 32 else 2, 64),
-    d_key=Backward(2 if head_dim == 128 else 1, 64),
-  )
+    choice = Config(2, 64)
+  return choice._replace(d_query=Backward(1 if head_dim == 32 else 2, 64))
 
 
 class _Call(NamedTuple):
@@ -339,7 +339,7 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
   choice = config(query.shape, call.structure)
-  warpgroups, block, stages, held = choice.d_query
+  warpgroups, block, stages = choice.d_query
   stages = min(stages, pl.cdiv(call.num_keys, block))
   tile = warpgroups * _ROWS
   num_tiles = pl.cdiv(num_queries, tile)
@@ -383,7 +383,8 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
       for x in (q_smem, out_smem, d_out_smem)
     )
     delta = (o.astype(jnp.float32) * d_o.astype(jnp.float32)).sum(axis=1)
-    q, d_o = (q, d_o) if held else (q_smem.at[wg], d_out_smem.at[wg])
+    if not choice.held:
+      q, d_o = q_smem.at[wg], d_out_smem.at[wg]
     delta_smem.at[wg][...] = delta
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_ref.at[row])
@@ -457,8 +458,7 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
   """The gradients of keys and values; scores are transposed, `[key, query]`."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E or 1e-30
-  choice = config(query.shape, call.structure)
-  warpgroups, block, stages, held = choice.d_key
+  warpgroups, block, stages = config(query.shape, call.structure).d_key
   num_blocks = pl.cdiv(num_queries, block)
   stages = min(stages, num_blocks)
   tile = warpgroups * _ROWS
@@ -518,8 +518,6 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
     stream.begin()
     plgpu.barrier_wait(k_ready.at[wg])
     k, v = k_smem.at[wg], v_smem.at[wg]
-    if held:
-      k, v = (plgpu.load(x, layout=_MATRIX) for x in (k, v))
     column = functools.partial(plgpu.load, layout=_COLUMN)
 
     def mask(s, step, slot):
