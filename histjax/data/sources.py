@@ -150,17 +150,22 @@ def prepare(
   folder = None
   if manual_dir:
     folder = _check_manual_dir(source, Path(manual_dir).expanduser())
+
+  def create():
+    return builder_class(data_dir=data_dir or None, file_format='array_record')
+
   try:
-    builder = builder_class(
-      data_dir=data_dir or None, file_format='array_record'
-    )
+    builder = create()
     if not builder.is_prepared():
-      builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(
-          manual_dir=manual_dir or None,
-          force_checksums_validation=True,
-        )
+      config = tfds.download.DownloadConfig(
+        manual_dir=manual_dir or None, force_checksums_validation=True
       )
+      try:
+        builder.download_and_prepare(download_config=config)
+      except OSError:
+        builder = create()
+        if not builder.is_prepared():  # By another process meanwhile.
+          raise
   except (tfds.download.DownloadError, _WrongChecksum) as error:
     raise ValueError(
       f'{source.archive} is not to be had: {error}\n{source.instructions}'

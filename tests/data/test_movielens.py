@@ -239,6 +239,22 @@ def test_data_dir_cannot_be_written(places, tmp_path):
   assert 'must be writable' in found
 
 
+def test_another_process_was_faster(places):
+  put_folder(places)
+  split, started = movielens.Ml1m._split_generators, []
+
+  def after_the_other(self, *args):
+    if not started:
+      started.append(True)
+      check(movielens.load(**places))
+    return split(self, *args)
+
+  with mock.patch.object(movielens.Ml1m, '_split_generators', after_the_other):
+    check(movielens.load(**places))
+  assert started
+  assert not list(pathlib.Path(places['data_dir']).rglob('*incomplete*'))
+
+
 def test_prepared_from_other_files(places):
   put_folder(places)
   movielens.load(**places)
