@@ -8,8 +8,8 @@ user's candidates of a split have the history as it was when the split began,
 up to six days before: less than the protocol allows, and what a server that
 reads histories once has. No candidate's score knows the outcome of another one,
 so the user's mood, which raises AUC, cannot mislead within the user (GAUC).
-What was shown lately, but not what came of it, is in `activity` and
-`recent_rates`.
+What was shown lately, but not what came of it, is in `activity`, `recent_rates`
+and `recent_shares`.
 """
 
 from configs import kuairand
@@ -26,7 +26,10 @@ _RATES = (
   *('duration_bucket', 'video_id*tab', 'author_id*tab', 'tab*hour'),
   'tab*duration_bucket',
 )
-_HISTORY_RATES = ('*', 'tab', 'tag_0', 'author_id', 'duration_bucket', 'hour')
+_HISTORY_RATES = (
+  *('*', 'tab', 'tag_0', 'author_id', 'duration_bucket', 'hour'),
+  *('*@3', '*@10', '*@25', 'tab@5'),
+)
 
 
 def get_config():
@@ -41,13 +44,14 @@ def get_config():
       'recent_rates': 10,
       'history_rates': _HISTORY_RATES,
       'activity': (600, 3600, 86_400),
+      'recent_shares': ('tab@10', 'tab@3'),
       'rows': {**rows, 'snapshot_every': 43_200.0},
       'eval_rows': rows,
     }
   )
   config.task_weights = {'click': 1.0, 'long_view': 0.5}
   config.model.update({'embedding_dim': 16, 'embedding_dropout': 0.2})
-  config.model.encoder.update({'width': 32, 'window': None, 'dropout': 0.2})
+  config.model.encoder.update({'width': 16, 'window': None, 'dropout': 0.2})
   config.pipeline.update(
     {
       # About 850 candidates: larger batches make too few steps.
@@ -56,7 +60,7 @@ def get_config():
       'candidate_buckets': (8, 32),
     }
   )
-  config.optimizer.table_learning_rate = 0.005
+  config.optimizer.update({'weight_decay': 0.3, 'table_learning_rate': 0.005})
   config.average = 0.998
   config.select = {'auc': 1.0, 'gauc': 1.0}
   config.update({'eval_every': 124, 'num_epochs': 3, 'patience': 6})

@@ -1,4 +1,4 @@
-"""How active the user was just before an event, as dense features of items."""
+"""What the user was shown before an event, as dense features of items."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from histjax.data.events import EventLog, Ties
-from histjax.data.schema import Dense
+from histjax.data.schema import Dense, categorical
+
+_LEAST_SHARE = 0.01
 
 
 def with_activity(
@@ -57,5 +59,54 @@ def with_activity(
   since = (log.time - last) * unit
   features['activity_since'] = (np.log1p(since) / 10).astype(np.float32)
   added = [Dense(name) for name in (*names, 'activity_since')]
+  schema = dataclasses.replace(log.schema, item=(*log.schema.item, *added))
+  return dataclasses.replace(log, schema=schema, features=features)
+
+
+def with_recent_shares(
+  log: EventLog,
+  train: np.ndarray,
+  shares: Sequence[str],
+  ties: Ties = 'order',
+) -> EventLog:
+  """A log whose items say what the user's last events before were of.
+
+  'tab@10' adds for each value v of the feature `tab` that at least one in a
+  hundred training events has (shares of rarer ones tell users apart)
+
+    recent_tab_<v>_of_10 = #{of the user's 10 last events before: tab = v} / 10
+
+  They tell what was shown, not what came of it, and so are the same whatever
+  history a candidate sees.
+
+  Args:
+    log: the events.
+    train: bool `[n]`, the training events.
+    shares: each a categorical feature of items, '@' and a number of events
+      >= 1; empty: the log as it is.
+    ties: what is before, as `RowConfig.ties`.
+
+  Raises:
+    ValueError: a name that is not so.
+  """
+  known = {f.name: f.size for f in categorical(log.schema.item)}
+  stop = log.visible(ties)
+  features, added = dict(log.features), []
+  for share in shares:
+    name, _, last = share.partition('@')
+    if name not in known or not (last.isdecimal() and int(last) > 0):
+      raise ValueError(
+        f"data: recent_shares={share!r} must be '<feature>@<number of events>' "
+        f'with one of the categorical features of items, {list(known)}'
+      )
+    start = np.maximum(log.offsets[log.user], stop - int(last))
+    column = log.features[name]
+    count = np.bincount(column[train], minlength=known[name])
+    for value in np.flatnonzero(count >= max(1, _LEAST_SHARE * train.sum())):
+      total = np.append(0, np.cumsum(column == value))
+      feature = f'recent_{name}_{value}_of_{int(last)}'
+      share_of = (total[stop] - total[start]) / int(last)
+      features[feature] = share_of.astype(np.float32)
+      added.append(Dense(feature))
   schema = dataclasses.replace(log.schema, item=(*log.schema.item, *added))
   return dataclasses.replace(log, schema=schema, features=features)

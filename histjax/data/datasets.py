@@ -40,6 +40,9 @@ class DataConfig:
     activity: numbers of the user's earlier events within these spans, in
       whole seconds, and the time since the last one, likewise. See
       `activity.with_activity`.
+    recent_shares: such as 'tab@10': of the user's 10 last events before, the
+      share with each usual value of the feature `tab`, likewise. See
+      `activity.with_recent_shares`.
     data_dir: of movielens and kuairand, where prepared data is kept; TFDS's
       own default if empty.
     manual_dir: of movielens and kuairand, a folder with the official files;
@@ -62,6 +65,7 @@ class DataConfig:
   recent_rates: int = 0
   history_rates: tuple[str, ...] = ()
   activity: tuple[int, ...] = ()
+  recent_shares: tuple[str, ...] = ()
   data_dir: str = ''
   manual_dir: str = ''
   synthetic: synthetic_lib.SyntheticConfig = dataclasses.field(
@@ -81,6 +85,7 @@ class DataConfig:
     object.__setattr__(self, 'rates', tuple(self.rates))
     object.__setattr__(self, 'history_rates', tuple(self.history_rates))
     object.__setattr__(self, 'activity', tuple(self.activity))
+    object.__setattr__(self, 'recent_shares', tuple(self.recent_shares))
     if self.name not in _LOADERS:
       raise ValueError(
         f'data: name={self.name!r} must be one of {sorted(_LOADERS)}'
@@ -137,6 +142,9 @@ def load(config: DataConfig) -> Dataset:
     log, masks['train'], config.rates, recent=config.recent_rates, ties=ties
   )
   log = activity_lib.with_activity(log, config.activity, ties)
+  log = activity_lib.with_recent_shares(
+    log, masks['train'], config.recent_shares, ties
+  )
   log = _without(log, config.without)
   eval_rows = config.eval_rows or config.rows
   splits = {
@@ -156,10 +164,11 @@ def _without(log: EventLog, names: tuple[str, ...]) -> EventLog:
   def kept(features):
     return tuple(f for f in features if f.name not in names)
 
+  rated = [rate.feature for rate in schema.rates_of_history]
   hidden = [
     f
     for f in schema_lib.categorical(schema.item)
-    if f.name in names and f.name in schema.history_rates
+    if f.name in names and f.name in rated
   ]
   schema = dataclasses.replace(
     schema,

@@ -211,7 +211,7 @@ class EventLog:
     Returns:
       `{feature: float32 [c]}`.
     """
-    named = [name for name in self.schema.history_rates if name != '*']
+    named = [r.feature for r in self.schema.rates_of_history if r.feature]
     return history_rates_lib.history_rates(
       self.schema,
       self.labels,

@@ -32,22 +32,25 @@ def history_rates(
   """
   found = {}
   num_events = len(next(iter(labels.values())))
-  for name in schema.history_rates:
+  for rate in schema.rates_of_history:
     order, low, high = np.arange(num_events), start, stop
-    if name != '*':
+    if rate.feature is not None:
       # Events by value; those of one value stay in order.
-      order = np.argsort(history[name], kind='stable')
-      place = history[name][order].astype(np.int64) * num_events + order
-      base = candidates[name].astype(np.int64) * num_events
+      value = history[rate.feature]
+      order = np.argsort(value, kind='stable')
+      place = value[order].astype(np.int64) * num_events + order
+      base = candidates[rate.feature].astype(np.int64) * num_events
       low = np.searchsorted(place, base + start)
       high = np.searchsorted(place, base + stop)
-    suffix = '' if name == '*' else f'_{name}'
+    if rate.last is not None:
+      low = np.maximum(low, high - rate.last)
     n = high - low
-    found[f'history_count{suffix}'] = np.log1p(n).astype(np.float32)
+    if rate.last is None:
+      found[f'history_count{rate.suffix}'] = np.log1p(n).astype(np.float32)
     for task in schema.tasks:
       label = labels[task.name][order]
       total = np.append(0.0, np.cumsum(label, dtype=np.float64))
       k = total[high] - total[low]
-      rate = np.log((k + 1) / (n - k + 1))
-      found[f'history_{task.name}{suffix}'] = rate.astype(np.float32)
+      odds = np.log((k + 1) / (n - k + 1))
+      found[f'history_{task.name}{rate.suffix}'] = odds.astype(np.float32)
   return found

@@ -104,6 +104,25 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
+class HistoryRate:
+  """What a name of `Schema.history_rates` says.
+
+  Attributes:
+    feature: whose value must be the candidate's; None: any event counts.
+    last: how many of those count, from the last one; None: all.
+  """
+
+  feature: str | None
+  last: int | None
+
+  @property
+  def suffix(self) -> str:
+    """The end of the names of the features that it adds."""
+    of_value = '' if self.feature is None else f'_{self.feature}'
+    return of_value + ('' if self.last is None else f'_last{self.last}')
+
+
+@dataclasses.dataclass(frozen=True)
 class Schema:
   """The columns of an event log and their roles; see the module's docstring.
 
@@ -128,9 +147,10 @@ class Schema:
       of each categorical feature of items named, or over all, '*'. Of n
       events, k of them positive, `history_<task>_<name>` is
       `log((k + 1) / (n - k + 1))` and `history_count_<name>` is `log(1 + n)`
-      (of '*' `history_<task>` and `history_count`). An event keeps its own
-      when it becomes history. They tell numbers; softmax attention alone
-      tells means.
+      (of '*' `history_<task>` and `history_count`). 'tab@5' and '*@5' count
+      the last 5 of those alone: `history_<task>_tab_last5` and
+      `history_<task>_last5`, without a count. An event keeps its own when it
+      becomes history. They tell numbers; softmax attention alone tells means.
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
       a timestamp column knows its own. Only `time_gap` reads it.
   """
@@ -160,14 +180,16 @@ class Schema:
       raise ValueError(
         f'schema: time_gap_buckets={self.time_gap_buckets} must be >= 0'
       )
-    known = ['*', *(f.name for f in categorical(self.item + self.hidden))]
-    for name in self.history_rates:
-      if name not in known:
+    known = [f.name for f in categorical(self.item + self.hidden)]
+    rated = [rate.feature for rate in self.rates_of_history]
+    for name, rated_by in zip(self.history_rates, rated, strict=True):
+      if rated_by not in (None, *known):
         raise ValueError(
-          f'schema: history_rates has {name!r}; it must be one of {known}'
+          f'schema: history_rates has {name!r}; it must be one of '
+          f"{['*', *known]}, or '<one of these>@<number of events>'"
         )
     for feature in self.hidden:
-      if feature.name not in self.history_rates:
+      if feature.name not in rated:
         raise ValueError(
           f'schema: hidden has {feature.name!r}, which nothing reads; name it '
           'in history_rates, or leave it out'
@@ -185,15 +207,21 @@ class Schema:
     _ = self.tables  # Conflicting sizes are found here.
 
   @property
+  def rates_of_history(self) -> tuple[HistoryRate, ...]:
+    """`history_rates`, understood."""
+    return tuple(_history_rate(name) for name in self.history_rates)
+
+  @property
   def item_features(self) -> tuple[Feature, ...]:
     """`item` and the derived `time_gap` and `history_rates`, if any."""
     derived: list[Feature] = []
     if self.time_gap_buckets:
       derived.append(Categorical('time_gap', self.time_gap_buckets))
-    for name in self.history_rates:
-      suffix = '' if name == '*' else f'_{name}'
-      what = (*(t.name for t in self.tasks), 'count')
-      derived += [Dense(f'history_{w}{suffix}') for w in what]
+    for rate in self.rates_of_history:
+      what = [t.name for t in self.tasks]
+      if rate.last is None:
+        what.append('count')
+      derived += [Dense(f'history_{w}{rate.suffix}') for w in what]
     return (*self.item, *derived)
 
   @property
@@ -240,6 +268,18 @@ class Schema:
             f'size: {size} and {feature.size}; make them equal'
           )
     return sizes
+
+
+def _history_rate(name: str) -> HistoryRate:
+  feature, at, last = name.partition('@')
+  if at and not (last.isdecimal() and int(last) > 0):
+    raise ValueError(
+      f"schema: history_rates has {name!r}; '@' must be followed by a whole "
+      'number >= 1, of events'
+    )
+  return HistoryRate(
+    None if feature == '*' else feature, int(last) if at else None
+  )
 
 
 def categorical(features: tuple[Feature, ...]) -> tuple[Categorical, ...]:

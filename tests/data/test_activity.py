@@ -1,4 +1,6 @@
-"""Activity counts what came before an event, whatever its outcome."""
+"""What came before an event is counted, whatever its outcome."""
+
+import dataclasses
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -76,6 +78,58 @@ class ActivityTest(parameterized.TestCase):
         found.splits['test'].candidate_events(0)
       ],
     )
+
+
+class RecentSharesTest(parameterized.TestCase):
+  @parameterized.product(ties=('order', 'strict'), stamps=(False, True))
+  @given(events=EVENTS, seed=st.integers(0, 99))
+  def test_definition(self, ties, stamps, events, seed):
+    log = _log(events, stamps)
+    rng = np.random.default_rng(seed)
+    item, train = rng.integers(0, 3, len(log)), rng.random(len(log)) < 0.7
+    log = dataclasses.replace(log, features={'item': item})
+    found = activity.with_recent_shares(log, train, ('item@2', 'item@5'), ties)
+    usual = sorted(set(item[train]))
+    names = [f'recent_item_{v}_of_{n}' for n in (2, 5) for v in usual]
+    self.assertEqual([f.name for f in found.schema.item], ['item', *names])
+    for i in range(len(log)):
+      past = [
+        item[j]
+        for j in range(len(log))
+        if log.user[j] == log.user[i]
+        and (log.time[j] < log.time[i] if ties == 'strict' else j < i)
+      ]
+      expected = [
+        sum(x == v for x in past[-n:]) / n for n in (2, 5) for v in usual
+      ]
+      np.testing.assert_allclose(
+        [found.features[n][i] for n in names], expected, atol=1e-6
+      )
+
+  def test_rare_values_are_left_out(self):
+    log = _log([(0, i) for i in range(400)])
+    item = np.arange(400) % 2
+    item[[7, 300, 301]] = 2  # One of the first 200, where 2 would be enough.
+    log = dataclasses.replace(log, features={'item': item})
+    found = activity.with_recent_shares(log, np.arange(400) < 200, ('item@3',))
+    self.assertEqual(
+      [f.name for f in found.schema.item],
+      ['item', 'recent_item_0_of_3', 'recent_item_1_of_3'],
+    )
+
+  @parameterized.parameters('item', 'item@', 'item@0', 'other@3', 'item@3@4')
+  def test_bad_names(self, name):
+    message = f'data: recent_shares={name!r} must be .*item'
+    with self.assertRaisesRegex(ValueError, message):
+      activity.with_recent_shares(_log([(0, 0)]), np.ones(1, bool), (name,))
+
+  def test_of_a_dataset(self):
+    found = datasets.load(datasets.DataConfig(recent_shares=('category@4',)))
+    name = 'recent_category_1_of_4'
+    self.assertIn(name, [f.name for f in found.schema.item])
+    row = found.splits['test'][0]
+    self.assertEqual(row.candidates[name].dtype, np.float32)
+    self.assertIn(name, row.history)
 
 
 if __name__ == '__main__':

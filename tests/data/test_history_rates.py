@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -23,7 +24,7 @@ SCHEMA = Schema(
     Task('loved', column='stars', threshold=5),
   ),
   hidden=(Categorical('shop', 3),),
-  history_rates=('*', 'tab', 'shop'),
+  history_rates=('*', 'tab', 'shop', '*@2', 'shop@1'),
 )
 EVENTS = st.lists(
   st.tuples(
@@ -47,15 +48,21 @@ def _columns(events):
 def _expected(log, event, begin, end):
   """Of the event that sees [begin, end), from the definition."""
   found = {}
-  for name in ('', 'tab', 'shop'):
-    same, suffix = list(range(begin, end)), f'_{name}' if name else ''
+  for name, last, suffix in (
+    *(('', None, ''), ('tab', None, '_tab'), ('shop', None, '_shop')),
+    *(('', 2, '_last2'), ('shop', 1, '_shop_last1')),
+  ):
+    same = list(range(begin, end))
     if name:
       value = log.features[name]
       same = [i for i in same if value[i] == value[event]]
+    if last is None:
+      found[f'history_count{suffix}'] = math.log(1 + len(same))
+    else:
+      same = same[-last:]
     for task, label in log.labels.items():
       k = sum(float(label[i]) for i in same)
       found[f'history_{task}{suffix}'] = math.log((k + 1) / (len(same) - k + 1))
-    found[f'history_count{suffix}'] = math.log(1 + len(same))
   return found
 
 
@@ -127,10 +134,20 @@ class HistoryRatesTest(parameterized.TestCase):
         f'history_{name}{suffix}'
         for suffix in ('', '_tab', '_shop')
         for name in ('liked', 'loved', 'count')
+      ]
+      + [
+        f'history_{name}{suffix}'
+        for suffix in ('_last2', '_shop_last1')
+        for name in ('liked', 'loved')
       ],
     )
     with self.assertRaisesRegex(ValueError, "history_rates has 'stars'.*'tab'"):
       dataclasses.replace(SCHEMA, history_rates=('stars',))
+    for name in ('tab@', 'tab@0', '*@-1', 'tab@2@3', 'tab@1.5'):
+      with self.assertRaisesRegex(ValueError, f'has {re.escape(repr(name))}; '):
+        dataclasses.replace(SCHEMA, history_rates=(name,))
+    with self.assertRaisesRegex(ValueError, 'named 2 times'):
+      dataclasses.replace(SCHEMA, history_rates=('shop', '*@2', '*@02'))
     with self.assertRaisesRegex(ValueError, "hidden has 'shop', which nothing"):
       dataclasses.replace(SCHEMA, history_rates=('*',))
 
