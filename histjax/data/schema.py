@@ -152,7 +152,8 @@ class Schema:
       `history_<task>_last5`, without a count. An event keeps its own when it
       becomes history. They tell numbers; softmax attention alone tells means.
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
-      a timestamp column knows its own. Only `time_gap` reads it.
+      a timestamp column knows its own. `time_gap` reads it, and so do the spans
+      of activity and snapshots.
   """
 
   user: str
