@@ -7,8 +7,8 @@ One CPU core: 5 minutes. Expect a test AUC of 0.737 to 0.738, GAUC 0.641 to
 0.643. All of a user's candidates of a split have the history as it was when the
 split began, up to six days before: less than the protocol allows, and what a
 server that reads histories once has. No candidate's score knows the outcome of
-another one, so the user's mood, which raises AUC, cannot mislead within the user
-(GAUC). What was shown lately, but not what came of it, is in `activity`,
+another one, so the user's mood, which raises AUC, cannot mislead within the
+user (GAUC). What was shown lately, but not what came of it, is in `activity`,
 `recent_rates` and `recent_shares`.
 """
 
