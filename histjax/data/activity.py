@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from histjax.data.events import EventLog, Ties
-from histjax.data.schema import Dense, categorical
+from histjax.data.schema import Dense, categorical, feature_and_last
 
-_LEAST_SHARE = 0.01
+_LEAST_SHARE = 0.01  # Of training events, for a value to have a feature.
 
 
 def with_activity(
@@ -93,19 +93,20 @@ def with_recent_shares(
   stop = log.visible(ties)
   features, added = dict(log.features), []
   for share in shares:
-    name, _, last = share.partition('@')
-    if name not in known or not (last.isdecimal() and int(last) > 0):
+    name, last = feature_and_last(share, 'data: recent_shares')
+    if name not in known or last is None:
       raise ValueError(
-        f"data: recent_shares={share!r} must be '<feature>@<number of events>' "
-        f'with one of the categorical features of items, {list(known)}'
+        f'data: recent_shares has {share!r}; it must be '
+        "'<feature>@<number of events>' with one of the categorical features "
+        f'of items, {list(known)}'
       )
-    start = np.maximum(log.offsets[log.user], stop - int(last))
+    start = np.maximum(log.offsets[log.user], stop - last)
     column = log.features[name]
     count = np.bincount(column[train], minlength=known[name])
     for value in np.flatnonzero(count >= max(1, _LEAST_SHARE * train.sum())):
       total = np.append(0, np.cumsum(column == value))
-      feature = f'recent_{name}_{value}_of_{int(last)}'
-      share_of = (total[stop] - total[start]) / int(last)
+      feature = f'recent_{name}_{value}_of_{last}'
+      share_of = (total[stop] - total[start]) / last
       features[feature] = share_of.astype(np.float32)
       added.append(Dense(feature))
   schema = dataclasses.replace(log.schema, item=(*log.schema.item, *added))

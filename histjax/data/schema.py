@@ -271,16 +271,24 @@ class Schema:
     return sizes
 
 
-def _history_rate(name: str) -> HistoryRate:
+def feature_and_last(name: str, field: str) -> tuple[str, int | None]:
+  """`('tab', 5)` of 'tab@5', `('tab', None)` of 'tab'.
+
+  Raises:
+    ValueError: what follows '@' is no number; the message names the `field`.
+  """
   feature, at, last = name.partition('@')
   if at and not (last.isdecimal() and int(last) > 0):
     raise ValueError(
-      f"schema: history_rates has {name!r}; '@' must be followed by a whole "
-      'number >= 1, of events'
+      f"{field} has {name!r}; '@' must be followed by a whole number >= 1, of "
+      'events'
     )
-  return HistoryRate(
-    None if feature == '*' else feature, int(last) if at else None
-  )
+  return feature, int(last) if at else None
+
+
+def _history_rate(name: str) -> HistoryRate:
+  feature, last = feature_and_last(name, 'schema: history_rates')
+  return HistoryRate(None if feature == '*' else feature, last)
 
 
 def categorical(features: tuple[Feature, ...]) -> tuple[Categorical, ...]:

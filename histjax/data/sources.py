@@ -163,8 +163,8 @@ def prepare(
       try:
         builder.download_and_prepare(download_config=config)
       except OSError:
-        builder = create()
-        if not builder.is_prepared():  # By another process meanwhile.
+        builder = create()  # Another process may have prepared it meanwhile.
+        if not builder.is_prepared():
           raise
   except (tfds.download.DownloadError, _WrongChecksum) as error:
     raise ValueError(

@@ -119,7 +119,7 @@ class RecentSharesTest(parameterized.TestCase):
 
   @parameterized.parameters('item', 'item@', 'item@0', 'other@3', 'item@3@4')
   def test_bad_names(self, name):
-    message = f'data: recent_shares={name!r} must be .*item'
+    message = f'data: recent_shares has {name!r}; .*must be'
     with self.assertRaisesRegex(ValueError, message):
       activity.with_recent_shares(_log([(0, 0)]), np.ones(1, bool), (name,))
 

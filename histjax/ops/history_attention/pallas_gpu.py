@@ -116,8 +116,6 @@ class Config(NamedTuple):
     parts: the products with the values are begun when a `1 / parts` of the
       weights is known.
     d_query: of the kernel for the query's gradient.
-    held: whether in that kernel the queries and the output's gradients are
-      factors in registers, not in shared memory: for trials (NOTES.md).
     d_key: of the kernel for the gradients of keys and values.
   """
 
@@ -126,7 +124,6 @@ class Config(NamedTuple):
   stages: int = 2
   parts: int = 1
   d_query: Backward = Backward(1, 64)
-  held: bool = False
   d_key: Backward = Backward(1, 64)
 
 
@@ -338,8 +335,7 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
   """The query's gradient, and `delta = sum(d_out out)` of `[B, N, Q]`."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
-  choice = config(query.shape, call.structure)
-  warpgroups, block, stages = choice.d_query
+  warpgroups, block, stages = config(query.shape, call.structure).d_query
   stages = min(stages, pl.cdiv(call.num_keys, block))
   tile = warpgroups * _ROWS
   num_tiles = pl.cdiv(num_queries, tile)
@@ -378,13 +374,11 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
     stream = _Stream(fetch, free, stages, count, wg)
     stream.begin()
     plgpu.barrier_wait(q_ready.at[wg])
-    q, o, d_o = (
-      plgpu.load(x.at[wg], layout=_MATRIX)
-      for x in (q_smem, out_smem, d_out_smem)
+    o, d_o = (
+      plgpu.load(x.at[wg], layout=_MATRIX).astype(jnp.float32)
+      for x in (out_smem, d_out_smem)
     )
-    delta = (o.astype(jnp.float32) * d_o.astype(jnp.float32)).sum(axis=1)
-    if not choice.held:
-      q, d_o = q_smem.at[wg], d_out_smem.at[wg]
+    delta = (o * d_o).sum(axis=1)
     delta_smem.at[wg][...] = delta
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_ref.at[row])
@@ -396,9 +390,9 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
 
         def products(s_ref, dp_ref):
           plgpu.barrier_wait(k_ready.at[slot])
-          plgpu.wgmma(s_ref, q, k_smem.at[slot].T)
+          plgpu.wgmma(s_ref, q_smem.at[wg], k_smem.at[slot].T)
           plgpu.barrier_wait(v_ready.at[slot])
-          plgpu.wgmma(dp_ref, d_o, v_smem.at[slot].T)
+          plgpu.wgmma(dp_ref, d_out_smem.at[wg], v_smem.at[slot].T)
           stream.refill(i)
           s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
           s, fold = _fold(s, factor)

@@ -69,8 +69,8 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
     self.check(suite.make_call(1, shape, structure, dtype))
 
   @parameterized.parameters(
-    ('any', Config(2, 64, 3, 1, Backward(2, 64, 3), True, Backward(2, 64, 1))),
-    ('causal', Config(3, 128, 2, 2, Backward(1, 64), False, Backward(3, 64))),
+    ('any', Config(2, 64, 3, 1, Backward(2, 64, 3), Backward(2, 64, 1))),
+    ('causal', Config(3, 128, 2, 2, Backward(1, 64), Backward(3, 64))),
   )
   def test_divisions_of_the_work(self, structure, config):
     call = suite.make_call(2, (1, 150, 260, 1, 32), structure, 'bfloat16')
