@@ -6,7 +6,7 @@ DEMO_DIR ?= runs/demo
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/.installed-experiments
+demo: $(VENV)/.installed-experiments,cpu
 	$(VENV)/bin/python experiments/train.py \
 	  --config=experiments/configs/synthetic.py --workdir=$(DEMO_DIR)
 	$(VENV)/bin/python experiments/benchmark.py \

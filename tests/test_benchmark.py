@@ -77,8 +77,10 @@ class TimingTest(absltest.TestCase):
 
     programs = {'a': Fake('a', 1e-3), 'b': Fake('b', 1e-2)}
     times = timing.time_programs(programs, repeats=3, seconds=0.02, singles=100)
-    # 20 ms of calls in each sample, once it is known how many that is.
-    self.assertEqual(log[-6:], [('a', 20), ('b', 2)] * 3)
+    # 20 ms of calls in each sample, once it is known how many that is; before
+    # each as many that are not timed.
+    turns = [('a', 20), ('a', 20), ('b', 2), ('b', 2)]
+    self.assertEqual(log[-12:], turns * 3)
     self.assertEqual(times['a']['throughput']['median'], 1e-3)
     self.assertEqual(times['a']['throughput']['samples'], 3)
     self.assertEqual(times['b']['latency']['p50'], 1e-2)

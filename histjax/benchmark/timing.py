@@ -172,6 +172,8 @@ def time_programs(
   latency: dict[str, list[float]] = {k: [] for k in programs}
   for i in range(repeats):
     for name, program in programs.items():
+      # Not timed: on a CPU, threads of the one before still spin for a while.
+      program.enqueue(calls[name])
       throughput[name].append(program.enqueue(calls[name]))
       first, last = singles * i // repeats, singles * (i + 1) // repeats
       latency[name].extend(program.single(j) for j in range(first, last))

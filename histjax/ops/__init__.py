@@ -3,6 +3,7 @@
 from histjax.ops.candidate_tower.api import (
   candidate_tower,
   candidate_tower_backend,
+  has_cpu_kernel,
 )
 from histjax.ops.candidate_tower.reference import TowerWeights
 from histjax.ops.history_attention.api import (
@@ -14,6 +15,7 @@ __all__ = [
   'TowerWeights',
   'candidate_tower',
   'candidate_tower_backend',
+  'has_cpu_kernel',
   'history_attention',
   'history_attention_backend',
 ]

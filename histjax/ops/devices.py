@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import platform
+
 import jax
 
 
@@ -43,4 +46,19 @@ def check_tpu(device: jax.Device) -> None:
       'to compile for one that is not attached, make it the default: '
       'jax.default_device(jax.experimental.topologies.get_topology_desc('
       "'v5e:2x2', platform='tpu').devices[0])"
+    )
+
+
+def check_numba(device: jax.Device) -> None:
+  """Raises NotImplementedError unless 'numba_cpu' runs on `device`."""
+  if device.platform != 'cpu':
+    raise NotImplementedError(
+      f'numba_cpu needs a CPU, not a device of platform {device.platform!r}'
+    )
+  if platform.system() == 'Windows':
+    raise NotImplementedError('numba_cpu needs a POSIX system, not Windows')
+  if importlib.util.find_spec('numba') is None:
+    raise NotImplementedError(
+      'numba_cpu needs Numba, which is not installed: pip install '
+      "'histjax[cpu]'"
     )

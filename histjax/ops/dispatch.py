@@ -21,10 +21,12 @@ class Backend(NamedTuple):
     call: the operation. Raises NotImplementedError, while being traced, at
       arguments that it cannot compute.
     check_device: raises NotImplementedError at a device that it cannot run on.
+    suits: whether to pick it unasked for these arguments.
   """
 
   call: Callable[..., jax.Array]
   check_device: Callable[[jax.Device], None]
+  suits: Callable[..., bool] = lambda *args, **kwargs: True
 
 
 def any_device(device: jax.Device) -> None:
@@ -76,6 +78,8 @@ def run(
     backend = backends[name]
     try:
       backend.check_device(device)
+      if implementation is None and not backend.suits(*args, **kwargs):
+        continue
       out = backend.call(*args, **kwargs)
     except NotImplementedError:
       if implementation is not None:

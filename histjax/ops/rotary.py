@@ -17,6 +17,22 @@ def frequencies(head_dim: int) -> Float[Array, 'H/2']:
   return jnp.power(jnp.float32(MAX_WAVELENGTH), -exponent)
 
 
+def sin_cos(
+  position: Shaped[Array, 'B Q'], head_dim: int
+) -> tuple[Float[Array, 'B Q H/2'], Float[Array, 'B Q H/2']]:
+  """Sine and cosine of each pair's angle, in float32."""
+  angle = (
+    position.astype(jnp.float32)[:, :, None]
+    * frequencies(head_dim)[None, None, :]
+  )
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  if jax.default_backend() == 'cpu':
+    # XLA would fuse the sines with the products and compute them once more for
+    # every head and half. It fuses no remainder, and this one changes nothing.
+    sin, cos = jnp.fmod(sin, 2.0), jnp.fmod(cos, 2.0)
+  return sin, cos
+
+
 def rotary(
   x: Float[Array, 'B Q N H'], position: Shaped[Array, 'B Q']
 ) -> Float[Array, 'B Q N H']:
@@ -33,15 +49,7 @@ def rotary(
   Returns:
     `[B, Q, N, H]` in the dtype of `x`; angles are computed in float32.
   """
-  angle = (
-    position.astype(jnp.float32)[:, :, None, None]
-    * frequencies(x.shape[-1])[None, None, None, :]
-  )
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  if jax.default_backend() == 'cpu':
-    # XLA would fuse the sines with the products and compute them once more for
-    # every head and half. It fuses no remainder, and this one changes nothing.
-    sin, cos = jnp.fmod(sin, 2.0), jnp.fmod(cos, 2.0)
+  sin, cos = (y[:, :, None, :] for y in sin_cos(position, x.shape[-1]))
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x.dtype)

@@ -36,7 +36,7 @@ class _SharedHistory(base.Transformer):
       tower: `pack_tower` of this module's parameters, for
         `ops.candidate_tower` to compute each layer; None: block by block.
       implementation: with `tower`, of that operation; None picks, and on a CPU
-        picks the blocks.
+        without the kernel 'numba_cpu' picks the blocks.
     """
     tower = _unless_blocks_are_faster(tower, implementation)
     position = base.ordinals(history.shape)
@@ -133,9 +133,11 @@ class _SharedHistory(base.Transformer):
 
 
 def _unless_blocks_are_faster(tower, implementation):
-  """A layer at a time, as on a CPU, is faster as `Block` than as a tower."""
+  """On a CPU without the kernel, layers are faster as `Block`."""
+  if tower is None or implementation is not None:
+    return tower
   on_cpu = jax.default_backend() == 'cpu'
-  return None if on_cpu and implementation is None else tower
+  return None if on_cpu and not ops.has_cpu_kernel(tower.query.dtype) else tower
 
 
 class AppendCross(_SharedHistory):

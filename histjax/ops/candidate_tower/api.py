@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax.ops import devices, dispatch, partition
 from histjax.ops.candidate_tower import (
+  numba_cpu,
   pallas_gpu,
   pallas_tpu,
   reference,
@@ -51,6 +52,11 @@ _BACKENDS = {
   'pallas_tpu': dispatch.Backend(
     _over_rows(pallas_tpu.candidate_tower, mesh_in_context=True),
     devices.check_tpu,
+  ),
+  'numba_cpu': dispatch.Backend(
+    _over_rows(numba_cpu.candidate_tower),
+    devices.check_numba,
+    numba_cpu.suits,
   ),
   'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_device),
   'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_device),
@@ -110,9 +116,9 @@ def candidate_tower(
     final_norm: False: the result is the residual stream, float32, to go on
       with; so a history is read layer by layer, its events as candidates.
     implementation: 'pallas_gpu' (Hopper; bfloat16, D 128 or 256, H 32 or 64),
-      'pallas_tpu' (bfloat16 or float32; D and F multiples of 128), 'xla'
-      (everything, everywhere) or 'reference' (float32, readable). None: the
-      fastest that supports the call.
+      'pallas_tpu' (bfloat16 or float32; D and F multiples of 128), 'numba_cpu'
+      (float32; needs `histjax[cpu]`), 'xla' (everything, everywhere) or
+      'reference' (float32, readable). None: the fastest that supports the call.
 
   Returns:
     `[B, C, D]`, of the matrices' type, or float32 without `final_norm`.
@@ -165,7 +171,7 @@ def candidate_tower_backend(
     implementation: likewise.
 
   Returns:
-    'pallas_gpu', 'pallas_tpu', 'xla' or 'reference'.
+    'pallas_gpu', 'pallas_tpu', 'numba_cpu', 'xla' or 'reference'.
 
   Raises:
     ValueError: as `candidate_tower`.
@@ -183,6 +189,16 @@ def candidate_tower_backend(
 
   jax.eval_shape(trace, call)
   return name
+
+
+def has_cpu_kernel(dtype: Any) -> bool:
+  """Whether 'numba_cpu' computes towers of matrices of this type here."""
+  try:
+    devices.check_numba(jax.local_devices(backend='cpu')[0])
+    numba_cpu.check_dtype(dtype)
+  except NotImplementedError:
+    return False
+  return True
 
 
 def _run(call: _Call, num_heads, final_norm, implementation, device):

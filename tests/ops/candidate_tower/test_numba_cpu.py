@@ -1,0 +1,271 @@
+"""The kernel for CPUs: what is its own, beside the shared suite."""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from histjax import ops
+from histjax.ops.candidate_tower import numba_kernel
+from tests.ops.candidate_tower import suite
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def backend(shape, implementation=None, **fields):
+  call = suite.make_call(0, shape, **fields)
+  return ops.candidate_tower_backend(
+    *call.positional, num_heads=call.num_heads, implementation=implementation
+  )
+
+
+class ResultTest(parameterized.TestCase):
+  @parameterized.product(
+    # Odd sizes over several tiles and blocks, and exactly full ones.
+    shape=(
+      (3, 203, 333, 4, 32),
+      (2, 130, 77, 4, 64),
+      (2, 64, 256, 3, 7),
+      (1, 1, 1, 4, 32),
+    ),
+    structure=('any', 'prefix'),
+    ragged=(False, True),
+    residual=(False, True),
+  )
+  def test_equals_the_oracle(self, shape, **fields):
+    rotate = shape[-1] % 2 == 0
+    call = suite.make_call(0, shape, rotate=rotate, **fields)
+    call = suite.poisoned(call, np.nan)
+    suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+    np.testing.assert_array_equal(
+      suite.run(call, 'numba_cpu'), suite.run(call, 'numba_cpu')
+    )
+
+  @settings(max_examples=30)
+  @given(
+    seed=SEEDS,
+    rows=st.integers(1, 3),
+    candidates=st.integers(1, 70),
+    keys=st.integers(1, 300),
+    heads=st.integers(1, 3),
+    half=st.integers(1, 5),
+    hidden=st.integers(1, 300),
+    structure=st.sampled_from(['any', 'prefix']),
+    ragged=st.booleans(),
+  )
+  def test_any_shape(
+    self, seed, rows, candidates, keys, heads, half, hidden, structure, ragged
+  ):
+    call = suite.make_call(
+      seed,
+      (rows, candidates, keys, heads, 2 * half),
+      structure=structure,
+      ragged=ragged,
+      mlp_width=hidden,
+    )
+    suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+
+  def test_causal_events(self):
+    call = suite.make_call(0, (2, 100, 100, 2, 16), residual=True)
+    stop = np.tile(np.arange(1, 101, dtype=np.int32), (2, 1))
+    stop[1] = np.minimum(stop[1], 37)
+    call = call.replace(
+      start=np.zeros_like(stop), stop=stop, structure='causal'
+    )
+    suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+
+  def test_extreme_scores(self):
+    call = suite.make_call(0, (1, 40, 200, 2, 8), num_layers=1)
+    call = call.replace(keys=call.keys * 1e3)
+    # Weights of 1 or 0: a difference of float32 scores may be 1e-3 of weight.
+    expected = suite.oracle(call)
+    found = suite.run(call, 'numba_cpu')
+    self.assertLess(np.abs(found - expected).max(), 1e-2)
+
+  @parameterized.parameters('keys', 'values')
+  def test_hides_no_nan(self, name):
+    call = suite.make_call(0, (1, 40, 200, 2, 8), structure='prefix')
+    array = getattr(call, name).copy()
+    array[1, 0, 150, 1, 3] = np.nan
+    found = suite.run(call.replace(**{name: array}), 'numba_cpu')
+    self.assertTrue(np.isnan(found).all())
+
+  def test_calls_at_once(self):
+    calls = [
+      suite.make_call(seed, (2, 150, 60, 2, 16), ragged=True)
+      for seed in range(8)
+    ]
+    expected = [suite.run(call, 'numba_cpu') for call in calls]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      for _ in range(5):
+        found = pool.map(lambda c: suite.run(c, 'numba_cpu'), calls)
+        for x, y in zip(found, expected, strict=True):
+          np.testing.assert_array_equal(x, y)
+
+  def test_each_device_computes_its_rows(self):
+    call = suite.make_call(0, (8, 40, 30, 2, 8), ragged=True)
+    mesh = jax.make_mesh((8,), ('rows',))
+
+    def put(x, axis):
+      spec = jax.P(*(None,) * axis, 'rows') if axis is not None else jax.P()
+      return jax.device_put(x, jax.NamedSharding(mesh, spec))
+
+    axes = (0, 0, 1, 1, 0, None)
+    arrays = [
+      jax.tree.map(lambda x, axis=axis: put(x, axis), x)
+      for x, axis in zip(call.positional, axes, strict=True)
+    ]
+    run = jax.jit(
+      lambda count, *arrays: ops.candidate_tower(
+        *arrays, num_heads=2, count=count, implementation='numba_cpu'
+      )
+    )
+    count = put(call.count, 0)
+    program = run.lower(count, *arrays).compile()
+    self.assertNotIn('all-gather', program.as_text())
+    np.testing.assert_array_equal(
+      program(count, *arrays), suite.run(call, 'numba_cpu')
+    )
+
+  def test_with_few_registers(self):
+    """The vectors of processors without AVX-512, in a process of its own."""
+    name = 'x86-64-v3' if os.uname().machine == 'x86_64' else 'generic'
+    program = """
+import numpy as np
+from histjax.ops.candidate_tower import numba_kernel
+from tests.ops.candidate_tower import suite
+assert (numba_kernel.LANES, numba_kernel.ROWS) == (16, 6)
+for shape in ((2, 37, 150, 2, 8), (1, 16, 5, 1, 6)):
+  call = suite.make_call(0, shape, ragged=True)
+  suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+"""
+    environment = {
+      **os.environ,
+      'NUMBA_CPU_NAME': name,
+      'NUMBA_CPU_FEATURES': '',
+      'PYTHONPATH': os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, '-c', program], env=environment, check=True)
+
+
+class MemoryTest(parameterized.TestCase):
+  def test_work_does_not_grow(self):
+    # All memory but arguments and result: XLA's, and what each thread takes.
+    def work(num_candidates, num_keys):
+      job = types.SimpleNamespace(
+        num_candidates=num_candidates, num_keys=num_keys, width=128, heads=4
+      )
+      return numba_kernel._work_bytes.py_func(job)
+
+    self.assertEqual(work(512, 512), work(100_000, 100_000))
+    self.assertLess(work(512, 512), 2**18)
+
+    def temporary(num_candidates, num_keys):
+      shape = (1, num_candidates, num_keys, 2, 8)
+      call = jax.eval_shape(
+        lambda: suite.make_call(0, shape, num_layers=1).positional
+      )
+      run = jax.jit(
+        lambda *x: ops.candidate_tower(
+          *x, num_heads=2, implementation='numba_cpu'
+        )
+      )
+      memory = run.lower(*call).compile().memory_analysis()
+      return memory.temp_size_in_bytes
+
+    # The sines and cosines of each candidate.
+    self.assertLessEqual(temporary(2048, 4096), 2048 * 2 * 4 * 4 + 4096)
+
+
+class DispatchTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((1, 1, 9, 2, 8), 'numba_cpu'),
+    ((64, 9, 9, 2, 8), 'numba_cpu'),
+    # Nearly all lanes would be empty.
+    ((64, 1, 9, 2, 8), 'xla'),
+  )
+  def test_picks_by_shape(self, shape, name):
+    self.assertEqual(backend(shape), name)
+    self.assertEqual(backend(shape, 'numba_cpu'), 'numba_cpu')
+
+  def test_float32_alone(self):
+    shape = (1, 9, 9, 2, 8)
+    self.assertTrue(ops.has_cpu_kernel(jnp.float32))
+    self.assertFalse(ops.has_cpu_kernel(jnp.bfloat16))
+    self.assertEqual(backend(shape, dtype='bfloat16'), 'xla')
+    with self.assertRaisesRegex(NotImplementedError, 'are bfloat16'):
+      backend(shape, 'numba_cpu', dtype='bfloat16')
+
+  def test_without_numba(self):
+    shape = (1, 9, 9, 2, 8)
+    with mock.patch('importlib.util.find_spec', return_value=None):
+      self.assertFalse(ops.has_cpu_kernel(jnp.float32))
+      self.assertEqual(backend(shape), 'xla')
+      with self.assertRaisesRegex(NotImplementedError, r'histjax\[cpu\]'):
+        backend(shape, 'numba_cpu')
+
+  def test_not_on_windows(self):
+    with mock.patch('platform.system', return_value='Windows'):
+      with self.assertRaisesRegex(NotImplementedError, 'POSIX'):
+        backend((1, 9, 9, 2, 8), 'numba_cpu')
+
+
+class InterfaceTest(parameterized.TestCase):
+  """The structures are those of the headers of the JAX that is installed."""
+
+  def setUp(self):
+    super().setUp()
+    header = pathlib.Path(jax.ffi.include_dir()) / 'xla/ffi/api/c_api.h'
+    self.header = header.read_text()
+
+  def test_version(self):
+    found = re.search(r'define XLA_FFI_API_MAJOR (\d+)', self.header)
+    self.assertEqual(int(found[1]), numba_kernel.MAJOR)
+
+  def test_functions(self):
+    table = self.header.split('struct XLA_FFI_Api {')[1].split('};')[0]
+    names = re.findall(r'STRUCT_FIELD\(XLA_FFI_(\w+)\)', table)
+    for name in (
+      'Error_Destroy', 'ThreadPool_Schedule', 'ThreadPool_NumThreads'
+    ):  # fmt: skip
+      with self.subTest(name):
+        ours = numba_kernel.API.fields
+        first = ours['Error_Create'][1]
+        self.assertEqual(ours[name][1], first + 8 * names.index(name))
+
+  @parameterized.parameters(
+    ('CallFrame', 'struct_size extension_start api ctx stage args rets attrs'),
+    ('Args', 'struct_size extension_start size types args'),
+    ('Rets', 'struct_size extension_start size types rets'),
+    ('Attrs', 'struct_size extension_start size types names attrs'),
+    ('Buffer', 'struct_size extension_start dtype data rank dims'),
+    ('Scalar', 'dtype value'),
+    ('Metadata', 'struct_size api_version traits state_type_id'),
+    ('Api_Version', 'struct_size extension_start major_version minor_version'),
+    ('ThreadPool_Schedule_Args', 'struct_size extension_start ctx task data'),
+    (
+      'ThreadPool_NumThreads_Args',
+      'struct_size extension_start ctx num_threads',
+    ),
+    ('Error_Destroy_Args', 'struct_size extension_start error'),
+  )
+  def test_fields(self, name, fields):
+    body = re.search(rf'struct XLA_FFI_{name} {{(.*?)\n}}', self.header, re.S)
+    code = re.sub(r'//.*', '', body[1])
+    found = re.findall(r'(\w+);', code)
+    self.assertEqual([x for x in found if x != 'future'], fields.split())
+
+
+if __name__ == '__main__':
+  absltest.main()
