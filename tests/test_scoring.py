@@ -10,7 +10,7 @@ from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax import padding, scoring
+from histjax import ops, padding, scoring
 from histjax.models import ranker
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api
@@ -386,7 +386,7 @@ class BackendsTest(parameterized.TestCase):
   def test_a_named_backend_runs(self):
     batch = support.batch(np.random.default_rng(0))
     expected = real(cached(scorer(), batch), batch)
-    for name in ('xla', 'reference'):
+    for name in ('numba_cpu', 'xla', 'reference'):
       s = scorer(candidate_tower=name)
       cache = s.encode(batch.context, batch.history)
       used = s.backends(cache, batch.candidates)
@@ -396,6 +396,22 @@ class BackendsTest(parameterized.TestCase):
         expected,
         **TOLERANCE['float32'],
       )
+
+  @parameterized.product(kernel=(True, False), dtype=('float32', 'bfloat16'))
+  def test_histories_go_through_a_kernel_or_blocks(self, kernel, dtype):
+    """On a CPU: `candidate_tower` layer by layer only if it is a kernel."""
+    config = support.config(dtype=dtype)
+    _, params = support.init(config)
+    s = scoring.Scorer(config, params)
+    batch = support.batch(np.random.default_rng(0))
+    has = ops.has_cpu_kernel(dtype) and kernel
+    with (
+      mock.patch.object(ops, 'has_cpu_kernel', return_value=has),
+      dispatch.record() as used,
+    ):
+      s.encode(batch.context, batch.history)
+    name = 'numba_cpu' if kernel and dtype == 'float32' else None
+    self.assertEqual(used.get('candidate_tower'), name and {name})
 
   def test_a_tower_does_not_train(self):
     s = scorer()

@@ -65,7 +65,7 @@ def candidate_tower(
 
 def check_dtype(dtype: Any) -> None:
   """Raises NotImplementedError unless matrices of this type can be read."""
-  if dtype != jnp.float32:
+  if jnp.dtype(dtype) != jnp.float32:
     raise NotImplementedError(
       f'numba_cpu computes in float32, and the matrices are {dtype}'
     )
