@@ -98,12 +98,15 @@ class Backward(NamedTuple):
   Attributes:
     warpgroups: of a block of the grid, which hold 64 queries or keys each.
     block: of the other kind, in a step.
-    stages: blocks in flight.
+    stages: blocks in flight, two or more.
+    overlap: whether a step begins beside the last product of the one before,
+      which mostly takes registers.
   """
 
   warpgroups: int
   block: int
   stages: int = 2
+  overlap: bool = False
 
 
 class Config(NamedTuple):
@@ -112,7 +115,7 @@ class Config(NamedTuple):
   Attributes:
     warpgroups: of a block of the forward grid, which takes 64 queries each.
     block: keys in a step of the forward pass.
-    stages: blocks of keys and values in flight.
+    stages: blocks of keys and values in flight, two or more.
     parts: the products with the values are begun when a `1 / parts` of the
       weights is known.
     d_query: of the kernel for the query's gradient.
@@ -124,18 +127,20 @@ class Config(NamedTuple):
   stages: int = 2
   parts: int = 1
   d_query: Backward = Backward(1, 64)
-  d_key: Backward = Backward(1, 64)
+  d_key: Backward = Backward(1, 64, overlap=True)
 
 
 def config(
   query_shape: tuple[int, int, int, int], structure: str = 'any'
 ) -> Config:
-  """A good choice on an H200 by `[B, Q, N, H]`, from measurements."""
+  """A good choice on an H100 or H200 by `[B, Q, N, H]`, from measurements."""
   num_rows, num_queries, num_heads, head_dim = query_shape
   tiles = num_rows * num_heads * pl.cdiv(num_queries, 2 * _ROWS)
   if structure == 'any':
     # Ranges may be narrow, so that a large block would be mostly hidden.
-    choice = Config(1, 64, stages=3)
+    # An overlap would take the registers of a fourth warpgroup at 32.
+    d_key = Backward(1, 64, overlap=head_dim > 32)
+    choice = Config(1, 64, stages=3, d_key=d_key)
   elif head_dim == 32 or tiles < 132:  # Larger tiles would leave cores idle.
     choice = Config(1, 64 if head_dim == 128 else 128)
   elif head_dim == 64:
@@ -144,6 +149,9 @@ def config(
     choice = Config(2, 128, parts=2)
   else:
     choice = Config(2, 64)
+  if head_dim == 128:
+    # Two warpgroups run whether they take 168 registers or 255.
+    return choice._replace(d_query=Backward(2, 64, stages=3, overlap=True))
   return choice._replace(d_query=Backward(1 if head_dim == 32 else 2, 64))
 
 
@@ -335,7 +343,9 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
   """The query's gradient, and `delta = sum(d_out out)` of `[B, N, Q]`."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
-  warpgroups, block, stages = config(query.shape, call.structure).d_query
+  warpgroups, block, stages, overlap = config(
+    query.shape, call.structure
+  ).d_query
   stages = min(stages, pl.cdiv(call.num_keys, block))
   tile = warpgroups * _ROWS
   num_tiles = pl.cdiv(num_queries, tile)
@@ -393,8 +403,12 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
           plgpu.wgmma(s_ref, q_smem.at[wg], k_smem.at[slot].T)
           plgpu.barrier_wait(v_ready.at[slot])
           plgpu.wgmma(dp_ref, d_out_smem.at[wg], v_smem.at[slot].T)
-          stream.refill(i)
+          if not overlap:
+            stream.refill(i)
           s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+          if overlap:  # Those before have ended, too.
+            stream.release(i - 1)
+            stream.refill(i)
           s, fold = _fold(s, factor)
           edge = offset + block > bounds.last_min
           if call.ranged:
@@ -407,8 +421,9 @@ def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
         acc = plgpu.ACC((_ROWS, block), jnp.float32)
         ds = pl.run_scoped(products, acc, acc).astype(dtype)
         plgpu.wgmma(dq_acc, ds, k_smem.at[slot])
-        plgpu.wgmma_wait(0)
-        stream.release(i)
+        if not overlap:
+          plgpu.wgmma_wait(0)
+          stream.release(i)
         return carry
 
       lax.fori_loop(0, count, step, 0)
@@ -452,7 +467,7 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
   """The gradients of keys and values; scores are transposed, `[key, query]`."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E or 1e-30
-  warpgroups, block, stages = config(query.shape, call.structure).d_key
+  warpgroups, block, stages, overlap = config(query.shape, call.structure).d_key
   num_blocks = pl.cdiv(num_queries, block)
   stages = min(stages, num_blocks)
   tile = warpgroups * _ROWS
@@ -542,36 +557,36 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
       def step(i, carry):
         slot = lax.rem(i, stages)
 
-        def products(refs):
-          s_ref, dp_ref, ds_ref = refs
+        def products(s_ref, dp_ref):
+          # They begin at what would be subtracted from them, so that it takes
+          # no registers of its own.
+          plgpu.barrier_wait(q_ready.at[slot])
+          total = _over_rows(column(total_smem.at[slot]), s_ref.shape)
+          s_ref = _begin_at(total * (-1 / factor), s_ref)
+          plgpu.barrier_wait(d_out_ready.at[slot])
+          delta = _over_rows(column(delta_smem.at[slot]), dp_ref.shape)
+          dp_ref = _begin_at(-delta, dp_ref)
           plgpu.wgmma(s_ref, k, q_smem.at[slot].T)
           plgpu.wgmma(dp_ref, v, d_out_smem.at[slot].T)
-          stream.refill(i)
+          if not overlap:
+            stream.refill(i)
           s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+          if overlap:  # Those before have ended, too.
+            stream.release(i - 1)
+            stream.refill(i)
           s, fold = _fold(s, factor)
           p = jnp.exp2(mask(s, i, slot) * fold)
           plgpu.wgmma(dv_acc, p.astype(dtype), d_out_smem.at[slot])
           dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-          ds_ref[...] = (p * dp).astype(dtype)
+          plgpu.wgmma(dk_acc, (p * dp).astype(dtype), q_smem.at[slot])
 
-        # The products begin at what would be subtracted from them, so that it
-        # takes no registers of its own.
-        shape = (_ROWS, block)
-        plgpu.barrier_wait(q_ready.at[slot])
-        total = _over_rows(column(total_smem.at[slot]), shape)
-        plgpu.barrier_wait(d_out_ready.at[slot])
-        delta = _over_rows(column(delta_smem.at[slot]), shape)
-        _, _, ds = pl.run_state(products)(
-          (
-            plgpu.ACC.init(total * (-1 / factor)),
-            plgpu.ACC.init(-delta),
-            plgpu.layout_cast(jnp.zeros(shape, dtype), _MATRIX),
-          )
-        )
-        plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
-        plgpu.wgmma_wait(0)
+        acc = plgpu.ACC((_ROWS, block), jnp.float32)
+        pl.run_scoped(products, acc, acc)
+        if not overlap:
+          plgpu.wgmma_wait(0)
         plgpu.commit_smem()  # Loads of the slot come before its next copy.
-        stream.release(i)
+        if not overlap:
+          stream.release(i)
         return carry
 
       lax.fori_loop(0, count, step, 0)
@@ -643,26 +658,19 @@ class _Stream(NamedTuple):
 
   def refill(self, i):
     """In step `i`: fetches into the slot that step `i - 1` read."""
-    if self.stages > 1:
-      self._fetch(i - 1, (i > 0) & (i + self.stages - 1 < self.count))
+
+    @pl.when((self.wg == 0) & (i > 0) & (i + self.stages - 1 < self.count))
+    def _():
+      slot = lax.rem(i - 1, self.stages)
+      plgpu.barrier_wait(self.free.at[slot])
+      self.fetch(i - 1 + self.stages, slot)
 
   def release(self, i):
-    """Ends step `i`, with the slot read."""
-    slot = lax.rem(i, self.stages)
+    """Says that this warpgroup has read the slot of step `i`, if any."""
 
-    @pl.when(i + self.stages < self.count)  # Someone waits for it.
+    @pl.when((i >= 0) & (i + self.stages < self.count))  # Someone waits.
     def _():
-      plgpu.barrier_arrive(self.free.at[slot])
-
-    if self.stages == 1:
-      self._fetch(i, i + 1 < self.count)
-
-  def _fetch(self, read, more):
-    @pl.when((self.wg == 0) & more)
-    def _():
-      slot = lax.rem(read, self.stages)
-      plgpu.barrier_wait(self.free.at[slot])
-      self.fetch(read + self.stages, slot)
+      plgpu.barrier_arrive(self.free.at[lax.rem(i, self.stages)])
 
 
 def _kernel(body, name, *, grid, warpgroups, out_type, scratch_types):
@@ -789,6 +797,12 @@ def _tiles(shape, dtype):
       plgpu.SwizzleTransform(swizzle),
     ),
   )
+
+
+def _begin_at(value, acc):
+  """An accumulator, now of `value`."""
+  acc[...] = value
+  return acc
 
 
 def _fold(s, factor: float):

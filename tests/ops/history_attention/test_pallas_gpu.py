@@ -36,6 +36,8 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
     for module, name, value in (
       (pallas_gpu, 'plgpu', self.plgpu),
       (pallas_gpu, '_jitted', pallas_gpu._attend),
+      # It can only begin at zero.
+      (pallas_gpu, '_begin_at', lambda x, acc: gpu_interpreter.Begun(acc, x)),
       # The interpreter's callbacks are not for custom_partitioning.
       (partition, 'by_rows', lambda function, *axes: function),
     ):
@@ -69,8 +71,9 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
     self.check(suite.make_call(1, shape, structure, dtype))
 
   @parameterized.parameters(
-    ('any', Config(2, 64, 3, 1, Backward(2, 64, 3), Backward(2, 64, 1))),
-    ('causal', Config(3, 128, 2, 2, Backward(1, 64), Backward(3, 64))),
+    ('any', Config(2, 64, 3, 1, Backward(2, 64, 3, True), Backward(2, 64, 3))),
+    ('any', Config(1, 64, 2, 1, Backward(1, 64), Backward(2, 64, 2, True))),
+    ('causal', Config(3, 128, 2, 2, Backward(1, 64), Backward(3, 64, 3, True))),
   )
   def test_divisions_of_the_work(self, structure, config):
     call = suite.make_call(2, (1, 150, 260, 1, 32), structure, 'bfloat16')
