@@ -176,6 +176,11 @@ class MemoryTest(parameterized.TestCase):
 class InvarianceTest(parameterized.TestCase):
   """A candidate's result is a function of itself and its row's history."""
 
+  def setUp(self):
+    super().setUp()
+    # As above: a product's algorithm, and so its rounding, depends on its size.
+    self.enter_context(jax.default_matmul_precision('highest'))
+
   @parameterized.product(
     implementation=IMPLEMENTATIONS, dtype=('float32', 'bfloat16')
   )
