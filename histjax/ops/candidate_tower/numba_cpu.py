@@ -84,9 +84,16 @@ def suits(candidates: Any, *args: Any, **kwargs: Any) -> bool:
 
 @functools.cache
 def _register() -> str:
+  """Compiles the kernel and makes it known to XLA; returns its name there."""
   from histjax.ops.candidate_tower import numba_kernel
 
-  jax.ffi.register_ffi_target(
-    _TARGET, jax.ffi.pycapsule(numba_kernel.handler.ctypes), platform='cpu'
-  )
+  handler = jax.ffi.pycapsule(numba_kernel.handler.ctypes)
+  try:
+    jax.ffi.register_ffi_target(_TARGET, handler, platform='cpu')
+  except jax.errors.JaxRuntimeError as error:
+    raise NotImplementedError(
+      'numba_cpu follows version '
+      f'{numba_kernel.MAJOR}.{numba_kernel.MINOR} of the foreign function '
+      f'interface of XLA, which JAX {jax.__version__} refuses: {error}'
+    ) from error
   return _TARGET

@@ -84,7 +84,7 @@ class _Emitter:
 
   def fma(self, a, b, c):
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    name = f'llvm.fma.v{LANES}f32'
+    name = f'llvm.fmuladd.v{LANES}f32'  # Fused where that is fast.
     function = cgutils.get_or_insert_function(self.builder.module, kind, name)
     return self.builder.call(function, [a, b, c])
 
@@ -400,7 +400,7 @@ _word_pointer = _pointer_to(types.intp)
 
 
 def _structure(*fields):
-  """A function from an address to the C structure there."""
+  """The layout of a C structure, and a function from an address to it."""
   dtype = np.dtype(list(fields), align=True)
   pointer = _pointer_to(numba.from_dtype(dtype))
 
@@ -479,6 +479,8 @@ OPERANDS = (
   'query', 'output', 'mlp_in', 'mlp_out', 'bias', 'final_scale', 'final_bias',
 )  # fmt: skip
 ATTRIBUTES = ('final_norm', 'heads', 'rotate')
+
+_KEYS_AT, _MLP_IN_AT = OPERANDS.index('keys'), OPERANDS.index('mlp_in')
 
 # A call: the units of work, the shape, the options, the addresses.
 _JOB, _job = _structure(
@@ -761,15 +763,16 @@ def _handler(frame_address):
     given[i] = _words(_scalar(attributes[i]).value, 1)[0]
   dims = _words(_buffer(args[0]).dims, 3)
   job.rows, job.num_candidates, job.width = dims[0], dims[1], dims[2]
-  job.num_keys = _words(_buffer(args[3]).dims, 5)[2]
-  dims = _words(_buffer(args[10]).dims, 3)
+  job.num_keys = _words(_buffer(args[_KEYS_AT]).dims, 5)[2]
+  dims = _words(_buffer(args[_MLP_IN_AT]).dims, 3)
   job.layers, job.hidden = dims[0], dims[2]
   job.units = job.rows * ((job.num_candidates + LANES - 1) // LANES)
   job.next, job.done = 0, 0
 
   api = _api(frame.api)
   words = _malloc(64)
-  others = min(_num_threads(api, frame.context, words), job.units) - 1
+  threads = max(_num_threads(api, frame.context, words), 1)
+  others = min(threads, job.units) - 1
   job.users = others + 1
   for i in range(others):
     if not _schedule(api, frame.context, words, address):
@@ -789,8 +792,10 @@ def _compile(signature, function):
   """Machine code, from the cache on disk if there can be one."""
   try:
     return cfunc(signature, cache=True)(function)
-  except RuntimeError:  # No folder for it can be written.
-    return cfunc(signature)(function)
+  except RuntimeError as error:
+    if 'cannot cache function' not in str(error):
+      raise
+    return cfunc(signature)(function)  # No folder for it can be written.
 
 
 _compiled_task = _compile(types.void(types.intp), _task)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histjax import ops
-from histjax.ops.candidate_tower import numba_kernel
+from histjax.ops.candidate_tower import numba_cpu, numba_kernel
 from tests.ops.candidate_tower import suite
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -214,6 +214,16 @@ class DispatchTest(parameterized.TestCase):
       self.assertEqual(backend(shape), 'xla')
       with self.assertRaisesRegex(NotImplementedError, r'histjax\[cpu\]'):
         backend(shape, 'numba_cpu')
+
+  def test_an_interface_that_jax_refuses(self):
+    shape = (1, 9, 9, 2, 8)
+    error = jax.errors.JaxRuntimeError('API version is incompatible')
+    numba_cpu._register.cache_clear()
+    with mock.patch.object(jax.ffi, 'register_ffi_target', side_effect=error):
+      self.assertEqual(backend(shape), 'xla')
+      with self.assertRaisesRegex(NotImplementedError, 'is incompatible'):
+        backend(shape, 'numba_cpu')
+    self.assertEqual(backend(shape), 'numba_cpu')
 
   def test_not_on_windows(self):
     with mock.patch('platform.system', return_value='Windows'):
