@@ -307,8 +307,7 @@ class Scorer:
       if line not in self._logged:
         self._logged.add(line)
         logging.info('%s runs as %r', *line)
-    num_rows, num_candidates = candidates.shape
-    return {k: v[:num_rows, :num_candidates] for k, v in logits.items()}
+    return _cropped(logits, candidates.shape)
 
   def backends(
     self, cache: HistoryCache, candidates: Candidates
@@ -444,7 +443,7 @@ class Scorer:
       group=np.zeros(rows, np.int32),
     )
     logits = function(padded)
-    return {k: v[:num_rows, :num_candidates] for k, v in logits.items()}
+    return _cropped(logits, (num_rows, num_candidates))
 
   def _pad_history(
     self, history: History, rows: int, smallest: int = 16
@@ -491,3 +490,12 @@ class Scorer:
       visible=None if visible is None else padding.pad(visible, (rows, padded)),
       mask=None if whole else padding.pad(real, (rows, padded)),
     )
+
+
+def _cropped(logits: Logits, shape: tuple[int, int]) -> Logits:
+  """Without padding; each cut is a program of its own, so only if needed."""
+  num_rows, num_candidates = shape
+  return {
+    k: v if v.shape == shape else v[:num_rows, :num_candidates]
+    for k, v in logits.items()
+  }
