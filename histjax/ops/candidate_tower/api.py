@@ -192,9 +192,9 @@ def candidate_tower_backend(
 
 
 def has_cpu_kernel(dtype: Any) -> bool:
-  """Whether 'numba_cpu' computes towers of matrices of this type here."""
+  """Whether 'numba_cpu' computes towers of this type on the default device."""
   try:
-    devices.check_numba(jax.local_devices(backend='cpu')[0])
+    devices.check_numba(dispatch.device_of(None))
     numba_cpu.check_dtype(dtype)
   except NotImplementedError:
     return False

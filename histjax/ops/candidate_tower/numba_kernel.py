@@ -82,6 +82,10 @@ class _Emitter:
     first = self.builder.insert_element(undefined, number, _INT(0))
     return self.builder.shuffle_vector(first, undefined, self.ints(0))
 
+  def number(self, base, index):
+    """The number at an address, in every lane."""
+    return self.spread(self.load(base, index, _FLOAT))
+
   def fma(self, a, b, c):
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
     name = f'llvm.fmuladd.v{LANES}f32'  # Fused where that is fast.
@@ -131,6 +135,15 @@ class _Emitter:
     b.position_at_end(after)
     return sums
 
+  def each(self, x, count, value):
+    """`x[i] = value(i)` for `count` vectors."""
+
+    def body(i, _):
+      self.store(value(i), x, i)
+      return []
+
+    self.loop(count, [], body)
+
 
 def _vectors(emit):
   """An intrinsic of integers (addresses, sizes) from what emits its code."""
@@ -171,12 +184,15 @@ def _product(rows, *, adjacent, add):
       base = b.mul(k, stride) if adjacent else k
       factor = e.load(x, k)
       return [
-        e.fma(e.spread(e.load(w, b.add(base, i), _FLOAT)), factor, s)
+        e.fma(e.number(w, b.add(base, i)), factor, s)
         for i, s in zip(at, sums, strict=True)
       ]
 
-    start = [e.load(c, kind(r)) if add else e.const(0.0) for r in range(rows)]
-    for r, total in enumerate(e.loop(count, start, body)):
+    # From zero: begun at c, which may be large, each would be rounded to that.
+    totals = e.loop(count, [e.const(0.0)] * rows, body)
+    for r, total in enumerate(totals):
+      if add:
+        total = b.fadd(e.load(c, kind(r)), total)
       e.store(total, c, kind(r))
 
   return emit
@@ -192,10 +208,10 @@ def _products(*, adjacent, add):
     step = _WORD if adjacent else _WORD * stride
     r = 0
     while r + ROWS <= rows:
-      many((w + r * step, stride, x, count, c + r * LANES * _WORD))
+      many((w + r * step, stride, x, count, c + r * _BYTES))
       r += ROWS
     while r < rows:
-      one((w + r * step, stride, x, count, c + r * LANES * _WORD))
+      one((w + r * step, stride, x, count, c + r * _BYTES))
       r += 1
 
   return product
@@ -207,26 +223,17 @@ _scores = _products(adjacent=False, add=False)
 
 @_vectors
 def _zero(e, x, count):
-  e.loop(count, [], lambda i, _: e.store(e.const(0.0), x, i) or [])
+  e.each(x, count, lambda i: e.const(0.0))
 
 
 @_vectors
 def _set_bias(e, bias, x, count):
-  def body(i, _):
-    e.store(e.spread(e.load(bias, i, _FLOAT)), x, i)
-    return []
-
-  e.loop(count, [], body)
+  e.each(x, count, lambda i: e.number(bias, i))
 
 
 @_vectors
 def _add_bias(e, bias, x, count):
-  def body(i, _):
-    number = e.spread(e.load(bias, i, _FLOAT))
-    e.store(e.builder.fadd(e.load(x, i), number), x, i)
-    return []
-
-  e.loop(count, [], body)
+  e.each(x, count, lambda i: e.builder.fadd(e.load(x, i), e.number(bias, i)))
 
 
 @_vectors
@@ -250,21 +257,16 @@ def _normalize(e, x, out, count):
   )
   inverse = b.fdiv(e.const(1.0), b.call(root, [variance]))
 
-  def scale(i, _):
-    e.store(b.fmul(b.fsub(e.load(x, i), mean), inverse), out, i)
-    return []
-
-  e.loop(count, [], scale)
+  e.each(out, count, lambda i: b.fmul(b.fsub(e.load(x, i), mean), inverse))
 
 
 @_vectors
 def _affine(e, scale, bias, x, count):
-  def body(i, _):
-    a, c = (e.spread(e.load(v, i, _FLOAT)) for v in (scale, bias))
-    e.store(e.fma(e.load(x, i), a, c), x, i)
-    return []
-
-  e.loop(count, [], body)
+  e.each(
+    x,
+    count,
+    lambda i: e.fma(e.load(x, i), e.number(scale, i), e.number(bias, i)),
+  )
 
 
 @_vectors
@@ -273,15 +275,14 @@ def _gelu(e, x, count):
   b = e.builder
   factor = -2 * math.sqrt(2 / math.pi) * _LOG2_E
 
-  def body(i, _):
+  def gelu(i):
     y = e.load(x, i)
     u = e.fma(b.fmul(y, y), e.const(0.044715 * factor), e.const(factor))
     u = b.fmul(u, y)
     u = b.select(b.fcmp_ordered('<', u, e.const(126.0)), u, e.const(126.0))
-    e.store(b.fdiv(y, b.fadd(e.const(1.0), e.exp2(u))), x, i)
-    return []
+    return b.fdiv(y, b.fadd(e.const(1.0), e.exp2(u)))
 
-  e.loop(count, [], body)
+  e.each(x, count, gelu)
 
 
 @_vectors
@@ -304,25 +305,15 @@ def _rotate(e, x, sin, cos, half):
 @_vectors
 def _multiply(e, x, factor, count):
   """`x *= factor`, a number."""
-  y = e.spread(e.load(factor, count.type(0), _FLOAT))
-
-  def body(i, _):
-    e.store(e.builder.fmul(e.load(x, i), y), x, i)
-    return []
-
-  e.loop(count, [], body)
+  y = e.number(factor, count.type(0))
+  e.each(x, count, lambda i: e.builder.fmul(e.load(x, i), y))
 
 
 @_vectors
 def _scale(e, x, factor, count):
   """`x *= factor`, a vector."""
   y = e.load(factor, count.type(0))
-
-  def body(i, _):
-    e.store(e.builder.fmul(e.load(x, i), y), x, i)
-    return []
-
-  e.loop(count, [], body)
+  e.each(x, count, lambda i: e.builder.fmul(e.load(x, i), y))
 
 
 @_vectors
@@ -332,15 +323,14 @@ def _mask(e, scores, first, start, stop, count):
   zero = count.type(0)
   first_seen, last = (e.load(x, zero, _INTS) for x in (start, stop))
 
-  def body(i, _):
+  def masked(i):
     index = e.spread(b.trunc(b.add(first, i), _INT))
     seen = b.and_(
       b.icmp_signed('>=', index, first_seen), b.icmp_signed('<', index, last)
     )
-    e.store(b.select(seen, e.load(scores, i), e.const(-math.inf)), scores, i)
-    return []
+    return b.select(seen, e.load(scores, i), e.const(-math.inf))
 
-  e.loop(count, [], body)
+  e.each(scores, count, masked)
 
 
 @_vectors
@@ -394,9 +384,18 @@ def _pointer_to(kind):
   return pointer
 
 
-_float_pointer = _pointer_to(types.float32)
-_int_pointer = _pointer_to(types.int32)
-_word_pointer = _pointer_to(types.intp)
+def _array(kind):
+  """A function from an address and a size to the array there."""
+  pointer = _pointer_to(kind)
+
+  @njit
+  def view(address, count):
+    return carray(pointer(address), count)
+
+  return view
+
+
+_floats, _ints, _words = map(_array, (types.float32, types.int32, types.intp))
 
 
 def _structure(*fields):
@@ -413,21 +412,6 @@ def _structure(*fields):
 
 def _fields(kind, names):
   return tuple((name, kind) for name in names.split())
-
-
-@njit
-def _floats(address, count):
-  return carray(_float_pointer(address), count)
-
-
-@njit
-def _ints(address, count):
-  return carray(_int_pointer(address), count)
-
-
-@njit
-def _words(address, count):
-  return carray(_word_pointer(address), count)
 
 
 @intrinsic
@@ -658,37 +642,63 @@ def _task(address):
   _leave(address)
 
 
-_, _call_frame = _structure(
-  *_fields('i8', 'struct_size extension api context'),
+_BASE = _fields('i8', 'struct_size extension_start')
+# Of the header, under its names but where those changed; pointers are integers.
+STRUCTURES: dict[str, np.dtype] = {}
+
+
+def _of_header(name, *fields):
+  STRUCTURES[name], view = _structure(*fields)
+  return view
+
+
+_of_header('Args', *_BASE, *_fields('i8', 'size types args'))
+_of_header('Rets', *_BASE, *_fields('i8', 'size types rets'))
+_of_header('Attrs', *_BASE, *_fields('i8', 'size types names attrs'))
+_call_frame = _of_header(
+  'CallFrame',
+  *_BASE,
+  *_fields('i8', 'api ctx'),
   ('stage', 'i4'),
-  *_fields('i8', 'args_size args_extension num_args arg_types args'),
-  *_fields('i8', 'rets_size rets_extension num_rets ret_types rets'),
-  *_fields('i8', 'attrs_size attrs_extension num_attrs attr_types'),
-  *_fields('i8', 'attr_names attrs'),
+  *((name, STRUCTURES[name.title()]) for name in ('args', 'rets', 'attrs')),
+  ('future', 'i8'),
 )
-_, _buffer = _structure(
-  *_fields('i8', 'struct_size extension'),
-  ('dtype', 'i4'),
-  *_fields('i8', 'data rank dims'),
+_buffer = _of_header(
+  'Buffer', *_BASE, ('dtype', 'i4'), *_fields('i8', 'data rank dims')
 )
-_, _scalar = _structure(('dtype', 'i4'), ('value', 'i8'))
+_scalar = _of_header('Scalar', ('dtype', 'i4'), ('value', 'i8'))
+_of_header('Api_Version', *_BASE, *_fields('i4', 'major_version minor_version'))
+_metadata = _of_header(
+  'Metadata',
+  ('struct_size', 'i8'),
+  ('api_version', STRUCTURES['Api_Version']),
+  ('traits', 'i4'),
+  ('state_type_id', 'i8'),
+)
+_api = _of_header(
+  'Api',
+  *_BASE,
+  ('api_version', STRUCTURES['Api_Version']),
+  *_fields('i8', 'internal_api Error_Create _error_text Error_Destroy'),
+  *_fields('i8', 'Handler_Register Stream_Get Type_Register _context_get'),
+  *_fields('i8', 'State_Set State_Get'),
+  *_fields('i8', 'DeviceMemory_Allocate DeviceMemory_Free'),
+  *_fields('i8', 'ThreadPool_Schedule ThreadPool_NumThreads'),
+)
+_error_destroy = _of_header('Error_Destroy_Args', *_BASE, ('error', 'i8'))
+_num_threads_args = _of_header(
+  'ThreadPool_NumThreads_Args', *_BASE, *_fields('i8', 'ctx num_threads')
+)
+_schedule_args = _of_header(
+  'ThreadPool_Schedule_Args', *_BASE, *_fields('i8', 'ctx task data')
+)
+# An extension of a call frame by which XLA asks for a handler's version.
 _, _extension = _structure(
   ('struct_size', 'i8'), ('type', 'i4'), *_fields('i8', 'next metadata')
 )
-_, _metadata = _structure(
-  *_fields('i8', 'struct_size version_size version_extension'),
-  *_fields('i4', 'major minor traits'),
-  ('state_type', 'i8'),
-)
-API, _api = _structure(
-  *_fields('i8', 'struct_size extension version_size version_extension'),
-  *_fields('i4', 'major minor'),
-  ('internal', 'i8'),
-  *_fields('i8', 'Error_Create Error_GetMessage Error_Destroy'),
-  *_fields('i8', 'Handler_Register Stream_Get Type_Register'),
-  *_fields('i8', 'ExecutionContext_Get State_Set State_Get'),
-  *_fields('i8', 'DeviceMemory_Allocate DeviceMemory_Free'),
-  *_fields('i8', 'ThreadPool_Schedule ThreadPool_NumThreads'),
+_ERROR_BYTES, _THREADS_BYTES, _SCHEDULE_BYTES = (
+  STRUCTURES[f'{name}_Args'].itemsize
+  for name in ('Error_Destroy', 'ThreadPool_NumThreads', 'ThreadPool_Schedule')
 )
 MAJOR, MINOR = 0, 3  # Of the interface that these structures follow.
 _METADATA = 1
@@ -696,33 +706,35 @@ _EXECUTE = 3
 
 
 @njit
-def _drop(api, arguments, error):
+def _drop(api, memory, error):
   """Frees an error; whether there was one."""
   if error == 0:
     return False
-  words = _words(arguments, 3)
-  words[0], words[1], words[2] = 24, 0, error
-  _call(api.Error_Destroy, arguments)
+  args = _error_destroy(memory)
+  args.struct_size, args.extension_start = _ERROR_BYTES, 0
+  args.error = error
+  _call(api.Error_Destroy, memory)
   return True
 
 
 @njit
-def _num_threads(api, context, words):
-  values = _words(words, 5)
-  values[0], values[1], values[2], values[3] = 32, 0, context, words + 32
-  values[4] = 1
-  if _drop(api, words, _call(api.ThreadPool_NumThreads, words)):
+def _num_threads(api, context, memory):
+  number = memory + _THREADS_BYTES
+  args = _num_threads_args(memory)
+  args.struct_size, args.extension_start = _THREADS_BYTES, 0
+  args.ctx, args.num_threads = context, number
+  if _drop(api, memory, _call(api.ThreadPool_NumThreads, memory)):
     return 1
-  return values[4]
+  return max(_words(number, 1)[0], 1)
 
 
 @njit
-def _schedule(api, context, words, address):
+def _schedule(api, context, memory, address):
   """Whether a thread will run the job."""
-  values = _words(words, 5)
-  values[0], values[1], values[2] = 40, 0, context
-  values[3], values[4] = _task_address(), address
-  return not _drop(api, words, _call(api.ThreadPool_Schedule, words))
+  args = _schedule_args(memory)
+  args.struct_size, args.extension_start = _SCHEDULE_BYTES, 0
+  args.ctx, args.task, args.data = context, _task_address(), address
+  return not _drop(api, memory, _call(api.ThreadPool_Schedule, memory))
 
 
 @intrinsic
@@ -741,25 +753,27 @@ def _task_address(typing_context):
 
 def _handler(frame_address):
   frame = _call_frame(frame_address)
-  if frame.extension != 0:
-    extension = _extension(frame.extension)
+  if frame.extension_start != 0:
+    extension = _extension(frame.extension_start)
     if extension.type == _METADATA:
       metadata = _metadata(extension.metadata)
-      metadata.major, metadata.minor = MAJOR, MINOR
-      metadata.traits, metadata.state_type = 0, 0
+      version = metadata.api_version
+      version.major_version, version.minor_version = MAJOR, MINOR
+      metadata.traits, metadata.state_type_id = 0, 0
       return 0
   if frame.stage != _EXECUTE:
     return 0
   address = _malloc(_JOB_BYTES)
   job = _job(address)
-  args = _words(frame.args, frame.num_args)
-  operands = _words(address + _FIRST_OPERAND, frame.num_args)
-  for i in range(frame.num_args):
+  num_args, num_attrs = frame.args.size, frame.attrs.size
+  args = _words(frame.args.args, num_args)
+  operands = _words(address + _FIRST_OPERAND, num_args)
+  for i in range(num_args):
     operands[i] = _buffer(args[i]).data
-  job.result = _buffer(_words(frame.rets, 1)[0]).data
-  attributes = _words(frame.attrs, frame.num_attrs)
-  given = _words(address + _FIRST_ATTRIBUTE, frame.num_attrs)
-  for i in range(frame.num_attrs):
+  job.result = _buffer(_words(frame.rets.rets, 1)[0]).data
+  attributes = _words(frame.attrs.attrs, num_attrs)
+  given = _words(address + _FIRST_ATTRIBUTE, num_attrs)
+  for i in range(num_attrs):
     given[i] = _words(_scalar(attributes[i]).value, 1)[0]
   dims = _words(_buffer(args[0]).dims, 3)
   job.rows, job.num_candidates, job.width = dims[0], dims[1], dims[2]
@@ -770,16 +784,15 @@ def _handler(frame_address):
   job.next, job.done = 0, 0
 
   api = _api(frame.api)
-  words = _malloc(64)
-  threads = max(_num_threads(api, frame.context, words), 1)
-  others = min(threads, job.units) - 1
+  memory = _malloc(_THREADS_BYTES + _SCHEDULE_BYTES)  # Of any arguments.
+  others = min(_num_threads(api, frame.ctx, memory), job.units) - 1
   job.users = others + 1
   for i in range(others):
-    if not _schedule(api, frame.context, words, address):
+    if not _schedule(api, frame.ctx, memory, address):
       for _ in range(i, others):
         _leave(address)
       break
-  _free(words)
+  _free(memory)
   units = job.units
   _work(address)
   while _read(address + _DONE) < units:

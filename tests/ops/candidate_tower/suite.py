@@ -16,7 +16,9 @@ from histjax.types import KeyRange
 # Absolute, of outputs of order 1 after two or three layers of inputs that are
 # already rounded: the rounding of the computation, some 20 of them deep.
 TOLERANCE = {
-  'float32': 2e-5,  # 2^-24, times the terms; exp and tanh differ by ulps.
+  # 2^-24, times the terms, and the angles, hundreds of radians: with 333 keys
+  # 'reference' errs by 2.1e-5. exp and tanh differ by ulps.
+  'float32': 3e-5,
   'float16': 2e-2,  # 2^-11: products are rounded to it.
   'bfloat16': 1e-1,  # 2^-8: likewise.
 }
