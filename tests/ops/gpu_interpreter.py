@@ -213,6 +213,15 @@ def interpret_inline_mgpu(self, eqn, token, get_invals):
   return token, []
 
 
+def zero_rows(thread, values, first, last, **sizes):
+  """`_zero_rows` of history_attention."""
+  del thread, sizes
+  value = values.read().copy()
+  index = np.arange(len(value))
+  value[(index < first) | (index >= last)] = 0
+  values.write(value)
+
+
 # The tower's copies between the blocks of a cluster.
 
 
@@ -239,11 +248,16 @@ class Sent:
     return phase
 
 
+def place(barrier):
+  """Where a barrier is, of those of all tiles of the block."""
+  at = barrier.access.range
+  return tuple(i if isinstance(i, int) else i.start for i in at)
+
+
 def initialize(thread, barriers, *, count):
-  if not thread.warpgroup_id:
-    peers = gpu_callbacks.get_races().peers
-    for first in (0, 2):
-      peers[barriers.key, first] = Sent(count)
+  peers = gpu_callbacks.get_races().peers
+  for first in (0, 2):
+    peers[barriers.key, (place(barriers)[0], first)] = Sent(count)
 
 
 def send(thread, block, barrier, *, blocks):
@@ -262,15 +276,13 @@ def send(thread, block, barrier, *, blocks):
       races.check(part, thread, now.async_smem_clock, is_write)
       races.record(part, thread, now.async_smem_clock, is_write, position)
     there.write(value)
-    sent = races.peers[sent, barrier.access.range[0].start]
+    sent = races.peers[sent, place(barrier)]
     with sent.condition:
       sent.add(now, size=-value.nbytes)
 
 
 def receive(thread, barrier, *, size):
-  sent = gpu_callbacks.get_races().peers[
-    barrier.key, barrier.access.range[0].start
-  ]
+  sent = gpu_callbacks.get_races().peers[barrier.key, place(barrier)]
   clock = memory().incr_clock(thread)
   with sent.condition:
     phase = sent.add(clock, size=size, arrived=1)

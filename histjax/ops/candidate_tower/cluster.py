@@ -19,9 +19,12 @@ utils: Any = mosaic_utils  # Not all of it in the oldest JAX.
 
 
 def initialize(ctx, barriers, *, count: int) -> None:
-  """Two barriers for `count` warpgroups; the block must meet before use."""
+  """Two barriers for `count` warpgroups; they must meet before use.
+
+  Called by one warpgroup.
+  """
   del ctx
-  first = _flag(utils.single_thread_predicate(utils.ThreadSubset.BLOCK))
+  first = _flag(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP))
   utils.inline_ptx(
     '{ .reg .pred p; setp.ne.b32 p, $1, 0; '
     f'@p mbarrier.init.shared::cta.b64 [$0], {count * _THREADS}; '

@@ -1,14 +1,14 @@
 """The candidate tower in one Hopper kernel: Pallas Mosaic GPU, wgmma, TMA.
 
-A tile of 64 candidates is shared by workers, warpgroups that own the same
-rows and different columns: a worker keeps its columns of the float32 residual
-stream in registers through all layers, computes its own heads, and reads what
-the others have computed from shared memory. Nothing of a candidate goes to
-device memory but its final value. Where few candidates would leave the chip
-idle, the workers of a tile sit in the blocks of a cluster and write into each
-other's shared memory. One more warpgroup streams each worker's columns of the
-weights and its heads' keys and values through a ring. NOTES.md has the
-measurements.
+Many candidates of D = 256 go the way of `pallas_gpu_layers`. Here a tile of 64
+candidates is shared by workers, warpgroups that own the same rows and
+different columns: a worker keeps its columns of the float32 residual stream in
+registers through all layers, computes its own heads, and reads what the others
+have computed from shared memory. Nothing of a candidate goes to device memory
+but its final value. Where few candidates would leave the chip idle, the
+workers of a tile sit in the blocks of a cluster and write into each other's
+shared memory. One more warpgroup streams each worker's columns of the weights
+and its heads' keys and values through a ring. NOTES.md has the measurements.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import rotary
-from histjax.ops.candidate_tower import reference
+from histjax.ops.candidate_tower import hopper, pallas_gpu_layers, reference
+from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.types import KeyRange
 
-ROWS = 64  # Candidates of a tile: the M of wgmma.
+ROWS = hopper.ROWS  # Candidates of a tile.
 STEP = 64  # Keys whose scores are held at once.
 NEVER = -1e30  # Less than any score; finite, so that NEVER - NEVER = 0.
 META = 8  # int32 fields of a block of work.
 MULTIPROCESSORS = 132
+CLUSTERS_OF_FOUR = 28  # That run at once; 30 on the H200 that was tried.
+LAYERS_FROM = 67  # Tiles: with fewer, clusters are faster.
 SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less barriers.
 
 
@@ -72,23 +74,30 @@ def default_config(
   """The fastest measured on an H200 for 4 heads; NOTES.md has the numbers."""
   tiles = num_rows * pl.cdiv(num_candidates, ROWS)
   wide = width // num_heads == 64
-  if tiles <= 66 and num_heads == 4:
-    if width == 128:
-      return Config(
-        tiles=1,
-        workers=1,
-        blocks=4,
-        slot=4096,
-        group=min(4, hidden // 128),
-        buffers=1,
-        registers=(232, 24),
-      )
-    return Config(
-      tiles=1, workers=2, blocks=2, group=2, buffers=1, registers=(232, 24)
+  choices = []
+  if tiles < LAYERS_FROM and num_heads == 4:
+    cluster = Config(
+      tiles=1, workers=1, blocks=4, buffers=1, registers=(232, 24)
     )
-  if width == 128:
-    return Config(slot=8192 if wide else 4096, park='shared')
-  return Config(buffers=1, park='device', loader=False)
+    change = functools.partial(dataclasses.replace, cluster)
+    if width == 128:
+      group = min(4, hidden // 128)
+      if tiles > CLUSTERS_OF_FOUR:
+        choices.append(change(tiles=2, slot=4096, group=group))
+      choices.append(change(slot=4096, group=group))
+    else:
+      group = min(2, hidden // 256)
+      if tiles <= CLUSTERS_OF_FOUR:
+        choices.append(change(group=group))
+      choices.append(change(workers=2, blocks=2, group=group))
+  elif width == 128:
+    choices.append(Config(slot=8192 if wide else 4096, park='shared'))
+  else:
+    choices.append(Config(buffers=1, park='device', loader=False))
+  for choice in choices:
+    if _Plan(choice, 1, width, hidden, num_heads).fits():
+      return choice
+  return choices[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +227,7 @@ class _Plan:
       and self.out_rows * self.columns == config.slot
       and not self.keys % STEP
       and self.slots >= 2
-      and (
-        config.blocks == 1
-        or (config.tiles == 1 and self.heads == 1 and self.query_in_act)
-      )
+      and (config.blocks == 1 or (self.heads == 1 and self.query_in_act))
       and config.buffers <= self.num_groups
     )
 
@@ -256,13 +262,52 @@ def candidate_tower(
   count: Int[Array, 'B'] | None = None,
   final_norm: bool = True,
   config: Config | None = None,
+  in_layers: bool | None = None,
 ) -> Float[Array, 'B C D']:
-  """See `api.candidate_tower`; `config` is for measurements."""
+  """See `api.candidate_tower`; the last two are for measurements.
+
+  `in_layers`: whether as `pallas_gpu_layers` says.
+  """
   plgpu = _mosaic_gpu()
   num_layers, num_rows, num_keys = keys.shape[:3]
   num_candidates, width = candidates.shape[1:]
   hidden = weights.mlp_in.shape[2]
   _check(candidates, keys, weights, num_heads)
+
+  def pad(x, to, mode='constant'):
+    after = to - x.shape[1]
+    if not after:
+      return x
+    widths = [(0, 0), (0, after)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, mode=mode)
+
+  # The copy engine moves 8 rows at a time.
+  copied = pl.cdiv(num_candidates, 8) * 8
+  keys, values = (
+    pad(
+      y.reshape(num_layers * num_rows, *y.shape[2:]), pl.cdiv(num_keys, 8) * 8
+    )
+    for y in (keys, values)
+  )
+  start, stop = key_range.start, key_range.stop
+  if in_layers is None:
+    tiles = num_rows * pl.cdiv(num_candidates, ROWS)
+    in_layers = config is None and count is None and width == 256
+    in_layers &= tiles >= LAYERS_FROM and num_rows <= attention.MAX_GRID
+  if in_layers:
+    start, stop = (pad(y, copied, 'edge') for y in (start, stop))
+    out = pallas_gpu_layers.candidate_tower(
+      plgpu,
+      functools.partial(attention.of_layer, num_keys=num_keys),
+      pad(candidates, copied),
+      None if position is None else pad(position, copied, 'edge'),
+      keys,
+      values,
+      KeyRange(start, stop, key_range.structure),
+      weights,
+      final_norm=final_norm,
+    )
+    return out[:, :num_candidates]
   if config is None:
     config = default_config(num_rows, num_candidates, width, hidden, num_heads)
   plan = _Plan(config, num_layers, width, hidden, num_heads)
@@ -274,19 +319,9 @@ def candidate_tower(
   rows = config.tiles * ROWS
   num_blocks = pl.cdiv(num_candidates, rows)
   padded = num_blocks * rows
-
-  def pad(x, to, mode='constant'):
-    after = to - x.shape[1]
-    if not after:
-      return x
-    widths = [(0, 0), (0, after)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, mode=mode)
-
-  # The copy engine moves 8 rows at a time, and registers whole blocks. Padding
-  # sees what the last one sees.
+  # Registers are moved by whole blocks. Padding sees what the last one sees.
   whole = candidates.dtype == jnp.float32 or not final_norm
-  x = pad(candidates, padded if whole else -(-num_candidates // 8) * 8)
-  start, stop = key_range.start, key_range.stop
+  x = pad(candidates, padded if whole else copied)
   place = start if position is None else position
   place = pad(place, padded, 'edge')
   prefix = key_range.structure == 'prefix'
@@ -298,13 +333,7 @@ def candidate_tower(
     start, stop = pad(start, padded, 'edge'), pad(stop, padded, 'edge')
     meta = _blocks(start, stop, count, rows, prefix, sort=not few)
     start = start.reshape(-1)
-  keys, values = (
-    pad(
-      y.reshape(num_layers * num_rows, num_keys, width),
-      -(-num_keys // 8) * 8,
-    )
-    for y in (keys, values)
-  )
+  keys, values = (y.reshape(*y.shape[:2], width) for y in (keys, values))
   call = _kernel(
     plgpu,
     plan,
@@ -406,8 +435,7 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
   bf16, wide, head_dim = jnp.bfloat16, plan.wide, plan.head_dim
 
   def swizzled(shape, dtype=bf16, columns=wide):
-    transforms = _transforms(plgpu, dtype, columns)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return hopper.swizzled(plgpu, shape, dtype, columns)
 
   # One place for each tile's hidden channels, or queries and residual stream:
   # the views have one stride, since a tile may be in its MLP and another not.
@@ -441,9 +469,9 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
   if config.blocks > 1:
     cluster = dict(cluster=(config.blocks,), cluster_names=('part',))
     peers = dict(
-      sent=plgpu.SMEM((4,), jnp.int32),  # Two barriers.
+      sent=plgpu.SMEM((tiles, 4), jnp.int32),  # Two barriers each.
       together=plgpu.ClusterBarrier(
-        collective_axes=('part',), num_arrivals=workers
+        collective_axes=('part',), num_arrivals=workers, num_barriers=tiles
       ),
     )
   scratch = dict(
@@ -494,14 +522,6 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     kernel_name='candidate_tower',
-  )
-
-
-def _transforms(plgpu, dtype, columns):
-  """Of shared memory in the form that the matrix units read."""
-  return (
-    plgpu.TilingTransform((8, columns)),
-    plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize),
   )
 
 
@@ -575,7 +595,7 @@ def _body(
       pieces = [
         plgpu.load(act.at[mine * per + n], layout=layout) for n in range(per)
       ]
-      return _join(pieces).astype(jnp.float32)
+      return hopper.join(pieces).astype(jnp.float32)
 
     @pl.when(work)
     def _():
@@ -787,17 +807,15 @@ class _Context:
         weight(w2_ref, out_view, row, mine * plan.columns)
 
 
-class _Worker:
+class _Worker(hopper.Warpgroup):
   """A computing warpgroup: its columns of 64 candidates, all layers."""
 
   def __init__(
     self, context, *, tile, worker, mine, limits, place, park_ref, park_at,
   ):  # fmt: skip
+    super().__init__(context.plgpu)
     self.context, self.plan = context, context.plan
-    self.plgpu = context.plgpu
-    plgpu, plan = self.plgpu, self.plan
-    self.row_layout = plgpu.Layout.WGMMA.reduce(1)
-    self.column_layout = plgpu.Layout.WGMMA.reduce(0)
+    plan = self.plan
     self.place = place
     self.limits, self.park_ref, self.park_at = limits, park_ref, park_at
     self.per = plan.columns // plan.wide
@@ -833,12 +851,6 @@ class _Worker:
 
   # Between registers and shared memory.
 
-  def down(self, v, columns):  # [64] -> [64, columns]
-    return lax.broadcast_in_dim(v, (ROWS, columns), (0,))
-
-  def across(self, v):  # [columns] -> [64, columns]
-    return lax.broadcast_in_dim(v, (ROWS, v.shape[0]), (1,))
-
   def zeros(self, columns):
     x = jnp.zeros((ROWS, columns), jnp.float32)
     return self.plgpu.layout_cast(x, self.plgpu.Layout.WGMMA)
@@ -860,7 +872,7 @@ class _Worker:
         self.context.bias_smem.at[two, at + j], layout=self.column_layout
       )
       found.append(self.across(b))
-    return _join(found)
+    return hopper.join(found)
 
   # Between the workers of a tile.
 
@@ -873,8 +885,9 @@ class _Worker:
   def sync(self):
     """Waits for all workers of the tile."""
     if self.plan.config.blocks > 1:
-      self.plgpu.barrier_arrive(self.context.together)
-      self.plgpu.barrier_wait(self.context.together)
+      together = self.context.together.at[self.tile]
+      self.plgpu.barrier_arrive(together)
+      self.plgpu.barrier_wait(together)
     else:
       self.meet()
 
@@ -895,11 +908,11 @@ class _Worker:
     """The barrier of a layer's meeting number `turn`."""
     meetings = 5 + self.plan.num_groups
     odd = lax.rem(self.layer * meetings + turn, jnp.int32(2))
-    return self.context.sent.at[pl.ds(2 * odd, 2)]
+    return self.context.sent.at[self.tile, pl.ds(2 * odd, 2)]
 
   def send(self, ref, at, turn):
     """Starts the copies of piece `at` to the same place of the other blocks."""
-    transforms = _transforms(self.plgpu, ref.dtype, ref.shape[-1])
+    transforms = hopper.transforms(self.plgpu, ref.dtype, ref.shape[-1])
     ref_type = self.plgpu.RefType
     copy = functools.partial(_cluster().send, blocks=self.plan.config.blocks)
     self.plgpu.inline_mgpu(arg_types=(ref_type(transforms), ref_type()))(copy)(
@@ -1045,34 +1058,6 @@ class _Worker:
 
   # The parts of a layer.
 
-  def rotated(self, q):
-    """`[64, heads * H]` float32 -> heads of `[64, H]` bfloat16, scaled."""
-    plan = self.plan
-    head_dim, half = plan.head_dim, plan.head_dim // 2
-    scale = head_dim**-0.5 * math.log2(math.e)  # Scores in units of log 2.
-    if self.place is not None:
-      channel = self.plgpu.broadcasted_iota(
-        jnp.int32, (half,), 0, layout=self.column_layout
-      ).astype(jnp.float32)
-      frequency = jnp.exp2(channel * (-math.log2(rotary.MAX_WAVELENGTH) / half))
-      angle = self.down(self.place, half) * self.across(frequency)
-      # Two-term reduction to [-pi, pi], where the fast sine is accurate.
-      turns = lax.round(
-        angle * (0.5 / math.pi), lax.RoundingMethod.TO_NEAREST_EVEN
-      )
-      angle = (angle - turns * 6.28125) - turns * (2 * math.pi - 6.28125)
-      sin, cos = jnp.sin(angle) * scale, jnp.cos(angle) * scale
-    heads = []
-    for n in range(plan.heads):
-      a = q[:, n * head_dim : n * head_dim + half]
-      b = q[:, n * head_dim + half : (n + 1) * head_dim]
-      if self.place is None:
-        a, b = a * scale, b * scale
-      else:
-        a, b = a * cos - b * sin, b * cos + a * sin
-      heads.append(lax.concatenate([a, b], 1).astype(jnp.bfloat16))
-    return heads
-
   def hide(self, s, base):
     """-inf outside each candidate's range.
 
@@ -1171,7 +1156,9 @@ class _Worker:
     init = self.bias(two, at, self.per)
     q = self.times(init, self.act, self.wq, number, deep)
     number += deep
-    q = self.rotated(q)
+    # Scores in units of log 2.
+    scale = plan.head_dim**-0.5 * math.log2(math.e)
+    q = self.rotated(q, self.place, plan.head_dim, scale)
     if not plan.out_in_mid:
       self.sync()  # All have read what the queries or outputs replace.
     for n, head in enumerate(q):
@@ -1185,7 +1172,7 @@ class _Worker:
           self.attend(n, number + n * context.steps)
           for n in range(j * joined, (j + 1) * joined)
         ]
-        yield _join(heads)
+        yield hopper.join(heads)
 
     attended = self.hidden if plan.out_in_mid else self.act
     self.share(outputs(), attended, at, 2)
@@ -1217,7 +1204,7 @@ class _Worker:
       plgpu.load(self.parked.at[first + n], layout=layout)
       for n in range(self.plan.columns // 32)
     ]
-    return _join(pieces)
+    return hopper.join(pieces)
 
   def mlp(self, x, number, two):
     """x + gelu(norm(x) W_1 + b_1) W_2 + b_2."""
@@ -1239,7 +1226,7 @@ class _Worker:
         block = 2 * blocks + (turn * group + c) * workers + self.mine
         init = self.bias(two, block, 1)
         u = self.times(init, self.act, self.w1, first + c * n1, n1)
-        u = gelu(u).astype(jnp.bfloat16)
+        u = hopper.gelu(u).astype(jnp.bfloat16)
         if config.buffers == 1 and plan.num_groups > 1:
 
           @pl.when((turn > 0) & (c == 0))
@@ -1298,9 +1285,13 @@ class _Worker:
       return x
 
     if plan.config.blocks > 1:
-      plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
-        functools.partial(_cluster().initialize, count=plan.config.workers)
-      )(context.sent)
+
+      @pl.when(self.worker == 0)
+      def _():
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
+          functools.partial(_cluster().initialize, count=plan.config.workers)
+        )(context.sent.at[self.tile])
+
       self.sync()
     if not plan.config.loader:
 
@@ -1334,15 +1325,3 @@ class _Worker:
     if plan.config.blocks > 1:
       self.sync()  # Shared memory goes with the block that leaves first.
     return x
-
-
-def _join(pieces):
-  """Blocks of columns, side by side."""
-  return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, 1)
-
-
-def gelu(u):
-  """`u Phi(u)` with the tanh approximation; one special function."""
-  inner = u * (0.7978845608 + 0.0356774081 * (u * u))
-  half = 0.5 * u
-  return half + half * jnp.tanh(inner)

@@ -23,16 +23,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu
-from jaxtyping import Array, Float
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float, Int
 
 from histjax.ops import partition
 from histjax.types import KeyRange
 
 plgpu: Any = mosaic_gpu  # Its types are those of one JAX version.
+mosaic_utils: Any = utils
 _MIN_JAX = (0, 11, 0)
 _HEAD_DIMS = (32, 64, 128)  # Others are padded with zeros.
-_MAX_GRID = 65535  # Blocks along all axes of a grid but one.
+MAX_GRID = 65535  # Blocks along all axes of a grid but one.
 _ROWS = 64  # What a warpgroup's matrix product yields.
 _FAR = 1 << 30  # Beyond any key.
 _LOWEST = -1e30  # Finite, so that a masked score is below it.
@@ -73,9 +77,9 @@ def history_attention(
     raise NotImplementedError(
       f'pallas_gpu has head dimensions up to {_HEAD_DIMS[-1]}, not H={head_dim}'
     )
-  if max(query.shape[0], query.shape[2]) > _MAX_GRID:
+  if max(query.shape[0], query.shape[2]) > MAX_GRID:
     raise NotImplementedError(
-      f'pallas_gpu takes at most {_MAX_GRID} rows and as many heads, not '
+      f'pallas_gpu takes at most {MAX_GRID} rows and as many heads, not '
       f'B={query.shape[0]}, N={query.shape[2]}'
     )
   num_queries, num_keys = query.shape[1], key.shape[1]
@@ -90,6 +94,29 @@ def history_attention(
   )
   out = _jitted(query, key, value, start, stop, call)
   return out[:, :num_queries, :, :head_dim]
+
+
+def of_layer(
+  query: Float[Array, 'B Q N H'],
+  keys: Float[Array, 'rows L N H'],
+  values: Float[Array, 'rows L N H'],
+  key_range: KeyRange,
+  first_row: Int[Array, '1'],
+  *,
+  num_keys: int,
+) -> Float[Array, 'B Q N H']:
+  """Attention to the rows `first_row, first_row + 1, ..` of keys and values.
+
+  As `history_attention` with a scale of `H ** -0.5`, but without gradients, and
+  keys and values before or after all ranges of a row may hold anything.
+  At most `MAX_GRID` rows; multiples of 8 queries and keys, of which `num_keys`
+  are no padding; H 32, 64 or 128.
+  """
+  call = _Call(
+    query.shape[3] ** -0.5, key_range.structure, num_keys, clean=True
+  )
+  inputs = (query, keys, values, key_range.start, key_range.stop)
+  return _forward(call, False, *inputs, first_row)[0]
 
 
 class Backward(NamedTuple):
@@ -161,6 +188,7 @@ class _Call(NamedTuple):
   scale: float
   structure: str
   num_keys: int
+  clean: bool = False  # Whether what nobody sees may hold anything.
 
   @property
   def ranged(self) -> bool:
@@ -208,7 +236,7 @@ _attend.defvjp(_forward_rule, _backward_rule)
 _jitted = jax.jit(_attend, static_argnums=5)
 
 
-def _forward(call, residuals, query, key, value, start, stop):
+def _forward(call, residuals, query, key, value, start, stop, first_row=None):
   """The output and `log2(sum(exp(scores)))`, infinite at an empty range."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
@@ -222,10 +250,11 @@ def _forward(call, residuals, query, key, value, start, stop):
   part = block // choice.parts
 
   def body(
-    q_ref, k_ref, v_ref, start_ref, stop_ref, out_ref, total_ref,
+    q_ref, k_ref, v_ref, start_ref, stop_ref, first_row_ref, out_ref, total_ref,
     *, q_smem, k_smem, v_smem, total_smem, q_ready, k_ready, v_ready, free,
   ):  # fmt: skip
     b, n, t = _block_index()
+    row = b if first_row is None else first_row_ref[0] + b
     wg = lax.axis_index('wg')
     base = t * tile + wg * _ROWS
     at = (b, pl.ds(base, _ROWS), n)
@@ -236,7 +265,7 @@ def _forward(call, residuals, query, key, value, start, stop):
     lower, count = _key_blocks(call, bounds, block)
 
     def fetch(step, slot):
-      at = (b, pl.ds((lower + step) * block, block), n)
+      at = (row, pl.ds((lower + step) * block, block), n)
       plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_ready.at[slot])
       plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], v_ready.at[slot])
 
@@ -273,6 +302,8 @@ def _forward(call, residuals, query, key, value, start, stop):
       p = p.astype(dtype)
       acc = acc * _over_columns(shrink, acc.shape)
       plgpu.barrier_wait(v_ready.at[slot])
+      if call.clean:
+        _clean(v_smem.at[slot], bounds, offset)
 
       def add(refs):
         acc_ref, total_ref = refs
@@ -336,7 +367,7 @@ def _forward(call, residuals, query, key, value, start, stop):
       v_ready=plgpu.Barrier(num_barriers=stages),
       free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     ),
-  )(query, key, value, start, stop)
+  )(query, key, value, start, stop, first_row)
 
 
 def _d_query(call, query, key, value, start, stop, out, log_total, d_out):
@@ -762,6 +793,56 @@ def _mask(s, edge, limits, offset):
   return lax.cond(edge, masked, lambda: s)
 
 
+def _clean(values, bounds, offset):
+  """Zeroes values that no query of the tile sees, since 0 NaN = NaN.
+
+  All warpgroups of the tile write the same.
+  """
+  block, head_dim = values.shape
+  first, last = bounds.first_min - offset, bounds.last_max - offset
+
+  @pl.when((first > 0) | (last < block))
+  def _():
+    plgpu.inline_mgpu(
+      arg_types=(
+        plgpu.RefType(_transforms(head_dim, values.dtype)),
+        plgpu.Layout.WG_SPLAT(()),
+        plgpu.Layout.WG_SPLAT(()),
+      )
+    )(functools.partial(_zero_rows, block=block, head_dim=head_dim))(
+      values, first, last
+    )
+    plgpu.commit_smem()
+
+
+def _zero_rows(ctx, values, first, last, *, block, head_dim):
+  """Zeroes rows of `values` outside `[first, last)`, a thread each.
+
+  In PTX, since a tile of them in registers would leave too few for the rest.
+  """
+  del ctx
+  row_bytes = min(2 * head_dim, 128)
+  columns = 2 * head_dim // row_bytes
+  stores = ''.join(
+    f'@p st.shared.v4.b32 [a + {8 * row_bytes * c + at}], {{0, 0, 0, 0}}; '
+    for c in range(columns)
+    for at in range(0, row_bytes, 16)
+  )
+  mosaic_utils.inline_ptx(
+    '{ .reg .pred p; .reg .b32 r, a; and.b32 r, $3, 127; '
+    'setp.lt.s32 p, r, $1; setp.ge.or.s32 p, r, $2, p; '
+    f'setp.lt.and.s32 p, r, {block}, p; '
+    f'shr.u32 a, r, 3; mad.lo.u32 a, a, {8 * row_bytes * columns}, $0; '
+    f'and.b32 r, r, 7; mad.lo.u32 a, r, {row_bytes}, a; {stores}}}',
+    llvm.ptrtoint(
+      ir.IntegerType.get_signless(32), mosaic_utils.memref_ptr(values)
+    ),
+    *(x.registers.item() for x in (first, last)),
+    mosaic_utils.thread_idx(),
+    has_side_effects=True,
+  )
+
+
 def _seen_by(start, stop, block: int, tile: int, num_keys: int):
   """What blocks of queries see, and which of them see each tile of keys.
 
@@ -788,14 +869,15 @@ def _seen_by(start, stop, block: int, tile: int, num_keys: int):
 
 def _tiles(shape, dtype):
   """Shared memory in the form that the matrix units read."""
-  swizzle = min(128, shape[-1] * 2)  # Bytes.
-  return plgpu.SMEM(
-    shape,
-    dtype,
-    transforms=(
-      plgpu.TilingTransform((8, swizzle // 2)),
-      plgpu.SwizzleTransform(swizzle),
-    ),
+  return plgpu.SMEM(shape, dtype, transforms=_transforms(shape[-1], dtype))
+
+
+def _transforms(width, dtype):
+  size = jnp.dtype(dtype).itemsize
+  swizzle = min(128, width * size)  # Bytes.
+  return (
+    plgpu.TilingTransform((8, swizzle // size)),
+    plgpu.SwizzleTransform(swizzle),
   )
 
 

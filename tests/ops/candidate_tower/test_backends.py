@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histjax import ops
-from histjax.ops.candidate_tower import api
+from histjax.ops.candidate_tower import api, pallas_gpu
 from histjax.ops.history_attention import xla as attention
 from tests.ops.candidate_tower import suite
 
@@ -156,6 +156,28 @@ class KernelTest(parameterized.TestCase):
     suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
     np.testing.assert_array_equal(
       suite.run(call, implementation), suite.run(call, implementation)
+    )
+
+  @parameterized.product(
+    shape=((3, 205, 331, 4, 64), (2, 131, 79, 8, 32), (1, 2, 1, 4, 64)),
+    structure=('any', 'prefix'),
+    rotate=(False, True),
+    residual=(False, True),
+  )
+  def test_in_layers(self, shape, **fields):
+    """What 'pallas_gpu' does with many candidates, here with few."""
+    call = suite.make_call(0, shape, num_layers=3, dtype='bfloat16', **fields)
+    call = suite.poisoned(call, np.nan)
+    self.enter_context(mock.patch.object(pallas_gpu, 'LAYERS_FROM', 0))
+    try:
+      api._BACKENDS['pallas_gpu'].check_device(jax.devices()[0])
+    except NotImplementedError:
+      with self.assertRaisesRegex(NotImplementedError, 'pallas_gpu'):
+        suite.run(call, 'pallas_gpu')
+      return
+    suite.assert_equals_oracle(lambda c: suite.run(c, 'pallas_gpu'), call)
+    np.testing.assert_array_equal(
+      suite.run(call, 'pallas_gpu'), suite.run(call, 'pallas_gpu')
     )
 
 

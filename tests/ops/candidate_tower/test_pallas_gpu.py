@@ -3,6 +3,7 @@
 The interpreter looks for races. On a Hopper GPU test_backends.py runs it.
 """
 
+import dataclasses
 import re
 from unittest import mock
 
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from histjax.ops.candidate_tower import pallas_gpu
+from histjax.ops.candidate_tower import pallas_gpu, pallas_gpu_layers
+from histjax.ops.history_attention import pallas_gpu as attention
 from tests.ops import gpu_interpreter
 from tests.ops.candidate_tower import suite
 
@@ -22,22 +24,22 @@ WIDE_HEADS = Config(park='shared')
 LOADERLESS = Config(buffers=1, park='device', loader=False)
 TWO_BLOCKS = Config(tiles=1, workers=2, blocks=2, group=1, buffers=1)
 FOUR_BLOCKS = Config(tiles=1, workers=1, blocks=4, slot=4096, buffers=1)
+TWO_TILES = Config(tiles=2, workers=1, blocks=2, buffers=1)
 
 
-def tower(call, config=None):
+def tower(call, config=None, **kwargs):
   return pallas_gpu.candidate_tower(
     *jax.tree.map(jnp.asarray, call.positional),
     num_heads=call.num_heads,
     count=None if call.count is None else jnp.asarray(call.count),
     final_norm=call.final_norm,
     config=config,
+    **kwargs,
   )
 
 
-class InterpretedTest(gpu_interpreter.TestCase):
-  """Runs the kernel on the CPU; fails at a race."""
-
-  module = pallas_gpu
+class _Interpreted(gpu_interpreter.TestCase):
+  """Runs kernels on the CPU; fails at a race."""
 
   def setUp(self):
     super().setUp()
@@ -49,11 +51,16 @@ class InterpretedTest(gpu_interpreter.TestCase):
         mock.patch.object(pallas_gpu, name, lambda value=value: value)
       )
 
-  def check(self, shape, config, **fields):
+  def check(
+    self, shape, config=None, *, in_layers=False, causal=False, **fields
+  ):
     fields = {'num_layers': 3, 'mlp_width': 256, **fields}
     call = suite.make_call(0, shape, dtype='bfloat16', **fields)
+    if causal:  # As a history is read.
+      seen = np.arange(1, shape[1] + 1, dtype=np.int32)[None]
+      call = call.replace(stop=np.minimum(call.stop, seen), structure='causal')
     suite.assert_equals_oracle(
-      lambda call: np.asarray(tower(call, config)),
+      lambda call: np.asarray(tower(call, config, in_layers=in_layers)),
       suite.poisoned(call, np.nan),
     )
     self.assertFalse(self.races_found())
@@ -61,6 +68,10 @@ class InterpretedTest(gpu_interpreter.TestCase):
   def slow(self, *warpgroups):
     slow = dict.fromkeys(warpgroups, 2e-3)
     self.enter_context(mock.patch.dict(gpu_interpreter.SLOW, slow))
+
+
+class InterpretedTest(_Interpreted):
+  module = pallas_gpu
 
   def test_first_tile_drifts(self):
     self.slow(0, 1)
@@ -91,8 +102,14 @@ class InterpretedTest(gpu_interpreter.TestCase):
   def test_residual_stream_in_a_cluster(self):
     self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, num_layers=2, residual=True)
 
-  def test_cluster_of_four(self):
-    self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, ragged=True)
+  def test_two_tiles_in_a_cluster(self):
+    self.slow(1)
+    self.check((1, 130, 70, 2, 64), TWO_TILES, ragged=True)
+
+  @parameterized.parameters(32, 64)
+  def test_cluster_of_four(self, head_dim):
+    config = dataclasses.replace(FOUR_BLOCKS, slot=128 * head_dim)
+    self.check((1, 70, 70, 4, head_dim), config, ragged=True)
 
   @parameterized.parameters('sync', 'wgmma_wait')
   def test_the_test(self, name):
@@ -102,6 +119,47 @@ class InterpretedTest(gpu_interpreter.TestCase):
     )
     with mock.patch.object(owner, name, lambda x: None):
       jax.block_until_ready(tower(call, LOADER))
+    self.assertTrue(self.races_found())
+
+
+class InterpretedLayersTest(_Interpreted):
+  """The kernels of `pallas_gpu_layers` and the attention between them."""
+
+  module = pallas_gpu_layers
+
+  def setUp(self):
+    super().setUp()
+    for name, value in (
+      ('plgpu', self.plgpu),
+      ('pl', pallas_gpu_layers.pl),
+      ('_zero_rows', gpu_interpreter.zero_rows),
+    ):
+      self.enter_context(mock.patch.object(attention, name, value))
+
+  @parameterized.parameters(0, 1)
+  def test_one_warpgroup_drifts(self, warpgroup):
+    self.slow(warpgroup)
+    self.check((1, 150, 70, 4, 64), in_layers=True, structure='prefix')
+
+  def test_several_tiles_in_a_block(self):
+    self.enter_context(
+      mock.patch.object(pallas_gpu_layers, 'MULTIPROCESSORS', 1)
+    )
+    self.check((2, 130, 150, 4, 64), in_layers=True, num_layers=2)
+
+  def test_narrow_heads(self):
+    self.check((1, 9, 70, 8, 32), in_layers=True, rotate=False, mlp_width=512)
+
+  def test_residual_stream(self):
+    self.check((1, 70, 70, 4, 64), in_layers=True, num_layers=1, residual=True)
+
+  @parameterized.parameters('commit_smem', 'wgmma_wait')
+  def test_the_test(self, name):
+    call = suite.make_call(
+      0, (1, 70, 9, 4, 64), num_layers=1, dtype='bfloat16', mlp_width=256
+    )
+    with mock.patch.object(self.plgpu, name, lambda *n: None):
+      jax.block_until_ready(tower(call, in_layers=True))
     self.assertTrue(self.races_found())
 
 
@@ -134,20 +192,24 @@ class LoweringTest(parameterized.TestCase):
   @parameterized.product(
     heads=((2, 64), (4, 32), (4, 64), (8, 32)), few=(True, False)
   )
-  def test_one_kernel(self, heads, few):
+  def test_kernels(self, heads, few):
     shape = (1 if few else 32, 999, 333, *heads)
     odd = heads[0] == 4
     text = lower(
       shape, 'any' if odd == few else 'prefix', ragged=few, rotate=odd
     )
-    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+    # In layers the queries, the attention and the two layers' ends.
+    in_layers = not few and heads[0] * heads[1] == 256
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 4 if in_layers else 1)
 
-  @parameterized.product(structure=('any', 'prefix'), axis=(1, 2))
-  def test_memory_grows_linearly(self, structure, axis):
-    shape = [1024, 4096, 4096, 4, 32]
+  @parameterized.product(
+    structure=('any', 'prefix'), axis=(1, 2), in_layers=(False, True)
+  )
+  def test_memory_grows_linearly(self, structure, axis, in_layers):
+    shape = [1024, 4096, 4096, 4, 64 if in_layers else 32]
     sizes = []
     for _ in range(3):
-      text = lower(shape, structure, ragged=True, rotate=True)
+      text = lower(shape, structure, ragged=not in_layers, rotate=True)
       arrays = re.findall(r'tensor<((?:\d+x)+)', text)
       sizes.append(max(np.prod([*map(int, x[:-1].split('x'))]) for x in arrays))
       shape[axis] *= 2

@@ -1,0 +1,89 @@
+"""What the computing warpgroups of the Hopper kernels have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from histjax.ops import rotary
+
+ROWS = 64  # Candidates of a warpgroup: the M of wgmma.
+
+
+class Warpgroup:
+  """Computes some columns of 64 candidates."""
+
+  def __init__(self, plgpu: Any):
+    self.plgpu = plgpu
+    self.row_layout = plgpu.Layout.WGMMA.reduce(1)
+    self.column_layout = plgpu.Layout.WGMMA.reduce(0)
+
+  def down(self, v, columns):
+    """`[64]` -> `[64, columns]`."""
+    return lax.broadcast_in_dim(v, (ROWS, columns), (0,))
+
+  def across(self, v):
+    """`[columns]` -> `[64, columns]`."""
+    return lax.broadcast_in_dim(v, (ROWS, v.shape[0]), (1,))
+
+  def rotated(self, q, place, head_dim, scale=1.0):
+    """Heads `[64, heads * H]` float32, rotated and scaled: a list of bfloat16.
+
+    Not rotated if `place`, float32 `[64]`, is None.
+    """
+    half = head_dim // 2
+    sin, cos = 0.0, scale
+    if place is not None:
+      channel = self.plgpu.broadcasted_iota(
+        jnp.int32, (half,), 0, layout=self.column_layout
+      ).astype(jnp.float32)
+      frequency = jnp.exp2(channel * (-math.log2(rotary.MAX_WAVELENGTH) / half))
+      angle = self.down(place, half) * self.across(frequency)
+      # Two-term reduction to [-pi, pi], where the fast sine is accurate.
+      turns = lax.round(
+        angle * (0.5 / math.pi), lax.RoundingMethod.TO_NEAREST_EVEN
+      )
+      angle = (angle - turns * 6.28125) - turns * (2 * math.pi - 6.28125)
+      sin, cos = (f(angle) * scale for f in (jnp.sin, jnp.cos))
+    heads = []
+    for at in range(0, q.shape[1], head_dim):
+      a, b = q[:, at : at + half], q[:, at + half : at + head_dim]
+      if place is None:
+        a, b = a * cos, b * cos
+      else:
+        a, b = a * cos - b * sin, b * cos + a * sin
+      heads.append(lax.concatenate([a, b], 1).astype(jnp.bfloat16))
+    return heads
+
+
+def swizzled(plgpu: Any, shape, dtype=jnp.bfloat16, columns: int | None = None):
+  """Shared memory in the form that the matrix units read.
+
+  Blocks of `columns`, which are 128 bytes wide if None.
+  """
+  columns = columns or 128 // jnp.dtype(dtype).itemsize
+  return plgpu.SMEM(shape, dtype, transforms=transforms(plgpu, dtype, columns))
+
+
+def transforms(plgpu: Any, dtype, columns: int):
+  """Of shared memory in that form."""
+  return (
+    plgpu.TilingTransform((8, columns)),
+    plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize),
+  )
+
+
+def join(pieces):
+  """Blocks of columns, side by side."""
+  pieces = list(pieces)
+  return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, 1)
+
+
+def gelu(u):
+  """`u Phi(u)` with the tanh approximation; one special function."""
+  inner = u * (0.7978845608 + 0.0356774081 * (u * u))
+  half = 0.5 * u
+  return half + half * jnp.tanh(inner)
