@@ -292,13 +292,18 @@ def candidate_tower(
   start, stop = key_range.start, key_range.stop
   if in_layers is None:
     tiles = num_rows * pl.cdiv(num_candidates, ROWS)
-    in_layers = config is None and count is None and width == 256
-    in_layers &= tiles >= LAYERS_FROM and num_rows <= attention.MAX_GRID
+    in_layers = (
+      config is None
+      and count is None
+      and tiles >= LAYERS_FROM
+      and num_rows <= attention.MAX_GRID
+      and pallas_gpu_layers.fits(width, hidden)
+    )
   if in_layers:
     start, stop = (pad(y, copied, 'edge') for y in (start, stop))
     out = pallas_gpu_layers.candidate_tower(
       plgpu,
-      functools.partial(attention.of_layer, num_keys=num_keys),
+      _attention(plgpu, num_keys),
       pad(candidates, copied),
       None if position is None else pad(position, copied, 'edge'),
       keys,
@@ -361,6 +366,13 @@ def candidate_tower(
     weights.final_bias.reshape(-1, plan.wide),
   )
   return out[0][:, :num_candidates]
+
+
+@functools.lru_cache(maxsize=64)
+def _attention(plgpu, num_keys):
+  """One function for all layers and calls, which jit then builds once."""
+  del plgpu  # The tests' own is another function.
+  return jax.jit(functools.partial(attention.of_layer, num_keys=num_keys))
 
 
 def _check(candidates, keys, weights, num_heads):

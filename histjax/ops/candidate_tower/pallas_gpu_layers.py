@@ -28,7 +28,8 @@ ROWS = hopper.ROWS
 WORKERS = 2  # Computing warpgroups of a block.
 TILE = ROWS * WORKERS
 MULTIPROCESSORS = 132
-SLOTS = 9  # Of the ring, 16 KiB each: all the shared memory that is left.
+SLOT = 16384  # Bytes of a slot of the ring.
+SHARED_MEMORY = 232_448 - 1024  # Bytes of a block, less barriers.
 REGISTERS = (240, 24)  # Of a thread that computes and of one that loads.
 PIECE = 32  # Columns of what is added, normalized or activated at once.
 HALF = 128  # Columns of a product.
@@ -64,8 +65,31 @@ class _Kind(NamedTuple):
     return pl.cdiv(self.rows, TILE)
 
   @property
+  def slots(self) -> int:
+    """Of the ring: all the shared memory that is left."""
+    return _slots(self.width, self.hidden)
+
+  @property
   def grid(self) -> int:
     return min(self.num_tiles, MULTIPROCESSORS)
+
+
+def _slots(width: int, hidden: int) -> int:
+  act = 2 * TILE * width
+  bias = 4 * (4 * width + hidden)
+  return (SHARED_MEMORY - act - bias) // SLOT
+
+
+def fits(width: int, hidden: int) -> bool:
+  """Whether there are kernels of this width and F."""
+  # A copy takes 256 rows of biases; a product and the next one need six slots.
+  one_copy = (3 * width + hidden) // PIECE <= 256
+  return (
+    width == 256
+    and hidden % CHUNK == 0
+    and one_copy
+    and _slots(width, hidden) >= 6
+  )
 
 
 def candidate_tower(
@@ -117,6 +141,7 @@ def candidate_tower(
       then,
       position is not None,
     )
+    # Under jit, layers share what is built for one of them.
     return jax.jit(_kernel(plgpu, kind))(
       jnp.full((1,), layer, jnp.int32),
       x,
@@ -130,8 +155,6 @@ def candidate_tower(
       *final,
     )
 
-  # Under jit, layers share what is built for one of them.
-  attention = jax.jit(attention)
   x = candidates.reshape(rows, width)
   _, y = run(0, x, None, 'query')
   for layer in range(num_layers):
@@ -163,14 +186,15 @@ def _kernel(plgpu, kind):
     scratch_types=dict(
       act=swizzled((WORKERS, width // 64, ROWS, 64)),
       ring=plgpu.RefUnion(
-        swizzled((SLOTS, 64, HALF)),  # Weights.
-        swizzled((SLOTS, TILE, 64)),  # Candidates.
-        swizzled((SLOTS, TILE, 32), jnp.float32),
+        swizzled((kind.slots, 64, HALF)),  # Weights.
+        swizzled((kind.slots, TILE, 64)),  # Candidates.
+        swizzled((kind.slots, TILE, 32), jnp.float32),
       ),
-      bias_smem=plgpu.SMEM((2, num_bias, PIECE), jnp.float32),
+      bias_smem=plgpu.SMEM((num_bias, PIECE), jnp.float32),
+      query_bias_smem=plgpu.SMEM((width // PIECE, PIECE), jnp.float32),
       bias_full=plgpu.Barrier(num_arrivals=2),
-      full=plgpu.Barrier(num_barriers=SLOTS),
-      free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=SLOTS),
+      full=plgpu.Barrier(num_barriers=kind.slots),
+      free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=kind.slots),
     ),
     grid=(kind.grid,),
     grid_names=('block',),
@@ -186,7 +210,7 @@ def _kernel(plgpu, kind):
 def _body(
   layer_ref, x_ref, attended_ref, place_ref, wq_ref, wo_ref, w1_ref, w2_ref,
   bias_ref, scale_ref, shift_ref, x_out_ref, y_ref,
-  *, plgpu, kind, act, ring, bias_smem, bias_full, full, free,
+  *, plgpu, kind, act, ring, bias_smem, query_bias_smem, bias_full, full, free,
 ):  # fmt: skip
   """One block: some tiles of 128 candidates, one after the other."""
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
@@ -203,7 +227,13 @@ def _body(
     @pl.loop(0, count)
     def _(i):
       first = (block + i * kind.grid) * TILE + wg * ROWS
-      worker = _Worker(stream, lax.optimization_barrier(wg), act, bias_smem)
+      worker = _Worker(
+        stream,
+        lax.optimization_barrier(wg),
+        act,
+        bias_smem,
+        query_bias_smem,
+      )
       worker.tile(
         i * stream.per_tile,
         pl.ds(first, ROWS),
@@ -224,10 +254,12 @@ def _body(
     def _(warp):
       @pl.when(warp == 0)
       def _():
-        for n, index in enumerate((layer, of_query)):
-          plgpu.copy_gmem_to_smem(
-            bias_ref.at[index], bias_smem.at[n], bias_full
-          )
+        plgpu.copy_gmem_to_smem(bias_ref.at[layer], bias_smem, bias_full)
+        plgpu.copy_gmem_to_smem(
+          bias_ref.at[of_query, pl.ds(0, kind.width // PIECE)],
+          query_bias_smem,
+          bias_full,
+        )
 
         @pl.loop(0, count)
         def _(i):
@@ -269,7 +301,7 @@ class _Stream:
       self.per_tile += self.deep * self.halves
 
   def slot(self, number):
-    return lax.rem(number, jnp.int32(SLOTS))
+    return lax.rem(number, jnp.int32(self.kind.slots))
 
   def wait(self, number):
     """The slot, once it is full."""
@@ -288,7 +320,7 @@ class _Stream:
     def put(number, source, view):
       slot = self.slot(number)
 
-      @pl.when(number >= SLOTS)
+      @pl.when(number >= kind.slots)
       def _():
         plgpu.barrier_wait(self.free.at[slot])
 
@@ -339,10 +371,11 @@ class _Worker(hopper.Warpgroup):
   are used, or it would keep all addresses that follow from them.
   """
 
-  def __init__(self, stream, wg, act, bias_smem):
+  def __init__(self, stream, wg, act, bias_smem, query_bias_smem):
     super().__init__(stream.plgpu)
     self.kind, self.stream = stream.kind, stream
-    self.wg, self.all_act, self.bias_smem = wg, act, bias_smem
+    self.wg, self.all_act = wg, act
+    self.bias_smem, self.query_bias_smem = bias_smem, query_bias_smem
     self.act = act.at[wg]
     self.acc = self.plgpu.ACC((ROWS, HALF), jnp.float32)
 
@@ -351,10 +384,10 @@ class _Worker(hopper.Warpgroup):
     load = functools.partial(self.plgpu.load, layout=self.column_layout)
     return self.across(load(ref, optimized=False))
 
-  def bias(self, layer, channel, columns=PIECE):
+  def bias(self, ref, channel, columns):
+    """`[64, columns]` from `channel` on."""
     return hopper.join(
-      self.row(self.bias_smem.at[layer, (channel + i) // PIECE])
-      for i in range(0, columns, PIECE)
+      self.row(ref.at[(channel + i) // PIECE]) for i in range(0, columns, PIECE)
     )
 
   def tile(self, number, rows, place_ref, final, x_out_ref, y_ref):
@@ -421,7 +454,11 @@ class _Worker(hopper.Warpgroup):
         stream.residual.at[slot, rows], layout=plgpu.Layout.WGMMA
       ).astype(jnp.float32)
       if x is not None:
-        y = x[:, at : at + size] + y + self.bias(0, self.kind.width + at, size)
+        y = (
+          x[:, at : at + size]
+          + y
+          + self.bias(self.bias_smem, self.kind.width + at, size)
+        )
       pieces.append(y)
       if k % 4 == 3:
         plgpu.commit_smem()  # Loads of a slot come before its next copy.
@@ -457,7 +494,8 @@ class _Worker(hopper.Warpgroup):
     width = kind.width
     deep, num_out, halves = stream.deep, stream.num_out, stream.halves
     x = [
-      x[:, i : i + HALF] + self.bias(0, 2 * width + kind.hidden + i, HALF)
+      x[:, i : i + HALF]
+      + self.bias(self.bias_smem, 2 * width + kind.hidden + i, HALF)
       for i in range(0, width, HALF)
     ]
 
@@ -487,7 +525,7 @@ class _Worker(hopper.Warpgroup):
         first = 2 * width // PIECE + c * (CHUNK // PIECE)
         pieces = []
         for n in range(CHUNK // PIECE):
-          bias = self.row(self.bias_smem.at[0, first + n])
+          bias = self.row(self.bias_smem.at[first + n])
           y = u[:, PIECE * n : PIECE * (n + 1)] + bias
           pieces.append(hopper.gelu(y).astype(jnp.bfloat16))
         u = hopper.join(pieces)
@@ -528,6 +566,6 @@ class _Worker(hopper.Warpgroup):
 
     q = pl.run_scoped(run, *[self.acc] * stream.halves)
     for n in range(0, kind.width, 64):
-      y = q[:, n : n + 64] + self.bias(1, n, 64)
+      y = q[:, n : n + 64] + self.bias(self.query_bias_smem, n, 64)
       act[n // 64] = hopper.join(self.rotated(y, place, kind.head_dim))
     plgpu.commit_smem()

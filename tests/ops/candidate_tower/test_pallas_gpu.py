@@ -163,7 +163,7 @@ class InterpretedLayersTest(_Interpreted):
     self.assertTrue(self.races_found())
 
 
-def lower(shape, structure, **fields):
+def lower(shape, structure, mlp_width=None, **fields):
   """StableHLO for CUDA; raises if a block's shared memory does not suffice."""
 
   # A small call's arrays, stretched: numbers cost time.
@@ -173,7 +173,9 @@ def lower(shape, structure, **fields):
     return jax.ShapeDtypeStruct([sizes.get(n, n) for n in x.shape], x.dtype)
 
   small = (*sizes, *shape[3:])
-  call = suite.make_call(0, small, structure=structure, dtype='bfloat16')
+  call = suite.make_call(
+    0, small, structure=structure, dtype='bfloat16', mlp_width=mlp_width
+  )
   args = list(jax.tree.map(stretch, call.positional))
   if not fields['rotate']:
     args[1] = None
@@ -201,6 +203,14 @@ class LoweringTest(parameterized.TestCase):
     # In layers the queries, the attention and the two layers' ends.
     in_layers = not few and heads[0] * heads[1] == 256
     self.assertEqual(text.count('@mosaic_gpu_v2('), 4 if in_layers else 1)
+
+  @parameterized.parameters(256, 7168)
+  def test_mlp_in_layers(self, mlp_width):
+    shape = (32, 999, 333, 4, 64)
+    text = lower(shape, 'prefix', mlp_width, ragged=False, rotate=True)
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 4)
+    with self.assertRaisesRegex(NotImplementedError, 'no plan for .* F=7680'):
+      lower(shape, 'prefix', 7680, ragged=False, rotate=True)
 
   @parameterized.product(
     structure=('any', 'prefix'), axis=(1, 2), in_layers=(False, True)
