@@ -150,8 +150,15 @@ class InterpretedLayersTest(_Interpreted):
   def test_narrow_heads(self):
     self.check((1, 9, 70, 8, 32), in_layers=True, rotate=False, mlp_width=512)
 
-  def test_residual_stream(self):
-    self.check((1, 70, 70, 4, 64), in_layers=True, num_layers=1, residual=True)
+  def test_history(self):
+    self.check(
+      (2, 130, 130, 4, 64),
+      in_layers=True,
+      causal=True,
+      num_layers=1,
+      residual=True,
+      structure='prefix',
+    )
 
   @parameterized.parameters('commit_smem', 'wgmma_wait')
   def test_the_test(self, name):
