@@ -82,7 +82,8 @@ def default_config(
     change = functools.partial(dataclasses.replace, cluster)
     if width == 128:
       group = min(4, hidden // 128)
-      if tiles > CLUSTERS_OF_FOUR:
+      pairs = num_rows * pl.cdiv(num_candidates, 2 * ROWS)
+      if tiles > CLUSTERS_OF_FOUR >= pairs:
         choices.append(change(tiles=2, slot=4096, group=group))
       choices.append(change(slot=4096, group=group))
     else:

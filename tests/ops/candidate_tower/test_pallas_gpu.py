@@ -238,6 +238,23 @@ class LoweringTest(parameterized.TestCase):
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
 
 
+class ConfigTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((1, 512, 128, 512), (1, 1, 4)),
+    ((1, 2048, 128, 512), (2, 1, 4)),  # 32 clusters of four would not run.
+    ((40, 64, 128, 512), (1, 1, 4)),  # Two tiles would be half empty.
+    ((1, 2048, 128, 4096), (1, 1, 4)),  # No room for two tiles.
+    ((32, 512, 128, 512), (2, 2, 1)),
+    ((1, 1024, 256, 1024), (1, 1, 4)),
+    ((1, 2048, 256, 1024), (1, 2, 2)),
+    ((1, 1024, 256, 256), (1, 1, 4)),
+  )
+  def test_default(self, call, expected):
+    config = pallas_gpu.default_config(*call, num_heads=4)
+    self.assertEqual((config.tiles, config.workers, config.blocks), expected)
+    self.assertTrue(pallas_gpu._Plan(config, 4, *call[2:], 4).fits())
+
+
 class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'shape': (1, 2, 3, 2, 32)}, 'H 32 or 64 and F .* not D=64, N=2, H=32'),
