@@ -262,12 +262,11 @@ def candidate_tower(
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
   final_norm: bool = True,
-  config: Config | None = None,
-  in_layers: bool | None = None,
+  config: Config | Literal['layers'] | None = None,
 ) -> Float[Array, 'B C D']:
-  """See `api.candidate_tower`; the last two are for measurements.
+  """See `api.candidate_tower`; `config` is for measurements.
 
-  `in_layers`: whether as `pallas_gpu_layers` says.
+  'layers': as `pallas_gpu_layers` says.
   """
   plgpu = _mosaic_gpu()
   num_layers, num_rows, num_keys = keys.shape[:3]
@@ -291,20 +290,26 @@ def candidate_tower(
     for y in (keys, values)
   )
   start, stop = key_range.start, key_range.stop
-  if in_layers is None:
+  if config is None:
+    config = default_config(num_rows, num_candidates, width, hidden, num_heads)
     tiles = num_rows * pl.cdiv(num_candidates, ROWS)
-    in_layers = (
-      config is None
-      and count is None
-      and tiles >= LAYERS_FROM
-      and num_rows <= attention.MAX_GRID
-      and pallas_gpu_layers.fits(width, hidden)
-    )
-  if in_layers:
+    # Only where it was measured: each candidate of a row sees the same keys.
+    if (
+      tiles >= LAYERS_FROM
+      and key_range.structure == 'prefix'
+      and _layers_compute(num_rows, width, hidden, count)
+    ):
+      config = 'layers'
+  if config == 'layers':
+    if not _layers_compute(num_rows, width, hidden, count):
+      raise NotImplementedError(
+        f'no kernels in layers for B={num_rows}, D={width}, F={hidden}'
+        f'{"" if count is None else " with a count"}'
+      )
     start, stop = (pad(y, copied, 'edge') for y in (start, stop))
     out = pallas_gpu_layers.candidate_tower(
       plgpu,
-      _attention(plgpu, num_keys),
+      functools.partial(attention.of_layer, num_keys=num_keys),
       pad(candidates, copied),
       None if position is None else pad(position, copied, 'edge'),
       keys,
@@ -314,8 +319,6 @@ def candidate_tower(
       final_norm=final_norm,
     )
     return out[:, :num_candidates]
-  if config is None:
-    config = default_config(num_rows, num_candidates, width, hidden, num_heads)
   plan = _Plan(config, num_layers, width, hidden, num_heads)
   if not plan.fits():
     raise NotImplementedError(
@@ -369,11 +372,13 @@ def candidate_tower(
   return out[0][:, :num_candidates]
 
 
-@functools.lru_cache(maxsize=64)
-def _attention(plgpu, num_keys):
-  """One function for all layers and calls, which jit then builds once."""
-  del plgpu  # The tests' own is another function.
-  return jax.jit(functools.partial(attention.of_layer, num_keys=num_keys))
+def _layers_compute(num_rows, width, hidden, count):
+  """Whether `pallas_gpu_layers` computes such a call."""
+  return (
+    count is None
+    and num_rows <= attention.MAX_GRID
+    and pallas_gpu_layers.fits(width, hidden)
+  )
 
 
 def _check(candidates, keys, weights, num_heads):

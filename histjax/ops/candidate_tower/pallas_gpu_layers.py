@@ -48,7 +48,6 @@ class _Kind(NamedTuple):
     attended: whether it ends a layer, which begins with attention's output.
     then: what follows: 'query', the next layer's, 'norm', the last one, or
       'nothing'.
-    rotate: whether queries are rotated.
   """
 
   rows: int
@@ -58,7 +57,6 @@ class _Kind(NamedTuple):
   dtype: str
   attended: bool
   then: str
-  rotate: bool
 
   @property
   def num_tiles(self) -> int:
@@ -66,30 +64,20 @@ class _Kind(NamedTuple):
 
   @property
   def slots(self) -> int:
-    """Of the ring: all the shared memory that is left."""
-    return _slots(self.width, self.hidden)
+    """Of the ring, eight or nine: all the shared memory that is left."""
+    act = 2 * TILE * self.width
+    bias = 4 * (4 * self.width + self.hidden)
+    return (SHARED_MEMORY - act - bias) // SLOT
 
   @property
   def grid(self) -> int:
     return min(self.num_tiles, MULTIPROCESSORS)
 
 
-def _slots(width: int, hidden: int) -> int:
-  act = 2 * TILE * width
-  bias = 4 * (4 * width + hidden)
-  return (SHARED_MEMORY - act - bias) // SLOT
-
-
 def fits(width: int, hidden: int) -> bool:
-  """Whether there are kernels of this width and F."""
-  # A copy takes 256 rows of biases; a product and the next one need six slots.
-  one_copy = (3 * width + hidden) // PIECE <= 256
-  return (
-    width == 256
-    and hidden % CHUNK == 0
-    and one_copy
-    and _slots(width, hidden) >= 6
-  )
+  """Whether there are kernels of this D and F, which is a multiple of D."""
+  biases = (3 * width + hidden) // PIECE
+  return width == 256 and biases <= 256  # Rows, as many as one copy takes.
 
 
 def candidate_tower(
@@ -139,7 +127,6 @@ def candidate_tower(
       str(x.dtype),
       attended is not None,
       then,
-      position is not None,
     )
     # Under jit, layers share what is built for one of them.
     return jax.jit(_kernel(plgpu, kind))(
@@ -547,7 +534,7 @@ class _Worker(hopper.Warpgroup):
     number = lax.optimization_barrier(number)
     act = self.all_act.at[lax.optimization_barrier(self.wg)]
     place = None
-    if kind.rotate:
+    if place_ref is not None:
       place = plgpu.load(
         place_ref.at[rows], layout=self.row_layout, optimized=False
       ).astype(jnp.float32)

@@ -96,6 +96,8 @@ def history_attention(
   return out[:, :num_queries, :, :head_dim]
 
 
+# Under jit, layers share what is built for one of them.
+@functools.partial(jax.jit, static_argnames='num_keys')
 def of_layer(
   query: Float[Array, 'B Q N H'],
   keys: Float[Array, 'rows L N H'],

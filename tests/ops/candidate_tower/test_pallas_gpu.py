@@ -27,14 +27,13 @@ FOUR_BLOCKS = Config(tiles=1, workers=1, blocks=4, slot=4096, buffers=1)
 TWO_TILES = Config(tiles=2, workers=1, blocks=2, buffers=1)
 
 
-def tower(call, config=None, **kwargs):
+def tower(call, config=None):
   return pallas_gpu.candidate_tower(
     *jax.tree.map(jnp.asarray, call.positional),
     num_heads=call.num_heads,
     count=None if call.count is None else jnp.asarray(call.count),
     final_norm=call.final_norm,
     config=config,
-    **kwargs,
   )
 
 
@@ -51,16 +50,14 @@ class _Interpreted(gpu_interpreter.TestCase):
         mock.patch.object(pallas_gpu, name, lambda value=value: value)
       )
 
-  def check(
-    self, shape, config=None, *, in_layers=False, causal=False, **fields
-  ):
+  def check(self, shape, config, *, causal=False, **fields):
     fields = {'num_layers': 3, 'mlp_width': 256, **fields}
     call = suite.make_call(0, shape, dtype='bfloat16', **fields)
     if causal:  # As a history is read.
       seen = np.arange(1, shape[1] + 1, dtype=np.int32)[None]
       call = call.replace(stop=np.minimum(call.stop, seen), structure='causal')
     suite.assert_equals_oracle(
-      lambda call: np.asarray(tower(call, config, in_layers=in_layers)),
+      lambda call: np.asarray(tower(call, config)),
       suite.poisoned(call, np.nan),
     )
     self.assertFalse(self.races_found())
@@ -133,27 +130,28 @@ class InterpretedLayersTest(_Interpreted):
       ('plgpu', self.plgpu),
       ('pl', pallas_gpu_layers.pl),
       ('_zero_rows', gpu_interpreter.zero_rows),
+      ('of_layer', attention.of_layer.__wrapped__),  # Not another test's.
     ):
       self.enter_context(mock.patch.object(attention, name, value))
 
   @parameterized.parameters(0, 1)
   def test_one_warpgroup_drifts(self, warpgroup):
     self.slow(warpgroup)
-    self.check((1, 150, 70, 4, 64), in_layers=True, structure='prefix')
+    self.check((1, 150, 70, 4, 64), 'layers', structure='prefix')
 
   def test_several_tiles_in_a_block(self):
     self.enter_context(
       mock.patch.object(pallas_gpu_layers, 'MULTIPROCESSORS', 1)
     )
-    self.check((2, 130, 150, 4, 64), in_layers=True, num_layers=2)
+    self.check((2, 130, 150, 4, 64), 'layers', num_layers=2)
 
   def test_narrow_heads(self):
-    self.check((1, 9, 70, 8, 32), in_layers=True, rotate=False, mlp_width=512)
+    self.check((1, 9, 70, 8, 32), 'layers', rotate=False, mlp_width=512)
 
   def test_history(self):
     self.check(
       (2, 130, 130, 4, 64),
-      in_layers=True,
+      'layers',
       causal=True,
       num_layers=1,
       residual=True,
@@ -166,11 +164,11 @@ class InterpretedLayersTest(_Interpreted):
       0, (1, 70, 9, 4, 64), num_layers=1, dtype='bfloat16', mlp_width=256
     )
     with mock.patch.object(self.plgpu, name, lambda *n: None):
-      jax.block_until_ready(tower(call, in_layers=True))
+      jax.block_until_ready(tower(call, 'layers'))
     self.assertTrue(self.races_found())
 
 
-def lower(shape, structure, mlp_width=None, **fields):
+def lower(shape, structure, *, mlp_width=None, config=None, **fields):
   """StableHLO for CUDA; raises if a block's shared memory does not suffice."""
 
   # A small call's arrays, stretched: numbers cost time.
@@ -190,7 +188,10 @@ def lower(shape, structure, mlp_width=None, **fields):
 
   def function(args, count):
     return pallas_gpu.candidate_tower(
-      *args, num_heads=shape[3], count=count if fields['ragged'] else None
+      *args,
+      num_heads=shape[3],
+      count=count if fields['ragged'] else None,
+      config=config,
     )
 
   traced = jax.jit(function).trace(args, count)
@@ -208,16 +209,17 @@ class LoweringTest(parameterized.TestCase):
       shape, 'any' if odd == few else 'prefix', ragged=few, rotate=odd
     )
     # In layers the queries, the attention and the two layers' ends.
-    in_layers = not few and heads[0] * heads[1] == 256
+    in_layers = not few and heads == (4, 64)  # 'prefix' and without counts.
     self.assertEqual(text.count('@mosaic_gpu_v2('), 4 if in_layers else 1)
 
   @parameterized.parameters(256, 7168)
   def test_mlp_in_layers(self, mlp_width):
     shape = (32, 999, 333, 4, 64)
-    text = lower(shape, 'prefix', mlp_width, ragged=False, rotate=True)
+    fields = {'ragged': False, 'rotate': True}
+    text = lower(shape, 'prefix', mlp_width=mlp_width, **fields)
     self.assertEqual(text.count('@mosaic_gpu_v2('), 4)
     with self.assertRaisesRegex(NotImplementedError, 'no plan for .* F=7680'):
-      lower(shape, 'prefix', 7680, ragged=False, rotate=True)
+      lower(shape, 'prefix', mlp_width=7680, **fields)
 
   @parameterized.product(
     structure=('any', 'prefix'), axis=(1, 2), in_layers=(False, True)
@@ -226,7 +228,10 @@ class LoweringTest(parameterized.TestCase):
     shape = [1024, 4096, 4096, 4, 64 if in_layers else 32]
     sizes = []
     for _ in range(3):
-      text = lower(shape, structure, ragged=not in_layers, rotate=True)
+      config = 'layers' if in_layers else None
+      text = lower(
+        shape, structure, config=config, ragged=not in_layers, rotate=True
+      )
       arrays = re.findall(r'tensor<((?:\d+x)+)', text)
       sizes.append(max(np.prod([*map(int, x[:-1].split('x'))]) for x in arrays))
       shape[axis] *= 2
@@ -268,6 +273,16 @@ class RefusalTest(parameterized.TestCase):
     call = suite.make_call(0, fields.pop('shape'), **fields)
     with self.assertRaisesRegex(NotImplementedError, message):
       tower(call)
+
+  @parameterized.parameters(
+    ({'shape': (1, 2, 3, 4, 32)}, 'in layers for B=1, D=128, F=512'),
+    ({'shape': (1, 2, 3, 4, 64), 'ragged': True}, 'F=1024 with a count'),
+    ({'shape': (1, 2, 3, 4, 64), 'mlp_width': 7680}, 'F=7680'),
+  )
+  def test_layers(self, fields, message):
+    call = suite.make_call(0, fields.pop('shape'), dtype='bfloat16', **fields)
+    with self.assertRaisesRegex(NotImplementedError, message):
+      tower(call, 'layers')
 
 
 if __name__ == '__main__':
