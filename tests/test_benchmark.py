@@ -298,14 +298,10 @@ class SuitesTest(parameterized.TestCase):
 
   def test_default_contenders(self):
     ragged = workloads.TOWER['ragged_128']
-    joint = workloads.TOWER['joint_batch_128']
     for platform in ('cpu', 'gpu', 'tpu'):
       names = suites.default_contenders(ragged, platform)
       self.assertEqual(names[0], 'histjax')
       self.assertEqual('torch:varlen' in names, platform == 'gpu')
-      self.assertIn(
-        'histjax:encode_score', suites.default_contenders(joint, platform)
-      )
 
 
 class RequestsTest(parameterized.TestCase):

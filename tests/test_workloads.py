@@ -91,10 +91,7 @@ class NamedTest(parameterized.TestCase):
     inputs = [workload.inputs(seed) for seed in range(2)]
     self.assertFalse(np.array_equal(*(next(iter(x.values())) for x in inputs)))
     expected = contenders.reference(workload, inputs[0])
-    names = ['histjax', 'jax:xla']
-    if getattr(workload, 'joint', False):
-      names.append('histjax:encode_score')
-    for name in names:
+    for name in ('histjax', 'jax:xla'):
       output = contenders.program(name, workload, inputs).output()
       difference = contenders.difference(workload, output, expected)
       self.assertLess(difference, BOUNDS[workload.dtype], name)

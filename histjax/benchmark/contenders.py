@@ -1,11 +1,10 @@
 """Who computes a workload: this library, and its rivals written in JAX.
 
 A contender is a name. 'histjax' is the library as it picks by itself and
-'histjax:xla' with an implementation named; 'histjax:encode_score' reads the
-history and scores with `candidate_tower`, in one program. Rivals: 'jax:cudnn'
-and 'jax:xla' are `jax.nn.dot_product_attention`, 'tokamax' is its namesake
-there, in a plain stack of layers that holds the workload's type between
-products; 'torch:..' are of `torch_rivals`.
+'histjax:xla' with an implementation named. Rivals: 'jax:cudnn' and 'jax:xla'
+are `jax.nn.dot_product_attention`, 'tokamax' is its namesake there, in a plain
+stack of layers that holds the workload's type between products; 'torch:..' are
+of `torch_rivals`.
 """
 
 from __future__ import annotations
@@ -181,7 +180,6 @@ def _our_tower(workload: Tower, inputs, implementation: str | None):
   tower = jax.jit(fusion.pack_tower, static_argnames='dtype')(
     _flax_params(weights), dtype=workload.dtype
   )
-  two_passes = implementation == 'encode_score'
   module = _fusion(workload, workload.dtype)
   params = {'params': jax.tree.map(jnp.asarray, _flax_params(weights))}
   # As `Scorer` does: all candidates count unless some are padding.
@@ -191,11 +189,11 @@ def _our_tower(workload: Tower, inputs, implementation: str | None):
   if workload.joint:
     shared['params'] = params
 
-  def score(x, keys, values, rest, implementation):
+  def cached(x, rest):
     return module.apply(
       params,
-      keys,
-      values,
+      rest['keys'],
+      rest['values'],
       rest['length'],
       x,
       None,
@@ -203,30 +201,17 @@ def _our_tower(workload: Tower, inputs, implementation: str | None):
       count=rest.get('count'),
       implementation=implementation,
       method='score',
-    )
-
-  def cached(x, rest):
-    return score(x, rest['keys'], rest['values'], rest, implementation), ()
+    ), ()
 
   def joint(x, rest):
-    arguments = (rest['params'], rest['history'], x, rest['length'], None)
+    # Reading the history, too, must wait for the call before.
+    history, x = jax.lax.optimization_barrier((rest['history'], x))
+    arguments = (rest['params'], history, x, rest['length'], None)
     return module.apply(
       *arguments, tower=rest['tower'], implementation=implementation
     ), ()
 
-  def encode_score(x, rest):
-    # Reading the history, too, must wait for the call before.
-    history, x = jax.lax.optimization_barrier((rest['history'], x))
-    keys, values = module.apply(
-      rest['params'],
-      history,
-      rest['length'],
-      tower=rest['tower'],
-      method='encode',
-    )
-    return score(x, keys, values, rest, None), ()
-
-  step = (encode_score if two_passes else joint) if workload.joint else cached
+  step = joint if workload.joint else cached
   return _tower_program(workload, inputs, step, shared)
 
 

@@ -39,8 +39,6 @@ def default_contenders(
 ) -> list[str]:
   """Who is compared on a platform, the library first."""
   ours = ['histjax']
-  if isinstance(workload, workloads.Tower) and workload.joint:
-    ours.append('histjax:encode_score')
   if platform == 'cpu':
     return [*ours, 'jax:xla', 'torch:eager', 'torch:sdpa']
   ours.append('histjax:xla')

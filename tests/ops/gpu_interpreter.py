@@ -294,8 +294,13 @@ def receive(thread, barrier, *, size):
     memory().clocks[thread].update(clock)
 
 
+def sleep(thread, *, cycles):
+  del thread
+  time.sleep(cycles * 1e-6)
+
+
 CLUSTER = types.SimpleNamespace(
-  initialize=initialize, send=send, receive=receive
+  initialize=initialize, send=send, receive=receive, sleep=sleep
 )
 
 

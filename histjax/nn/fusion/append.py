@@ -38,7 +38,7 @@ class _SharedHistory(base.Transformer):
       implementation: with `tower`, of that operation; None picks, and on a CPU
         without the kernel 'numba_cpu' picks the blocks.
     """
-    tower = _unless_blocks_are_faster(tower, implementation)
+    tower = _tower_or_blocks(tower, implementation, train)
     position = base.ordinals(history.shape)
     key_range = self._history_range(length, history.shape[1])
     x = self._place_events(history, length)
@@ -50,30 +50,20 @@ class _SharedHistory(base.Transformer):
       values.append(value)
       if i + 1 == len(self.blocks):  # Nothing reads the last layer's events.
         break
-      layer = self._layer(i, tower, train, implementation, final_norm=False)
-      x = layer(x, position, key, value, key_range)
+      if tower is None:
+        x = block(x, position, key, value, key_range, train=train)
+      else:
+        x = self._tower(
+          x,
+          position,
+          key[None],
+          value[None],
+          key_range,
+          tower.layer(i),
+          final_norm=False,
+          implementation=implementation,
+        )
     return jnp.stack(keys), jnp.stack(values)
-
-  def _layer(self, index, tower, train, implementation, *, final_norm):
-    """A layer's function of tokens, by its block or by the tower."""
-    if tower is None:
-      return functools.partial(self.blocks[index], train=train)
-    if train:
-      raise ValueError('tower is for scoring; with train=True, pass None')
-
-    def layer(x, position, key, value, key_range):
-      return self._tower(
-        x,
-        position,
-        key[None],
-        value[None],
-        key_range,
-        tower.layer(index),
-        final_norm=final_norm,
-        implementation=implementation,
-      )
-
-    return layer
 
   def _tower(self, x, position, keys, values, key_range, weights, **options):
     """`ops.candidate_tower`; the residual stream between layers is float32."""
@@ -132,8 +122,13 @@ class _SharedHistory(base.Transformer):
     return key_range, position
 
 
-def _unless_blocks_are_faster(tower, implementation):
-  """On a CPU without the kernel, layers are faster as `Block`."""
+def _tower_or_blocks(tower, implementation, train):
+  """The tower, or None where layers are faster as `Block`.
+
+  That is on a CPU without the kernel, where none is named.
+  """
+  if tower is not None and train:
+    raise ValueError('tower is for scoring; with train=True, pass None')
   if tower is None or implementation is not None:
     return tower
   on_cpu = jax.default_backend() == 'cpu'
@@ -146,9 +141,9 @@ class AppendCross(_SharedHistory):
   The paper's fusion (arXiv 2412.06924, "append" with cross-attention). In
   every layer `Q = W_q [H_1..H_n, C_1..C_m]`, `K = W_k [H_1..H_n]`,
   `V = W_v [H_1..H_n]`: no token ever sees a candidate, so one pass over the
-  history serves all of them. `__call__` is that joint pass, with one attention
-  call a layer; its last layer has candidates' queries only, since nothing
-  reads the history's.
+  history serves all of them. `__call__` is that joint pass: block by block with
+  one attention call a layer, whose last one has candidates' queries only, since
+  nothing reads the history's; with `tower`, `encode` and `score`.
   """
 
   def __call__(
@@ -173,7 +168,10 @@ class AppendCross(_SharedHistory):
       tower: as `encode`.
       implementation: likewise.
     """
-    tower = _unless_blocks_are_faster(tower, implementation)
+    if _tower_or_blocks(tower, implementation, train) is not None:
+      chosen = {'tower': tower, 'implementation': implementation}
+      keys, values = self.encode(history, length, **chosen)
+      return self.score(keys, values, length, candidates, visible, **chosen)
     num_events, num_candidates = history.shape[1], candidates.shape[1]
     candidate_range, candidate_position = self._candidates_see(
       length, visible, num_candidates
@@ -198,9 +196,8 @@ class AppendCross(_SharedHistory):
       if last:  # Nothing reads its events.
         x = x[:, num_events:]
         position, key_range = candidate_position, candidate_range
-      layer = self._layer(i, tower, train, implementation, final_norm=last)
-      x = layer(x, position, key, value, key_range)
-    return self.final_norm(x) if tower is None else x
+      x = block(x, position, key, value, key_range, train=train)
+    return self.final_norm(x)
 
   def score(
     self,

@@ -1,4 +1,4 @@
-"""Copies between the shared memories of the blocks of a cluster, in PTX.
+"""What clusters need in PTX: above all copies between their shared memories.
 
 Pallas can store registers into a peer's memory, four bytes at a time and each
 counted by a barrier. A bulk copy moves a whole tile and is counted once. The
@@ -74,6 +74,17 @@ def receive(ctx, barrier, *, size: int) -> None:
     'again: mbarrier.try_wait.shared::cta.b64 p, [$0], s; '
     '@!p bra again; }',
     _address(barrier),
+    has_side_effects=True,
+  )
+
+
+def sleep(ctx, *, cycles: int) -> None:
+  """Passes some clock cycles."""
+  del ctx
+  utils.inline_ptx(
+    '{ .reg .pred p; .reg .u32 from, now; mov.u32 from, %clock; '
+    'again: mov.u32 now, %clock; sub.u32 now, now, from; '
+    f'setp.lt.u32 p, now, {cycles}; @p bra again; }}',
     has_side_effects=True,
   )
 

@@ -54,6 +54,8 @@ class Config:
       in 'shared' memory or in 'device' memory.
     loader: one more warpgroup fills the rings; else the last tile's do, which
       are the later for it and seldom wait for the other tiles.
+    late: clock cycles that a cluster's other workers than a block's first
+      wait before each attention: in step they want the same units at once.
     registers: per thread of a computing and of the loading warpgroup.
   """
 
@@ -65,6 +67,7 @@ class Config:
   buffers: int = 2
   park: Literal['registers', 'shared', 'device'] = 'registers'
   loader: bool = True
+  late: int = 0
   registers: tuple[int, int] = (112, 24)
 
 
@@ -90,7 +93,7 @@ def default_config(
       group = min(2, hidden // 256)
       if tiles <= CLUSTERS_OF_FOUR:
         choices.append(change(group=group))
-      choices.append(change(workers=2, blocks=2, group=group))
+      choices.append(change(workers=2, blocks=2, group=group, late=600))
   elif width == 128:
     choices.append(Config(slot=8192 if wide else 4096, park='shared'))
   else:
@@ -167,6 +170,31 @@ class _Plan:
   @property
   def out_rows(self) -> int:
     return self.tile_rows(self.chunk, self.columns)
+
+  @property
+  def near(self) -> int:
+    """Slots of a matrix whose rows the block's own workers' columns meet.
+
+    0 if these are no whole slots; then none comes first.
+    """
+    own = self.columns * self.config.workers
+    whole = self.config.blocks > 1 and own % self.query_rows == 0
+    return own // self.query_rows if whole else 0
+
+  def rows_of(self, part: Any, index: Any, groups: int = 1) -> Any:
+    """Which rows of a matrix, in slots, the slot `index` of a product has.
+
+    What the block itself has computed is multiplied first, then what comes
+    from its peers. `groups`: of columns, of which each block has its share.
+    """
+    if not self.near:
+      return index
+    own = jnp.int32(groups * self.near)
+    ahead, index = lax.div(index, own), lax.rem(index, own)
+    block = lax.rem(part + ahead, jnp.int32(self.config.blocks))
+    group = lax.div(index, jnp.int32(self.near))
+    at = group * self.config.blocks + block
+    return at * self.near + lax.rem(index, jnp.int32(self.near))
 
   @property
   def query_in_act(self) -> bool:
@@ -293,12 +321,7 @@ def candidate_tower(
   if config is None:
     config = default_config(num_rows, num_candidates, width, hidden, num_heads)
     tiles = num_rows * pl.cdiv(num_candidates, ROWS)
-    # Only where it was measured: each candidate of a row sees the same keys.
-    if (
-      tiles >= LAYERS_FROM
-      and key_range.structure == 'prefix'
-      and _layers_compute(num_rows, width, hidden, count)
-    ):
+    if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden, count):
       config = 'layers'
   if config == 'layers':
     if not _layers_compute(num_rows, width, hidden, count):
@@ -781,7 +804,7 @@ class _Context:
     def query_or_output(ref, first):
       @pl.when((item >= first) & (item < first + deep))
       def _():
-        row = (item - first) * plan.query_rows
+        row = plan.rows_of(self.part, item - first) * plan.query_rows
         weight(ref, q_view, row, mine * plan.columns)
 
     cached = plan.heads * self.steps
@@ -816,12 +839,14 @@ class _Context:
       @pl.when(index < group * n1)
       def _():
         chunk = turn * group + lax.div(index, jnp.int32(n1))
-        row = lax.rem(index, jnp.int32(n1)) * plan.in_rows
+        row = plan.rows_of(self.part, lax.rem(index, jnp.int32(n1)))
+        row *= plan.in_rows
         weight(w1_ref, in_view, row, chunk * plan.chunk + mine * plan.sub)
 
       @pl.when(index >= group * n1)
       def _():
-        row = turn * group * plan.chunk + (index - group * n1) * plan.out_rows
+        row = plan.rows_of(self.part, index - group * n1, group)
+        row = turn * group * plan.chunk + row * plan.out_rows
         weight(w2_ref, out_view, row, mine * plan.columns)
 
 
@@ -913,14 +938,14 @@ class _Worker(hopper.Warpgroup):
     """Writes pieces to blocks `at, at + 1, ..` of `ref`, for all workers.
 
     In a cluster, calls are counted by two barriers in `turn`, so that what
-    arrives early is not counted for the call before.
+    arrives early is not counted for the call before. Returns as `gather`.
     """
     for n, piece in enumerate(pieces):
       ref[at + n] = piece
     self.plgpu.commit_smem()
     if self.plan.config.blocks > 1:
       self.send(ref, at, turn)
-    self.gather(ref, 1, turn)
+    return self.gather(ref, 1, turn)
 
   def sent(self, turn):
     """The barrier of a layer's meeting number `turn`."""
@@ -938,17 +963,22 @@ class _Worker(hopper.Warpgroup):
     )
 
   def gather(self, ref, count, turn):
-    """Waits for `count` pieces of each worker."""
+    """Waits for `count` pieces of each worker of this block.
+
+    Returns what waits for the peers', to be called once by all workers, or
+    None.
+    """
     plgpu = self.plgpu
     blocks = self.plan.config.blocks
-    if blocks > 1:
-      size = (
-        (blocks - 1) * count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
-      )
-      plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
-        functools.partial(_cluster().receive, size=size)
-      )(self.sent(turn))
-    self.meet()
+    if self.plan.config.workers > 1:
+      self.meet()
+    if blocks == 1:
+      return None
+    size = (blocks - 1) * count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
+    receive = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
+      functools.partial(_cluster().receive, size=size)
+    )
+    return lambda: receive(self.sent(turn))
 
   def split(self, x, size):
     """`[64, columns]` as blocks `[64, size]`."""
@@ -971,7 +1001,9 @@ class _Worker(hopper.Warpgroup):
     left = self.iota((ROWS, 8), 1) < 4
     both = jnp.where(left, self.down(mean, 8), self.down(square, 8))
     stats = self.context.stats.at[self.tile]
-    self.share([both], stats, self.mine, turn)
+    far = self.share([both], stats, self.mine, turn)
+    if far is not None:
+      far()
     parts = [
       self.plgpu.load(stats.at[w], layout=self.plgpu.Layout.WGMMA)
       for w in range(workers)
@@ -988,10 +1020,10 @@ class _Worker(hopper.Warpgroup):
     return lax.optimization_barrier((mean, scale))
 
   def share_norm(self, x, turn):
-    """Puts the norm of `x` into `act`; all workers' columns are there then."""
+    """Puts the norm of `x` into `act`; returns as `gather`."""
     mean, scale = self.statistics(x, turn)
     wide = self.plan.wide
-    self.share(
+    return self.share(
       (
         ((y - self.down(mean, wide)) * self.down(scale, wide)).astype(
           jnp.bfloat16
@@ -1047,30 +1079,48 @@ class _Worker(hopper.Warpgroup):
       over = (number >= context.per_layer).astype(jnp.int32)
       context.fetch(over, number - over * context.per_layer, self.worker)
 
-  def product(self, acc, left, view, number, tiles):
-    """acc += left @ tiles."""
-    plgpu, wide = self.plgpu, self.plan.wide
-    per = view.shape[1] // wide
+  def product(self, acc, left, view, number, tiles, groups=1, far=None):
+    """acc += left @ tiles, of which `far` waits for those that peers compute.
+
+    `groups`: see `rows_of`.
+    """
+    plgpu, plan = self.plgpu, self.plan
+    per = view.shape[1] // plan.wide
+    # A slot's products run on into the next one's where there are registers.
+    lag = int(plan.config.loader)
 
     def multiply(k):
       slot = self.slot(number + k)
+      at = plan.rows_of(self.context.part, k, groups) * per
       plgpu.barrier_wait(self.context.full.at[slot])
       for i in range(per):
-        w = view.at[slot, pl.ds(i * wide, wide)]
-        plgpu.wgmma(acc, left.at[k * per + i], w)
-      plgpu.wgmma_wait(0)
-      self.give(number + k)
+        w = view.at[slot, pl.ds(i * plan.wide, plan.wide)]
+        plgpu.wgmma(acc, left.at[at + i], w)
 
-    if tiles == 1:
+    def step(k):
+      multiply(k)
+      plgpu.wgmma_wait(lag * per)
+      self.give(number + k - lag)
+
+    near = plan.near * groups
+    if far is not None and not near:
+      far()
+    if lag:
       multiply(0)
-    else:
-      pl.loop(0, tiles)(multiply)
+    pl.loop(lag, near or tiles)(step)
+    if near:
+      if far is not None:
+        far()
+      pl.loop(near, tiles)(step)
+    if lag:
+      plgpu.wgmma_wait(0)
+      self.give(number + tiles - 1)
 
-  def times(self, init, left, view, number, tiles):
-    """init + left @ tiles."""
+  def times(self, init, *args, **options):
+    """init + left @ tiles, see `product`."""
 
     def run(acc):
-      self.product(acc, left, view, number, tiles)
+      self.product(acc, *args, **options)
 
     return pl.run_state(run)(self.plgpu.ACC.init(init))
 
@@ -1165,14 +1215,14 @@ class _Worker(hopper.Warpgroup):
 
   def attention(self, x, number, two):
     """x + Attention(norm(x)) W_o + b_o."""
-    plan, context = self.plan, self.context
+    plgpu, plan, context = self.plgpu, self.plan, self.context
     deep = plan.counts()[0]
     blocks = plan.width // plan.wide
     at = self.mine * self.per
-    self.share_norm(x, 0)
+    far = self.share_norm(x, 0)
     self.park(x)
     init = self.bias(two, at, self.per)
-    q = self.times(init, self.act, self.wq, number, deep)
+    q = self.times(init, self.act, self.wq, number, deep, far=far)
     number += deep
     # Scores in units of log 2.
     scale = plan.head_dim**-0.5 * math.log2(math.e)
@@ -1181,8 +1231,14 @@ class _Worker(hopper.Warpgroup):
       self.sync()  # All have read what the queries or outputs replace.
     for n, head in enumerate(q):
       self.queries[self.first_query + n] = head
-    self.plgpu.commit_smem()
+    plgpu.commit_smem()
     joined = plan.wide // plan.head_dim
+
+    if plan.config.late:
+      sleep = plgpu.inline_mgpu()(
+        functools.partial(_cluster().sleep, cycles=plan.config.late)
+      )
+      pl.when(self.worker > 0)(sleep)
 
     def outputs():
       for j in range(self.per):
@@ -1193,11 +1249,11 @@ class _Worker(hopper.Warpgroup):
         yield hopper.join(heads)
 
     attended = self.hidden if plan.out_in_mid else self.act
-    self.share(outputs(), attended, at, 2)
+    far = self.share(outputs(), attended, at, 2)
     number += plan.heads * context.steps
     bias = self.bias(two, blocks + at, self.per)
     x = self.unpark(x) + bias
-    return self.times(x, attended, self.wq, number, deep)
+    return self.times(x, attended, self.wq, number, deep, far=far)
 
   def park(self, x):
     """Frees the registers of the residual stream."""
@@ -1231,7 +1287,7 @@ class _Worker(hopper.Warpgroup):
     group, workers = config.group, plan.all_workers
     blocks = plan.width // plan.wide
     at = self.mine * self.per
-    self.share_norm(x, 3)
+    far_norm = self.share_norm(x, 3)
     x = x + self.bias(two, 2 * blocks + plan.hidden // plan.wide + at, self.per)
 
     def one_group(turn, x):
@@ -1243,7 +1299,11 @@ class _Worker(hopper.Warpgroup):
       def chunk(c):
         block = 2 * blocks + (turn * group + c) * workers + self.mine
         init = self.bias(two, block, 1)
-        u = self.times(init, self.act, self.w1, first + c * n1, n1)
+
+        far = None
+        if far_norm is not None:  # Before the first product.
+          far = functools.partial(pl.when((turn == 0) & (c == 0)), far_norm)
+        u = self.times(init, self.act, self.w1, first + c * n1, n1, far=far)
         u = hopper.gelu(u).astype(jnp.bfloat16)
         if config.buffers == 1 and plan.num_groups > 1:
 
@@ -1262,10 +1322,12 @@ class _Worker(hopper.Warpgroup):
       else:
         pl.loop(0, group)(chunk)
       self.plgpu.commit_smem()
-      self.gather(self.hidden, group, 5 + turn)
+      far = self.gather(self.hidden, group, 5 + turn)
       hidden = self.hidden.at[pl.ds(buffer, group * workers)]
       first += group * n1
-      return self.times(x, hidden, self.w2, first, group * n2)
+      return self.times(
+        x, hidden, self.w2, first, group * n2, groups=group, far=far
+      )
 
     if plan.num_groups == 1:
       return one_group(0, x)

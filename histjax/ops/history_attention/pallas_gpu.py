@@ -169,7 +169,7 @@ def config(
     # Ranges may be narrow, so that a large block would be mostly hidden.
     # An overlap would take the registers of a fourth warpgroup at 32.
     d_key = Backward(1, 64, overlap=head_dim > 32)
-    choice = Config(1, 64, stages=3, d_key=d_key)
+    choice = Config(1, 64, d_key=d_key)
   elif head_dim == 32 or tiles < 132:  # Larger tiles would leave cores idle.
     choice = Config(1, 64 if head_dim == 128 else 128)
   elif head_dim == 64:

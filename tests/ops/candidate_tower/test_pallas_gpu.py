@@ -22,9 +22,10 @@ Config = pallas_gpu.Config
 LOADER = Config(slot=4096, park='shared')
 WIDE_HEADS = Config(park='shared')
 LOADERLESS = Config(buffers=1, park='device', loader=False)
-TWO_BLOCKS = Config(tiles=1, workers=2, blocks=2, group=1, buffers=1)
-FOUR_BLOCKS = Config(tiles=1, workers=1, blocks=4, slot=4096, buffers=1)
-TWO_TILES = Config(tiles=2, workers=1, blocks=2, buffers=1)
+CLUSTER = Config(tiles=1, workers=1, buffers=1)
+TWO_BLOCKS = dataclasses.replace(CLUSTER, workers=2, blocks=2)
+FOUR_BLOCKS = dataclasses.replace(CLUSTER, blocks=4, slot=4096)
+TWO_TILES = dataclasses.replace(CLUSTER, tiles=2, blocks=2)
 
 
 def tower(call, config=None):
@@ -95,6 +96,10 @@ class InterpretedTest(_Interpreted):
 
   def test_cluster_of_two(self):
     self.check((1, 9, 70, 4, 64), TWO_BLOCKS, mlp_width=512, rotate=False)
+
+  def test_groups_in_a_cluster(self):
+    config = dataclasses.replace(TWO_BLOCKS, group=2, late=600)
+    self.check((1, 9, 200, 4, 64), config, num_layers=2, mlp_width=1024)
 
   def test_residual_stream_in_a_cluster(self):
     self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, num_layers=2, residual=True)
