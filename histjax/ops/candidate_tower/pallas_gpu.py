@@ -321,13 +321,12 @@ def candidate_tower(
   if config is None:
     config = default_config(num_rows, num_candidates, width, hidden, num_heads)
     tiles = num_rows * pl.cdiv(num_candidates, ROWS)
-    if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden, count):
+    if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden):
       config = 'layers'
   if config == 'layers':
-    if not _layers_compute(num_rows, width, hidden, count):
+    if not _layers_compute(num_rows, width, hidden):
       raise NotImplementedError(
         f'no kernels in layers for B={num_rows}, D={width}, F={hidden}'
-        f'{"" if count is None else " with a count"}'
       )
     start, stop = (pad(y, copied, 'edge') for y in (start, stop))
     out = pallas_gpu_layers.candidate_tower(
@@ -339,6 +338,7 @@ def candidate_tower(
       values,
       KeyRange(start, stop, key_range.structure),
       weights,
+      count=count,
       final_norm=final_norm,
     )
     return out[:, :num_candidates]
@@ -395,13 +395,10 @@ def candidate_tower(
   return out[0][:, :num_candidates]
 
 
-def _layers_compute(num_rows, width, hidden, count):
+def _layers_compute(num_rows, width, hidden):
   """Whether `pallas_gpu_layers` computes such a call."""
-  return (
-    count is None
-    and num_rows <= attention.MAX_GRID
-    and pallas_gpu_layers.fits(width, hidden)
-  )
+  fits = pallas_gpu_layers.fits(width, hidden)
+  return fits and num_rows <= attention.MAX_GRID
 
 
 def _check(candidates, keys, weights, num_heads):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
@@ -90,20 +91,22 @@ def candidate_tower(
   key_range: KeyRange,
   weights: reference.TowerWeights,
   *,
+  count: Int[Array, 'B'] | None,
   final_norm: bool,
 ) -> Float[Array, 'B C D']:
   """As `api.candidate_tower`, of D = 256; C and L are multiples of 8.
 
   Args:
     plgpu: the Mosaic GPU module.
-    attention: queries `[B, C, N, H]`, keys, values, range and `[1]`, a layer's
-      first row of keys -> `[B, C, N, H]`.
+    attention: queries `[B, C, N, H]`, keys, values, range, `[1]`, a layer's
+      first row of keys, and `count` -> `[B, C, N, H]`.
     candidates: `[B, C, D]`.
     position: `[B, C]`.
     keys: of all layers and rows.
     values: likewise.
     key_range: of the candidates.
     weights: of the tower.
+    count: see there.
     final_norm: see there.
   """
   num_rows, num_candidates, width = candidates.shape
@@ -118,6 +121,11 @@ def candidate_tower(
     y.reshape(-1, PIECE) for y in (weights.final_scale, weights.final_bias)
   ]
 
+  live = None
+  if count is not None:
+    live = jnp.arange(num_candidates, dtype=jnp.int32)[None, :] < count[:, None]
+  tiles = _tiles(rows, live)
+
   def run(layer, x, attended, then):
     kind = _Kind(
       rows,
@@ -131,6 +139,7 @@ def candidate_tower(
     # Under jit, layers share what is built for one of them.
     return jax.jit(_kernel(plgpu, kind))(
       jnp.full((1,), layer, jnp.int32),
+      tiles,
       x,
       attended,
       place,
@@ -147,13 +156,25 @@ def candidate_tower(
   for layer in range(num_layers):
     query = y.reshape(num_rows, num_candidates, num_heads, head_dim)
     first_row = jnp.full((1,), layer * num_rows, jnp.int32)
-    attended = attention(query, keys, values, key_range, first_row)
+    attended = attention(query, keys, values, key_range, first_row, count)
     then = 'query'
     if layer == num_layers - 1:
       then = 'norm' if final_norm else 'nothing'
     x, y = run(layer, x, attended.reshape(rows, width), then)
-  out = y if final_norm else x[:rows]
-  return out.reshape(candidates.shape)
+  out = (y if final_norm else x[:rows]).reshape(candidates.shape)
+  return out if live is None else jnp.where(live[:, :, None], out, 0)
+
+
+def _tiles(rows, live):
+  """How many tiles there are, and which: all, or those with live candidates."""
+  number = pl.cdiv(rows, TILE)
+  if live is None:
+    return np.array([number, *range(number)], np.int32)
+  live = jnp.pad(live.reshape(rows), (0, number * TILE - rows))
+  dead = jnp.logical_not(live.reshape(number, TILE).any(axis=1))
+  alive = number - dead.sum(dtype=jnp.int32)
+  order = jnp.argsort(dead, stable=True).astype(jnp.int32)
+  return jnp.concatenate([alive[None], order])
 
 
 @functools.lru_cache(maxsize=64)
@@ -195,13 +216,18 @@ def _kernel(plgpu, kind):
 
 
 def _body(
-  layer_ref, x_ref, attended_ref, place_ref, wq_ref, wo_ref, w1_ref, w2_ref,
-  bias_ref, scale_ref, shift_ref, x_out_ref, y_ref,
+  layer_ref, tiles_ref, x_ref, attended_ref, place_ref, wq_ref, wo_ref, w1_ref,
+  w2_ref, bias_ref, scale_ref, shift_ref, x_out_ref, y_ref,
   *, plgpu, kind, act, ring, bias_smem, query_bias_smem, bias_full, full, free,
 ):  # fmt: skip
   """One block: some tiles of 128 candidates, one after the other."""
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
-  count = lax.div(kind.num_tiles - 1 - block, jnp.int32(kind.grid)) + 1
+  grid = jnp.int32(kind.grid)
+  count = lax.div(tiles_ref[0] - 1 - block + grid, grid)
+
+  def first_row(i):
+    return tiles_ref[1 + block + i * grid] * TILE
+
   layer = layer_ref[0]
   of_query = layer + 1 if kind.attended and kind.then == 'query' else layer
   stream = _Stream(plgpu, kind, ring, full, free)
@@ -213,7 +239,7 @@ def _body(
 
     @pl.loop(0, count)
     def _(i):
-      first = (block + i * kind.grid) * TILE + wg * ROWS
+      first = first_row(i) + wg * ROWS
       worker = _Worker(
         stream,
         lax.optimization_barrier(wg),
@@ -252,7 +278,7 @@ def _body(
         def _(i):
           stream.fill(
             i * stream.per_tile,
-            pl.ds((block + i * kind.grid) * TILE, TILE),
+            pl.ds(first_row(i), TILE),
             x_ref,
             attended_ref,
             wo_ref.at[layer],

@@ -104,6 +104,7 @@ def of_layer(
   values: Float[Array, 'rows L N H'],
   key_range: KeyRange,
   first_row: Int[Array, '1'],
+  count: Int[Array, 'B'] | None,
   *,
   num_keys: int,
 ) -> Float[Array, 'B Q N H']:
@@ -111,14 +112,15 @@ def of_layer(
 
   As `history_attention` with a scale of `H ** -0.5`, but without gradients, and
   keys and values before or after all ranges of a row may hold anything.
-  At most `MAX_GRID` rows; multiples of 8 queries and keys, of which `num_keys`
+  What queries `count` and beyond give is undefined, and mostly not computed. At
+  most `MAX_GRID` rows; multiples of 8 queries and keys, of which `num_keys`
   are no padding; H 32, 64 or 128.
   """
   call = _Call(
     query.shape[3] ** -0.5, key_range.structure, num_keys, clean=True
   )
   inputs = (query, keys, values, key_range.start, key_range.stop)
-  return _forward(call, False, *inputs, first_row)[0]
+  return _forward(call, False, *inputs, first_row, count)[0]
 
 
 class Backward(NamedTuple):
@@ -238,7 +240,9 @@ _attend.defvjp(_forward_rule, _backward_rule)
 _jitted = jax.jit(_attend, static_argnums=5)
 
 
-def _forward(call, residuals, query, key, value, start, stop, first_row=None):
+def _forward(
+  call, residuals, query, key, value, start, stop, first_row=None, live=None
+):
   """The output and `log2(sum(exp(scores)))`, infinite at an empty range."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
@@ -252,7 +256,8 @@ def _forward(call, residuals, query, key, value, start, stop, first_row=None):
   part = block // choice.parts
 
   def body(
-    q_ref, k_ref, v_ref, start_ref, stop_ref, first_row_ref, out_ref, total_ref,
+    q_ref, k_ref, v_ref, start_ref, stop_ref, first_row_ref, live_ref, out_ref,
+    total_ref,
     *, q_smem, k_smem, v_smem, total_smem, q_ready, k_ready, v_ready, free,
   ):  # fmt: skip
     b, n, t = _block_index()
@@ -265,6 +270,8 @@ def _forward(call, residuals, query, key, value, start, stop, first_row=None):
       call, start_ref, stop_ref, b, t, tile, base, num_queries
     )
     lower, count = _key_blocks(call, bounds, block)
+    if live is not None:
+      count = jnp.where(t * tile < live_ref[b], count, 0)
 
     def fetch(step, slot):
       at = (row, pl.ds((lower + step) * block, block), n)
@@ -369,7 +376,7 @@ def _forward(call, residuals, query, key, value, start, stop, first_row=None):
       v_ready=plgpu.Barrier(num_barriers=stages),
       free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     ),
-  )(query, key, value, start, stop, first_row)
+  )(query, key, value, start, stop, first_row, live)
 
 
 def _d_query(call, query, key, value, start, stop, out, log_total, d_out):

@@ -162,6 +162,7 @@ class KernelTest(parameterized.TestCase):
   @parameterized.product(
     shape=((3, 205, 331, 4, 64), (2, 131, 79, 8, 32), (1, 2, 1, 4, 64)),
     structure=('any', 'prefix'),
+    ragged=(False, True),
     rotate=(False, True),
     residual=(False, True),
   )
@@ -174,6 +175,7 @@ class KernelTest(parameterized.TestCase):
       out = pallas_gpu.candidate_tower(
         *jax.tree.map(jnp.asarray, call.positional),
         num_heads=call.num_heads,
+        count=None if call.count is None else jnp.asarray(call.count),
         final_norm=call.final_norm,
         config='layers',
       )

@@ -150,6 +150,9 @@ class InterpretedLayersTest(_Interpreted):
     )
     self.check((2, 130, 150, 4, 64), 'layers', num_layers=2)
 
+  def test_counts(self):
+    self.check((3, 150, 70, 4, 64), 'layers', num_layers=2, ragged=True)
+
   def test_narrow_heads(self):
     self.check((1, 9, 70, 8, 32), 'layers', rotate=False, mlp_width=512)
 
@@ -214,7 +217,7 @@ class LoweringTest(parameterized.TestCase):
       shape, 'any' if odd == few else 'prefix', ragged=few, rotate=odd
     )
     # In layers the queries, the attention and the two layers' ends.
-    in_layers = not few and heads == (4, 64)  # 'prefix' and without counts.
+    in_layers = not few and heads[0] * heads[1] == 256
     self.assertEqual(text.count('@mosaic_gpu_v2('), 4 if in_layers else 1)
 
   @parameterized.parameters(256, 7168)
@@ -281,7 +284,6 @@ class RefusalTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'shape': (1, 2, 3, 4, 32)}, 'in layers for B=1, D=128, F=512'),
-    ({'shape': (1, 2, 3, 4, 64), 'ragged': True}, 'F=1024 with a count'),
     ({'shape': (1, 2, 3, 4, 64), 'mlp_width': 7680}, 'F=7680'),
   )
   def test_layers(self, fields, message):
