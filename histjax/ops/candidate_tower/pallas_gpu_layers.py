@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
@@ -169,7 +168,8 @@ def _tiles(rows, live):
   """How many tiles there are, and which: all, or those with live candidates."""
   number = pl.cdiv(rows, TILE)
   if live is None:
-    return np.array([number, *range(number)], np.int32)
+    order = jnp.arange(number, dtype=jnp.int32)
+    return jnp.concatenate([jnp.full((1,), number, jnp.int32), order])
   live = jnp.pad(live.reshape(rows), (0, number * TILE - rows))
   dead = jnp.logical_not(live.reshape(number, TILE).any(axis=1))
   alive = number - dead.sum(dtype=jnp.int32)

@@ -4,6 +4,7 @@ The interpreter looks for races. On a Hopper GPU test_backends.py runs it.
 """
 
 import dataclasses
+import functools
 import re
 from unittest import mock
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from histjax.ops.candidate_tower import pallas_gpu, pallas_gpu_layers
+from histjax.ops.candidate_tower import api, pallas_gpu, pallas_gpu_layers
 from histjax.ops.history_attention import pallas_gpu as attention
 from tests.ops import gpu_interpreter
 from tests.ops.candidate_tower import suite
@@ -195,11 +196,15 @@ def lower(shape, structure, *, mlp_width=None, config=None, **fields):
   count = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
 
   def function(args, count):
-    return pallas_gpu.candidate_tower(
+    run = functools.partial(pallas_gpu.candidate_tower, config=config)
+    if config is None:
+      run = functools.partial(
+        api._BACKENDS['pallas_gpu'].call, final_norm=True
+      )
+    return run(
       *args,
       num_heads=shape[3],
       count=count if fields['ragged'] else None,
-      config=config,
     )
 
   traced = jax.jit(function).trace(args, count)
@@ -208,13 +213,15 @@ def lower(shape, structure, *, mlp_width=None, config=None, **fields):
 
 class LoweringTest(parameterized.TestCase):
   @parameterized.product(
-    heads=((2, 64), (4, 32), (4, 64), (8, 32)), few=(True, False)
+    heads=((2, 64), (4, 32), (4, 64), (8, 32)),
+    few=(True, False),
+    ragged=(True, False),
   )
-  def test_kernels(self, heads, few):
+  def test_kernels(self, heads, few, ragged):
     shape = (1 if few else 32, 999, 333, *heads)
     odd = heads[0] == 4
     text = lower(
-      shape, 'any' if odd == few else 'prefix', ragged=few, rotate=odd
+      shape, 'any' if odd == few else 'prefix', ragged=ragged, rotate=odd
     )
     # In layers the queries, the attention and the two layers' ends.
     in_layers = not few and heads[0] * heads[1] == 256
