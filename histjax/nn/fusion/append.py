@@ -167,9 +167,18 @@ class AppendCross(_SharedHistory):
       implementation: likewise.
     """
     if _tower_or_blocks(tower, implementation, train) is not None:
-      chosen = {'tower': tower, 'implementation': implementation}
-      keys, values = self.encode(history, length, **chosen)
-      return self.score(keys, values, length, candidates, visible, **chosen)
+      keys, values = self.encode(
+        history, length, tower=tower, implementation=implementation
+      )
+      return self.score(
+        keys,
+        values,
+        length,
+        candidates,
+        visible,
+        tower=tower,
+        implementation=implementation,
+      )
     num_events, num_candidates = history.shape[1], candidates.shape[1]
     candidate_range, candidate_position = self._candidates_see(
       length, visible, num_candidates

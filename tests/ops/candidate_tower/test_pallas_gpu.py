@@ -198,9 +198,7 @@ def lower(shape, structure, *, mlp_width=None, config=None, **fields):
   def function(args, count):
     run = functools.partial(pallas_gpu.candidate_tower, config=config)
     if config is None:
-      run = functools.partial(
-        api._BACKENDS['pallas_gpu'].call, final_norm=True
-      )
+      run = functools.partial(api._BACKENDS['pallas_gpu'].call, final_norm=True)
     return run(
       *args,
       num_heads=shape[3],
