@@ -124,6 +124,15 @@ class InterpretedTest(_Interpreted):
       jax.block_until_ready(tower(call, LOADER))
     self.assertTrue(self.races_found())
 
+  def test_the_test_of_clusters(self):
+    call = suite.make_call(
+      0, (1, 9, 9, 4, 64), num_layers=1, dtype='bfloat16', mlp_width=512
+    )
+    cluster = gpu_interpreter.CLUSTER
+    with mock.patch.object(cluster, 'receive', lambda *args, **sizes: None):
+      jax.block_until_ready(tower(call, TWO_BLOCKS))
+    self.assertTrue(self.races_found())
+
 
 class InterpretedLayersTest(_Interpreted):
   """The kernels of `pallas_gpu_layers` and the attention between them."""
