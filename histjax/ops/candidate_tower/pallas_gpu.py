@@ -25,7 +25,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from histjax.ops.candidate_tower import hopper, pallas_gpu_layers, reference
+from histjax.ops.candidate_tower import (
+  cluster,
+  hopper,
+  pallas_gpu_layers,
+  reference,
+)
 from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.types import KeyRange
 
@@ -35,7 +40,7 @@ NEVER = -1e30  # Less than any score; finite, so that NEVER - NEVER = 0.
 META = 8  # int32 fields of a block of work.
 MULTIPROCESSORS = 132
 CLUSTERS_OF_FOUR = 28  # That run at once; 30 on the H200 that was tried.
-LAYERS_FROM = 67  # Tiles: with fewer, clusters are faster.
+LAYERS_FROM = 67  # Tiles; fewer are computed in clusters.
 SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less barriers.
 
 
@@ -54,8 +59,8 @@ class Config:
       in 'shared' memory or in 'device' memory.
     loader: one more warpgroup fills the rings; else the last tile's do, which
       are the later for it and seldom wait for the other tiles.
-    late: clock cycles that a cluster's other workers than a block's first
-      wait before each attention: in step they want the same units at once.
+    late: clock cycles that workers other than a block's first wait before each
+      attention: in step they want the same units at once.
     registers: per thread of a computing and of the loading warpgroup.
   """
 
@@ -73,16 +78,17 @@ class Config:
 
 def default_config(
   num_rows: int, num_candidates: int, width: int, hidden: int, num_heads: int
-) -> Config:
+) -> Config | Literal['layers']:
   """The fastest measured on an H200 for 4 heads; NOTES.md has the numbers."""
   tiles = num_rows * pl.cdiv(num_candidates, ROWS)
   wide = width // num_heads == 64
+  if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden):
+    return 'layers'
   choices = []
   if tiles < LAYERS_FROM and num_heads == 4:
-    cluster = Config(
-      tiles=1, workers=1, blocks=4, buffers=1, registers=(232, 24)
+    change = functools.partial(
+      Config, tiles=1, workers=1, blocks=4, buffers=1, registers=(232, 24)
     )
-    change = functools.partial(dataclasses.replace, cluster)
     if width == 128:
       group = min(4, hidden // 128)
       pairs = num_rows * pl.cdiv(num_candidates, 2 * ROWS)
@@ -173,7 +179,7 @@ class _Plan:
 
   @property
   def near(self) -> int:
-    """Slots of a matrix whose rows the block's own workers' columns meet.
+    """Slots of a matrix that are multiplied by what a block computed itself.
 
     0 if these are no whole slots; then none comes first.
     """
@@ -258,6 +264,7 @@ class _Plan:
       and self.slots >= 2
       and (config.blocks == 1 or (self.heads == 1 and self.query_in_act))
       and config.buffers <= self.num_groups
+      and (config.workers > 1 or not config.late)
     )
 
 
@@ -271,12 +278,6 @@ def _mosaic_gpu():
   from jax.experimental.pallas import mosaic_gpu
 
   return mosaic_gpu
-
-
-def _cluster():
-  from histjax.ops.candidate_tower import cluster
-
-  return cluster
 
 
 def candidate_tower(
@@ -320,9 +321,6 @@ def candidate_tower(
   start, stop = key_range.start, key_range.stop
   if config is None:
     config = default_config(num_rows, num_candidates, width, hidden, num_heads)
-    tiles = num_rows * pl.cdiv(num_candidates, ROWS)
-    if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden):
-      config = 'layers'
   if config == 'layers':
     if not _layers_compute(num_rows, width, hidden):
       raise NotImplementedError(
@@ -503,9 +501,9 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
     swizzled((ring, plan.out_rows, plan.columns)),
   ]
   num_bias = (3 * plan.width + plan.hidden) // wide
-  cluster, peers = {}, {}
+  grouped, peers = {}, {}
   if config.blocks > 1:
-    cluster = dict(cluster=(config.blocks,), cluster_names=('part',))
+    grouped = dict(cluster=(config.blocks,), cluster_names=('part',))
     peers = dict(
       sent=plgpu.SMEM((tiles, 4), jnp.int32),  # Two barriers each.
       together=plgpu.ClusterBarrier(
@@ -552,7 +550,7 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
     scratch_types=scratch,
     grid=(num_rows * num_blocks,),
     grid_names=('block',),
-    **cluster,
+    **grouped,
     num_threads=tiles * workers + config.loader,
     thread_name='wg',
     compiler_params=plgpu.CompilerParams(
@@ -954,7 +952,7 @@ class _Worker(hopper.Warpgroup):
     """Starts the copies of piece `at` to the same place of the other blocks."""
     transforms = hopper.transforms(self.plgpu, ref.dtype, ref.shape[-1])
     ref_type = self.plgpu.RefType
-    copy = functools.partial(_cluster().send, blocks=self.plan.config.blocks)
+    copy = functools.partial(cluster.send, blocks=self.plan.config.blocks)
     self.plgpu.inline_mgpu(arg_types=(ref_type(transforms), ref_type()))(copy)(
       ref.at[at], self.sent(turn)
     )
@@ -973,7 +971,7 @@ class _Worker(hopper.Warpgroup):
       return None
     size = (blocks - 1) * count * math.prod(ref.shape[1:]) * ref.dtype.itemsize
     receive = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
-      functools.partial(_cluster().receive, size=size)
+      functools.partial(cluster.receive, size=size)
     )
     return lambda: receive(self.sent(turn))
 
@@ -1233,7 +1231,7 @@ class _Worker(hopper.Warpgroup):
 
     if plan.config.late:
       sleep = plgpu.inline_mgpu()(
-        functools.partial(_cluster().sleep, cycles=plan.config.late)
+        functools.partial(cluster.sleep, cycles=plan.config.late)
       )
       pl.when(self.worker > 0)(sleep)
 
@@ -1366,7 +1364,7 @@ class _Worker(hopper.Warpgroup):
       @pl.when(self.worker == 0)
       def _():
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(
-          functools.partial(_cluster().initialize, count=plan.config.workers)
+          functools.partial(cluster.initialize, count=plan.config.workers)
         )(context.sent.at[self.tile])
 
       self.sync()

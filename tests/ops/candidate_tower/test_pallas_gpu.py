@@ -45,12 +45,10 @@ class _Interpreted(gpu_interpreter.TestCase):
   def setUp(self):
     super().setUp()
     for name, value in (
-      ('_mosaic_gpu', self.plgpu),
-      ('_cluster', gpu_interpreter.CLUSTER),
+      ('_mosaic_gpu', lambda: self.plgpu),
+      ('cluster', gpu_interpreter.CLUSTER),
     ):
-      self.enter_context(
-        mock.patch.object(pallas_gpu, name, lambda value=value: value)
-      )
+      self.enter_context(mock.patch.object(pallas_gpu, name, value))
 
   def check(self, shape, config, *, causal=False, **fields):
     fields = {'num_layers': 3, 'mlp_width': 256, **fields}
@@ -251,9 +249,7 @@ class LoweringTest(parameterized.TestCase):
     sizes = []
     for _ in range(3):
       config = 'layers' if in_layers else None
-      text = lower(
-        shape, structure, config=config, ragged=not in_layers, rotate=True
-      )
+      text = lower(shape, structure, config=config, ragged=True, rotate=True)
       arrays = re.findall(r'tensor<((?:\d+x)+)', text)
       sizes.append(max(np.prod([*map(int, x[:-1].split('x'))]) for x in arrays))
       shape[axis] *= 2
@@ -280,6 +276,18 @@ class ConfigTest(parameterized.TestCase):
     config = pallas_gpu.default_config(*call, num_heads=4)
     self.assertEqual((config.tiles, config.workers, config.blocks), expected)
     self.assertTrue(pallas_gpu._Plan(config, 4, *call[2:], 4).fits())
+
+  @parameterized.parameters(
+    ((32, 1024, 256, 1024), True),
+    ((67, 1, 256, 1024), True),
+    ((66, 1, 256, 1024), False),
+    ((32, 1024, 128, 512), False),
+    ((32, 1024, 256, 7680), False),
+    ((65536, 1, 256, 1024), False),
+  )
+  def test_in_layers(self, call, expected):
+    config = pallas_gpu.default_config(*call, num_heads=4)
+    self.assertEqual(config == 'layers', expected)
 
 
 class RefusalTest(parameterized.TestCase):
