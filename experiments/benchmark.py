@@ -10,7 +10,7 @@
 training run or one of random parameters; 'cost' says with which powers of L
 and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
 all fusions at one L and C, for `study.py --cost`. The other suites time the
-named workloads of `histjax.benchmark.workloads` against rivals that are
+named workloads of `benchmarking.workloads` against rivals that are
 installed. Prints tables; writes <output>.json and, but for 'fusions', requests
 and updates, the plot <output>.png.
 """
@@ -21,10 +21,11 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from histjax import EncoderConfig, Ranker, RankerConfig, benchmark
+import benchmarking
+from benchmarking import cost, requests, suites, workloads
+from benchmarking import report as report_lib
+from histjax import EncoderConfig, Ranker, RankerConfig, testing
 from histjax import config as config_lib
-from histjax.benchmark import cost, requests, suites, workloads
-from histjax.benchmark import report as report_lib
 from histjax.data import synthetic
 
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
@@ -89,10 +90,10 @@ def one_model(suite):
       )
     return cost.fusions(config, sizes[0][0], sizes[1][0], **options)
   if params is None:
-    batch = benchmark.random_batch(config.schema, 1, 16, 16)
+    batch = testing.random_batch(config.schema, 1, 16, 16)
     params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']
-  print(benchmark.HEADER)
-  report = benchmark.scoring_suite(config, params, *sizes, **options)
+  print(benchmarking.HEADER)
+  report = benchmarking.scoring_suite(config, params, *sizes, **options)
   print(
     f'matmul ceiling {report["ceiling_flops"] / 1e9:.0f} GFLOP/s on '
     f'{report["environment"]["device"]}'
@@ -123,7 +124,7 @@ def main(argv):
   run = one_model if suite in _OF_ONE_MODEL else named_suite
   report = run(suite)
   if _OUTPUT.value:
-    print('wrote', *benchmark.write_report(report, _OUTPUT.value))
+    print('wrote', *benchmarking.write_report(report, _OUTPUT.value))
   if broken := report_lib.broken(report):
     raise SystemExit('\n'.join(['failed:', *broken]))
 

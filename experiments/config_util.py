@@ -21,7 +21,7 @@ from ml_collections import config_dict as config_dict_lib
 
 from histjax import config as config_lib
 from histjax.data import datasets
-from histjax.data.schema import Categorical, Schema, Task
+from histjax.schema import Categorical, Schema, Task
 from histjax.training.config import TrainConfig
 
 _ANY_SCHEMA = Schema(

@@ -22,7 +22,7 @@ from histjax import Scorer
 from histjax import config as config_lib
 from histjax.data import columns as columns_lib
 from histjax.data import files, requests, rows
-from histjax.data.schema import Schema
+from histjax.schema import Schema
 from histjax.training import checkpoints
 from histjax.training.config import TrainConfig
 

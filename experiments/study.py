@@ -19,9 +19,9 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from fusion_study import report, runner, summary
+from fusion_study.config import StudyConfig
 from histjax import config as config_lib
-from histjax.study import report, runner, summary
-from histjax.study.config import StudyConfig
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The study; every field can be set, as --config.margin=0.001.'

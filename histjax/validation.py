@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 from histjax.types import Candidates, History, RankingBatch
 
 

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 
 
 def logits(params, config, context, events, candidate, visible):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 from histjax.models import ranker
 from histjax.nn import encoder, interaction
 from histjax.types import Candidates, History, RankingBatch

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from histjax import config as config_lib
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 from histjax.models import ranker
 from histjax.nn import encoder, interaction
 

@@ -10,16 +10,14 @@ from absl.testing import absltest
 ROOT = pathlib.Path(__file__).parents[1] / 'histjax'
 # A module may import from its own layer and from those before it.
 LAYERS = (
-  ('config', 'types', 'data.schema'),
-  ('padding', 'validation'),
+  ('config', 'types', 'schema', 'key_range', 'metrics'),
+  ('padding', 'validation', 'testing'),
   ('ops',),
   ('nn',),
   ('models',),
   ('scoring',),
   ('data',),
   ('training',),
-  ('benchmark',),
-  ('study',),
 )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.experimental import topologies
 
-from histjax.data import schema
+from histjax import schema
 from histjax.models import ranker
 from histjax.nn import fusion, interaction
 from histjax.ops import history_attention_backend

@@ -3,7 +3,7 @@
   python experiments/train.py --config=my_log.py --workdir=/tmp/my_log \
     --config.data.paths='("log.parquet",)'
 
-How long it takes and what to expect depend on the log. `histjax.data.schema`
+How long it takes and what to expect depend on the log. `histjax.schema`
 documents each field.
 """
 

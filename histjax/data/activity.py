@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from histjax.data.events import EventLog, Ties
-from histjax.data.schema import Dense, categorical, feature_and_last
+from histjax.schema import Dense, categorical, feature_and_last
 
 _LEAST_SHARE = 0.01  # Of training events, for a value to have a feature.
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from histjax.data import hashing
-from histjax.data.schema import Categorical, Dense, Task
+from histjax.schema import Categorical, Dense, Task
 
 
 @dataclasses.dataclass(frozen=True)

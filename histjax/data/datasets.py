@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from histjax import schema as schema_lib
 from histjax.data import activity as activity_lib
 from histjax.data import rates as rates_lib
-from histjax.data import schema as schema_lib
 from histjax.data import synthetic as synthetic_lib
 from histjax.data.events import EventLog, FractionSplit, TimeSplit
 from histjax.data.rows import RowConfig, Rows
-from histjax.data.schema import Schema
+from histjax.schema import Schema
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from histjax.data import columns as columns_lib
 from histjax.data import files, grouping
 from histjax.data import history_rates as history_rates_lib
 from histjax.data import rows as rows_lib
-from histjax.data.schema import Categorical, Schema
+from histjax.schema import Categorical, Schema
 
 Ties = Literal['order', 'strict']
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from histjax.data.schema import Schema
+from histjax.schema import Schema
 
 
 def history_rates(

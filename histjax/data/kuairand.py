@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from histjax.data import sources
 from histjax.data.events import EventLog
-from histjax.data.schema import Categorical, Dense, Schema, Task
+from histjax.schema import Categorical, Dense, Schema, Task
 
 _LATE_LOG = 'data/log_standard_4_22_to_5_08_pure.csv'
 _EARLY_LOG = 'data/log_standard_4_08_to_4_21_pure.csv'

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from histjax.data import sources
 from histjax.data.events import EventLog, FractionSplit
-from histjax.data.schema import Categorical, Schema, Task
+from histjax.schema import Categorical, Schema, Task
 
 SOURCE = sources.Source(
   url='https://files.grouplens.org/datasets/movielens/ml-1m.zip',

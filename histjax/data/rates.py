@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from histjax.data.events import EventLog, Ties
-from histjax.data.schema import Categorical, Dense
+from histjax.schema import Categorical, Dense
 
 
 def with_rates(

@@ -11,7 +11,7 @@ from histjax.data import columns as columns_lib
 from histjax.data import events as events_lib
 from histjax.data import rows as rows_lib
 from histjax.data.history_rates import history_rates
-from histjax.data.schema import Categorical, Feature, Schema
+from histjax.schema import Categorical, Feature, Schema
 
 Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from histjax.data.schema import Schema
+from histjax.schema import Schema
 from histjax.types import Candidates, History, RankingBatch
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from histjax import metrics
 from histjax.data.events import EventLog, FractionSplit
 from histjax.data.rows import Rows
-from histjax.data.schema import Categorical, Schema, Task
+from histjax.schema import Categorical, Schema, Task
 
 SPLIT = FractionSplit(train=0.8, validation=0.1)
 TASKS = ('click', 'like')
@@ -157,9 +158,9 @@ def draw(config: SyntheticConfig) -> dict[str, np.ndarray]:
 def bayes_auc(rows: Rows) -> dict[str, float]:
   """The best AUC that a model can have on `rows`, for each task."""
   return {
-    task: auc(
-      rows.log.labels[task][rows.events],
+    task: metrics.auc(
       rows.log.extra[f'bayes_{task}'][rows.events],
+      rows.log.labels[task][rows.events],
     )
     for task in rows.log.labels
   }
@@ -187,30 +188,10 @@ def no_history_auc(splits: Mapping[str, Rows]) -> dict[str, float]:
     mean = np.where(
       count > 0, total / np.maximum(count, 1), truth[train.events].mean()
     )
-    scores[task] = auc(log.labels[task][test.events], mean[pair[test.events]])
+    scores[task] = metrics.auc(
+      mean[pair[test.events]], log.labels[task][test.events]
+    )
   return scores
-
-
-def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-  """The area under the ROC curve, ties counting half.
-
-    AUC = (sum of ranks of positives - P (P + 1) / 2) / (P N)
-
-  Args:
-    labels: `[n]`, 0 or 1.
-    scores: `[n]`.
-
-  Raises:
-    ValueError: there is one class only.
-  """
-  positive = labels > 0.5
-  p = int(positive.sum())
-  n = len(labels) - p
-  if not p or not n:
-    raise ValueError(f'AUC needs both classes; there are {p} ones, {n} zeros')
-  _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-  rank = (np.cumsum(count) - (count - 1) / 2)[place]
-  return float((rank[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from histjax import ops
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 from histjax.nn import embedding, fusion, interaction
 from histjax.nn import encoder as encoder_lib
 from histjax.types import (

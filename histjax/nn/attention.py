@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from histjax import key_range as ranges
 from histjax.types import KeyRange
 
 
@@ -35,7 +36,7 @@ def attention_with_self(
   Returns:
     `[B, C, N, H]` in the dtype of `query`; scores and sums are float32.
   """
-  visible = mask(key_range, key.shape[1])  # [B, C, L]
+  visible = ranges.mask(key_range, key.shape[1])  # [B, C, L]
   # 0 NaN = NaN, so what nobody sees is not only weighed by 0.
   seen = visible.any(axis=1)[:, :, None, None]
   key, value = (jnp.where(seen, x, jnp.zeros_like(x)) for x in (key, value))
@@ -58,11 +59,3 @@ def attention_with_self(
   )
   own_weight = weights[..., -1].transpose(0, 2, 1)[..., None]  # [B, C, N, 1]
   return (out + own_weight * own_value).astype(query.dtype)
-
-
-def mask(key_range: KeyRange, num_keys: int) -> Bool[Array, 'B Q L']:
-  """The keys `[0, num_keys)` that each query sees, dense."""
-  index = jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
-  return (key_range.start[..., None] <= index) & (
-    index < key_range.stop[..., None]
-  )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 
 
 class EmbeddingTables(nn.Module):

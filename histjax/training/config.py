@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from histjax import config as dicts
+from histjax import metrics
 from histjax.data.datasets import DataConfig, Dataset
 from histjax.data.pipeline import PipelineConfig
 from histjax.data.rows import RowConfig
 from histjax.models.ranker import RankerConfig
-from histjax.training import metrics
 from histjax.training.losses import RankLossConfig
 from histjax.training.optimizer import OptimizerConfig
 

@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from histjax import metrics
 from histjax.data import pipeline as pipeline_lib
 from histjax.data.rows import Rows
-from histjax.training import metrics, sharding, step
+from histjax.training import sharding, step
 
 
 def evaluate(

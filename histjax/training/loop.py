@@ -13,11 +13,12 @@ import jax
 from jax.sharding import Mesh
 
 from histjax import config as dicts
+from histjax import metrics
 from histjax.data import datasets, pipeline
 from histjax.models.ranker import Ranker
 from histjax.training import checkpoints as checkpoints_lib
 from histjax.training import config as config_lib
-from histjax.training import evaluation, metrics, sharding
+from histjax.training import evaluation, sharding
 from histjax.training import optimizer as optimizer_lib
 from histjax.training import report as report_lib
 from histjax.training import state as state_lib

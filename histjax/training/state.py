@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, Key
 
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 from histjax.types import Array, Candidates, History, RankingBatch
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from histjax.data.schema import Categorical, Dense, Schema, Task
+from histjax.schema import Categorical, Dense, Schema, Task
 
 SIZE = 64  # Items; no two events of a log share one, so that they can be told.
 

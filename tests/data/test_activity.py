@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from histjax.data import activity, datasets
 from histjax.data.events import EventLog
-from histjax.data.schema import Categorical, Schema, Task
+from histjax.schema import Categorical, Schema, Task
 
 SCHEMA = Schema(
   user='user',

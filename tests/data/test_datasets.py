@@ -13,7 +13,7 @@ from histjax import config as config_lib
 from histjax.data import datasets, synthetic
 from histjax.data.events import FractionSplit, TimeSplit
 from histjax.data.rows import RowConfig
-from histjax.data.schema import Categorical, Dense, Schema, Task
+from histjax.schema import Categorical, Dense, Schema, Task
 from tests.data import official
 
 SMALL = synthetic.SyntheticConfig(num_users=20, requests_per_user=5)
@@ -181,7 +181,8 @@ def test_unknown_task():
 def test_own_log_needs_no_tfds(tmp_path):
   path = write_own(tmp_path / 'log.parquet')
   code = (
-    'import sys; from histjax.data import datasets, schema as s;'
+    'import sys; from histjax import schema as s;'
+    'from histjax.data import datasets;'
     "x = s.Schema('member', 'when', (s.Categorical('reaction', 4),),"
     " (s.Task('reaction', threshold=1),));"
     f"d = datasets.load(datasets.DataConfig('events', paths=({path!r},),"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from histjax.data import files
 from histjax.data.events import EventLog, FractionSplit, TimeSplit
 from histjax.data.rows import RowConfig
-from histjax.data.schema import Categorical, Dense, Schema, Task
+from histjax.schema import Categorical, Dense, Schema, Task
 from tests.data import logs
 
 DATA = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from histjax.data import pipeline
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
-from histjax.data.schema import Categorical, Schema, Task
+from histjax.schema import Categorical, Schema, Task
 from histjax.validation import validate_batch
 
 SCHEMA = Schema(

@@ -2,8 +2,6 @@
 
 import numpy as np
 from absl.testing import absltest, parameterized
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn import metrics
 
 from histjax.data import synthetic
@@ -100,21 +98,6 @@ class SyntheticTest(parameterized.TestCase):
     self.assertEqual(set(rows.candidate_counts.tolist()), {4})
     self.assertEqual(set(rows.history_lengths.tolist()), set(range(0, 32, 4)))
     self.assertNotIn('bayes_click', rows[0].candidates)
-
-  @given(
-    st.lists(
-      st.tuples(st.integers(0, 1), st.integers(0, 5)), min_size=2, max_size=30
-    )
-  )
-  def test_auc_is_scikit_learn_s(self, pairs):
-    labels, scores = np.array(pairs, float).T
-    if 0 < labels.sum() < len(labels):
-      self.assertAlmostEqual(
-        synthetic.auc(labels, scores), metrics.roc_auc_score(labels, scores)
-      )
-    else:
-      with self.assertRaisesRegex(ValueError, 'both classes'):
-        synthetic.auc(labels, scores)
 
   @parameterized.parameters(
     ({'decay': 1.0}, 'decay'), ({'num_items': 0}, 'num_i')

@@ -11,7 +11,7 @@ from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histjax.data import schema as schema_lib
+from histjax import schema as schema_lib
 from histjax.models import ranker
 from histjax.training import state
 from histjax.types import Candidates, History, RankingBatch

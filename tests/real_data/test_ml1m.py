@@ -9,10 +9,10 @@ import pathlib
 import numpy as np
 import pytest
 
+from fusion_study import floors
+from histjax import metrics
 from histjax.data import datasets, pipeline
 from histjax.data.rows import RowConfig
-from histjax.study import floors
-from histjax.training import metrics
 from histjax.validation import validate_batch
 from tests.data import official
 

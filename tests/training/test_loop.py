@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from histjax import config as config_lib
+from histjax import metrics
 from histjax.models import ranker
-from histjax.training import checkpoints, evaluation, loop, metrics
+from histjax.training import checkpoints, evaluation, loop
 from histjax.training import config as train_config
 from histjax.training import optimizer as optimizer_lib
 from histjax.training import state as state_lib

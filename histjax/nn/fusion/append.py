@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from histjax import key_range as ranges
 from histjax import ops
 from histjax.nn.fusion import base
-from histjax.ops.history_attention import ranges
 
 
 class _SharedHistory(base.Transformer):

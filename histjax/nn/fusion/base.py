@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from histjax import key_range as ranges
 from histjax.nn import embedding
 from histjax.nn import encoder as encoder_lib
-from histjax.ops.history_attention import ranges
 from histjax.types import KeyRange
 
 

@@ -11,9 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from histjax.nn import attention
+from histjax import key_range as ranges
 from histjax.nn.fusion import base
-from histjax.ops.history_attention import ranges
 
 _OBSTACLE = (
   'without a Transformer it has no keys and values to keep, and score_joint '
@@ -123,5 +122,5 @@ def _read(history, visible, window):
   Padding may hold anything, NaN included, which a weight of 0 does not undo.
   """
   key_range = ranges.candidate_range(visible, window=window)
-  read = attention.mask(key_range, history.shape[1])
+  read = ranges.mask(key_range, history.shape[1])
   return jnp.where(read.any(axis=1)[..., None], history, 0), read

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from histjax import key_range as ranges
 from histjax.nn.fusion import base
-from histjax.ops.history_attention import ranges
 
 _OBSTACLE = "in it every candidate changes the history's tokens"
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from histjax import key_range as ranges
 from histjax.types import KeyRange
 
 
@@ -21,10 +22,7 @@ def history_attention(
   scale: float,
 ) -> Float[Array, 'B Q N H']:
   """See `api.history_attention`."""
-  index = jnp.arange(key.shape[1], dtype=jnp.int32)[None, None, None, :]
-  start = key_range.start[:, None, :, None]  # [B, 1, Q, 1]
-  stop = key_range.stop[:, None, :, None]
-  visible = (start <= index) & (index < stop)  # [B, 1, Q, L]
+  visible = ranges.mask(key_range, key.shape[1])[:, None]  # [B, 1, Q, L]
 
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   q, k, v = (x.astype(dtype) for x in (query, key, value))

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from histjax.benchmark import contenders as contenders_lib
-from histjax.benchmark import machine, report, timing, workloads
+from benchmarking import contenders as contenders_lib
+from benchmarking import machine, report, timing, workloads
 from histjax.ops import dispatch
 
 SUITES: dict[str, Mapping[str, Any]] = {
@@ -135,7 +135,7 @@ def _compare(name, workload, contenders, ceilings, options, progress):
 
 def _program(contender: str, workload, sets) -> timing.Program:
   if contender.startswith('torch:'):
-    from histjax.benchmark import torch_rivals  # Only where it is installed.
+    from benchmarking import torch_rivals  # Only where it is installed.
 
     return torch_rivals.program(contender, workload, sets)
   return contenders_lib.program(contender, workload, sets)

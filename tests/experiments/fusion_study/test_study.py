@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import pytest
 
+from fusion_study import report, runner, store, summary
+from fusion_study.config import StudyConfig, cells
 from histjax import config as dicts
-from histjax.study import report, runner, store, summary
-from histjax.study.config import StudyConfig, cells
-from histjax.training import metrics, sharding
+from histjax import metrics
+from histjax.training import sharding
 from histjax.training import step as step_lib
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 VALUES = {
   'datasets': {
     'planted': {

@@ -15,44 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarking.machine import environment, matmul_ceiling
+from benchmarking.timing import measure
 from histjax import scoring
-from histjax.benchmark.machine import environment, matmul_ceiling
-from histjax.benchmark.timing import measure
-from histjax.data import schema as schema_lib
 from histjax.models.ranker import Ranker, RankerConfig
-from histjax.types import Candidates, History, RankingBatch
-
-
-def random_batch(
-  schema: schema_lib.Schema,
-  num_rows: int,
-  num_events: int,
-  num_candidates: int,
-  seed: int = 0,
-) -> RankingBatch:
-  """Rows of random features, `num_events` real events in each."""
-  rng = np.random.default_rng(seed)
-
-  def values(spec, *shape):
-    return {
-      f.name: rng.integers(0, f.size, shape, dtype=np.int32)
-      if isinstance(f, schema_lib.Categorical)
-      else rng.normal(size=shape).astype(np.float32)
-      for f in spec
-    }
-
-  return RankingBatch(
-    context=values(schema.context, num_rows),
-    history=History(
-      values(schema.history_features, num_rows, num_events),
-      np.full(num_rows, num_events, np.int32),
-    ),
-    candidates=Candidates(
-      values(schema.item_features, num_rows, num_candidates)
-    ),
-    labels={},
-    group=np.zeros(num_rows, np.int32),
-  )
+from histjax.testing import random_batch
+from histjax.types import RankingBatch
 
 
 def flops(config: RankerConfig, batch: RankingBatch) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from histjax.training import metrics
+from histjax import metrics
 
 Verdict = Literal['equivalent', 'better', 'worse', 'undecided']
 

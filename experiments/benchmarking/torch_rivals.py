@@ -21,7 +21,7 @@ from torch.nn import attention as attention_lib
 from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
-from histjax.benchmark.workloads import Attention, Tower
+from benchmarking.workloads import Attention, Tower
 
 _KINDS = ('eager', 'sdpa', 'cudnn', 'flex', 'varlen', 'max_autotune')
 

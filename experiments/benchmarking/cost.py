@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarking import scoring as scoring_suite
+from benchmarking import timing as timing_lib
+from benchmarking.machine import environment, matmul_ceiling
 from histjax import scoring
-from histjax.benchmark import scoring as scoring_suite
-from histjax.benchmark import timing as timing_lib
-from histjax.benchmark.machine import environment, matmul_ceiling
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn import fusion as fusion_lib
+from histjax.testing import random_batch
 
 WAYS = ('plain', 'joint', 'cached')
 _DRAWN = (*WAYS, 'paper')
@@ -124,7 +125,7 @@ def run(
     model = scorer.config
     progress(f'{name}\n{scoring_suite.HEADER}')
     for n, m in sorted(points):
-      batch = scoring_suite.random_batch(config.schema, num_rows, n, m)
+      batch = random_batch(config.schema, num_rows, n, m)
       entry = scoring_suite.time_ways(
         scorer, jax.device_put(batch), ceiling, seconds
       )
@@ -178,9 +179,7 @@ def fusions(
   for name in fusion_lib.FUSIONS:
     scorer = _scorer(config, name)
     batch = jax.device_put(
-      scoring_suite.random_batch(
-        config.schema, num_rows, num_events, num_candidates
-      )
+      random_batch(config.schema, num_rows, num_events, num_candidates)
     )
     way, call = 'joint', functools.partial(scorer.score_joint, batch)
     if scorer.config.amortizable:
@@ -207,7 +206,7 @@ def fusions(
 def _scorer(config: RankerConfig, fusion: str) -> scoring.Scorer:
   """Of random parameters."""
   model = dataclasses.replace(config, fusion=fusion)
-  example = scoring_suite.random_batch(config.schema, 1, 16, 16)
+  example = random_batch(config.schema, 1, 16, 16)
   params = jax.jit(Ranker(model).init)(jax.random.key(0), example)['params']
   return scoring.Scorer(model, params)
 

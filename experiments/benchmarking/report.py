@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from histjax.benchmark import cost, scoring
+from benchmarking import cost, scoring
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from histjax import config as dicts
+from histjax import metrics
 from histjax.data import datasets
 from histjax.nn import fusion as fusion_lib
 from histjax.nn.encoder import EncoderConfig
-from histjax.training import metrics
 from histjax.training.config import TrainConfig
 
 Changes = Mapping[str, Any]

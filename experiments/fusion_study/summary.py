@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from fusion_study import statistics, store
+from fusion_study.config import Cell, StudyConfig
 from histjax import config as dicts
 from histjax.nn import fusion as fusion_lib
-from histjax.study import statistics, store
-from histjax.study.config import Cell, StudyConfig
 from histjax.training import report as report_lib
 
 SUMMARY_FILE = 'summary.json'

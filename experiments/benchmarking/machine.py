@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from histjax.benchmark.timing import measure
+from benchmarking.timing import measure
 
 _PACKAGES = (
   'jax',

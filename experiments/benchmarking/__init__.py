@@ -5,16 +5,15 @@ names what is timed, `suites` and `requests` time it, `contenders`
 and `torch_rivals` are who is compared, `machine` what the device can do.
 """
 
-from histjax.benchmark.machine import environment, matmul_ceiling
-from histjax.benchmark.report import write_report
-from histjax.benchmark.scoring import (
+from benchmarking.machine import environment, matmul_ceiling
+from benchmarking.report import write_report
+from benchmarking.scoring import (
   HEADER,
   flops,
   plot,
-  random_batch,
   scoring_suite,
 )
-from histjax.benchmark.timing import Timing, measure
+from benchmarking.timing import Timing, measure
 
 __all__ = [
   'HEADER',
@@ -24,7 +23,6 @@ __all__ = [
   'matmul_ceiling',
   'measure',
   'plot',
-  'random_batch',
   'scoring_suite',
   'write_report',
 ]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from histjax.benchmark import contenders, workloads
+from benchmarking import contenders, workloads
 
 # Relative errors: 2 layers with 8-bit mantissas; float32 sums in another order.
 BOUNDS = {'bfloat16': 2e-2, 'float32': 1e-5}

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarking import jax_rivals, timing
+from benchmarking.workloads import Attention, Tower
 from histjax import ops
-from histjax.benchmark import jax_rivals, timing
-from histjax.benchmark.workloads import Attention, Tower
 from histjax.nn import fusion
 from histjax.nn.encoder import EncoderConfig
 from histjax.types import KeyRange

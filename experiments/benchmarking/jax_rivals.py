@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from histjax.benchmark.workloads import Attention, Tower
+from benchmarking.workloads import Attention, Tower
 from histjax.ops.rotary import rotary
 
 Attend = Callable[..., jax.Array]

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from histjax.study.summary import RESAMPLED
+from fusion_study.summary import RESAMPLED
 
 Values = Mapping[str, Any]
 

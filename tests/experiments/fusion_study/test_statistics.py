@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from histjax.study import statistics
-from histjax.training import metrics
+from fusion_study import statistics
+from histjax import metrics
 
 
 def draw(seed, size=300, users=20, *, ties=False, skill=0.5):

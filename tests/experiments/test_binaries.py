@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from fusion_study.config import StudyConfig
 from histjax import config as config_lib
-from histjax.study.config import StudyConfig
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 import config_util
 

@@ -10,8 +10,8 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from histjax import benchmark
-from histjax.benchmark import (
+import benchmarking
+from benchmarking import (
   contenders,
   cost,
   machine,
@@ -21,6 +21,7 @@ from histjax.benchmark import (
   timing,
   workloads,
 )
+from histjax import testing
 from histjax.nn import interaction
 from tests import support
 
@@ -40,7 +41,7 @@ class TimingTest(absltest.TestCase):
       time.sleep(0.02)
       return np.zeros(1)
 
-    measured = benchmark.measure(call, repeats=3, seconds=0)
+    measured = benchmarking.measure(call, repeats=3, seconds=0)
     self.assertEqual(measured.calls, 3)
     self.assertGreaterEqual(measured.low, 0.02)
     self.assertLessEqual(measured.low, measured.median)
@@ -110,7 +111,7 @@ class ScoringTest(absltest.TestCase):
     config = support.config()
     _, params = support.init(config)
     lines = []
-    result = benchmark.scoring_suite(
+    result = benchmarking.scoring_suite(
       config, params, [8], [4, 8], seconds=0, progress=lines.append
     )
     self.assertLen(lines, 2)
@@ -122,7 +123,7 @@ class ScoringTest(absltest.TestCase):
         self.assertGreater(entry[way]['fraction_of_ceiling'], 0)
       self.assertGreater(entry['plain']['flops'], entry['joint']['flops'])
       self.assertGreater(entry['joint']['flops'], entry['cached']['flops'])
-    paths = benchmark.write_report(result, temporary(self, 'scoring'))
+    paths = benchmarking.write_report(result, temporary(self, 'scoring'))
     with open(paths[0]) as f:
       self.assertEqual(json.load(f), result)
     with open(paths[1], 'rb') as f:
@@ -143,8 +144,8 @@ class CostTest(parameterized.TestCase):
       interaction=TINY_HEAD,
     )
     for n, m in ((512, 16), (32, 512)):
-      batch = benchmark.random_batch(config.schema, 1, n, m)
-      counted = benchmark.flops(config, batch)
+      batch = testing.random_batch(config.schema, 1, n, m)
+      counted = benchmarking.flops(config, batch)
       for way in cost.WAYS:
         expected = cost._formula(way, n, m, config)
         # Norms, softmax, rotations and the head come on top of it.
@@ -183,7 +184,7 @@ class CostTest(parameterized.TestCase):
       cached['history_length']['flops'], plain['history_length']['flops']
     )
     self.assertIn('| append_isolated | cached | ', lines[-1])
-    paths = benchmark.write_report(result, temporary(self, 'cost'))
+    paths = benchmarking.write_report(result, temporary(self, 'cost'))
     with open(paths[0]) as f:
       self.assertEqual(json.load(f), result)
     with open(paths[1], 'rb') as f:
@@ -199,7 +200,7 @@ class CostTest(parameterized.TestCase):
       self.assertEqual(row['way'], way)
       self.assertEqual(1e3 * row['median'], result['fusions'][row['fusion']])
     self.assertEqual(result['unit'], 'ms to score 8 candidates, 16 events')
-    (path,) = benchmark.write_report(result, temporary(self, 'fusions'))
+    (path,) = benchmarking.write_report(result, temporary(self, 'fusions'))
     with open(path) as f:
       self.assertEqual(json.load(f), result)
 
@@ -238,7 +239,7 @@ class SuitesTest(parameterized.TestCase):
       self.assertTrue(ours['runs'])
       self.assertIn(f'{name}: ', text)
     self.assertIn('  jax:cudnn              failed: ', text)
-    paths = benchmark.write_report(result, temporary(self, suite))
+    paths = benchmarking.write_report(result, temporary(self, suite))
     with open(paths[0]) as f:
       self.assertEqual(json.load(f), result)
     with open(paths[1], 'rb') as f:
@@ -328,7 +329,7 @@ class RequestsTest(parameterized.TestCase):
       self.assertLessEqual(row[call]['p50'], row[call]['p99'])
       self.assertEqual(row[call]['calls'], 2)
       self.assertIn(call, lines[0])
-    (path,) = benchmark.write_report(result, temporary(self, suite))
+    (path,) = benchmarking.write_report(result, temporary(self, suite))
     with open(path) as f:
       self.assertEqual(json.load(f), result)
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from histjax.types import KeyRange
 
@@ -88,6 +88,14 @@ def concatenate(history: KeyRange, candidates: KeyRange) -> KeyRange:
     start=jnp.concatenate([history.start, candidates.start], axis=1),
     stop=jnp.concatenate([history.stop, candidates.stop], axis=1),
     structure=structure,
+  )
+
+
+def mask(key_range: KeyRange, num_keys: int) -> Bool[Array, 'B Q L']:
+  """The keys `[0, num_keys)` that each query sees, dense: `[B, Q, L]`."""
+  index = jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
+  return (key_range.start[..., None] <= index) & (
+    index < key_range.stop[..., None]
   )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from histjax.training import metrics
+from histjax import metrics
 
 
 def draw(seed, n, *, ties=False, users=7):

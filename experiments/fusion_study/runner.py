@@ -14,14 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarking import machine
+from fusion_study import config as config_lib
+from fusion_study import floors, store
+from fusion_study.config import Cell, StudyConfig
 from histjax import config as dicts
-from histjax.benchmark import machine
+from histjax import metrics
 from histjax.data import datasets, pipeline
 from histjax.models.ranker import Ranker
-from histjax.study import config as config_lib
-from histjax.study import floors, store
-from histjax.study.config import Cell, StudyConfig
-from histjax.training import checkpoints, evaluation, metrics, sharding
+from histjax.training import checkpoints, evaluation, sharding
 from histjax.training import config as train_config
 from histjax.training import report as report_lib
 from histjax.training.config import TrainConfig

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from fusion_study import floors
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
-from histjax.data.schema import Categorical, Schema, Task
-from histjax.study import floors
+from histjax.schema import Categorical, Schema, Task
 
 SCHEMA = Schema(
   user='user',

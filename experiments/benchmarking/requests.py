@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarking import contenders as contenders_lib
+from benchmarking import machine, report, timing, workloads
+from histjax import schema as schema_lib
 from histjax import scoring
-from histjax.benchmark import contenders as contenders_lib
-from histjax.benchmark import machine, report, timing, workloads
-from histjax.benchmark.scoring import random_batch
-from histjax.data import schema as schema_lib
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
+from histjax.testing import random_batch
 
 SUITES: dict[str, dict[str, workloads.Request]] = {
   'request': workloads.REQUEST,

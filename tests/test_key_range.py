@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 
-from histjax.ops.history_attention import ranges
+from histjax import key_range as ranges
 from tests.ops.history_attention import suite
 
 NUM_EVENTS = 5
