@@ -75,7 +75,7 @@ def _typed(hint: Any, value: Any) -> Any:
     return config_dict_lib.placeholder(scalar)
   if isinstance(value, dict):
     classes = {m.__name__.lower(): m for m in members if _is_dataclass(m)}
-    cls = classes.get(value.get(config_lib.KIND), members[0])
+    cls = classes.get(value.get(config_lib.TYPE), members[0])
     hints = typing.get_type_hints(cls) if _is_dataclass(cls) else {}
     return ml_collections.ConfigDict(
       {k: _typed(hints.get(k, Any), v) for k, v in value.items()}

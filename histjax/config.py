@@ -5,8 +5,8 @@
 
 `to_dict` gives only dicts, lists, strings, numbers, booleans and None, so that
 `json.dumps` takes it. Where a field may be one of several dataclasses, as a
-feature is `Categorical | Dense`, the dict has one more key, `kind`: the name
-of the class in lower case, `{'kind': 'categorical', 'name': 'item', ...}`.
+feature is `Categorical | Dense`, the dict has one more key, `type`: the name
+of the class in lower case, `{'type': 'categorical', 'name': 'item', ...}`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar('T')
 
-KIND = 'kind'
+TYPE = 'type'
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -190,28 +190,28 @@ def _decode_tuple(args: tuple, value: Any, path: str) -> tuple:
 def _decode_union(args: tuple, value: Any, path: str) -> Any:
   if value is None and type(None) in args:
     return None
-  kinds = _kinds(args)
-  if any(isinstance(value, cls) for cls in kinds.values()):
+  members = _members(args)
+  if any(isinstance(value, cls) for cls in members.values()):
     return value
-  if kinds and isinstance(value, Mapping):
-    if len(kinds) == 1:
-      return _decode(next(iter(kinds.values())), value, path)
-    if value.get(KIND) not in kinds:
+  if members and isinstance(value, Mapping):
+    if len(members) == 1:
+      return _decode(next(iter(members.values())), value, path)
+    if value.get(TYPE) not in members:
       raise ValueError(
-        f'{_join(path, KIND)}={value.get(KIND)!r} must be one of '
-        f'{list(kinds)}: it says which of them {path!r} is'
+        f'{_join(path, TYPE)}={value.get(TYPE)!r} must be one of '
+        f'{list(members)}: it says which of them {path!r} is'
       )
-    rest = {k: v for k, v in value.items() if k != KIND}
-    return _decode(kinds[value[KIND]], rest, path)
+    rest = {k: v for k, v in value.items() if k != TYPE}
+    return _decode(members[value[TYPE]], rest, path)
   errors = []
   for arg in sorted(args, key=lambda a: a is float):  # An int stays an int.
-    if arg is type(None) or arg in kinds.values():
+    if arg is type(None) or arg in members.values():
       continue
     try:
       return _decode(arg, value, path)
     except ValueError as e:
       errors.append(e)
-  if len(errors) == 1 and not kinds:
+  if len(errors) == 1 and not members:
     raise errors[0]
   raise _wrong_type(' | '.join(map(_name, args)), value, path)
 
@@ -226,9 +226,9 @@ def _encode(hint: Any, value: Any, path: str) -> Any:
       for f in dataclasses.fields(value)
       if f.init
     }
-    kinds = _kinds(typing.get_args(hint))
-    if len(kinds) > 1:
-      encoded = {KIND: type(value).__name__.lower(), **encoded}
+    members = _members(typing.get_args(hint))
+    if len(members) > 1:
+      encoded = {TYPE: type(value).__name__.lower(), **encoded}
     return encoded
   if isinstance(value, Mapping):
     args = _args(hint, (dict, collections.abc.Mapping))
@@ -260,8 +260,8 @@ def _args(hint: Any, origins: tuple) -> tuple:
   return ()
 
 
-def _kinds(args: tuple) -> dict[str, type]:
-  """`{kind: class}` of the dataclasses among the members of a union."""
+def _members(args: tuple) -> dict[str, type]:
+  """`{type: class}` of the dataclasses among the members of a union."""
   return {
     a.__name__.lower(): a
     for a in args

@@ -87,8 +87,8 @@ class RoundTripTest(parameterized.TestCase):
       interaction=interaction.InteractionConfig(),
     )
     values = json.loads(config_lib.dumps(model))
-    self.assertEqual(values['schema']['item'][0]['kind'], 'categorical')
-    self.assertEqual(values['schema']['item'][1]['kind'], 'dense')
+    self.assertEqual(values['schema']['item'][0]['type'], 'categorical')
+    self.assertEqual(values['schema']['item'][1]['type'], 'dense')
     self.assertEqual(config_lib.from_dict(ranker.RankerConfig, values), model)
     hash(config_lib.from_dict(ranker.RankerConfig, values))
 
@@ -125,9 +125,9 @@ class StrictTest(parameterized.TestCase):
     ({'needed': 1, 'maybe': 'x'}, r"maybe='x'.*must be int"),
     ({'needed': 1, 'pair': [1]}, r'pair=\[1\] has 1 values, 2 are needed'),
     ({'needed': 1, 'pair': 'ab'}, r"pair='ab'.*must be a list"),
-    ({'needed': 1, 'many': [{'size': 1}]}, r'many\.0\.kind=None must be one'),
+    ({'needed': 1, 'many': [{'size': 1}]}, r'many\.0\.type=None must be one'),
     (
-      {'needed': 1, 'either': {'kind': 'inner', 'name': 'x'}},
+      {'needed': 1, 'either': {'type': 'inner', 'name': 'x'}},
       r'either\.name is not a field of Inner',
     ),
     ({'needed': 1, 'either': 3}, r'either=3.*must be Inner \| Other'),
@@ -150,7 +150,7 @@ class StrictTest(parameterized.TestCase):
         {
           'user': 'u',
           'time': 't',
-          'item': [{'kind': 'categorical', 'name': 'item', 'size': 0}],
+          'item': [{'type': 'categorical', 'name': 'item', 'size': 0}],
           'tasks': [{'name': 'y'}],
         },
       )
@@ -164,7 +164,7 @@ class DifferencesTest(absltest.TestCase):
       config_lib.differences(old, new, ('there', 'here')),
       [
         'inner.size: 1 (there), 2 (here)',
-        "many.0.kind: 'inner' (there), 'other' (here)",
+        "many.0.type: 'inner' (there), 'other' (here)",
         "many.0.size: 1 (there), 'absent' (here)",
         "many.0.rate: 0.5 (there), 'absent' (here)",
         'maybe: 3 (there), None (here)',

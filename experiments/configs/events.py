@@ -21,7 +21,7 @@ def get_config():
           'time': 'time',
           'context': [
             {
-              'kind': 'categorical',
+              'type': 'categorical',
               'name': 'country',
               'size': 256,
               'ids': 'hash',
@@ -29,18 +29,18 @@ def get_config():
           ],
           'item': [
             {
-              'kind': 'categorical',
+              'type': 'categorical',
               'name': 'item',
               'size': 100_000,
               'ids': 'hash',
             },
-            {'kind': 'dense', 'name': 'price', 'log': True},
+            {'type': 'dense', 'name': 'price', 'log': True},
           ],
-          'action': [{'kind': 'categorical', 'name': 'clicked', 'size': 2}],
+          'action': [{'type': 'categorical', 'name': 'clicked', 'size': 2}],
           'tasks': [{'name': 'click', 'column': 'clicked'}],
           'time_gap_buckets': 24,
         },
-        'split': {'kind': 'fractionsplit', 'train': 0.8, 'validation': 0.1},
+        'split': {'type': 'fractionsplit', 'train': 0.8, 'validation': 0.1},
         'rows': {
           'kind': 'streaming',
           'history_length': 200,

@@ -52,13 +52,13 @@ class Ablation:
   Attributes:
     fusion: one of the study's.
     changes: the fields.
-    window: of the history; 0: the dataset's first.
+    window: of the history; None: the dataset's first.
     datasets: names; empty: all.
   """
 
   fusion: str
   changes: Changes = dataclasses.field(default_factory=dict)
-  window: int = 0
+  window: int | None = None
   datasets: tuple[str, ...] = ()
 
 

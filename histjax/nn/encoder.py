@@ -25,7 +25,7 @@ class EncoderConfig:
     num_layers: blocks.
     width: D, channels of a token.
     num_heads: N; `width / num_heads` is the head dimension H.
-    mlp_width: hidden channels of the MLP; 0 means `4 * width`.
+    mlp_width: hidden channels of the MLP; None: `4 * width`.
     dropout: probability, on tokens and on both residual branches.
     causal: an event sees itself and earlier ones; False: all events.
     window: with `causal`, each layer sees at most this many events back.
@@ -39,7 +39,7 @@ class EncoderConfig:
   num_layers: int = 2
   width: int = 64
   num_heads: int = 4
-  mlp_width: int = 0
+  mlp_width: int | None = None
   dropout: float = 0.0
   causal: bool = True
   window: int | None = None
@@ -52,8 +52,11 @@ class EncoderConfig:
       value = getattr(self, field)
       if value < 1:
         raise ValueError(f'encoder.{field}={value} must be at least 1')
-    if self.mlp_width < 0:
-      raise ValueError(f'encoder.mlp_width={self.mlp_width} must be >= 0')
+    if self.mlp_width is not None and self.mlp_width < 1:
+      raise ValueError(
+        f'encoder.mlp_width={self.mlp_width} must be at least 1, or None for '
+        '4 * width'
+      )
     if self.width % self.num_heads:
       raise ValueError(
         f'encoder.width={self.width} must be a multiple of '

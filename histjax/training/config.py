@@ -40,8 +40,8 @@ class TrainConfig:
     optimizer: how parameters are updated.
     num_epochs: how often to go through the training rows; or set
     num_steps: how many batches to train on.
-    eval_every: steps from one validation to the next; 0: an epoch.
-    checkpoint_every: steps from one checkpoint to the next; 0: after each
+    eval_every: steps from one validation to the next; None: an epoch.
+    checkpoint_every: steps from one checkpoint to the next; None: after each
       validation and when interrupted only, where there is one in any case.
     keep_checkpoints: how many of the latest are kept, besides the best.
     log_every: steps from one report of the training loss to the next.
@@ -67,8 +67,8 @@ class TrainConfig:
   )
   num_epochs: int | None = None
   num_steps: int | None = None
-  eval_every: int = 0
-  checkpoint_every: int = 0
+  eval_every: int | None = None
+  checkpoint_every: int | None = None
   keep_checkpoints: int = 2
   log_every: int = 100
   patience: int | None = None
@@ -90,8 +90,8 @@ class TrainConfig:
     for field, least in (
       ('num_epochs', 1),
       ('num_steps', 1),
-      ('eval_every', 0),
-      ('checkpoint_every', 0),
+      ('eval_every', 1),
+      ('checkpoint_every', 1),
       ('keep_checkpoints', 1),
       ('log_every', 1),
       ('patience', 1),

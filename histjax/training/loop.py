@@ -241,7 +241,7 @@ class _Run:
       'history': self.progress.history,
     }
 
-  def _is_due(self, every: int) -> bool:
+  def _is_due(self, every: int | None) -> bool:
     if not self.step or not every:
       return False
     return self.step % every == 0 or self.step == self.num_steps

@@ -43,7 +43,7 @@ def with_rows(field='rows', **fields):
       },
       r"rank_loss\.weight=0\.1 with data\.rows\.kind='pointwise'.*'streaming'",
     ),
-    ({'eval_every': -1}, 'eval_every=-1 must be at least 0'),
+    ({'eval_every': 0}, 'eval_every=0 must be at least 1'),
     (
       {'select': {'like/acu': 1.0}},
       r"select has 'like/acu', .* choose from \['auc', .*'click/auc'",

@@ -141,7 +141,7 @@ class TestRun:
       runs.run(tmp_path, **changes)
 
   def test_progress_lines(self, tmp_path, capsys):
-    runs.run(tmp_path, num_steps=3, eval_every=0, log_every=1)
+    runs.run(tmp_path, num_steps=3, eval_every=None, log_every=1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('Starting at step 0 of 3: 40 rows, ')
     assert lines[1].startswith('step 1/3 (33%)  loss 0.')
@@ -167,7 +167,7 @@ class TestRun:
 
   def test_epochs(self, tmp_path):
     result = runs.run(
-      tmp_path, num_steps=None, num_epochs=2, eval_every=0, log_every=100
+      tmp_path, num_steps=None, num_epochs=2, eval_every=None, log_every=100
     )
     per_epoch = result['step'] // 2
     assert [e['step'] for e in result['history'] if 'validation' in e] == [
