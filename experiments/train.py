@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import config_util
-from histjax.data import synthetic
+from histjax.data import datasets, synthetic
 from histjax.training.loop import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -40,7 +40,7 @@ def main(argv):
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if result['interrupted'] or jax.process_index():
     return
-  if config.data.name == 'synthetic':
+  if isinstance(config.data.source, datasets.Synthetic):
     best = synthetic.bayes_auc(dataset.splits['test'])
     for task, bayes in best.items():
       auc = result['test'][f'{task}/auc']

@@ -6,7 +6,8 @@
 `to_dict` gives only dicts, lists, strings, numbers, booleans and None, so that
 `json.dumps` takes it. Where a field may be one of several dataclasses, as a
 feature is `Categorical | Dense`, the dict has one more key, `type`: the name
-of the class in lower case, `{'type': 'categorical', 'name': 'item', ...}`.
+of the class in snake case, `{'type': 'categorical', 'name': 'item', ...}`. A
+field of an abstract dataclass may be any subclass that is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import collections.abc
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -108,11 +111,13 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
   """`value` as the type `hint`; `path` names the field in errors."""
   if hint is Any:
     return value
-  if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+  if _is_abstract(hint):
+    return _decode_union(hint, value, path)
+  if _is_dataclass(hint):
     return _decode_dataclass(hint, value, path)
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (Union, types.UnionType):
-    return _decode_union(args, value, path)
+    return _decode_union(hint, value, path)
   if origin is Literal:
     if not any(value == a and type(value) is type(a) for a in args):
       raise ValueError(f'{path}={value!r} must be one of {list(args)}')
@@ -187,33 +192,35 @@ def _decode_tuple(args: tuple, value: Any, path: str) -> tuple:
   )
 
 
-def _decode_union(args: tuple, value: Any, path: str) -> Any:
+def _decode_union(hint: Any, value: Any, path: str) -> Any:
+  args = typing.get_args(hint)
   if value is None and type(None) in args:
     return None
-  members = _members(args)
-  if any(isinstance(value, cls) for cls in members.values()):
+  known = members(hint)
+  if any(isinstance(value, cls) for cls in known.values()):
     return value
-  if members and isinstance(value, Mapping):
-    if len(members) == 1:
-      return _decode(next(iter(members.values())), value, path)
-    if value.get(TYPE) not in members:
+  if known and isinstance(value, Mapping):
+    if len(known) == 1 and not _is_abstract(hint):
+      return _decode(next(iter(known.values())), value, path)
+    if value.get(TYPE) not in known:
+      hint_of_class = '' if args else '; import the module of a class of yours'
       raise ValueError(
         f'{_join(path, TYPE)}={value.get(TYPE)!r} must be one of '
-        f'{list(members)}: it says which of them {path!r} is'
+        f'{list(known)}: it says which of them {path!r} is{hint_of_class}'
       )
     rest = {k: v for k, v in value.items() if k != TYPE}
-    return _decode(members[value[TYPE]], rest, path)
+    return _decode(known[value[TYPE]], rest, path)
   errors = []
   for arg in sorted(args, key=lambda a: a is float):  # An int stays an int.
-    if arg is type(None) or arg in members.values():
+    if arg is type(None) or arg in known.values():
       continue
     try:
       return _decode(arg, value, path)
     except ValueError as e:
       errors.append(e)
-  if len(errors) == 1 and not members:
+  if len(errors) == 1 and not known:
     raise errors[0]
-  raise _wrong_type(' | '.join(map(_name, args)), value, path)
+  raise _wrong_type(' | '.join(map(_name, args or known.values())), value, path)
 
 
 def _encode(hint: Any, value: Any, path: str) -> Any:
@@ -226,9 +233,8 @@ def _encode(hint: Any, value: Any, path: str) -> Any:
       for f in dataclasses.fields(value)
       if f.init
     }
-    members = _members(typing.get_args(hint))
-    if len(members) > 1:
-      encoded = {TYPE: type(value).__name__.lower(), **encoded}
+    if len(members(hint)) > 1 or _is_abstract(hint):
+      encoded = {TYPE: _snake_case(type(value).__name__), **encoded}
     return encoded
   if isinstance(value, Mapping):
     args = _args(hint, (dict, collections.abc.Mapping))
@@ -260,13 +266,39 @@ def _args(hint: Any, origins: tuple) -> tuple:
   return ()
 
 
-def _members(args: tuple) -> dict[str, type]:
-  """`{type: class}` of the dataclasses among the members of a union."""
-  return {
-    a.__name__.lower(): a
-    for a in args
-    if isinstance(a, type) and dataclasses.is_dataclass(a)
-  }
+def members(hint: Any) -> dict[str, type]:
+  """`{type: class}` of the dataclasses that a field may hold one of.
+
+  Args:
+    hint: the field's type: a union, of which the dataclasses count, or an
+      abstract dataclass, of which all subclasses that are imported do.
+
+  Returns:
+    Their classes by the `type` that says in a dict which it is; empty for any
+    other type.
+  """
+  if _is_abstract(hint):
+    found = [c for c in _subclasses(hint) if not inspect.isabstract(c)]
+  else:
+    found = [a for a in typing.get_args(hint) if _is_dataclass(a)]
+  return {_snake_case(c.__name__): c for c in found}
+
+
+def _subclasses(cls: type) -> list[type]:
+  below: list[type] = cls.__subclasses__()
+  return below + [c for b in below for c in _subclasses(b)]
+
+
+def _is_abstract(hint: Any) -> bool:
+  return isinstance(hint, type) and inspect.isabstract(hint)
+
+
+def _is_dataclass(hint: Any) -> bool:
+  return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _snake_case(name: str) -> str:
+  return re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()
 
 
 @functools.cache

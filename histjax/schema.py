@@ -104,25 +104,6 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class HistoryRate:
-  """What a name of `Schema.history_rates` says.
-
-  Attributes:
-    feature: whose value must be the candidate's; None: any event counts.
-    last: how many of those count, from the last one; None: all.
-  """
-
-  feature: str | None
-  last: int | None
-
-  @property
-  def suffix(self) -> str:
-    """The end of the names of the features that it adds."""
-    of_value = '' if self.feature is None else f'_{self.feature}'
-    return of_value + ('' if self.last is None else f'_last{self.last}')
-
-
-@dataclasses.dataclass(frozen=True)
 class Schema:
   """The columns of an event log and their roles; see the module's docstring.
 
@@ -136,24 +117,12 @@ class Schema:
     tasks: what to predict; at least one.
     request: a column whose equal values (within a user) make one request, for
       request rows; empty if the log has none.
-    time_gap_buckets: if positive, adds the item feature `time_gap`: the time
-      from the last event that the user had been through when this one was
-      shown (the last one visible to it as a candidate), as the bucket
-      `floor(log2(1 + gap in seconds))`, capped at `time_gap_buckets - 1`;
-      0 if there is none. An event keeps its bucket when it becomes history.
-    hidden: columns of items that are no input, for `history_rates` to name.
-    history_rates: adds item features that say how each task's labels came out
-      over the events visible to the candidate: over those with the same value
-      of each categorical feature of items named, or over all, '*'. Of n
-      events, k of them positive, `history_<task>_<name>` is
-      `log((k + 1) / (n - k + 1))` and `history_count_<name>` is `log(1 + n)`
-      (of '*' `history_<task>` and `history_count`). 'tab@5' and '*@5' count
-      the last 5 of those alone: `history_<task>_tab_last5` and
-      `history_<task>_last5`, without a count. An event keeps its own when it
-      becomes history. They tell numbers; softmax attention alone tells means.
+    hidden: columns of items that are no input, for derived features to read.
+    derived: what derived features add to items (`DataConfig.features`); filled
+      in when a dataset is loaded.
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
-      a timestamp column knows its own. `time_gap` reads it, and so do the spans
-      of activity and snapshots.
+      a timestamp column knows its own. Derived features and snapshots are in
+      seconds.
   """
 
   user: str
@@ -163,38 +132,17 @@ class Schema:
   action: tuple[Feature, ...] = ()
   context: tuple[Feature, ...] = ()
   request: str = ''
-  time_gap_buckets: int = 0
   hidden: tuple[Categorical, ...] = ()
-  history_rates: tuple[str, ...] = ()
+  derived: tuple[Feature, ...] = ()
   time_unit: float = 1.0
 
   def __post_init__(self):
-    for field in (
-      *('item', 'tasks', 'action', 'context', 'hidden', 'history_rates'),
-    ):
+    for field in ('item', 'tasks', 'action', 'context', 'hidden', 'derived'):
       object.__setattr__(self, field, tuple(getattr(self, field)))
-    if not self.item:
+    if not self.item and not self.derived:
       raise ValueError('schema: item is empty; a candidate needs a feature')
     if not self.tasks:
       raise ValueError('schema: tasks is empty; name at least one label')
-    if self.time_gap_buckets < 0:
-      raise ValueError(
-        f'schema: time_gap_buckets={self.time_gap_buckets} must be >= 0'
-      )
-    known = [f.name for f in categorical(self.item + self.hidden)]
-    rated = [rate.feature for rate in self.rates_of_history]
-    for name, rated_by in zip(self.history_rates, rated, strict=True):
-      if rated_by not in (None, *known):
-        raise ValueError(
-          f'schema: history_rates has {name!r}; it must be one of '
-          f"{['*', *known]}, or '<one of these>@<number of events>'"
-        )
-    for feature in self.hidden:
-      if feature.name not in rated:
-        raise ValueError(
-          f'schema: hidden has {feature.name!r}, which nothing reads; name it '
-          'in history_rates, or leave it out'
-        )
     if not self.time_unit > 0:
       raise ValueError(f'schema: time_unit={self.time_unit} must be positive')
     for group in (self.features + self.hidden, self.tasks):
@@ -208,22 +156,9 @@ class Schema:
     _ = self.tables  # Conflicting sizes are found here.
 
   @property
-  def rates_of_history(self) -> tuple[HistoryRate, ...]:
-    """`history_rates`, understood."""
-    return tuple(_history_rate(name) for name in self.history_rates)
-
-  @property
   def item_features(self) -> tuple[Feature, ...]:
-    """`item` and the derived `time_gap` and `history_rates`, if any."""
-    derived: list[Feature] = []
-    if self.time_gap_buckets:
-      derived.append(Categorical('time_gap', self.time_gap_buckets))
-    for rate in self.rates_of_history:
-      what = [t.name for t in self.tasks]
-      if rate.last is None:
-        what.append('count')
-      derived += [Dense(f'history_{w}{rate.suffix}') for w in what]
-    return (*self.item, *derived)
+    """`item` and `derived`: the features of a candidate."""
+    return self.item + self.derived
 
   @property
   def history_features(self) -> tuple[Feature, ...]:
@@ -269,26 +204,6 @@ class Schema:
             f'size: {size} and {feature.size}; make them equal'
           )
     return sizes
-
-
-def feature_and_last(name: str, field: str) -> tuple[str, int | None]:
-  """`('tab', 5)` of 'tab@5', `('tab', None)` of 'tab'.
-
-  Raises:
-    ValueError: what follows '@' is no number; the message names the `field`.
-  """
-  feature, at, last = name.partition('@')
-  if at and not (last.isdecimal() and int(last) > 0):
-    raise ValueError(
-      f"{field} has {name!r}; '@' must be followed by a whole number >= 1, of "
-      'events'
-    )
-  return feature, int(last) if at else None
-
-
-def _history_rate(name: str) -> HistoryRate:
-  feature, last = feature_and_last(name, 'schema: history_rates')
-  return HistoryRate(None if feature == '*' else feature, last)
 
 
 def categorical(features: tuple[Feature, ...]) -> tuple[Categorical, ...]:

@@ -1,10 +1,10 @@
 """A log of your own: copy this file, and say what its columns mean.
 
   python experiments/train.py --config=my_log.py --workdir=/tmp/my_log \
-    --config.data.paths='("log.parquet",)'
+    --config.data.source.paths='("log.parquet",)'
 
 How long it takes and what to expect depend on the log. `histjax.schema`
-documents each field.
+documents each field, `histjax.features` what can be derived.
 """
 
 import config_util
@@ -14,33 +14,35 @@ def get_config():
   return config_util.config_dict(
     {
       'data': {
-        'name': 'events',
-        'paths': ('log.parquet',),
-        'schema': {
-          'user': 'user',
-          'time': 'time',
-          'context': [
-            {
-              'type': 'categorical',
-              'name': 'country',
-              'size': 256,
-              'ids': 'hash',
-            },
-          ],
-          'item': [
-            {
-              'type': 'categorical',
-              'name': 'item',
-              'size': 100_000,
-              'ids': 'hash',
-            },
-            {'type': 'dense', 'name': 'price', 'log': True},
-          ],
-          'action': [{'type': 'categorical', 'name': 'clicked', 'size': 2}],
-          'tasks': [{'name': 'click', 'column': 'clicked'}],
-          'time_gap_buckets': 24,
+        'source': {
+          'type': 'events',
+          'paths': ('log.parquet',),
+          'schema': {
+            'user': 'user',
+            'time': 'time',
+            'context': [
+              {
+                'type': 'categorical',
+                'name': 'country',
+                'size': 256,
+                'ids': 'hash',
+              },
+            ],
+            'item': [
+              {
+                'type': 'categorical',
+                'name': 'item',
+                'size': 100_000,
+                'ids': 'hash',
+              },
+              {'type': 'dense', 'name': 'price', 'log': True},
+            ],
+            'action': [{'type': 'categorical', 'name': 'clicked', 'size': 2}],
+            'tasks': [{'name': 'click', 'column': 'clicked'}],
+          },
+          'split': {'type': 'fraction_split', 'train': 0.8, 'validation': 0.1},
         },
-        'split': {'type': 'fractionsplit', 'train': 0.8, 'validation': 0.1},
+        'features': [{'type': 'time_gap', 'buckets': 24}],
         'rows': {
           'kind': 'streaming',
           'history_length': 200,

@@ -17,7 +17,8 @@ def get_config():
   return config_util.config_dict(
     {
       'data': {
-        'name': 'kuairand',
+        'source': {'type': 'kuairand'},
+        'features': ({'type': 'time_gap', 'buckets': 24},),
         'tasks': ('click',),
         'rows': {
           'kind': 'streaming',

@@ -40,11 +40,14 @@ def get_config():
     {
       'tasks': ('click', 'long_view'),
       'without': _WITHOUT,
-      'rates': _RATES,
-      'recent_rates': 10,
-      'history_rates': _HISTORY_RATES,
-      'activity': (600, 3600, 86_400),
-      'recent_shares': ('tab@10', 'tab@3'),
+      'features': (
+        *config.data.features,
+        {'type': 'rates', 'by': _RATES},
+        {'type': 'recent_rates', 'last': 10},
+        {'type': 'history_rates', 'by': _HISTORY_RATES},
+        {'type': 'activity', 'spans': (600, 3600, 86_400)},
+        {'type': 'recent_shares', 'of': ('tab@10', 'tab@3')},
+      ),
       'rows': {**rows, 'snapshot_every': 43_200.0},
       'eval_rows': rows,
     }

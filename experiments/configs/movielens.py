@@ -15,7 +15,7 @@ def get_config():
   return config_util.config_dict(
     {
       'data': {
-        'name': 'movielens',
+        'source': {'type': 'movielens'},
         'tasks': ('like', 'rating_2', 'rating_3', 'rating_5'),
         'rows': {
           'kind': 'streaming',

@@ -109,7 +109,7 @@ def get_config():
         },
         'no_time_gaps': {
           'fusion': append,
-          'changes': {'data': {'time_gaps': False}},
+          'changes': {'data': {'features': ()}},
           'datasets': ('kuairand',),
         },
         # About as many candidates a batch as the pointwise rows have. Histories

@@ -13,7 +13,7 @@ import config_util
 def get_config():
   return config_util.config_dict(
     {
-      'data': {'name': 'synthetic', 'rows': {'kind': 'streaming'}},
+      'data': {'source': {'type': 'synthetic'}, 'rows': {'kind': 'streaming'}},
       'model': {
         'encoder': {'num_layers': 2, 'width': 32, 'num_heads': 4},
         'embedding_dim': 16,

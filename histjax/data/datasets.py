@@ -1,17 +1,140 @@
-"""Any dataset by name: a schema, and rows to train, choose and test on."""
+"""Any dataset: a schema, and rows to train, choose and test on."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Literal
 
-from histjax import schema as schema_lib
-from histjax.data import activity as activity_lib
-from histjax.data import rates as rates_lib
-from histjax.data import synthetic as synthetic_lib
-from histjax.data.events import EventLog, FractionSplit, TimeSplit
-from histjax.data.rows import RowConfig, Rows
-from histjax.schema import Schema
+import numpy as np
+
+from histjax import features as features_lib
+from histjax.data import splits as splits_lib
+from histjax.data import synthetic
+from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig, Rows, make_rows
+from histjax.features import DerivedFeature, FittedFeatures
+from histjax.schema import Schema, categorical
+
+Masks = dict[str, np.ndarray]
+"""`{'train', 'validation', 'test'}: bool [n]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(abc.ABC):
+  """Where a log comes from, and how it is split.
+
+  Subclass it as a frozen dataclass to add a dataset; `DataConfig.source` takes
+  it by its name in snake case, `{'type': 'synthetic', 'num_users': 100}`.
+  """
+
+  def check(self, rows: RowConfig) -> None:
+    """Raises ValueError if the dataset is not for such rows."""
+    del rows  # Most are for any.
+
+  @abc.abstractmethod
+  def load(self, tasks: tuple[str, ...]) -> tuple[EventLog, Masks]:
+    """The log with these tasks (empty: those of its protocol), and its splits.
+
+    Raises:
+      ValueError: files or values in them are bad; the message says which.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic(synthetic.SyntheticConfig, Source):
+  """Planted preferences, see `data.synthetic`; no files."""
+
+  def load(self, tasks: tuple[str, ...]) -> tuple[EventLog, Masks]:
+    """See `Source.load`."""
+    log = synthetic.generate(self)
+    return log.with_tasks(tasks), synthetic.SPLIT.masks(log)
+
+
+@dataclasses.dataclass(frozen=True)
+class Movielens(Source):
+  """MovieLens 1M, protocol `ml1m`.
+
+  Attributes:
+    data_dir: where prepared data is kept; TFDS's own default if empty.
+    manual_dir: a folder with the official files; if empty, that of the
+      environment's HISTJAX_DATA_DIR; if that is not set, they are downloaded.
+  """
+
+  data_dir: str = ''
+  manual_dir: str = ''
+
+  def load(self, tasks: tuple[str, ...]) -> tuple[EventLog, Masks]:
+    """See `Source.load`; without tasks, 'like'."""
+    from histjax.data import movielens  # TFDS takes a second to import.
+
+    log = movielens.load(data_dir=self.data_dir, manual_dir=self.manual_dir)
+    return log.with_tasks(tasks or ('like',)), movielens.SPLIT.masks(log)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kuairand(Source):
+  """KuaiRand-Pure, protocol `kuairand`.
+
+  Attributes:
+    data_dir: where prepared data is kept; TFDS's own default if empty.
+    manual_dir: a folder with the official files; if empty, that of the
+      environment's HISTJAX_DATA_DIR; if that is not set, they are downloaded.
+  """
+
+  data_dir: str = ''
+  manual_dir: str = ''
+
+  def check(self, rows: RowConfig) -> None:
+    """Raises ValueError unless ties are strict."""
+    if rows.ties != 'strict':
+      raise ValueError(
+        'data: some impressions of kuairand occur twice, and with '
+        f"rows.ties={rows.ties!r} one would see the other's outcome; set "
+        "ties='strict'"
+      )
+
+  def load(self, tasks: tuple[str, ...]) -> tuple[EventLog, Masks]:
+    """See `Source.load`; without tasks, 'click'."""
+    from histjax.data import kuairand  # TFDS takes a second to import.
+
+    log = kuairand.load(data_dir=self.data_dir, manual_dir=self.manual_dir)
+    return log.with_tasks(tasks or ('click',)), kuairand.masks(log)
+
+
+@dataclasses.dataclass(frozen=True)
+class Events(Source):
+  """A log of your own.
+
+  Attributes:
+    paths: Parquet and CSV files, or folders of them, in the log's order.
+    schema: what their columns mean.
+    split: how events are split.
+    require_sorted: refuse a log that is not in order of time.
+  """
+
+  paths: tuple[str, ...]
+  schema: Schema
+  split: splits_lib.FractionSplit | splits_lib.TimeSplit = dataclasses.field(
+    default_factory=splits_lib.FractionSplit
+  )
+  require_sorted: bool = False
+
+  def __post_init__(self):
+    object.__setattr__(self, 'paths', tuple(self.paths))
+    if not self.paths:
+      raise ValueError('data.source.paths is empty; name the files of the log')
+    if self.schema.derived:
+      raise ValueError(
+        f'data.source.schema.derived={self.schema.derived} must be empty; list '
+        'derived features in data.features'
+      )
+
+  def load(self, tasks: tuple[str, ...]) -> tuple[EventLog, Masks]:
+    """See `Source.load`."""
+    log = EventLog.from_files(
+      self.paths, self.schema, require_sorted=self.require_sorted
+    )
+    return log.with_tasks(tasks), self.split.masks(log)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,94 +142,37 @@ class DataConfig:
   """Which dataset, and how its rows are made.
 
   Attributes:
-    name: 'synthetic': planted preferences (no files). 'movielens': MovieLens
-      1M, protocol `ml1m`. 'kuairand': KuaiRand-Pure, protocol `kuairand`.
-      'events': a log of your own.
+    source: where the log comes from.
     rows: the rows to train on.
     eval_rows: those of validation and test; None: as `rows`.
     tasks: what to predict, by the names of the schema's tasks; empty: all of
       them (of kuairand 'click', of movielens 'like').
-    time_gaps: whether events have the feature `time_gap`, where the dataset's
-      schema has it.
-    without: features that the model does not get; `rates` and `history_rates`
-      may name them all the same.
-    rates: log-odds of the first task by these features of items, over other
-      users' training events, as further features of items; a server has to
-      send them, too. See `rates.with_rates`.
-    recent_rates: if positive, for each of `rates` also its sum over the user's
-      so many last events, divided by that number: what was shown, whatever
-      came of it.
-    history_rates: see `Schema.history_rates`; in place of the schema's own.
-    activity: numbers of the user's earlier events within these spans, in
-      whole seconds, and the time since the last one, likewise. See
-      `activity.with_activity`.
-    recent_shares: such as 'tab@10': of the user's 10 last events before, the
-      share with each usual value of the feature `tab`, likewise. See
-      `activity.with_recent_shares`.
-    data_dir: of movielens and kuairand, where prepared data is kept; TFDS's
-      own default if empty.
-    manual_dir: of movielens and kuairand, a folder with the official files;
-      if empty, that of the environment's HISTJAX_DATA_DIR; if that is not
-      set, they are downloaded.
-    synthetic: what is planted.
-    paths: of events, the Parquet and CSV files or folders of them.
-    schema: of events, what their columns mean.
-    split: of events, how they are split.
-    require_sorted: of events, refuse a log that is not in order of time.
+    features: what is derived of the log, in order: a later one may read what
+      an earlier one adds.
+    without: features that the model does not get; `features` may read them
+      all the same.
   """
 
-  name: Literal['synthetic', 'movielens', 'kuairand', 'events'] = 'synthetic'
+  source: Source = dataclasses.field(default_factory=Synthetic)
   rows: RowConfig = dataclasses.field(default_factory=RowConfig)
   eval_rows: RowConfig | None = None
   tasks: tuple[str, ...] = ()
-  time_gaps: bool = True
+  features: tuple[DerivedFeature, ...] = ()
   without: tuple[str, ...] = ()
-  rates: tuple[str, ...] = ()
-  recent_rates: int = 0
-  history_rates: tuple[str, ...] = ()
-  activity: tuple[int, ...] = ()
-  recent_shares: tuple[str, ...] = ()
-  data_dir: str = ''
-  manual_dir: str = ''
-  synthetic: synthetic_lib.SyntheticConfig = dataclasses.field(
-    default_factory=synthetic_lib.SyntheticConfig
-  )
-  paths: tuple[str, ...] = ()
-  schema: Schema | None = None
-  split: FractionSplit | TimeSplit = dataclasses.field(
-    default_factory=FractionSplit
-  )
-  require_sorted: bool = False
 
   def __post_init__(self):
-    object.__setattr__(self, 'tasks', tuple(self.tasks))
-    object.__setattr__(self, 'paths', tuple(self.paths))
-    object.__setattr__(self, 'without', tuple(self.without))
-    object.__setattr__(self, 'rates', tuple(self.rates))
-    object.__setattr__(self, 'history_rates', tuple(self.history_rates))
-    object.__setattr__(self, 'activity', tuple(self.activity))
-    object.__setattr__(self, 'recent_shares', tuple(self.recent_shares))
-    if self.name not in _LOADERS:
-      raise ValueError(
-        f'data: name={self.name!r} must be one of {sorted(_LOADERS)}'
-      )
-    if (self.eval_rows or self.rows).snapshot_every is not None:
-      field = 'rows' if self.eval_rows is None else 'eval_rows'
-      raise ValueError(
-        f'data: {field}.snapshot_every='
-        f'{(self.eval_rows or self.rows).snapshot_every} would evaluate events '
-        'more than once; set eval_rows with snapshot_every=None'
-      )
-    if self.name == 'events' and (not self.paths or self.schema is None):
-      raise ValueError(
-        "data: name='events' needs paths, the files of the log, and schema, "
-        'the meaning of their columns'
-      )
-    if self.name != 'events' and (self.paths or self.schema is not None):
-      raise ValueError(
-        f"data: paths and schema are of name='events', not of {self.name!r}; "
-        'set the name, or leave them out'
-      )
+    for field in ('tasks', 'features', 'without'):
+      object.__setattr__(self, field, tuple(getattr(self, field)))
+    for field, rows in (('rows', self.rows), ('eval_rows', self.eval_rows)):
+      if rows is not None:
+        self.source.check(rows)
+        every = rows.snapshot_every
+        last = field == 'eval_rows' or self.eval_rows is None
+        if last and every is not None:
+          raise ValueError(
+            f'data: {field}.snapshot_every={every} would evaluate events more '
+            'than once; set eval_rows with snapshot_every=None'
+          )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,11 +183,13 @@ class Dataset:
     schema: the features and tasks.
     splits: `{'train', 'validation', 'test'}`.
     log: the events that all rows are of.
+    features: what is derived of them.
   """
 
   schema: Schema
   splits: dict[str, Rows]
   log: EventLog
+  features: FittedFeatures = dataclasses.field(default_factory=FittedFeatures)
 
 
 def load(config: DataConfig) -> Dataset:
@@ -130,93 +198,57 @@ def load(config: DataConfig) -> Dataset:
   Raises:
     ValueError: files or values in them are bad; the message says which.
   """
-  log, masks = _LOADERS[config.name](config)
-  if not config.time_gaps:
-    schema = dataclasses.replace(log.schema, time_gap_buckets=0)
-    log = dataclasses.replace(log, schema=schema)
-  if config.history_rates:
-    schema = dataclasses.replace(log.schema, history_rates=config.history_rates)
-    log = dataclasses.replace(log, schema=schema)
-  ties = config.rows.ties
-  log = rates_lib.with_rates(
-    log, masks['train'], config.rates, recent=config.recent_rates, ties=ties
-  )
-  log = activity_lib.with_activity(log, config.activity, ties)
-  log = activity_lib.with_recent_shares(
-    log, masks['train'], config.recent_shares, ties
-  )
-  log = _without(log, config.without)
+  log, masks = config.source.load(config.tasks)
+  train = masks['train']
+  fitted = features_lib.fit(config.features, log.events(), train)
+  schema = model_schema(log.schema, fitted, config.without)
+  log = dataclasses.replace(log, schema=schema)
   eval_rows = config.eval_rows or config.rows
-  splits = {
-    split: log.rows(mask, config.rows if split == 'train' else eval_rows)
-    for split, mask in masks.items()
-  }
-  return Dataset(log.schema, splits, log)
+  splits = {}
+  for split, mask in masks.items():
+    if split == 'train':
+      rows = make_rows(log, mask, config.rows, fitted, train=train)
+    else:
+      rows = make_rows(log, mask, eval_rows, fitted)
+    splits[split] = rows
+  return Dataset(schema, splits, log, fitted)
 
 
-def _without(log: EventLog, names: tuple[str, ...]) -> EventLog:
-  schema = log.schema
-  known = [f.name for f in (*schema.context, *schema.item, *schema.action)]
-  for name in names:
+def model_schema(
+  schema: Schema, fitted: FittedFeatures, without: tuple[str, ...]
+) -> Schema:
+  """A log's schema with what is derived, and without what a model does not get.
+
+  Raises:
+    ValueError: a name of `without` is no feature, or nothing reads a hidden
+      one.
+  """
+  derived = fitted.derived
+  features = (*schema.context, *schema.item, *derived, *schema.action)
+  known = [f.name for f in features]
+  for name in without:
     if name not in known:
       raise ValueError(f'data: without={name!r} must be one of {known}')
+  for feature in schema.hidden:
+    if feature.name not in fitted.reads:
+      raise ValueError(
+        f'schema: hidden has {feature.name!r}, which none of data.features '
+        'reads; leave it out'
+      )
 
   def kept(features):
-    return tuple(f for f in features if f.name not in names)
+    return tuple(f for f in features if f.name not in without)
 
-  rated = [rate.feature for rate in schema.rates_of_history]
   hidden = [
     f
-    for f in schema_lib.categorical(schema.item)
-    if f.name in names and f.name in rated
+    for f in categorical(schema.item)
+    if f.name in without and f.name in fitted.reads
   ]
-  schema = dataclasses.replace(
+  return dataclasses.replace(
     schema,
     context=kept(schema.context),
     item=kept(schema.item),
+    derived=kept(derived),
     hidden=(*schema.hidden, *hidden),
     action=kept(schema.action),
   )
-  return dataclasses.replace(log, schema=schema)
-
-
-def _synthetic(config: DataConfig):
-  log = synthetic_lib.generate(config.synthetic)
-  return log.with_tasks(config.tasks), synthetic_lib.SPLIT.masks(log)
-
-
-def _movielens(config: DataConfig):
-  from histjax.data import movielens  # TFDS takes a second to import.
-
-  log = movielens.load(data_dir=config.data_dir, manual_dir=config.manual_dir)
-  return log.with_tasks(config.tasks or ('like',)), movielens.SPLIT.masks(log)
-
-
-def _kuairand(config: DataConfig):
-  from histjax.data import kuairand  # TFDS takes a second to import.
-
-  for rows in (config.rows, config.eval_rows or config.rows):
-    if rows.ties != 'strict':
-      raise ValueError(
-        'data: some impressions of kuairand occur twice, and with '
-        f"rows.ties={rows.ties!r} one would see the other's outcome; set "
-        "ties='strict'"
-      )
-  log = kuairand.load(data_dir=config.data_dir, manual_dir=config.manual_dir)
-  return log.with_tasks(config.tasks or ('click',)), kuairand.masks(log)
-
-
-def _events(config: DataConfig):
-  assert config.schema is not None  # DataConfig has checked it.
-  log = EventLog.from_files(
-    config.paths, config.schema, require_sorted=config.require_sorted
-  )
-  return log.with_tasks(config.tasks), config.split.masks(log)
-
-
-_LOADERS = {
-  'synthetic': _synthetic,
-  'movielens': _movielens,
-  'kuairand': _kuairand,
-  'events': _events,
-}

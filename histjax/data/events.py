@@ -2,24 +2,21 @@
 
 log = EventLog.from_files(['events.parquet'], schema)
 masks = TimeSplit('2022-05-01', '2022-05-03').masks(log)
-rows = log.rows(masks['train'], RowConfig('streaming', history_length=50))
+rows = make_rows(log, masks['train'], RowConfig('streaming', history_length=50))
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import fractions
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from histjax import features as features_lib
 from histjax.data import columns as columns_lib
-from histjax.data import files, grouping
-from histjax.data import history_rates as history_rates_lib
-from histjax.data import rows as rows_lib
+from histjax.data import files, hashing
 from histjax.schema import Categorical, Schema
 
 Ties = Literal['order', 'strict']
@@ -37,7 +34,7 @@ class EventLog:
       1970 (UTC) if it had timestamps.
     is_timestamp: the log had timestamps.
     features: `{name: [n]}`, int32 ids and float32 values of all features of
-      the schema but `time_gap`.
+      the schema that are columns of the log.
     labels: `{task: [n]}` float32 in {0, 1}.
     request: int64 `[n]`, equal within a user's request; None if the schema
       names no request column.
@@ -178,176 +175,22 @@ class EventLog:
       stop = _first_of_group(self.user, self.time)[stop]
     return stop
 
-  def time_gap(self, ties: Ties = 'order') -> np.ndarray:
-    """The feature `time_gap`, int32 `[n]`; see `Schema.time_gap_buckets`."""
-    return self.time_gap_of(np.arange(len(self)), self.visible(ties))
-
-  def time_gap_of(self, events: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """`time_gap` of events that see their user's past up to `visible`.
+  def events(self, ties: Ties = 'order') -> features_lib.Events:
+    """The log as derived features read it.
 
     Args:
-      events: int64 `[c]`, indices of events.
-      visible: int64 `[c]`, indices of events; see `visible`.
-
-    Returns:
-      int32 `[c]`.
+      ties: as `visible`.
     """
-    begin = self.offsets[self.user[events]]
-    gap = self.time[events] - self.time[np.maximum(visible - 1, 0)]
-    return gap_buckets(
-      np.where(visible > begin, gap, 0), self.schema, self.is_timestamp
+    return features_lib.Events(
+      schema=self.schema,
+      user=hashing.digests(self.keys)[self.user],
+      begin=self.offsets[self.user],
+      visible=self.visible(ties),
+      time=self.time,
+      is_timestamp=self.is_timestamp,
+      features=self.features,
+      labels=self.labels,
     )
-
-  def history_rates(
-    self, events: np.ndarray, start: np.ndarray, visible: np.ndarray
-  ) -> dict[str, np.ndarray]:
-    """`Schema.history_rates` of events that see `[start, visible)`.
-
-    Args:
-      events: int64 `[c]`, indices of events.
-      start: int64 `[c]`, the first event that each sees.
-      visible: int64 `[c]`, the event after the last one.
-
-    Returns:
-      `{feature: float32 [c]}`.
-    """
-    named = [r.feature for r in self.schema.rates_of_history if r.feature]
-    return history_rates_lib.history_rates(
-      self.schema,
-      self.labels,
-      self.features,
-      {name: self.features[name][events] for name in named},
-      start,
-      visible,
-    )
-
-  def rows(self, mask: np.ndarray, config: rows_lib.RowConfig) -> rows_lib.Rows:
-    """The events of `mask` as candidates, each with its user's past.
-
-    Args:
-      mask: bool `[n]`, the events to predict, such as one of
-        `TimeSplit.masks`. Earlier events are history whatever their mask.
-      config: how events are grouped into rows.
-
-    Raises:
-      ValueError: the rows cannot be made as asked; the message says why.
-    """
-    return grouping.make_rows(self, mask, config)
-
-
-@dataclasses.dataclass(frozen=True)
-class FractionSplit:
-  """Splits each user's events in time order, by number.
-
-  Of a user's n events, the first `floor(train n)` are for training, those up
-  to `floor((train + validation) n)` for validation, the rest for testing.
-  The fractions are taken as the decimals they are written as, so that 0.8 of
-  10 is 8 and 0.8 + 0.1 is 0.9.
-
-  Attributes:
-    train: the fraction to train on.
-    validation: the fraction to choose models on.
-  """
-
-  train: float = 0.8
-  validation: float = 0.1
-
-  def __post_init__(self):
-    first, second = self._fractions()
-    if not 0 <= first <= second <= 1:
-      raise ValueError(
-        f'split: train={self.train} and validation={self.validation} must be '
-        '>= 0 and add up to at most 1'
-      )
-
-  def _fractions(self) -> tuple[fractions.Fraction, fractions.Fraction]:
-    train = fractions.Fraction(repr(self.train))
-    return train, train + fractions.Fraction(repr(self.validation))
-
-  def masks(self, log: EventLog) -> dict[str, np.ndarray]:
-    """`{'train', 'validation', 'test'}: bool [n]`."""
-    count = np.diff(log.offsets)[log.user]
-    ordinal = np.arange(len(log)) - log.offsets[log.user]
-    first, second = (
-      count * f.numerator // f.denominator for f in self._fractions()
-    )
-    return _three(ordinal, first, second)
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSplit:
-  """Splits events by two moments, the same for all users.
-
-  Attributes:
-    validation_start: the first moment of validation; training is before it.
-    test_start: the first moment of testing. Both are numbers in the time
-      column's unit or, if it holds timestamps, ISO 8601 strings (without a
-      time zone: UTC).
-  """
-
-  validation_start: int | float | str
-  test_start: int | float | str
-
-  def masks(self, log: EventLog) -> dict[str, np.ndarray]:
-    """`{'train', 'validation', 'test'}: bool [n]`.
-
-    Raises:
-      ValueError: the moments are not of the log's kind, or not in order.
-    """
-    first = _moment(self.validation_start, log, 'validation_start')
-    second = _moment(self.test_start, log, 'test_start')
-    if first > second:
-      raise ValueError(
-        f'split: validation_start={self.validation_start!r} is after '
-        f'test_start={self.test_start!r}; swap them'
-      )
-    return _three(log.time, first, second)
-
-
-Split = FractionSplit | TimeSplit
-
-
-def gap_buckets(
-  gap: np.ndarray, schema: Schema, is_timestamp: bool
-) -> np.ndarray:
-  """`Schema.time_gap_buckets` of gaps in the log's unit, as int32."""
-  seconds = gap * (1e-9 if is_timestamp else schema.time_unit)
-  # frexp, not log2: powers of two must not round down.
-  bucket = np.frexp(1 + seconds)[1] - 1
-  return np.minimum(bucket, schema.time_gap_buckets - 1).astype(np.int32)
-
-
-def _three(position, first, second) -> dict[str, np.ndarray]:
-  return {
-    'train': position < first,
-    'validation': (position >= first) & (position < second),
-    'test': position >= second,
-  }
-
-
-def _moment(value, log: EventLog, field: str):
-  if isinstance(value, int | float):
-    if log.is_timestamp:
-      raise ValueError(
-        f'split: {field}={value!r} is a number, but column '
-        f"{log.schema.time!r} holds timestamps; write it as '2022-05-01'"
-      )
-    return value
-  if not log.is_timestamp:
-    raise ValueError(
-      f'split: {field}={value!r} is no number, but column '
-      f"{log.schema.time!r} holds numbers; give it in the column's unit"
-    )
-  try:
-    moment = datetime.datetime.fromisoformat(value)
-  except ValueError as error:
-    raise ValueError(
-      f'split: {field}={value!r} is no ISO 8601 moment ({error}); write it '
-      "as '2022-05-01' or '2022-05-01T08:00'"
-    ) from error
-  if moment.tzinfo is not None:
-    moment = moment.astimezone(datetime.UTC).replace(tzinfo=None)
-  return np.datetime64(moment, 'ns').astype(np.int64)
 
 
 def _wanted(schema: Schema, extra: Sequence[str]) -> list[str]:

@@ -1,58 +1,92 @@
-"""Which events become candidates of one row, and what history it has."""
+"""Which events become candidates of one row, and what each of them sees."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import Literal
 
 import numpy as np
 
-from histjax.data.rows import RowConfig, Rows
-
-if TYPE_CHECKING:
-  from histjax.data.events import EventLog
+from histjax.data.events import EventLog
 
 
-def make_rows(log: EventLog, mask: np.ndarray, config: RowConfig) -> Rows:
-  """Rows of the events of `mask`; see `EventLog.rows`."""
-  mask = np.asarray(mask)
-  if mask.dtype != bool or mask.shape != (len(log),):
-    raise ValueError(
-      f'mask is {mask.dtype}{list(mask.shape)}; it must be bool [{len(log)}], '
-      'one for each event of the log'
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+  """How candidates are grouped into rows, and how much history they get.
+
+  The grouping decides what shares a forward pass, never what a candidate may
+  see: within `history_length`, that is the same for all kinds.
+
+  Attributes:
+    kind: 'pointwise': one candidate a row. 'request': the candidates of one
+      request (equal `Schema.request`; without such a column, equal time,
+      which needs ties='strict'). 'streaming': all of a user's candidates, in
+      time order, each seeing only what came before it. 'snapshot': all of a
+      user's candidates with one history, taken before the first of them; see
+      `snapshot_every`.
+    history_length: the most recent events kept; for rows of several
+      candidates, before the candidate that sees the least. Later ones always
+      see all events in between, too. None: all.
+    on_overflow: what to do with more events than `history_length`: 'truncate'
+      keeps the most recent ones; 'error' refuses them.
+    max_candidates: split rows of more candidates. None: never.
+    ties: 'order': an event sees all earlier ones in the log's order. 'strict':
+      only those of a strictly earlier time. Either way an event never sees
+      others of its own request.
+    snapshot_every: of 'snapshot', seconds between the moments at which
+      histories are taken, the same for all users, from the time of the first
+      candidate on. A candidate comes once with every history of its user that
+      was taken before it and differs from the next: to train on, not to
+      evaluate. None: one snapshot, before the user's first candidate.
+  """
+
+  kind: Literal['pointwise', 'request', 'streaming', 'snapshot'] = 'streaming'
+  history_length: int | None = None
+  on_overflow: Literal['truncate', 'error'] = 'truncate'
+  max_candidates: int | None = None
+  ties: Literal['order', 'strict'] = 'order'
+  snapshot_every: float | None = None
+
+  def __post_init__(self):
+    _check_choice(
+      self, 'kind', ('pointwise', 'request', 'streaming', 'snapshot')
     )
-  events, offsets, visible = _group(log, np.flatnonzero(mask), config)
-  starts = offsets[:-1]
-  if len(events):
-    least = np.minimum.reduceat(visible, starts)
-    stop = np.maximum.reduceat(visible, starts)
-  else:
-    least = stop = np.zeros(0, np.int64)
-  start = log.offsets[log.user[events[starts]]]
-  if config.history_length is not None:
-    if config.on_overflow == 'error':
-      _check_overflow(log, events[starts], least - start, config)
-    start = np.maximum(start, least - config.history_length)
-  features, seen = dict(log.features), {}
-  if log.schema.time_gap_buckets:
-    features['time_gap'] = log.time_gap(config.ties)
-    seen['time_gap'] = log.time_gap_of(events, visible)
-  if log.schema.history_rates:
-    every, past = np.arange(len(log)), log.visible(config.ties)
-    begin = log.offsets[log.user]
-    if config.history_length is not None:
-      begin = np.maximum(begin, past - config.history_length)
-    features |= log.history_rates(every, begin, past)
-    begin = np.repeat(start, np.diff(offsets))
-    seen |= log.history_rates(events, begin, visible)
-  if config.kind != 'pointwise':
-    _check_context(log, events, starts, config)
-  return Rows(
-    log, config, features, events, offsets, start, stop, visible, seen
-  )
+    _check_choice(self, 'on_overflow', ('truncate', 'error'))
+    _check_choice(self, 'ties', ('order', 'strict'))
+    if self.history_length is not None and self.history_length < 0:
+      raise ValueError(
+        f'rows: history_length={self.history_length} must be >= 0, or None'
+      )
+    if self.max_candidates is not None and self.max_candidates < 1:
+      raise ValueError(
+        f'rows: max_candidates={self.max_candidates} must be >= 1, or None'
+      )
+    if self.snapshot_every is not None and (
+      self.kind != 'snapshot' or not self.snapshot_every > 0
+    ):
+      raise ValueError(
+        f'rows: snapshot_every={self.snapshot_every} must be > 0 seconds and '
+        f"with kind='snapshot', which is {self.kind!r}; or None"
+      )
 
 
-def _group(log, events, config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Candidates in the order of rows, each row's first `[rows + 1]`, visible."""
+def group_candidates(
+  log: EventLog, events: np.ndarray, config: RowConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Groups candidates into rows.
+
+  Args:
+    log: all events.
+    events: int64, the candidates, as indices of events.
+    config: how.
+
+  Returns:
+    `(events [c], offsets [rows + 1], visible [c])`: the candidates row by row,
+    where each row begins, and the event after the last that each sees.
+
+  Raises:
+    ValueError: the log does not say what a request is.
+  """
   visible = log.visible(config.ties)
   if config.kind == 'pointwise':
     return events, np.arange(len(events) + 1), visible[events]
@@ -119,7 +153,8 @@ def _request(log, config) -> np.ndarray:
   return log.visible('order')
 
 
-def _check_overflow(log, first, length, config) -> None:
+def check_overflow(log: EventLog, first, length, config: RowConfig) -> None:
+  """Raises ValueError if a row's history is longer than it may be."""
   bad = np.flatnonzero(length > config.history_length)
   if bad.size:
     r = bad[0]
@@ -130,7 +165,8 @@ def _check_overflow(log, first, length, config) -> None:
     )
 
 
-def _check_context(log, events, starts, config) -> None:
+def check_context(log: EventLog, events, starts, config: RowConfig) -> None:
+  """Raises ValueError if a row's candidates disagree on a context feature."""
   for feature in log.schema.context:
     values = log.features[feature.name][events]
     if not len(values):
@@ -144,3 +180,9 @@ def _check_context(log, events, starts, config) -> None:
         f'changes within a {config.kind} row of user {user!r}, which holds '
         "one value; move it to Schema.item, or use kind='pointwise'"
       )
+
+
+def _check_choice(config, field: str, choices: tuple[str, ...]) -> None:
+  value = getattr(config, field)
+  if value not in choices:
+    raise ValueError(f'rows: {field}={value!r} must be one of {choices}')

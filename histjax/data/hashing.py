@@ -51,6 +51,13 @@ def hash_strings(values: Iterable[str], size: int) -> np.ndarray:
   return hash_integers(np.array(keys, np.uint64), size)
 
 
+def digests(keys: np.ndarray) -> np.ndarray:
+  """The mixed value of keys `[n]`, integers or strings, as uint64 `[n]`."""
+  if keys.dtype.kind in 'iu':
+    return mix(keys)
+  return mix(np.array([_key(k) for k in keys.tolist()], np.uint64))
+
+
 def _key(value: str) -> int:
   if _DECIMAL.fullmatch(value) and -(2**63) <= int(value) < 2**64:
     return int(value) % 2**64

@@ -113,7 +113,6 @@ SCHEMA = Schema(
   user='user_id',
   time='time_ms',
   time_unit=1e-3,
-  time_gap_buckets=24,
   context=(
     Categorical('user_id', 27285),
     *(Categorical(name, 1 + size) for name, size in _USER_COLUMNS.items()),

@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from histjax.data import sources
-from histjax.data.events import EventLog, FractionSplit
+from histjax.data.events import EventLog
+from histjax.data.splits import FractionSplit
 from histjax.schema import Categorical, Schema, Task
 
 SOURCE = sources.Source(

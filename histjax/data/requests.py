@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from histjax.data import columns as columns_lib
-from histjax.data import events as events_lib
+from histjax.data import hashing
 from histjax.data import rows as rows_lib
-from histjax.data.history_rates import history_rates
+from histjax.features import Events as PastEvents
+from histjax.features import FittedFeatures, Impressions
 from histjax.schema import Categorical, Feature, Schema
 
 Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
@@ -23,6 +24,9 @@ def make_row(
   history: Events,
   candidates: Events,
   config: rows_lib.RowConfig | None = None,
+  features: FittedFeatures | None = None,
+  visible: int | None = None,
+  as_of: bool = False,
 ) -> rows_lib.Row:
   """A row to score, checked and encoded as a log would be.
 
@@ -30,76 +34,175 @@ def make_row(
   that a log's own records can be passed.
 
   Args:
-    schema: which columns are read.
+    schema: of the model: which columns are read, and what is derived.
     context: one value a column.
     history: the user's events, oldest first, as `[{column: value}]` or
       `{column: [values]}`; may be empty.
-    candidates: the items to score, likewise; at least one. The time column,
-      if the schema has `time_gap`, may be in `context` instead.
-    config: as the model was trained; only `history_length`, `on_overflow` and
-      `ties` are read. None: `RowConfig()`.
+    candidates: the items to score, likewise; at least one. The time and the
+      request, where the schema has them, may be in `context` instead.
+    config: as the model was trained; only `kind`, `history_length`,
+      `on_overflow` and `ties` are read. None: `RowConfig()`.
+    features: what computes `schema.derived`, as training saved it.
+    visible: the candidates see so many events of the history, and of later
+      ones only that they were shown; None: all. So is a snapshot served that
+      is older than the request.
+    as_of: candidates may be earlier than events of the history, and then each
+      sees what was before it (with kind='snapshot' what was before the first
+      of them). Needs ties='strict'.
 
   Returns:
-    The row, without labels. Candidates see the whole history; under
-    ties='strict' what is strictly earlier.
+    The row, without labels. Candidates see the whole history but for events
+    of their own request, and under ties='strict' those of their own time.
 
   Raises:
-    ValueError: a value is missing or bad, events are out of order, or a
-      candidate is earlier than one of them.
+    ValueError: a value is missing or bad, events are out of order, a
+      candidate is earlier than one of them, or `features` are not given.
   """
   config = config or rows_lib.RowConfig()
+  features = _checked_features(schema, features)
   past = _columns(history, 'history')
   shown = _columns(candidates, 'candidates')
   num_events, num_candidates = _length(past), _length(shown)
   if not num_candidates:
     raise ValueError('candidates is empty; give at least one item to score')
-  if schema.time not in shown and schema.time in context:
-    shown[schema.time] = [context[schema.time]] * num_candidates
-  visible, seen, gaps = _times(schema, past, shown, config.ties)
-  start = 0
-  if config.history_length is not None:
-    least = int(visible.min())
-    if config.on_overflow == 'error' and least > config.history_length:
-      raise ValueError(
-        f'history has {least} events, more than history_length='
-        f"{config.history_length}; shorten it, or set on_overflow='truncate'"
-      )
-    start = max(0, least - config.history_length)
-  one = {name: [value] for name, value in context.items()}
-  encoded_history = _encode(
-    past, schema.item + schema.hidden + schema.action, num_events, 'history'
-  )
-  encoded_candidates = _encode(
-    shown, schema.item + schema.hidden, num_candidates, 'candidates'
-  )
-  if schema.time_gap_buckets:
-    encoded_history['time_gap'] = gaps[:num_events]
-    encoded_candidates['time_gap'] = gaps[num_events:]
-  if schema.history_rates:
-    labels = _labels(schema, past, num_events)
-    begin = np.zeros(num_events, np.int64)
-    if config.history_length is not None:
-      begin = np.maximum(begin, seen - config.history_length)
-    everywhere = (schema, labels, encoded_history)
-    of_events = history_rates(*everywhere, encoded_history, begin, seen)
-    begin = np.full(num_candidates, start)
-    encoded_candidates |= history_rates(
-      *everywhere, encoded_candidates, begin, visible
+  for name in (schema.time, schema.request):
+    if name and name not in shown and name in context:
+      shown[name] = [context[name]] * num_candidates
+  if as_of and config.ties != 'strict':
+    raise ValueError(
+      f'as_of=True with ties={config.ties!r}: a log does not say which events '
+      "of a candidate's own time were before it; train with ties='strict'"
     )
-    encoded_history |= of_events
-  for feature in schema.hidden:
-    del encoded_history[feature.name], encoded_candidates[feature.name]
-  stop = int(visible.max())
+  needs_time = features.needs('time') or config.ties == 'strict'
+  time, is_timestamp = _time(schema, past, shown, needs_time, as_of)
+  before, seen = _visible(schema, past, shown, time, config.ties)
+  sees = _seen(before, config, visible, num_events)
+  start = _start(sees, config)
+  stop = int(sees.max())
+  one = {name: [value] for name, value in context.items()}
+  items = schema.item + schema.hidden
+  of_events = _encode(past, items, num_events, 'history')
+  of_candidates = _encode(shown, items, num_candidates, 'candidates')
+  known = {name: values[:stop] for name, values in past.items()}
+  actions = _encode(known, schema.action, stop, 'history')
+  if features.configs:
+    user = np.zeros(1, np.uint64)
+    if features.needs('user'):
+      user = _user(schema, context)
+    events = PastEvents(
+      schema=schema,
+      user=np.repeat(user, num_events),
+      begin=np.zeros(num_events, np.int64),
+      visible=seen,
+      time=time[:num_events],
+      is_timestamp=is_timestamp,
+      features=of_events,
+      # Of events that nobody sees no outcome is read.
+      labels={
+        name: np.pad(label, (0, num_events - stop))
+        for name, label in _labels(schema, known, stop).items()
+      }
+      if features.needs('labels')
+      else {},
+    )
+    impressions = Impressions(
+      user=np.repeat(user, num_candidates),
+      begin=np.zeros(num_candidates, np.int64),
+      shown=before,
+      start=np.full(num_candidates, start),
+      visible=sees,
+      time=time[num_events:],
+      features=of_candidates,
+    )
+    derived = features.of_events(events, config.history_length)
+    of_candidates |= features.of_impressions(events, impressions, derived)
+    of_events |= derived
   return rows_lib.Row(
     context={
       name: values[0]
       for name, values in _encode(one, schema.context, 1, 'context').items()
     },
-    history={name: x[start:stop] for name, x in encoded_history.items()},
-    candidates=encoded_candidates,
-    visible=(visible - start).astype(np.int32),
+    history={
+      **{f.name: of_events[f.name][start:stop] for f in schema.item_features},
+      **{name: values[start:] for name, values in actions.items()},
+    },
+    candidates={f.name: of_candidates[f.name] for f in schema.item_features},
+    visible=(sees - start).astype(np.int32),
     labels={},
   )
+
+
+def columns_of(
+  schema: Schema, features: FittedFeatures, ties: str
+) -> tuple[list[str], list[str]]:
+  """The columns that `make_row` reads, of events and of candidates.
+
+  The user's column is among neither.
+  """
+  items = [f.column for f in schema.item + schema.hidden]
+  if features.needs('time') or ties == 'strict':
+    items.append(schema.time)
+  events = items + [f.column for f in schema.action]
+  if schema.request:
+    events.append(schema.request)
+  if features.needs('labels'):
+    events += [t.column for t in schema.tasks]
+  return list(dict.fromkeys(events)), list(dict.fromkeys(items))
+
+
+def _checked_features(
+  schema: Schema, features: FittedFeatures | None
+) -> FittedFeatures:
+  features = features or FittedFeatures()
+  known = {f.name: f for f in features.derived}
+  for feature in schema.derived:
+    if known.get(feature.name) != feature:
+      raise ValueError(
+        f'schema.derived has {feature.name!r}, which `features` do not '
+        f'compute ({sorted(known)}); give those that training saved, as '
+        '`histjax.features.load(workdir)` reads them'
+      )
+  return features
+
+
+def _user(schema: Schema, context: Mapping[str, Any]) -> np.ndarray:
+  if schema.user not in context:
+    raise ValueError(
+      f'context lacks column {schema.user!r}, the user, whose own events the '
+      'rates leave out; give it (of a new user, too)'
+    )
+  one = {schema.user: [context[schema.user]]}
+  table = columns_lib.from_mapping(one, [schema.user], 'context')
+  return hashing.digests(columns_lib.encode_keys(table, schema.user)[1])
+
+
+def _seen(
+  before: np.ndarray, config: rows_lib.RowConfig, visible, num_events: int
+) -> np.ndarray:
+  """The event after the last one that each candidate sees, `[c]`."""
+  if visible is not None:
+    if not 0 <= visible <= num_events:
+      raise ValueError(
+        f'visible={visible} must be in [0, {num_events}], the events of the '
+        'history'
+      )
+    before = np.minimum(before, visible)
+  if config.kind == 'snapshot':
+    return np.full_like(before, before.min())
+  return before
+
+
+def _start(sees: np.ndarray, config: rows_lib.RowConfig) -> int:
+  """The first event of the row's history."""
+  if config.history_length is None:
+    return 0
+  least = int(sees.min())
+  if config.on_overflow == 'error' and least > config.history_length:
+    raise ValueError(
+      f'history has {least} events, more than history_length='
+      f"{config.history_length}; shorten it, or set on_overflow='truncate'"
+    )
+  return max(0, least - config.history_length)
 
 
 def _columns(events: Events, source: str) -> dict[str, Sequence[Any]]:
@@ -144,37 +247,63 @@ def _encode(
   }
 
 
-def _times(schema: Schema, past, shown, ties):
-  """What candidates see, `[c]`, and events, `[l]`; time gaps, `[l + c]`."""
+def _time(
+  schema: Schema, past, shown, needed: bool, as_of: bool
+) -> tuple[np.ndarray, bool]:
+  """Times of events and, after them, candidates; whether they are timestamps.
+
+  Zeros if the time is not needed and not given.
+  """
   num_events, num_candidates = _length(past), _length(shown)
-  visible = np.full(num_candidates, num_events)
-  gaps = np.zeros(num_events + num_candidates, np.int32)
-  needed = bool(schema.time_gap_buckets) or ties == 'strict'
-  first = np.arange(num_events)
-  if not needed and not (schema.time in past and schema.time in shown):
-    return visible, _by_request(schema, past, first), gaps
+  given = schema.time in shown and (schema.time in past or not num_events)
+  if not given and not needed:
+    return np.zeros(num_events + num_candidates, np.int64), False
+  if not given:
+    lacking = 'candidates' if schema.time not in shown else 'history'
+    raise ValueError(
+      f'{lacking} lacks column {schema.time!r}, the time, which a derived '
+      "feature or ties='strict' needs; give it"
+    )
   both = {
     schema.time: [*past.get(schema.time, ()), *shown.get(schema.time, ())]
   }
-  if len(both[schema.time]) < num_events + num_candidates:
-    lacking = 'candidates' if schema.time not in shown else 'history'
-    raise ValueError(
-      f'{lacking} lacks column {schema.time!r}, the time, which '
-      "Schema.time_gap_buckets or ties='strict' needs; give it"
-    )
   table = columns_lib.from_mapping(both, [schema.time], 'history + candidates')
   time, is_timestamp = columns_lib.encode_time(table, schema.time)
-  _check_order(schema, time, num_events)
+  _check_order(schema, time, num_events, as_of)
+  return time, is_timestamp
+
+
+def _visible(
+  schema: Schema, past, shown, time: np.ndarray, ties: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """What was before each candidate, `[c]`, and each event, `[l]`."""
+  num_events, num_candidates = _length(past), _length(shown)
+  before = np.full(num_candidates, num_events)
+  seen = np.arange(num_events)
   if ties == 'strict':
-    first = np.searchsorted(time[:num_events], time[:num_events], 'left')
-    visible = np.searchsorted(time[:num_events], time[num_events:], 'left')
-  seen = _by_request(schema, past, first)
-  if schema.time_gap_buckets:
-    stop = np.concatenate([seen, visible])
-    last = time[np.maximum(stop - 1, 0)]
-    gap = np.where(stop > 0, time - last, 0)
-    gaps = events_lib.gap_buckets(gap, schema, is_timestamp)
-  return visible, seen, gaps
+    before, seen = (
+      np.searchsorted(time[:num_events], t, 'left')
+      for t in (time[num_events:], time[:num_events])
+    )
+  if not schema.request or not num_events:
+    return before, seen
+  columns_lib.check_names(list(past), [schema.request], 'history')
+  given = schema.request in shown
+  both = {schema.request: [*past[schema.request]]}
+  if given:
+    both[schema.request] += [*shown[schema.request]]
+  table = columns_lib.from_mapping(both, [schema.request], 'history')
+  codes, _ = columns_lib.encode_keys(table, schema.request)
+  own = codes[:num_events]
+  values, first = np.unique(own, return_index=True)
+  seen = seen[first[np.searchsorted(values, own)]]
+  if given:
+    place = np.searchsorted(values, codes[num_events:])
+    place = np.minimum(place, len(values) - 1)
+    same = values[place] == codes[num_events:]
+    # A request's events see what was before the first of them.
+    before = np.where(same, np.minimum(before, seen[first[place]]), before)
+  return before, seen
 
 
 def _labels(schema: Schema, past, length: int) -> dict[str, np.ndarray]:
@@ -185,17 +314,9 @@ def _labels(schema: Schema, past, length: int) -> dict[str, np.ndarray]:
   return {t.name: columns_lib.encode_label(table, t) for t in schema.tasks}
 
 
-def _by_request(schema: Schema, past, stop: np.ndarray) -> np.ndarray:
-  """Moves `stop` before the event's own request, if the history says so."""
-  if not schema.request or not len(stop):
-    return stop
-  table = columns_lib.from_mapping(past, [schema.request], 'history')
-  codes, _ = columns_lib.encode_keys(table, schema.request)
-  _, first = np.unique(codes, return_index=True)
-  return stop[first[codes]]
-
-
-def _check_order(schema: Schema, time: np.ndarray, num_events: int) -> None:
+def _check_order(
+  schema: Schema, time: np.ndarray, num_events: int, as_of: bool
+) -> None:
   late = np.flatnonzero(np.diff(time[:num_events]) < 0)
   if late.size:
     raise ValueError(
@@ -203,8 +324,8 @@ def _check_order(schema: Schema, time: np.ndarray, num_events: int) -> None:
       'row before; order the history oldest first'
     )
   early = np.flatnonzero(time[num_events:] < time[max(num_events - 1, 0)])
-  if num_events and early.size:
+  if num_events and early.size and not as_of:
     raise ValueError(
       f'column {schema.time!r}: candidate {early[0]} is earlier than the '
-      "history's last event; drop the events after it"
+      "history's last event; drop the events after it, or set as_of=True"
     )

@@ -8,76 +8,16 @@ are made when they are asked for; only offsets into the log are kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from histjax.data import grouping
+from histjax.data.events import EventLog
+from histjax.data.grouping import RowConfig
+from histjax.features import FittedFeatures, Impressions
 from histjax.schema import Schema
 from histjax.types import Candidates, History, RankingBatch
-
-if TYPE_CHECKING:
-  from histjax.data.events import EventLog
-
-
-@dataclasses.dataclass(frozen=True)
-class RowConfig:
-  """How candidates are grouped into rows, and how much history they get.
-
-  The grouping decides what shares a forward pass, never what a candidate may
-  see: within `history_length`, that is the same for all kinds.
-
-  Attributes:
-    kind: 'pointwise': one candidate a row. 'request': the candidates of one
-      request (equal `Schema.request`; without such a column, equal time,
-      which needs ties='strict'). 'streaming': all of a user's candidates, in
-      time order, each seeing only what came before it. 'snapshot': all of a
-      user's candidates with one history, taken before the first of them; see
-      `snapshot_every`.
-    history_length: the most recent events kept; for rows of several
-      candidates, before the candidate that sees the least. Later ones always
-      see all events in between, too. None: all.
-    on_overflow: what to do with more events than `history_length`: 'truncate'
-      keeps the most recent ones; 'error' refuses them.
-    max_candidates: split rows of more candidates. None: never.
-    ties: 'order': an event sees all earlier ones in the log's order. 'strict':
-      only those of a strictly earlier time. Either way an event never sees
-      others of its own request.
-    snapshot_every: of 'snapshot', seconds between the moments at which
-      histories are taken, the same for all users, from the time of the first
-      candidate on. A candidate comes once with every history of its user that
-      was taken before it and differs from the next: to train on, not to
-      evaluate. None: one snapshot, before the user's first candidate.
-  """
-
-  kind: Literal['pointwise', 'request', 'streaming', 'snapshot'] = 'streaming'
-  history_length: int | None = None
-  on_overflow: Literal['truncate', 'error'] = 'truncate'
-  max_candidates: int | None = None
-  ties: Literal['order', 'strict'] = 'order'
-  snapshot_every: float | None = None
-
-  def __post_init__(self):
-    _check_choice(
-      self, 'kind', ('pointwise', 'request', 'streaming', 'snapshot')
-    )
-    _check_choice(self, 'on_overflow', ('truncate', 'error'))
-    _check_choice(self, 'ties', ('order', 'strict'))
-    if self.history_length is not None and self.history_length < 0:
-      raise ValueError(
-        f'rows: history_length={self.history_length} must be >= 0, or None'
-      )
-    if self.max_candidates is not None and self.max_candidates < 1:
-      raise ValueError(
-        f'rows: max_candidates={self.max_candidates} must be >= 1, or None'
-      )
-    if self.snapshot_every is not None and (
-      self.kind != 'snapshot' or not self.snapshot_every > 0
-    ):
-      raise ValueError(
-        f'rows: snapshot_every={self.snapshot_every} must be > 0 seconds and '
-        f"with kind='snapshot', which is {self.kind!r}; or None"
-      )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,16 +48,14 @@ class Rows(Sequence[Row]):
   Attributes:
     log: the events.
     config: how the rows were made.
-    features: `log.features` and those that the schema derives, of events of
-      histories.
+    features: `{name: [n]}`, `log.features` and derived ones, of all events.
     events: int64 `[candidates]`, the candidates of all rows, one row after
       the other, as indices of events.
     offsets: int64 `[rows + 1]`; row r has `events[offsets[r]:offsets[r + 1]]`.
     start: int64 `[rows]`, the first event of each row's history.
     stop: int64 `[rows]`, the event after the last one.
     visible: int64 `[candidates]`, the event after the last visible one.
-    seen: `{name: [candidates]}`, the features of candidates that depend on
-      what they see: `time_gap` and `Schema.history_rates`, if any.
+    derived: `{name: [candidates]}`, the derived features of candidates.
   """
 
   log: EventLog
@@ -128,7 +66,7 @@ class Rows(Sequence[Row]):
   start: np.ndarray
   stop: np.ndarray
   visible: np.ndarray
-  seen: dict[str, np.ndarray]
+  derived: dict[str, np.ndarray]
 
   @property
   def schema(self) -> Schema:
@@ -182,8 +120,8 @@ class Rows(Sequence[Row]):
 
   def _of_candidates(self, name: str, slots) -> np.ndarray:
     """A feature of the candidates in these places of `events`."""
-    if name in self.seen:
-      return self.seen[name][slots]
+    if name in self.derived:
+      return self.derived[name][slots]
     return self.features[name][self.events[slots]]
 
   def candidate_events(self, index: int) -> np.ndarray:
@@ -198,7 +136,7 @@ class Rows(Sequence[Row]):
     num_events: int,
     num_candidates: int,
   ) -> RankingBatch:
-    """`collate` of the rows `indices`, without making each of them.
+    """Pads the rows `indices` to one shape.
 
     Args:
       indices: int `[at most num_rows]`.
@@ -207,60 +145,106 @@ class Rows(Sequence[Row]):
       num_candidates: C, at least the most candidates.
 
     Returns:
-      The rows, padded with zeros, in NumPy.
+      The rows, padded with zeros at the end of each axis, in NumPy.
 
     Raises:
       ValueError: a row does not fit.
     """
     indices = np.asarray(indices, np.int64)
-    length = np.zeros(num_rows, np.int32)
-    count = np.zeros(num_rows, np.int32)
-    check_fits('rows', len(indices), num_rows, 'num_rows')
-    n = len(indices)
-    length[:n] = self.stop[indices] - self.start[indices]
-    count[:n] = self.offsets[indices + 1] - self.offsets[indices]
-    check_fits('events', max(length, default=0), num_events, 'num_events')
-    check_fits(
-      'candidates', max(count, default=0), num_candidates, 'num_candidates'
-    )
-    events, real = _grid(self.start[indices], length, num_events)
-    slots, mask = _grid(self.offsets[indices], count, num_candidates)
-    shown = np.where(mask, self.events[slots], 0)
-    first = np.zeros(num_rows, np.int64)
-    first[:n] = self.events[self.offsets[indices]]
-    start = np.zeros(num_rows, np.int64)
-    start[:n] = self.start[indices]
-    full = np.arange(num_rows) < n
-
-    def take(source, index, keep):
-      return np.where(keep, source[index], source.dtype.type(0))
-
-    return RankingBatch(
-      context={
-        f.name: take(self.features[f.name], first, full) for f in self._context
+    first, last = self.offsets[indices], self.offsets[indices + 1]
+    begin, end = self.start[indices], self.stop[indices]
+    users = self.events[first]
+    history = _Grid(begin, end, num_rows, num_events, 'events')
+    shown = _Grid(first, last, num_rows, num_candidates, 'candidates')
+    events = self.events[shown.index]
+    visible = self.visible[shown.index] - _fill(begin, num_rows)[:, None]
+    return _batch(
+      context={f.name: self.features[f.name][users] for f in self._context},
+      history=history,
+      history_features={
+        f.name: self.features[f.name] for f in self.schema.history_features
       },
-      history=History(
-        features={
-          f.name: take(self.features[f.name], events, real)
-          for f in self.schema.history_features
-        },
-        length=length,
-      ),
-      candidates=Candidates(
-        features={
-          f.name: take(self._of_candidates(f.name, slots), np.s_[:], mask)
-          for f in self.schema.item_features
-        },
-        visible=np.where(mask, self.visible[slots] - start[:, None], 0).astype(
-          np.int32
-        ),
-        mask=mask,
-      ),
-      labels={
-        name: take(y, shown, mask) for name, y in self.log.labels.items()
+      shown=shown,
+      candidates={
+        f.name: self._of_candidates(f.name, shown.index)
+        for f in self.schema.item_features
       },
-      group=take(self.log.user, first, full),
+      visible=visible,
+      labels={name: y[events] for name, y in self.log.labels.items()},
+      group=self.log.user[users],
     )
+
+
+def make_rows(
+  log: EventLog,
+  mask: np.ndarray,
+  config: RowConfig,
+  features: FittedFeatures | None = None,
+  *,
+  train: np.ndarray | None = None,
+) -> Rows:
+  """The events of `mask` as candidates, each with its user's past.
+
+  Args:
+    log: all events. Those before a candidate are history, whatever their mask.
+    mask: bool `[n]`, the events to predict, such as one of `TimeSplit.masks`.
+    config: how events are grouped into rows.
+    features: what is derived; `log.schema.derived` names what the rows get.
+    train: bool `[n]`, in rows to train on: the training events, whose own
+      labels `features` may know. None: features are as a server computes them.
+
+  Raises:
+    ValueError: the rows cannot be made as asked; the message says why.
+  """
+  mask = np.asarray(mask)
+  if mask.dtype != bool or mask.shape != (len(log),):
+    raise ValueError(
+      f'mask is {mask.dtype}{list(mask.shape)}; it must be bool [{len(log)}], '
+      'one for each event of the log'
+    )
+  events, offsets, visible = grouping.group_candidates(
+    log, np.flatnonzero(mask), config
+  )
+  starts = offsets[:-1]
+  if len(events):
+    least = np.minimum.reduceat(visible, starts)
+    stop = np.maximum.reduceat(visible, starts)
+  else:
+    least = stop = np.zeros(0, np.int64)
+  begin = log.offsets[log.user[events]]
+  start = begin[starts]
+  if config.history_length is not None:
+    if config.on_overflow == 'error':
+      grouping.check_overflow(log, events[starts], least - start, config)
+    start = np.maximum(start, least - config.history_length)
+  if config.kind != 'pointwise':
+    grouping.check_context(log, events, starts, config)
+  known, derived = {}, {}
+  if features is not None and features.configs:
+    past = log.events(config.ties)
+    known = features.of_events(past, config.history_length, train=train)
+    impressions = Impressions(
+      user=past.user[events],
+      begin=begin,
+      shown=past.visible[events],
+      start=np.repeat(start, np.diff(offsets)),
+      visible=visible,
+      time=log.time[events],
+      features={name: x[events] for name, x in log.features.items()},
+      event=events,
+    )
+    derived = features.of_impressions(past, impressions, known)
+  return Rows(
+    log,
+    config,
+    {**log.features, **known},
+    events,
+    offsets,
+    start,
+    stop,
+    visible,
+    derived,
+  )
 
 
 def collate(
@@ -282,48 +266,114 @@ def collate(
   """
   if not rows:
     raise ValueError('rows is empty; there must be at least one')
-  check_fits('rows', len(rows), num_rows, 'num_rows')
-  length = np.zeros(num_rows, np.int32)
-  length[: len(rows)] = [_size(r.history) for r in rows]
-  group = np.zeros(num_rows, np.int32)
-  group[: len(rows)] = [r.group for r in rows]
-  mask = np.zeros((num_rows, num_candidates), bool)
-  for b, row in enumerate(rows):
-    check_fits('events', length[b], num_events, 'num_events')
-    check_fits('candidates', len(row.visible), num_candidates, 'num_candidates')
-    mask[b, : len(row.visible)] = True
+  lengths = [len(next(iter(r.history.values()))) for r in rows]
+  counts = [len(r.visible) for r in rows]
 
-  def stack(parts, width):
-    out = np.zeros((num_rows, width), np.asarray(parts[0]).dtype)
-    for b, part in enumerate(parts):
-      out[b, : len(part)] = part
-    return out
-
-  def stack_all(field, width):
+  def join(field):
     return {
-      name: stack([getattr(r, field)[name] for r in rows], width)
+      name: np.concatenate([getattr(r, field)[name] for r in rows])
       for name in getattr(rows[0], field)
     }
 
-  context = {
-    name: np.concatenate(
-      [
-        np.stack([r.context[name] for r in rows]),
-        np.zeros(num_rows - len(rows), np.asarray(rows[0].context[name]).dtype),
-      ]
-    )
-    for name in rows[0].context
-  }
+  def grid(sizes, width, what):
+    end = np.cumsum(sizes)
+    return _Grid(end - sizes, end, num_rows, width, what)
+
+  shown = grid(counts, num_candidates, 'candidates')
+
+  def candidates(field):
+    return {name: _take(x, shown) for name, x in join(field).items()}
+
+  return _batch(
+    context={
+      name: np.stack([r.context[name] for r in rows])
+      for name in rows[0].context
+    },
+    history=grid(lengths, num_events, 'events'),
+    history_features=join('history'),
+    shown=shown,
+    candidates=candidates('candidates'),
+    visible=_take(np.concatenate([r.visible for r in rows]), shown),
+    labels=candidates('labels'),
+    group=np.array([r.group for r in rows], np.int32),
+  )
+
+
+class _Grid:
+  """Where each slot `[num_rows, width]` of a batch is in flat arrays.
+
+  Attributes:
+    count: int32 `[num_rows]`, the real slots of each row.
+    real: bool `[num_rows, width]`.
+    index: int64 `[num_rows, width]`; 0 where not real.
+  """
+
+  def __init__(self, begin, end, num_rows: int, width: int, what: str):
+    check_fits('rows', len(begin), num_rows, 'num_rows')
+    self.count = _fill(end - begin, num_rows).astype(np.int32)
+    longest = int(self.count.max(initial=0))
+    check_fits(what, longest, width, f'num_{what}')
+    offset = np.arange(width)[None]
+    self.real = offset < self.count[:, None]
+    begin = _fill(begin, num_rows)[:, None]
+    self.index = np.where(self.real, begin + offset, 0)
+
+
+def _fill(values: np.ndarray, size: int) -> np.ndarray:
+  """Zeros behind the values, up to `size`."""
+  return np.pad(values, (0, size - len(values)))
+
+
+def _take(source: np.ndarray, grid: _Grid) -> np.ndarray:
+  if not len(source):
+    return np.zeros(grid.index.shape, source.dtype)
+  return source[grid.index]
+
+
+def _batch(
+  *,
+  context: Mapping[str, np.ndarray],
+  history: _Grid,
+  history_features: Mapping[str, np.ndarray],
+  shown: _Grid,
+  candidates: Mapping[str, np.ndarray],
+  visible: np.ndarray,
+  labels: Mapping[str, np.ndarray],
+  group: np.ndarray,
+) -> RankingBatch:
+  """A batch of the rows that the grids describe, zeros where nothing is real.
+
+  Args:
+    context: `[rows]`.
+    history: of the events.
+    history_features: flat.
+    shown: of the candidates.
+    candidates: `[num_rows, width]`, anything where not real.
+    visible: likewise.
+    labels: likewise.
+    group: `[rows]`.
+  """
+  num_rows = len(history.count)
+
+  def keep(values, real):
+    return np.where(real, values, values.dtype.type(0))
+
   return RankingBatch(
-    context=context,
-    history=History(stack_all('history', num_events), length),
-    candidates=Candidates(
-      stack_all('candidates', num_candidates),
-      stack([r.visible for r in rows], num_candidates),
-      mask,
+    context={name: _fill(x, num_rows) for name, x in context.items()},
+    history=History(
+      features={
+        name: keep(_take(x, history), history.real)
+        for name, x in history_features.items()
+      },
+      length=history.count,
     ),
-    labels=stack_all('labels', num_candidates),
-    group=group,
+    candidates=Candidates(
+      features={name: keep(x, shown.real) for name, x in candidates.items()},
+      visible=keep(visible, shown.real).astype(np.int32),
+      mask=shown.real,
+    ),
+    labels={name: keep(x, shown.real) for name, x in labels.items()},
+    group=_fill(group, num_rows),
   )
 
 
@@ -334,22 +384,3 @@ def check_fits(what: str, size, room: int, argument: str) -> None:
       f'{size} {what} do not fit into {argument}={room}; raise it, or '
       'shorten the row'
     )
-
-
-def _size(features: dict[str, np.ndarray]) -> int:
-  return len(next(iter(features.values())))
-
-
-def _grid(start, count, width) -> tuple[np.ndarray, np.ndarray]:
-  """Indices `[B, width]` from `start` on, and which of them are real."""
-  offset = np.arange(width)[None]
-  real = offset < count[:, None]
-  begin = np.zeros(len(count), np.int64)
-  begin[: len(start)] = start
-  return np.where(real, begin[:, None] + offset, 0), real
-
-
-def _check_choice(config, field: str, choices: tuple[str, ...]) -> None:
-  value = getattr(config, field)
-  if value not in choices:
-    raise ValueError(f'rows: {field}={value!r} must be one of {choices}')

@@ -25,8 +25,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from histjax import metrics
-from histjax.data.events import EventLog, FractionSplit
+from histjax.data.events import EventLog
 from histjax.data.rows import Rows
+from histjax.data.splits import FractionSplit
 from histjax.schema import Categorical, Schema, Task
 
 SPLIT = FractionSplit(train=0.8, validation=0.1)

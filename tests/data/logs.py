@@ -1,19 +1,21 @@
 """Random small logs and what may be seen in them, by brute force."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import strategies as st
 
+from histjax import features
 from histjax.schema import Categorical, Dense, Schema, Task
 
 SIZE = 64  # Items; no two events of a log share one, so that they can be told.
 
 
-def schema(*, request: bool = False, time_gap: bool = True) -> Schema:
+def schema(*, request: bool = False) -> Schema:
   return Schema(
     user='uid',
     time='ts',
     request='rid' if request else '',
-    time_gap_buckets=6 if time_gap else 0,
     context=(Categorical('age', 9, column='user_age'),),
     item=(
       Categorical('item', SIZE, column='item_id'),
@@ -22,6 +24,14 @@ def schema(*, request: bool = False, time_gap: bool = True) -> Schema:
     action=(Categorical('stars', 6),),
     tasks=(Task('liked', column='stars', threshold=4), Task('click')),
   )
+
+
+def derive(log, *configs, train=None):
+  """The log, whose schema says what is derived, and the fitted features."""
+  train = np.ones(len(log), bool) if train is None else train
+  fitted = features.fit(configs, log.events(), train)
+  derived = dataclasses.replace(log.schema, derived=fitted.derived)
+  return dataclasses.replace(log, schema=derived), fitted
 
 
 @st.composite

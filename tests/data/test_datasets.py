@@ -1,5 +1,6 @@
 """Every dataset by its name, and a log of one's own from a dict."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,19 +12,19 @@ import pytest
 
 from histjax import config as config_lib
 from histjax.data import datasets, synthetic
-from histjax.data.events import FractionSplit, TimeSplit
 from histjax.data.rows import RowConfig
+from histjax.data.splits import FractionSplit, TimeSplit
+from histjax.features import HistoryRates, TimeGap
 from histjax.schema import Categorical, Dense, Schema, Task
 from tests.data import official
 
-SMALL = synthetic.SyntheticConfig(num_users=20, requests_per_user=5)
+SMALL = datasets.Synthetic(num_users=20, requests_per_user=5)
 OWN = Schema(
   user='member',
   time='when',
   item=(Categorical('post', 1000, ids='hash'), Dense('age_hours', log=True)),
   action=(Categorical('reaction', 4),),
   tasks=(Task('clicked', column='reaction', threshold=1),),
-  time_gap_buckets=16,
 )
 
 
@@ -41,7 +42,7 @@ def write_own(path, **change):
 
 
 def test_synthetic():
-  data = datasets.load(datasets.DataConfig(synthetic=SMALL))
+  data = datasets.load(datasets.DataConfig(SMALL))
   assert {k: len(v) for k, v in data.splits.items()} == {
     'train': 20,
     'validation': 20,
@@ -52,7 +53,7 @@ def test_synthetic():
 
 
 def test_tasks():
-  config = datasets.DataConfig(synthetic=SMALL, tasks=('like',))
+  config = datasets.DataConfig(SMALL, tasks=('like',))
   data = datasets.load(config)
   assert [t.name for t in data.schema.tasks] == ['like']
   assert list(data.splits['train'][0].labels) == ['like']
@@ -61,7 +62,7 @@ def test_tasks():
 
 def test_eval_rows():
   config = datasets.DataConfig(
-    synthetic=SMALL, eval_rows=RowConfig('request', history_length=3)
+    SMALL, eval_rows=RowConfig('request', history_length=3)
   )
   data = datasets.load(config)
   assert data.splits['train'].config.kind == 'streaming'
@@ -72,7 +73,7 @@ def test_movielens(tmp_path):
   official.write_folder(tmp_path, 'ml-1m', official.movielens_files())
   data = datasets.load(
     datasets.DataConfig(
-      'movielens', data_dir=str(tmp_path / 'd'), manual_dir=str(tmp_path)
+      datasets.Movielens(data_dir=str(tmp_path / 'd'), manual_dir=str(tmp_path))
     )
   )
   # floor(0.8 * 3) = 2 and floor(0.9 * 3) = 2; of one rating: 0 and 0.
@@ -82,15 +83,15 @@ def test_movielens(tmp_path):
 
 def test_kuairand(tmp_path):
   official.write_folder(tmp_path, 'KuaiRand-Pure', official.kuairand_files())
-  places = {'data_dir': str(tmp_path / 'd'), 'manual_dir': str(tmp_path)}
+  source = datasets.Kuairand(
+    data_dir=str(tmp_path / 'd'), manual_dir=str(tmp_path)
+  )
   strict = RowConfig(ties='strict')
-  data = datasets.load(datasets.DataConfig('kuairand', strict, **places))
+  data = datasets.load(datasets.DataConfig(source, strict))
   assert [t.name for t in data.schema.tasks] == ['click']
   counts = {k: v.candidate_counts.tolist() for k, v in data.splits.items()}
   assert counts == {'train': [1], 'validation': [2, 1], 'test': [1]}
-  both = datasets.DataConfig(
-    'kuairand', strict, tasks=('long_view', 'click'), **places
-  )
+  both = datasets.DataConfig(source, strict, tasks=('long_view', 'click'))
   names = [t.name for t in datasets.load(both).schema.tasks]
   assert names == ['long_view', 'click']
 
@@ -99,7 +100,7 @@ def test_kuairand_needs_strict_ties():
   strict = RowConfig(ties='strict')
   for fields in ({}, {'rows': strict, 'eval_rows': RowConfig()}):
     with pytest.raises(ValueError, match="set ties='strict'"):
-      datasets.load(datasets.DataConfig('kuairand', **fields))
+      datasets.DataConfig(datasets.Kuairand(), **fields)
 
 
 def test_evaluation_counts_events_once():
@@ -112,10 +113,12 @@ def test_evaluation_counts_events_once():
 
 def test_own_log(tmp_path):
   config = datasets.DataConfig(
-    'events',
-    paths=(write_own(tmp_path / 'log.parquet'),),
-    schema=OWN,
-    split=TimeSplit('1970-01-01T00:01:00', '1970-01-01T00:01:30'),
+    datasets.Events(
+      paths=(write_own(tmp_path / 'log.parquet'),),
+      schema=OWN,
+      split=TimeSplit('1970-01-01T00:01:00', '1970-01-01T00:01:30'),
+    ),
+    features=(TimeGap(16),),
   )
   data = datasets.load(config)
   rows = data.splits
@@ -127,7 +130,8 @@ def test_own_log(tmp_path):
   assert test.candidates['time_gap'].tolist() == [5]  # 39 s.
   (validation,) = rows['validation']
   assert validation.labels['clicked'].tolist() == [0]
-  config = datasets.DataConfig(**{**vars(config), 'require_sorted': True})
+  source = dataclasses.replace(config.source, require_sorted=True)
+  config = dataclasses.replace(config, source=source)
   with pytest.raises(ValueError, match="user 'ann' further up"):
     datasets.load(config)
 
@@ -136,13 +140,15 @@ def test_own_log(tmp_path):
   'config',
   [
     datasets.DataConfig(),
-    datasets.DataConfig('kuairand', eval_rows=RowConfig('pointwise', 50)),
     datasets.DataConfig(
-      'events', paths=('a',), schema=OWN, split=TimeSplit(3, '2022-05-01')
+      datasets.Kuairand(),
+      rows=RowConfig(ties='strict'),
+      features=(TimeGap(3), HistoryRates(('*',))),
     ),
     datasets.DataConfig(
-      'events', paths=('a',), schema=OWN, split=FractionSplit(0.5, 0.25)
+      datasets.Events(('a',), OWN, TimeSplit(3, '2022-05-01'))
     ),
+    datasets.DataConfig(datasets.Events(('a',), OWN, FractionSplit(0.5, 0.25))),
   ],
 )
 def test_config_survives_json(config):
@@ -160,20 +166,23 @@ def test_misspelt_schema_is_refused():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'name': 'movies'}, "name='movies' must be one of"),
-    ({'name': 'events'}, 'needs paths'),
-    ({'name': 'events', 'paths': ('a',)}, 'needs paths'),
-    ({'paths': ('a',)}, "of name='events', not of 'synthetic'"),
-    ({'name': 'kuairand', 'schema': OWN}, "not of 'kuairand'"),
+    ({'source': {'type': 'movies'}}, "source.type='movies' must be one of"),
+    ({'source': {'type': 'events'}}, 'source.paths is missing'),
+    (
+      {'source': {'type': 'events', 'paths': (), 'schema': OWN}},
+      'paths is empty',
+    ),
+    ({'source': {'type': 'kuairand', 'paths': ('a',)}}, 'paths is not a field'),
+    ({'features': ({'type': 'gap'},)}, "type='gap' must be one of.*time_gap"),
   ],
 )
 def test_bad_config(fields, message):
   with pytest.raises(ValueError, match=message):
-    datasets.DataConfig(**fields)
+    config_lib.from_dict(datasets.DataConfig, fields)
 
 
 def test_unknown_task():
-  config = datasets.DataConfig(synthetic=SMALL, tasks=('share',))
+  config = datasets.DataConfig(SMALL, tasks=('share',))
   with pytest.raises(ValueError, match="'share' is none of"):
     datasets.load(config)
 
@@ -185,8 +194,8 @@ def test_own_log_needs_no_tfds(tmp_path):
     'from histjax.data import datasets;'
     "x = s.Schema('member', 'when', (s.Categorical('reaction', 4),),"
     " (s.Task('reaction', threshold=1),));"
-    f"d = datasets.load(datasets.DataConfig('events', paths=({path!r},),"
-    ' schema=x));'
+    f'd = datasets.load(datasets.DataConfig(datasets.Events(({path!r},),'
+    ' x)));'
     "print(len(d.log), 'tensorflow_datasets' in sys.modules)"
   )
   done = subprocess.run(
@@ -197,7 +206,7 @@ def test_own_log_needs_no_tfds(tmp_path):
 
 def test_group_is_the_users_own_key(tmp_path):
   path = write_own(tmp_path / 'log.parquet', member=[900, 7, 900, 900])
-  data = datasets.load(datasets.DataConfig('events', paths=(path,), schema=OWN))
+  data = datasets.load(datasets.DataConfig(datasets.Events((path,), OWN)))
   rows = data.splits['train']
   assert [int(rows.keys[r.group]) for r in rows] == [900]
   assert np.issubdtype(rows.keys.dtype, np.integer)

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from absl.testing import absltest, parameterized
 from hypothesis import given
-from hypothesis import strategies as st
 
 from histjax.data import files
-from histjax.data.events import EventLog, FractionSplit, TimeSplit
-from histjax.data.rows import RowConfig
+from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig, make_rows
+from histjax.data.splits import FractionSplit, TimeSplit
 from histjax.schema import Categorical, Dense, Schema, Task
 from tests.data import logs
 
@@ -145,7 +145,6 @@ class TimeTest(parameterized.TestCase):
     log = load({**DATA, 'ts': time})
     self.assertTrue(log.is_timestamp)
     self.assertEqual(log.time.tolist(), [10**9] * 3 + [3 * 10**9])
-    np.testing.assert_array_equal(log.time_gap(), load(DATA).time_gap())
 
   @parameterized.parameters(
     '1970-01-01T00:00:{:02d}', '1970-01-01T02:00:{:02d}+02:00'
@@ -153,31 +152,6 @@ class TimeTest(parameterized.TestCase):
   def test_strings(self, form):
     log = load({**DATA, 'ts': [form.format(s) for s in self.SECONDS]})
     self.assertEqual(log.time.tolist(), [10**9] * 3 + [3 * 10**9])
-
-  def test_unit(self):
-    schema = logs.schema()
-    coarse = Schema(**{**vars(schema), 'time_unit': 60.0})
-    # 2 minutes are 120 s: floor(log2(121)) = 6, capped at 5.
-    self.assertEqual(load(DATA, coarse).time_gap().tolist(), [0, 0, 0, 5])
-    fine = Schema(**{**vars(schema), 'time_unit': 1e-3})
-    data = {**DATA, 'ts': [8001, 1, 1, 1]}
-    # 8 s: floor(log2(9)) = 3. Under strict ties, the same last event.
-    self.assertEqual(load(data, fine).time_gap().tolist(), [0, 0, 0, 3])
-    self.assertEqual(load(data, fine).time_gap('strict').tolist(), [0, 0, 0, 3])
-
-  @given(st.integers(0, 2**40))
-  def test_bucket_is_the_floor_of_the_logarithm(self, gap):
-    schema = Schema(
-      user='uid',
-      time='ts',
-      item=(Categorical('item_id', 4),),
-      tasks=(Task('click'),),
-      time_gap_buckets=64,
-    )
-    data = {**DATA, 'uid': ['a', 'b', 'c', 'c'], 'ts': [0, 0, 5, 5 + gap]}
-    self.assertEqual(
-      load(data, schema).time_gap()[3], (gap + 1).bit_length() - 1
-    )
 
 
 class SplitTest(parameterized.TestCase):
@@ -344,7 +318,7 @@ def test_formats_agree(write, name):
       np.testing.assert_array_equal(getattr(log, field)[key], values)
   assert log.keys.tolist() == wanted.keys.tolist()
   mask = np.ones(4, bool)
-  assert len(log.rows(mask, RowConfig())) == 2
+  assert len(make_rows(log, mask, RowConfig())) == 2
 
 
 def test_parts_of_a_folder_in_order(write, tmp_path):
@@ -377,11 +351,10 @@ def test_csv_timestamps(tmp_path):
     time='ts',
     item=(Categorical('item_id', 4),),
     tasks=(Task('click'),),
-    time_gap_buckets=9,
   )
   log = EventLog.from_files([str(path)], schema)
   assert log.features['item_id'].tolist() == [2, 1]
-  assert log.time_gap().tolist() == [0, 2]
+  assert np.diff(log.time).tolist() == [4 * 10**9]
 
 
 def test_bad_files(write, tmp_path):

@@ -9,8 +9,9 @@ import pytest
 from tensorflow_datasets.core.download import checksums
 
 from histjax.data import kuairand, sources
-from histjax.data.rows import RowConfig
-from tests.data import official
+from histjax.data.rows import RowConfig, make_rows
+from histjax.features import TimeGap
+from tests.data import logs, official
 
 FOLDER = 'KuaiRand-Pure'
 
@@ -106,7 +107,8 @@ def test_splits_by_the_date_of_the_files(places):
 
 def test_repeated_lines_are_kept_and_do_not_see_each_other(places):
   log = load(places)
-  rows = log.rows(np.ones(5, bool), RowConfig(ties='strict'))
+  log, gaps = logs.derive(log, TimeGap(24))
+  rows = make_rows(log, np.ones(5, bool), RowConfig(ties='strict'), gaps)
   assert rows[0].candidates['video_id'].tolist() == [0, 3, 3, 9]
   assert rows[0].visible.tolist() == [0, 1, 1, 3]
   # 1 s, twice; 176400 s: floor(log2(176401)) = 17.
@@ -114,7 +116,7 @@ def test_repeated_lines_are_kept_and_do_not_see_each_other(places):
 
 
 def test_candidates_have_nothing_of_after_the_impression(places):
-  row = load(places).rows(np.ones(5, bool), RowConfig())[0]
+  row = make_rows(load(places), np.ones(5, bool), RowConfig())[0]
   after = {'is_click', 'long_view', 'feedback', 'play_ratio'}
   assert after < set(row.history)
   assert not after & set(row.candidates)

@@ -14,7 +14,7 @@ import pytest
 from tensorflow_datasets.core.download import checksums
 
 from histjax.data import movielens, sources
-from histjax.data.rows import RowConfig
+from histjax.data.rows import RowConfig, make_rows
 from tests.data import official
 
 URL = movielens.SOURCE.url
@@ -98,7 +98,7 @@ def test_no_feature_of_time_and_no_action_in_candidates(places):
   log = movielens.load(**places)
   names = [f.name for f in log.schema.features]
   assert 'time_gap' not in names and 'timestamp' not in names
-  row = log.rows(np.ones(4, bool), RowConfig())[0]
+  row = make_rows(log, np.ones(4, bool), RowConfig())[0]
   assert 'rating' in row.history and 'rating' not in row.candidates
 
 

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from histjax.data import pipeline
+from histjax.data import rows as rows_lib
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
 from histjax.schema import Categorical, Schema, Task
@@ -26,7 +27,7 @@ SCHEMA = Schema(
 )
 
 
-def make_rows(seed=0, users=40, longest=30, **config):
+def some_rows(seed=0, users=40, longest=30, **config):
   """Rows of users with very different numbers of events."""
   rng = np.random.default_rng(seed)
   count = rng.integers(1, longest + 1, users)
@@ -38,7 +39,7 @@ def make_rows(seed=0, users=40, longest=30, **config):
     'click': rng.integers(0, 2, n),
   }
   log = EventLog.from_columns(data, SCHEMA)
-  return log.rows(rng.random(n) < 0.9, RowConfig(**config))
+  return rows_lib.make_rows(log, rng.random(n) < 0.9, RowConfig(**config))
 
 
 def config(**fields) -> pipeline.PipelineConfig:
@@ -61,7 +62,7 @@ class TrainBatchesTest(parameterized.TestCase):
     threads=st.sampled_from([0, 2]),
   )
   def test_every_row_once_an_epoch(self, kind, seed, users, multiple, threads):
-    rows = make_rows(seed, users, kind=kind)
+    rows = some_rows(seed, users, kind=kind)
     assume(len(rows))
     batches = pipeline.train_batches(
       rows,
@@ -80,7 +81,7 @@ class TrainBatchesTest(parameterized.TestCase):
     self.assertEqual(sorted(epochs[1]), wanted)
 
   def test_shapes_are_those_of_the_buckets(self):
-    rows = make_rows()
+    rows = some_rows()
     batches = pipeline.train_batches(rows, config(), num_epochs=1)
     shapes = {
       (b.num_events, b.num_candidates, b.num_rows) for b in batches.buckets
@@ -92,7 +93,7 @@ class TrainBatchesTest(parameterized.TestCase):
       self.assertLessEqual(n * (width + batch.candidates.mask.shape[1]), 200)
 
   def test_epochs_and_seeds_differ(self):
-    rows = make_rows()
+    rows = some_rows()
     batches = pipeline.train_batches(rows, config(), num_epochs=2)
     found = [items(b) for b in batches]
     half = batches.batches_per_epoch
@@ -108,13 +109,13 @@ class TrainBatchesTest(parameterized.TestCase):
     self.assertNotEqual([items(b) for b in other], found[:half])
 
   def test_goes_on_without_end(self):
-    batches = pipeline.train_batches(make_rows(users=2), config())
+    batches = pipeline.train_batches(some_rows(users=2), config())
     for _ in range(5 * batches.batches_per_epoch):
       next(batches)
 
   @parameterized.product(threads=(0, 2), steps=(0, 1, 7, 23))
   def test_resumes_bit_for_bit(self, threads, steps):
-    rows = make_rows()
+    rows = some_rows()
     fields = config(num_threads=threads)
     batches = pipeline.train_batches(rows, fields, num_epochs=3)
     for _ in range(steps):
@@ -132,18 +133,18 @@ class TrainBatchesTest(parameterized.TestCase):
     {'seed': 1}, {'batch_events': 300}, {'history_buckets': (64,)}
   )
   def test_position_of_another_order_is_refused(self, **fields):
-    rows = make_rows()
+    rows = some_rows()
     state = pipeline.train_batches(rows, config()).get_state()
     other = pipeline.train_batches(rows, config(**fields))
     with self.assertRaisesRegex(ValueError, 'another order of batches'):
       other.set_state(state)
-    other = pipeline.train_batches(make_rows(seed=1), config())
+    other = pipeline.train_batches(some_rows(seed=1), config())
     with self.assertRaisesRegex(ValueError, 'another order of batches'):
       other.set_state(state)
 
   @parameterized.product(hosts=(2, 4), train=(True, False))
   def test_hosts_share_each_batch(self, hosts, train):
-    rows = make_rows()
+    rows = some_rows()
 
     def batches(**kwargs):
       if train:
@@ -162,7 +163,7 @@ class TrainBatchesTest(parameterized.TestCase):
       chex.assert_trees_all_equal(joined, batch, strict=True)
 
   def test_position_does_not_depend_on_the_hosts(self):
-    rows = make_rows()
+    rows = some_rows()
     one = pipeline.train_batches(rows, config(), row_multiple=4)
     for _ in range(5):
       next(one)
@@ -178,7 +179,7 @@ class TrainBatchesTest(parameterized.TestCase):
 class EvalBatchesTest(parameterized.TestCase):
   @parameterized.parameters(1, 8)
   def test_every_row_once_in_order(self, multiple):
-    rows = make_rows()
+    rows = some_rows()
     batches = pipeline.eval_batches(rows, config(), row_multiple=multiple)
     found = list(batches)
     self.assertLen(found, batches.batches_per_epoch)
@@ -200,7 +201,7 @@ class BucketTest(parameterized.TestCase):
     auto=st.integers(1, 5),
   )
   def test_smallest_that_fits(self, seed, events, multiple, hosts, auto):
-    rows = make_rows(seed)
+    rows = some_rows(seed)
     fields = config(batch_events=events, auto_buckets=auto)
     buckets = pipeline.make_buckets(
       rows, fields, row_multiple=multiple, shard_count=hosts
@@ -227,7 +228,7 @@ class BucketTest(parameterized.TestCase):
     self.assertEqual(sorted(found), list(range(len(rows))))
 
   def test_given(self):
-    rows = make_rows()
+    rows = some_rows()
     buckets = pipeline.make_buckets(
       rows, config(history_buckets=(5, 40), candidate_buckets=(2, 4, 30))
     )
@@ -237,7 +238,7 @@ class BucketTest(parameterized.TestCase):
     )
 
   def test_no_history_has_one_empty_slot(self):
-    rows = make_rows(kind='pointwise', history_length=0)
+    rows = some_rows(kind='pointwise', history_length=0)
     (bucket,) = pipeline.make_buckets(rows, config())
     self.assertEqual((bucket.num_events, bucket.num_candidates), (1, 1))
 
@@ -247,7 +248,7 @@ class BucketTest(parameterized.TestCase):
   )
   def test_row_larger_than_the_largest(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
-      pipeline.train_batches(make_rows(), config(**fields))
+      pipeline.train_batches(some_rows(), config(**fields))
 
   @parameterized.parameters(
     ({'history_buckets': (8, 4)}, r'history_buckets=\(8, 4\) must be incr'),
@@ -263,12 +264,14 @@ class BucketTest(parameterized.TestCase):
       config(**fields)
 
   def test_bad_arguments(self):
-    rows = make_rows()
+    rows = some_rows()
     with self.assertRaisesRegex(ValueError, 'shard_index=2 must be in'):
       pipeline.train_batches(rows, config(), shard_index=2, shard_count=2)
     with self.assertRaisesRegex(ValueError, 'row_multiple=0'):
       pipeline.eval_batches(rows, config(), row_multiple=0)
-    empty = rows.log.rows(np.zeros(len(rows.log), bool), RowConfig())
+    empty = rows_lib.make_rows(
+      rows.log, np.zeros(len(rows.log), bool), RowConfig()
+    )
     with self.assertRaisesRegex(ValueError, 'no rows'):
       pipeline.eval_batches(empty, config())
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from histjax import validation
 from histjax.data.events import EventLog
-from histjax.data.rows import RowConfig, collate
+from histjax.data.rows import RowConfig, collate, make_rows
+from histjax.features import TimeGap
 from tests.data import logs
 
 KINDS = ('pointwise', 'request', 'streaming')
@@ -70,7 +71,8 @@ class RowsTest(parameterized.TestCase):
     log = EventLog.from_columns(data, logs.schema(request=request))
     mask = np.random.default_rng(seed).random(len(log)) < 0.6
     config = RowConfig(kind, ties=ties, max_candidates=limit)
-    rows = log.rows(mask, config)
+    log, gaps = logs.derive(log, TimeGap(6))
+    rows = make_rows(log, mask, config, gaps)
     found = views(rows)
     wanted = set(log.features['item'][mask].tolist())
     self.assertEqual(set(found), wanted)
@@ -135,7 +137,8 @@ class RowsTest(parameterized.TestCase):
           gap = self._gap(events, i, past)
           items = [events[j]['item_id'] for j in past]
           expected.append((events[i]['item_id'], items, gap))
-    rows = log.rows(mask, config)
+    log, gaps = logs.derive(log, TimeGap(6))
+    rows = make_rows(log, mask, config, gaps)
     found = []
     for item, seen in views(rows).items():
       found += [(item, v['seen'], v['candidate']['time_gap']) for v in seen]
@@ -147,8 +150,9 @@ class RowsTest(parameterized.TestCase):
   def test_history_length(self, kind, length, data):
     log = EventLog.from_columns(data, logs.schema(request=True))
     mask = np.ones(len(log), bool)
-    whole = views(log.rows(mask, RowConfig(kind)))
-    rows = log.rows(mask, RowConfig(kind, length))
+    log, gaps = logs.derive(log, TimeGap(6))
+    whole = views(make_rows(log, mask, RowConfig(kind), gaps))
+    rows = make_rows(log, mask, RowConfig(kind, length), gaps)
     for item, (view,) in views(rows).items():
       (full,) = whole[item]
       kept = len(view['seen'])
@@ -167,7 +171,9 @@ class RowsTest(parameterized.TestCase):
     rng = np.random.default_rng(seed)
     schema = logs.schema(request=True)
     log = EventLog.from_columns(data, schema)
-    rows = log.rows(np.ones(len(log), bool), RowConfig(kind, ties='strict'))
+    rows = make_rows(
+      log, np.ones(len(log), bool), RowConfig(kind, ties='strict')
+    )
     indices = rng.permutation(len(rows))[: rng.integers(1, len(rows) + 1)]
     shape = {
       'num_rows': len(indices) + int(rng.integers(3)),
@@ -190,7 +196,7 @@ class RowsTest(parameterized.TestCase):
   @given(data=logs.columns())
   def test_lengths_and_counts(self, data):
     log = EventLog.from_columns(data, logs.schema())
-    rows = log.rows(np.ones(len(log), bool), RowConfig(max_candidates=3))
+    rows = make_rows(log, np.ones(len(log), bool), RowConfig(max_candidates=3))
     for row, length, count in zip(
       rows, rows.history_lengths, rows.candidate_counts, strict=True
     ):
@@ -213,7 +219,7 @@ class RowsTest(parameterized.TestCase):
       'click': [0] * 5,
     }
     log = EventLog.from_columns(data, logs.schema(request=True))
-    rows = log.rows(np.ones(5, bool), RowConfig('request'))
+    rows = make_rows(log, np.ones(5, bool), RowConfig('request'))
     self.assertEqual(
       [(r.candidates['item'].tolist(), r.visible.tolist()) for r in rows],
       # Request 7 goes on after 8 began, and still sees nothing of either.
@@ -230,7 +236,7 @@ class RowsTest(parameterized.TestCase):
   def test_empty_mask(self):
     log = self._log()
     for kind in ('pointwise', 'streaming'):
-      rows = log.rows(np.zeros(2, bool), RowConfig(kind, 3))
+      rows = make_rows(log, np.zeros(2, bool), RowConfig(kind, 3))
       self.assertEmpty(rows)
       self.assertEmpty(rows.history_lengths)
 
@@ -256,8 +262,8 @@ class RowsTest(parameterized.TestCase):
     )
     mask = np.ones(2, bool)
     with self.assertRaisesRegex(ValueError, "'age'.*'user_age'.*user 'a'"):
-      log.rows(mask, RowConfig(kind))
-    self.assertLen(log.rows(mask, RowConfig('pointwise')), 2)
+      make_rows(log, mask, RowConfig(kind))
+    self.assertLen(make_rows(log, mask, RowConfig('pointwise')), 2)
 
   @parameterized.parameters(
     ({'kind': 'stream'}, "kind='stream' must be one of"),
@@ -274,7 +280,7 @@ class RowsTest(parameterized.TestCase):
 
   def test_bad_mask(self):
     with self.assertRaisesRegex(ValueError, r'int64\[2\].*bool \[2\]'):
-      self._log().rows(np.array([0, 1]), RowConfig())
+      make_rows(self._log(), np.array([0, 1]), RowConfig())
 
   @parameterized.parameters(
     ({'num_rows': 1}, '2 rows do not fit into num_rows=1'),
@@ -308,7 +314,7 @@ class RowsTest(parameterized.TestCase):
     return EventLog.from_columns(self._data(), logs.schema())
 
   def _rows(self, config):
-    return self._log().rows(np.ones(2, bool), config)
+    return make_rows(self._log(), np.ones(2, bool), config)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ from absl.testing import absltest, parameterized
 from sklearn import metrics
 
 from histjax.data import synthetic
-from histjax.data.rows import RowConfig
+from histjax.data.rows import RowConfig, make_rows
 
 SMALL = synthetic.SyntheticConfig(
   num_users=50, requests_per_user=8, num_items=30, num_categories=3
@@ -20,7 +20,7 @@ class SyntheticTest(parameterized.TestCase):
   def test_probability_follows_from_the_history(self):
     """Recomputes, event by event, from what a model would be given."""
     log = synthetic.generate(SMALL)
-    rows = log.rows(np.ones(len(log), bool), RowConfig('pointwise'))
+    rows = make_rows(log, np.ones(len(log), bool), RowConfig('pointwise'))
     item = log.features['item']
     # Events without history give away each item's and segment's logit.
     click, like = log.extra['bayes_click'], log.extra['bayes_like']
@@ -66,7 +66,7 @@ class SyntheticTest(parameterized.TestCase):
     config = synthetic.SyntheticConfig(num_users=1000)
     log = synthetic.generate(config)
     masks = synthetic.SPLIT.masks(log)
-    splits = {k: log.rows(m, RowConfig()) for k, m in masks.items()}
+    splits = {k: make_rows(log, m, RowConfig()) for k, m in masks.items()}
     best = synthetic.bayes_auc(splits['test'])
     without = synthetic.no_history_auc(splits)
     for task in synthetic.TASKS:
@@ -93,7 +93,7 @@ class SyntheticTest(parameterized.TestCase):
 
   def test_requests(self):
     log = synthetic.generate(SMALL)
-    rows = log.rows(np.ones(len(log), bool), RowConfig('request'))
+    rows = make_rows(log, np.ones(len(log), bool), RowConfig('request'))
     self.assertLen(rows, 50 * 8)
     self.assertEqual(set(rows.candidate_counts.tolist()), {4})
     self.assertEqual(set(rows.history_lengths.tolist()), set(range(0, 32, 4)))

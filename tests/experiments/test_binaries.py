@@ -23,7 +23,8 @@ import config_util
 def get_config():
   return config_util.config_dict({
     'data': {
-      'name': 'events',
+      'source': {
+      'type': 'events',
       'paths': ('LOG',),
       'schema': {
         'user': 'uid',
@@ -39,8 +40,9 @@ def get_config():
         ],
         'action': [{'type': 'categorical', 'name': 'bought', 'size': 2}],
         'tasks': [{'name': 'buy', 'column': 'bought'}],
-        'time_gap_buckets': 24,
       },
+      },
+      'features': [{'type': 'time_gap', 'buckets': 24}],
       'rows': {'kind': 'streaming'},
     },
     'model': {
@@ -132,7 +134,10 @@ class TestBinaries:
         '--config.model.encoder.causal=False',
         "streaming' with model.encoder.causal=False",
       ),
-      ('--config.data.paths=("absent.csv",)', 'absent.csv does not exist'),
+      (
+        '--config.data.source.paths=("absent.csv",)',
+        'absent.csv does not exist',
+      ),
       ('--epochs=3', 'epochs'),
     ],
   )
@@ -245,5 +250,5 @@ def test_every_config_can_be_loaded(monkeypatch):
       config_lib.from_dict(StudyConfig, config.to_dict())
     else:
       known = ('synthetic', 'movielens', 'kuairand', 'events')
-      assert config.data.name in known
+      assert type(config.data.source).__name__ in known
     assert f'configs/{path.name}' in module.__doc__ or path.stem == 'events'

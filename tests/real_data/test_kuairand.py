@@ -13,6 +13,7 @@ from fusion_study import floors
 from histjax import metrics
 from histjax.data import datasets
 from histjax.data.rows import RowConfig
+from histjax.features import TimeGap
 from histjax.validation import validate_batch
 from tests.data import official
 
@@ -24,12 +25,14 @@ FOLDER = FOLDER / 'KuaiRand-Pure' / 'data'
 def data(tmp_path_factory):
   return datasets.load(
     datasets.DataConfig(
-      'kuairand',
+      datasets.Kuairand(
+        data_dir=str(tmp_path_factory.mktemp('kuairand')),
+        manual_dir=str(FOLDER.parents[1]),
+      ),
       rows=RowConfig('streaming', history_length=50, ties='strict'),
       eval_rows=RowConfig('pointwise', history_length=50, ties='strict'),
       tasks=('click', 'long_view'),
-      data_dir=str(tmp_path_factory.mktemp('kuairand')),
-      manual_dir=str(FOLDER.parents[1]),
+      features=(TimeGap(24),),
     )
   )
 

@@ -23,11 +23,12 @@ FOLDER = pathlib.Path(os.environ.get('HISTJAX_DATA_DIR', '.')) / 'ml-1m'
 def data(tmp_path_factory):
   return datasets.load(
     datasets.DataConfig(
-      'movielens',
+      datasets.Movielens(
+        data_dir=str(tmp_path_factory.mktemp('ml1m')),
+        manual_dir=str(FOLDER.parent),
+      ),
       rows=RowConfig('streaming', history_length=50, max_candidates=100),
       eval_rows=RowConfig('pointwise', history_length=50),
-      data_dir=str(tmp_path_factory.mktemp('ml1m')),
-      manual_dir=str(FOLDER.parent),
     )
   )
 

@@ -12,12 +12,12 @@ from histjax.training import config as config_lib
 from histjax.training import loop, sharding
 
 DATA = datasets.DataConfig(
-  synthetic=synthetic.SyntheticConfig(
+  datasets.Synthetic(
     num_users=40, requests_per_user=10, candidates_per_request=2, num_items=20
   )
 )
 MODEL = ranker.RankerConfig(
-  schema=synthetic.schema(DATA.synthetic),
+  schema=synthetic.schema(DATA.source),
   encoder=encoder.EncoderConfig(
     num_layers=1, width=8, num_heads=2, dropout=0.1
   ),

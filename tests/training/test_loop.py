@@ -353,7 +353,7 @@ class TestFailures:
 
   def test_a_split_without_rows(self, tmp_path):
     data = runs.dataset()
-    empty = data.log.rows(np.zeros(len(data.log), bool), CONFIG.data.rows)
+    empty = make_rows(data.log, np.zeros(len(data.log), bool), CONFIG.data.rows)
     data = dataclasses.replace(data, splits={**data.splits, 'test': empty})
     with pytest.raises(ValueError, match="no rows in its split 'test'"):
       loop.train_and_evaluate(CONFIG, tmp_path, dataset=data)

@@ -106,7 +106,7 @@ class RankLossTest(parameterized.TestCase):
   def test_rows_of_a_dataset(self, kind):
     log = runs.dataset().log
     config = data_rows.RowConfig(kind=kind)
-    rows = log.rows(np.ones(len(log), bool), config)
+    rows = data_rows.make_rows(log, np.ones(len(log), bool), config)
     batches = pipeline.eval_batches(rows, pipeline.PipelineConfig())
     with contextlib.closing(batches):
       batch = next(batches)

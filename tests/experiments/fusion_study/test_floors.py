@@ -7,7 +7,7 @@ import pytest
 
 from fusion_study import floors
 from histjax.data.events import EventLog
-from histjax.data.rows import RowConfig
+from histjax.data.rows import RowConfig, make_rows
 from histjax.schema import Categorical, Schema, Task
 
 SCHEMA = Schema(
@@ -67,7 +67,7 @@ def test_equals_the_definition(terms, kind):
   log = log_of()
   mask = np.arange(len(log)) % 3 > 0
   config = RowConfig(kind, history_length=4, ties='strict')
-  train, test = log.rows(mask, config), log.rows(~mask, config)
+  train, test = make_rows(log, mask, config), make_rows(log, ~mask, config)
   found = floors.floor_logits(test, train, terms, 'y', window=4)
   wanted = [oracle(log, np.flatnonzero(mask), e, terms, 4) for e in test.events]
   np.testing.assert_allclose(found, wanted, rtol=1e-6)
@@ -76,7 +76,9 @@ def test_equals_the_definition(terms, kind):
 def test_values_that_training_has_not_seen_have_the_base_rate():
   log = log_of()
   mask = log.features['item'] < 8  # Item 8, the largest, is in test alone.
-  train, test = (log.rows(m, RowConfig('pointwise')) for m in (mask, ~mask))
+  train, test = (
+    make_rows(log, m, RowConfig('pointwise')) for m in (mask, ~mask)
+  )
   found = floors.floor_logits(test, train, ('item',), 'y', window=4)
   base = log.labels['y'][mask].mean(dtype=np.float64)
   np.testing.assert_allclose(found, math.log(base / (1 - base)), rtol=1e-6)
@@ -84,7 +86,7 @@ def test_values_that_training_has_not_seen_have_the_base_rate():
 
 def test_unknown_term():
   log = log_of()
-  rows = log.rows(np.ones(len(log), bool), RowConfig('pointwise'))
+  rows = make_rows(log, np.ones(len(log), bool), RowConfig('pointwise'))
   with pytest.raises(
     ValueError, match=r"'colour' must be .* \['item', 'act'\]"
   ):

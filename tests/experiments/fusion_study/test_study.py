@@ -27,7 +27,8 @@ VALUES = {
       'run': {
         'data': {
           'tasks': ('click',),
-          'synthetic': {
+          'source': {
+            'type': 'synthetic',
             'num_users': 40,
             'requests_per_user': 10,
             'candidates_per_request': 2,

@@ -1,6 +1,5 @@
 """History rates count the labels that a candidate may see, and no others."""
 
-import dataclasses
 import math
 import re
 
@@ -9,10 +8,12 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax.data import datasets, requests
+from histjax.data import datasets
 from histjax.data.events import EventLog
-from histjax.data.rows import RowConfig
+from histjax.data.rows import RowConfig, make_rows
+from histjax.features import FittedFeatures, HistoryRates
 from histjax.schema import Categorical, Schema, Task
+from tests.data import logs
 
 SCHEMA = Schema(
   user='user',
@@ -24,8 +25,8 @@ SCHEMA = Schema(
     Task('loved', column='stars', threshold=5),
   ),
   hidden=(Categorical('shop', 3),),
-  history_rates=('*', 'tab', 'shop', '*@2', 'shop@1'),
 )
+RATES = HistoryRates(('*', 'tab', 'shop', '*@2', 'shop@1'))
 EVENTS = st.lists(
   st.tuples(
     st.integers(0, 2),
@@ -79,7 +80,9 @@ class HistoryRatesTest(parameterized.TestCase):
   @given(events=EVENTS, seed=st.integers(0, 99))
   def test_of_rows(self, config, events, seed):
     log = EventLog.from_columns(_columns(events), SCHEMA)
-    rows = log.rows(np.random.default_rng(seed).random(len(log)) < 0.7, config)
+    mask = np.random.default_rng(seed).random(len(log)) < 0.7
+    log, fitted = logs.derive(log, RATES)
+    rows = make_rows(log, mask, config, fitted)
     past = log.visible(config.ties)
     for r in range(len(rows)):
       row, start = rows[r], rows.start[r]
@@ -96,38 +99,8 @@ class HistoryRatesTest(parameterized.TestCase):
             row.history[name][i - start], value, atol=1e-6
           )
 
-  @parameterized.product(ties=('order', 'strict'), length=(None, 2))
-  @given(events=EVENTS)
-  def test_of_a_request(self, ties, length, events):
-    log = EventLog.from_columns(_columns(events), SCHEMA)
-    config = RowConfig('pointwise', length, ties=ties)
-    rows = log.rows(np.ones(len(log), bool), config)
-    for r, (user, time) in enumerate(zip(log.user, log.time, strict=True)):
-      past = range(log.offsets[user], log.visible(ties)[r])
-
-      def record(i):
-        values = {
-          n: log.features[n][i] for n in ('item', 'tab', 'shop', 'stars')
-        }
-        return {'time': log.time[i], **values}
-
-      row = requests.make_row(
-        SCHEMA,
-        context={},
-        history=[record(i) for i in past],
-        candidates=[{**record(r), 'time': time}],
-        config=config,
-      )
-      for part in ('history', 'candidates'):
-        self.assertEqual(set(getattr(row, part)), set(getattr(rows[r], part)))
-        for name in rows[r].candidates:
-          np.testing.assert_array_equal(
-            getattr(row, part)[name], getattr(rows[r], part)[name], strict=True
-          )
-      self.assertNotIn('shop', row.candidates)
-
   def test_schema(self):
-    dense = [f.name for f in SCHEMA.item_features[2:]]
+    dense = [f.name for f in RATES.features(SCHEMA, {})]
     self.assertEqual(
       dense,
       [
@@ -141,20 +114,23 @@ class HistoryRatesTest(parameterized.TestCase):
         for name in ('liked', 'loved')
       ],
     )
-    with self.assertRaisesRegex(ValueError, "history_rates has 'stars'.*'tab'"):
-      dataclasses.replace(SCHEMA, history_rates=('stars',))
+    with self.assertRaisesRegex(ValueError, "by names 'stars'.*'tab'"):
+      HistoryRates(('stars',)).check(SCHEMA)
     for name in ('tab@', 'tab@0', '*@-1', 'tab@2@3', 'tab@1.5'):
       with self.assertRaisesRegex(ValueError, f'has {re.escape(repr(name))}; '):
-        dataclasses.replace(SCHEMA, history_rates=(name,))
-    with self.assertRaisesRegex(ValueError, 'named 2 times'):
-      dataclasses.replace(SCHEMA, history_rates=('shop', '*@2', '*@02'))
-    with self.assertRaisesRegex(ValueError, "hidden has 'shop', which nothing"):
-      dataclasses.replace(SCHEMA, history_rates=('*',))
+        HistoryRates((name,))
+    with self.assertRaisesRegex(ValueError, 'each once'):
+      HistoryRates(('shop', '*@2', '*@02'))
+    with self.assertRaisesRegex(ValueError, "hidden has 'shop', which none"):
+      datasets.model_schema(SCHEMA, FittedFeatures(), ())
 
   def test_of_a_dataset(self):
-    config = datasets.DataConfig(history_rates=('*', 'item'), without=('item',))
+    config = datasets.DataConfig(
+      datasets.Synthetic(num_users=20, requests_per_user=5),
+      features=(HistoryRates(('*', 'item')),),
+      without=('item',),
+    )
     found = datasets.load(config)
-    self.assertEqual(found.schema.history_rates, ('*', 'item'))
     self.assertEqual([f.name for f in found.schema.hidden], ['item'])
     batch = found.splits['test'].batch(
       [0], num_rows=1, num_events=512, num_candidates=512

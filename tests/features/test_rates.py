@@ -7,9 +7,11 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax.data import datasets, rates
+from histjax.data import datasets
 from histjax.data.events import EventLog
+from histjax.features import Rates
 from histjax.schema import Categorical, Schema, Task
+from tests.data import logs
 
 SCHEMA = Schema(
   user='user',
@@ -47,28 +49,37 @@ class RatesTest(parameterized.TestCase):
     label = log.labels['click']
     if len(set(label[train])) < 2:
       with self.assertRaisesRegex(ValueError, 'are all the same'):
-        rates.with_rates(log, train, [rate], prior)
+        logs.derive(log, Rates((rate,), prior), train=train)
       return
-    found = rates.with_rates(log, train, [rate], prior)
+    _, fitted = logs.derive(log, Rates((rate,), prior), train=train)
     name = 'rate_' + rate.replace('*', '_x_')
-    self.assertEqual([f.name for f in found.schema.item][-1], name)
+    self.assertEqual([f.name for f in fitted.derived], [name])
+    trained = fitted.of_events(log.events(), None, train=train)[name]
+    served = fitted.of_events(log.events(), None)[name]
     value = list(zip(*(log.features[n] for n in rate.split('*')), strict=True))
     mean = label[train].mean(dtype=np.float64)
     # The order that training events come in, as the definition has it.
     rank = np.full(len(log), len(log))
     rank[train] = np.random.default_rng(0).permutation(train.sum())
-    for i in range(len(log)):
+
+    def expected(i, last):
       others = [
         float(label[j])
         for j in np.flatnonzero(train)
         if value[j] == value[i]
         and log.user[j] != log.user[i]
-        and rank[j] < rank[i]
+        and rank[j] < last
       ]
       smoothed = (sum(others) + prior * mean) / (len(others) + prior)
-      np.testing.assert_allclose(
-        found.features[name][i], _logit(smoothed) - _logit(mean), atol=1e-6
-      )
+      return _logit(smoothed) - _logit(mean)
+
+    everything = range(len(log))
+    np.testing.assert_allclose(
+      trained, [expected(i, rank[i]) for i in everything], atol=1e-6
+    )
+    np.testing.assert_allclose(
+      served, [expected(i, len(log)) for i in everything], atol=1e-6
+    )
 
   def test_a_rate_does_not_tell_the_label(self):
     # One value, every event of another user, so that a mean over the others
@@ -81,8 +92,9 @@ class RatesTest(parameterized.TestCase):
       {**columns, 'user': np.arange(n), 'time': np.arange(n), 'click': click},
       SCHEMA,
     )
-    found = rates.with_rates(log, np.ones(n, bool), ['item'])
-    rate = found.features['rate_item']
+    _, fitted = logs.derive(log, Rates(('item',)))
+    found = fitted.of_events(log.events(), None, train=np.ones(n, bool))
+    rate = found['rate_item']
     difference = rate[click == 1].mean() - rate[click == 0].mean()
     self.assertLess(abs(difference), 4 * rate.std() / np.sqrt(n / 4))
 
@@ -93,12 +105,13 @@ class RatesTest(parameterized.TestCase):
       SCHEMA,
     )
     with self.assertRaisesRegex(ValueError, 'one of the categorical features'):
-      rates.with_rates(log, np.ones(2, bool), [rate], 1.0)
+      logs.derive(log, Rates((rate,)))
 
   def test_of_a_dataset(self):
-    options = {'rates': ('item',), 'without': ('segment',)}
-    plain = datasets.load(datasets.DataConfig())
-    found = datasets.load(datasets.DataConfig(**options))
+    small = datasets.Synthetic(num_users=20, requests_per_user=5)
+    options = {'features': (Rates(('item',)),), 'without': ('segment',)}
+    plain = datasets.load(datasets.DataConfig(small))
+    found = datasets.load(datasets.DataConfig(small, **options))
     names = [f.name for f in found.schema.features]
     self.assertIn('rate_item', names)
     self.assertEqual(
@@ -114,7 +127,9 @@ class RatesTest(parameterized.TestCase):
 
   def test_without_unknown(self):
     with self.assertRaisesRegex(ValueError, "without='size' must be one of"):
-      datasets.load(datasets.DataConfig(without=('size',)))
+      datasets.load(
+        datasets.DataConfig(datasets.Synthetic(num_users=2), without=('size',))
+      )
 
 
 if __name__ == '__main__':

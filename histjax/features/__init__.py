@@ -1,0 +1,40 @@
+"""Derived features of items: fitted, saved with a run, and served.
+
+One file each. `DataConfig.features` lists them, in the order in which they are
+computed:
+
+    'features': [
+      {'type': 'time_gap', 'buckets': 24},
+      {'type': 'history_rates', 'by': ['*', 'tab@5']},
+    ]
+"""
+
+from histjax.features.activity import Activity
+from histjax.features.base import (
+  DerivedFeature,
+  Events,
+  Impressions,
+  State,
+)
+from histjax.features.fitted import FittedFeatures, fit, load
+from histjax.features.history_rates import HistoryRates
+from histjax.features.rates import Rates
+from histjax.features.recent_rates import RecentRates
+from histjax.features.recent_shares import RecentShares
+from histjax.features.time_gap import TimeGap
+
+__all__ = [
+  'Activity',
+  'DerivedFeature',
+  'Events',
+  'FittedFeatures',
+  'HistoryRates',
+  'Impressions',
+  'Rates',
+  'RecentRates',
+  'RecentShares',
+  'State',
+  'TimeGap',
+  'fit',
+  'load',
+]

@@ -1,0 +1,207 @@
+"""What derived features share: what they read, what they keep, their protocol.
+
+A derived feature of an item is no column of the log: it is computed from what
+the user had been through. A log and a request are the same to it, `Events` and
+`Impressions`, so training and serving cannot differ.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, TypeAlias
+
+import numpy as np
+
+from histjax.schema import Categorical, Feature, Schema
+
+State: TypeAlias = Mapping[str, np.ndarray]
+"""What a feature has learnt of the training events: arrays by name."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Events:
+  """Events by user and then time: those of a log, or one user's past.
+
+  Attributes:
+    schema: what their columns mean.
+    user: uint64 `[n]`, a digest of the user's key.
+    begin: int64 `[n]`, the first event of each one's user.
+    visible: int64 `[n]`, the event after the last one that the user had been
+      through before each; see `EventLog.visible`.
+    time: `[n]` in the log's unit; int64 nanoseconds if it has timestamps.
+    is_timestamp: it has.
+    features: `{name: [n]}`, ids and values of the features of items, hidden
+      and (of earlier ones in `DataConfig.features`) derived ones included.
+    labels: `{task: [n]}`, 0 or 1.
+  """
+
+  schema: Schema
+  user: np.ndarray
+  begin: np.ndarray
+  visible: np.ndarray
+  time: np.ndarray
+  is_timestamp: bool
+  features: Mapping[str, np.ndarray]
+  labels: Mapping[str, np.ndarray]
+
+  def __len__(self) -> int:
+    return len(self.user)
+
+  @property
+  def seconds(self) -> float:
+    """Seconds per unit of `time`."""
+    return 1e-9 if self.is_timestamp else self.schema.time_unit
+
+  def impressions(self, history_length: int | None) -> Impressions:
+    """The events as they were when they were shown.
+
+    Args:
+      history_length: each saw so many of the events before it; None: all.
+    """
+    start = self.begin
+    if history_length is not None:
+      start = np.maximum(start, self.visible - history_length)
+    return Impressions(
+      user=self.user,
+      begin=self.begin,
+      shown=self.visible,
+      start=start,
+      visible=self.visible,
+      time=self.time,
+      features=self.features,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Impressions:
+  """Items shown to users, for which features are asked.
+
+  Events are given by their index in `Events`.
+
+  Attributes:
+    user: uint64 `[c]`, as in `Events`.
+    begin: int64 `[c]`, the first event of the user.
+    shown: int64 `[c]`, the event after the last one shown before.
+    start: int64 `[c]`, the first event that the candidate sees.
+    visible: int64 `[c]`, the event after the last one that it sees, at most
+      `shown`: of events in between it is known that they were shown, and not
+      what came of them.
+    time: `[c]`, as in `Events`.
+    features: `{name: [c]}`, likewise.
+    event: int64 `[c]`, which events they are; None: they are not among them.
+  """
+
+  user: np.ndarray
+  begin: np.ndarray
+  shown: np.ndarray
+  start: np.ndarray
+  visible: np.ndarray
+  time: np.ndarray
+  features: Mapping[str, np.ndarray]
+  event: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DerivedFeature(abc.ABC):
+  """A derived feature's config, and how it is fitted and computed.
+
+  Subclass it as a frozen dataclass, in a module that a config imports, and
+  list it in `DataConfig.features` by the class's name in snake case:
+  `{'type': 'time_gap', 'buckets': 24}` is `TimeGap(buckets=24)`.
+
+  Attributes:
+    needs_time: it reads `time`.
+    needs_user: it reads `user`.
+    needs_labels: it reads `labels`.
+    of_view: its value depends on what the candidate sees (`start`, `visible`),
+      not only on what was shown before (`shown`).
+  """
+
+  needs_time: ClassVar[bool] = False
+  needs_user: ClassVar[bool] = False
+  needs_labels: ClassVar[bool] = False
+  of_view: ClassVar[bool] = False
+
+  def reads(self) -> tuple[str, ...]:
+    """The features of items that it reads; they may be hidden."""
+    return ()
+
+  @abc.abstractmethod
+  def check(self, schema: Schema) -> None:
+    """Raises ValueError if it cannot be computed with this schema."""
+
+  def fit(self, events: Events, train: np.ndarray) -> State:
+    """Learns from the training events.
+
+    Args:
+      events: all of the log. Their schema has the features that come before
+        in `DataConfig.features`, their `features` do not.
+      train: bool `[n]`, which of them to learn from.
+
+    Raises:
+      ValueError: nothing can be learnt from them.
+    """
+    del events, train
+    return {}
+
+  @abc.abstractmethod
+  def features(self, schema: Schema, state: State) -> tuple[Feature, ...]:
+    """The features of items that it adds."""
+
+  @abc.abstractmethod
+  def apply(
+    self, events: Events, impressions: Impressions, state: State
+  ) -> dict[str, np.ndarray]:
+    """Its values, `{name: [c]}`, int32 or float32.
+
+    The result for an impression must depend on nothing but the state, the
+    impression and the events of its user before `shown`, to the last bit.
+    """
+
+  def apply_training(
+    self, events: Events, history_length: int | None, state: State, train
+  ) -> dict[str, np.ndarray]:
+    """Its values of all events, `{name: [n]}`, for rows to train on.
+
+    They are those of `apply`, unless the state knows the events' own labels.
+
+    Args:
+      events: all of the log.
+      history_length: as `Events.impressions`.
+      state: of `fit`.
+      train: bool `[n]`, as `fit`.
+    """
+    del train
+    return self.apply(events, events.impressions(history_length), state)
+
+
+def check_names(
+  feature: DerivedFeature, field: str, schema: Schema, names: tuple[str, ...]
+) -> None:
+  """Raises ValueError unless all `names` are categorical features of items."""
+  known = [
+    f.name for f in (*schema.item, *schema.hidden) if isinstance(f, Categorical)
+  ]
+  for name in names:
+    if name not in known:
+      raise ValueError(
+        f'data.features: {type(feature).__name__}.{field} names {name!r}; it '
+        f'must be one of the categorical features of items, {known}'
+      )
+
+
+def feature_and_last(name: str, field: str) -> tuple[str, int | None]:
+  """`('tab', 5)` of 'tab@5', `('tab', None)` of 'tab'.
+
+  Raises:
+    ValueError: what follows '@' is no number; the message names the `field`.
+  """
+  feature, at, last = name.partition('@')
+  if at and not (last.isdecimal() and int(last) > 0):
+    raise ValueError(
+      f"data.features: {field} has {name!r}; '@' must be followed by a whole "
+      'number >= 1, of events'
+    )
+  return feature, int(last) if at else None

@@ -1,0 +1,215 @@
+"""Derived features that have been fitted: computed, saved, loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from histjax import config as config_lib
+from histjax.features.base import DerivedFeature, Events, Impressions, State
+from histjax.schema import Feature
+
+FILE = 'features.npz'
+_VERSION = 1
+"""Of the file's layout and of what the states mean."""
+_META = 'meta.json'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FittedFeatures:
+  """Derived features in order, each with what it learnt.
+
+  Attributes:
+    configs: the features; a later one may read what earlier ones add.
+    states: of each.
+    added: what each adds to a schema's items.
+  """
+
+  configs: tuple[DerivedFeature, ...] = ()
+  states: tuple[State, ...] = ()
+  added: tuple[tuple[Feature, ...], ...] = ()
+
+  @property
+  def derived(self) -> tuple[Feature, ...]:
+    """All features that are added, in order."""
+    return tuple(f for added in self.added for f in added)
+
+  @property
+  def reads(self) -> frozenset[str]:
+    """The features of items that are read."""
+    return frozenset(n for config in self.configs for n in config.reads())
+
+  def needs(self, what: str) -> bool:
+    """Whether one reads 'time', 'user' or 'labels'."""
+    return any(getattr(c, f'needs_{what}') for c in self.configs)
+
+  def of_events(
+    self,
+    events: Events,
+    history_length: int | None,
+    *,
+    train: np.ndarray | None = None,
+  ) -> dict[str, np.ndarray]:
+    """The features of all events, as they were when they were shown.
+
+    Args:
+      events: of a log or a request.
+      history_length: as `Events.impressions`.
+      train: bool `[n]`, the training events, for rows to train on; None: as a
+        server computes them.
+
+    Returns:
+      `{name: [n]}`.
+    """
+    found: dict[str, np.ndarray] = {}
+    for config, state in zip(self.configs, self.states, strict=True):
+      now = dataclasses.replace(events, features={**events.features, **found})
+      if train is None:
+        impressions = now.impressions(history_length)
+        found |= config.apply(now, impressions, state)
+      else:
+        found |= config.apply_training(now, history_length, state, train)
+    return found
+
+  def of_impressions(
+    self,
+    events: Events,
+    impressions: Impressions,
+    known: dict[str, np.ndarray],
+  ) -> dict[str, np.ndarray]:
+    """The features of candidates.
+
+    Args:
+      events: of a log or a request.
+      impressions: the candidates.
+      known: `of_events` of the events.
+
+    Returns:
+      `{name: [c]}`.
+    """
+    found: dict[str, np.ndarray] = {}
+    events = dataclasses.replace(events, features={**events.features, **known})
+    for config, state, added in zip(
+      self.configs, self.states, self.added, strict=True
+    ):
+      if impressions.event is not None and not config.of_view:
+        found |= {f.name: known[f.name][impressions.event] for f in added}
+        continue
+      features = {**impressions.features, **found}
+      asked = dataclasses.replace(impressions, features=features)
+      found |= config.apply(events, asked, state)
+    return found
+
+  def digest(self) -> str:
+    """Of configs and states; equal if and only if they are."""
+    found = hashlib.sha256(json.dumps(self._meta(), sort_keys=True).encode())
+    for name, array in sorted(self._arrays().items()):
+      found.update(f'{name} {array.dtype.str} {array.shape} '.encode())
+      found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+  def save(self, folder: pathlib.Path) -> None:
+    """Writes `features.npz` into a folder, whole or not at all."""
+    temporary = folder / f'{FILE}.{os.getpid()}.tmp'
+    meta = json.dumps({**self._meta(), 'digest': self.digest()})
+    arrays = {**self._arrays(), _META: np.frombuffer(meta.encode(), np.uint8)}
+    with open(temporary, 'wb') as file:
+      np.savez_compressed(file, allow_pickle=False, **arrays)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, folder / FILE)
+
+  def _meta(self) -> dict[str, Any]:
+    return {
+      'version': _VERSION,
+      'features': config_lib.to_dict(_File(self.configs, self.added)),
+    }
+
+  def _arrays(self) -> dict[str, np.ndarray]:
+    return {
+      f'{i}/{name}': np.asarray(array)
+      for i, state in enumerate(self.states)
+      for name, array in state.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+  """The part of a file that is a config."""
+
+  configs: tuple[DerivedFeature, ...]
+  added: tuple[tuple[Feature, ...], ...]
+
+
+def fit(
+  configs: Sequence[DerivedFeature], events: Events, train: np.ndarray
+) -> FittedFeatures:
+  """Fits features, one after the other.
+
+  Args:
+    configs: the features.
+    events: all of a log.
+    train: bool `[n]`, the training events.
+
+  Raises:
+    ValueError: one cannot be computed of this log; the message says why.
+  """
+  states: list[State] = []
+  added: list[tuple[Feature, ...]] = []
+  schema = events.schema
+  for config in configs:
+    config.check(schema)
+    now = dataclasses.replace(events, schema=schema)
+    states.append(config.fit(now, train))
+    added.append(config.features(schema, states[-1]))
+    derived = (*schema.derived, *added[-1])
+    schema = dataclasses.replace(schema, derived=derived)
+  return FittedFeatures(tuple(configs), tuple(states), tuple(added))
+
+
+def load(folder: pathlib.Path) -> FittedFeatures:
+  """Reads what `FittedFeatures.save` wrote.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, of another version, or has a feature whose class
+      is not imported.
+  """
+  path = folder / FILE
+  try:
+    with open(path, 'rb') as file, np.load(file) as archive:
+      arrays = {name: archive[name] for name in archive.files}
+    meta = json.loads(arrays.pop(_META).tobytes())
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f'{path} does not exist; it is written when a run begins. Restore it '
+      'with the rest of the workdir, or train again'
+    ) from error
+  except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+    raise ValueError(
+      f'{path} is damaged ({error}); restore it, or train again'
+    ) from error
+  if meta['version'] != _VERSION:
+    raise ValueError(
+      f'{path} is of version {meta["version"]}, this library reads '
+      f'{_VERSION}; train again'
+    )
+  read = config_lib.from_dict(_File, meta['features'])
+  states: list[dict[str, np.ndarray]] = [{} for _ in read.configs]
+  for name, array in arrays.items():
+    number, _, rest = name.partition('/')
+    states[int(number)][rest] = array
+  fitted = FittedFeatures(read.configs, tuple(states), read.added)
+  if fitted.digest() != meta['digest']:
+    raise ValueError(
+      f'{path} does not have its checksum; restore it, or train again'
+    )
+  return fitted

@@ -1,0 +1,190 @@
+"""Rates of the first task by feature value, over other users' events."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import numpy as np
+
+from histjax.features import base
+from histjax.schema import Categorical, Dense, Feature, Schema
+
+PREFIX = 'rate_'
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates(base.DerivedFeature):
+  """Log-odds of the first task by value, over other users' training events.
+
+  For value v of a feature, with n training events of other users, k of them
+  positive, and the overall rate p of training:
+
+      rate = logit((k + prior p) / (n + prior)) - logit(p)
+
+  In rows to train on, training events come in one random order and count what
+  comes before them alone (ordered target statistics; Prokhorenkova et al.,
+  CatBoost, NeurIPS 2018); everywhere else all of them count. To leave out the
+  event's own label alone would not do: the rates of one value would then differ
+  by the labels left out, and a model that knows the value, by its id or its
+  duration, could read them off.
+
+  Attributes:
+    by: categorical features of items, or crosses as 'item*hour'. Each adds
+      the feature `rate_item`, `rate_item_x_hour`.
+    prior: events at the overall rate that each value begins with, > 0.
+  """
+
+  by: tuple[str, ...]
+  prior: float = 10.0
+
+  needs_user: ClassVar[bool] = True
+
+  def __post_init__(self):
+    object.__setattr__(self, 'by', tuple(self.by))
+    if not self.by or len(set(self.by)) < len(self.by):
+      raise ValueError(
+        f'data.features: Rates.by={self.by} must name at least one, each once'
+      )
+    if not self.prior > 0:
+      raise ValueError(f'data.features: Rates.prior={self.prior} must be > 0')
+
+  def reads(self) -> tuple[str, ...]:
+    """The features whose values have rates."""
+    return tuple(dict.fromkeys(n for by in self.by for n in by.split('*')))
+
+  def check(self, schema: Schema) -> None:
+    """Raises ValueError without such features, or with too many values."""
+    base.check_names(self, 'by', schema, self.reads())
+    for by in self.by:
+      sizes = [size for _, size in _columns(schema, by)]
+      if math.prod(sizes) > 2**62:
+        raise ValueError(
+          f'data.features: Rates.by has {by!r}, which has {sizes} values; '
+          'their product must be at most 2**62: cross fewer features'
+        )
+
+  def fit(self, events: base.Events, train: np.ndarray) -> base.State:
+    """Counts events and positives by value, in all and of each user."""
+    task = events.schema.tasks[0].name
+    label = events.labels[task][train].astype(np.float64)
+    mean = label.mean() if len(label) else 0.0
+    if not 0 < mean < 1:
+      raise ValueError(
+        f'data.features: Rates of task {task!r}, whose training labels are all '
+        'the same; give both kinds, or leave Rates out'
+      )
+    users, user = np.unique(events.user[train], return_inverse=True)
+    state = {'users': users, 'mean': np.float64(mean)}
+    for i, by in enumerate(self.by):
+      values, value = np.unique(
+        _value(events.schema, events.features, by)[train], return_inverse=True
+      )
+      pairs, pair = np.unique(user * len(values) + value, return_inverse=True)
+      state |= {
+        f'{i}/values': values,
+        f'{i}/count': np.bincount(value),
+        f'{i}/positive': np.bincount(value, label),
+        f'{i}/pairs': pairs,
+        f'{i}/own_count': np.bincount(pair),
+        f'{i}/own_positive': np.bincount(pair, label),
+      }
+    return {name: np.asarray(x) for name, x in state.items()}
+
+  def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:
+    """One dense feature a rate."""
+    return tuple(Dense(_name(by)) for by in self.by)
+
+  def apply(
+    self,
+    events: base.Events,
+    impressions: base.Impressions,
+    state: base.State,
+  ) -> dict[str, np.ndarray]:
+    """See the class; all training events of other users count."""
+    found = {}
+    user, known_user = _lookup(state['users'], impressions.user)
+    for i, by in enumerate(self.by):
+      values = state[f'{i}/values']
+      value, known = _lookup(
+        values, _value(events.schema, impressions.features, by)
+      )
+      pair, own = _lookup(state[f'{i}/pairs'], user * len(values) + value)
+      own &= known & known_user
+      count, positive = (
+        np.where(known, state[f'{i}/{what}'][value], 0)
+        - np.where(own, state[f'{i}/own_{what}'][pair], 0)
+        for what in ('count', 'positive')
+      )
+      found[_name(by)] = self._rate(count, positive, state['mean'])
+    return found
+
+  def apply_training(
+    self,
+    events: base.Events,
+    history_length: int | None,
+    state: base.State,
+    train: np.ndarray,
+  ) -> dict[str, np.ndarray]:
+    """See the class; of training events those before, in the random order."""
+    found = self.apply(events, events.impressions(history_length), state)
+    label = events.labels[events.schema.tasks[0].name][train]
+    label = label.astype(np.float64)
+    rank = np.random.default_rng(0).permutation(int(train.sum()))
+    user = np.unique(events.user[train], return_inverse=True)[1]
+    for by in self.by:
+      value = _value(events.schema, events.features, by)[train]
+      value = np.unique(value, return_inverse=True)[1]
+      own = value * (user.max() + 1) + user
+      count, positive = (
+        _before(value, rank, weight) - _before(own, rank, weight)
+        for weight in (np.ones(len(rank)), label)
+      )
+      found[_name(by)][train] = self._rate(count, positive, state['mean'])
+    return found
+
+  def _rate(self, count, positive, mean) -> np.ndarray:
+    smoothed = (positive + self.prior * mean) / (count + self.prior)
+    return (_logit(smoothed) - _logit(mean)).astype(np.float32)
+
+
+def _name(by: str) -> str:
+  return PREFIX + by.replace('*', '_x_')
+
+
+def _columns(schema: Schema, by: str) -> list[tuple[str, int]]:
+  sizes = {
+    f.name: f.size
+    for f in (*schema.item, *schema.hidden)
+    if isinstance(f, Categorical)
+  }
+  return [(name, sizes[name]) for name in by.split('*')]
+
+
+def _value(schema: Schema, features, by: str) -> np.ndarray:
+  """The value of a feature, or of a cross, as one int64 `[n]`."""
+  value = np.zeros((), np.int64)
+  for name, size in _columns(schema, by):
+    value = value * size + features[name]
+  return value.astype(np.int64)
+
+
+def _lookup(known: np.ndarray, wanted: np.ndarray):
+  """Where each of `wanted` is in `known`, sorted, and whether it is."""
+  place = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
+  return place, known[place] == wanted
+
+
+def _before(group, rank, weight) -> np.ndarray:
+  """For each event, the weight of its group's events of lower rank."""
+  order = np.lexsort((rank, group))
+  group = group[order]
+  before = np.cumsum(weight[order]) - weight[order]
+  found = np.empty(len(order))
+  found[order] = before - before[np.searchsorted(group, group, 'left')]
+  return found
+
+
+def _logit(p):
+  return np.log(p) - np.log1p(-p)

@@ -1,0 +1,104 @@
+"""What came before an event is counted, whatever its outcome."""
+
+import dataclasses
+
+import numpy as np
+from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histjax.data import datasets
+from histjax.data.events import EventLog
+from histjax.features import Activity
+from histjax.schema import Categorical, Schema, Task
+from tests.data import logs
+
+SMALL = datasets.Synthetic(num_users=20, requests_per_user=5)
+SCHEMA = Schema(
+  user='user',
+  time='time',
+  time_unit=0.5,
+  item=(Categorical('item', 3),),
+  tasks=(Task('click'),),
+)
+EVENTS = st.lists(
+  st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=1, max_size=30
+)
+
+
+def log_of(events, stamps=False):
+  user, time = np.array(events).T
+  if stamps:  # Half seconds, as the numbers are.
+    time = np.datetime64('2022-05-01') + time * np.timedelta64(500, 'ms')
+  zeros = np.zeros(len(user), np.int64)
+  columns = {'user': user, 'time': time, 'item': zeros, 'click': zeros}
+  return EventLog.from_columns(columns, SCHEMA)
+
+
+class ActivityTest(parameterized.TestCase):
+  @parameterized.product(ties=('order', 'strict'), stamps=(False, True))
+  @given(events=EVENTS)
+  def test_definition(self, ties, stamps, events):
+    log = log_of(events, stamps)
+    spans = (1, 4)
+    log, fitted = logs.derive(log, Activity(spans))
+    found = fitted.of_events(log.events(ties), None)
+    names = ['activity_1', 'activity_4', 'activity_since']
+    self.assertEqual([f.name for f in log.schema.derived], names)
+    seconds = log.time * (1e-9 if stamps else 0.5)
+    for i in range(len(log)):
+      past = [
+        seconds[j]
+        for j in range(len(log))
+        if log.user[j] == log.user[i]
+        and (seconds[j] < seconds[i] if ties == 'strict' else j < i)
+      ]
+      last = past[-1] if past else seconds.min()
+      expected = [
+        *(np.log1p(sum(seconds[i] - t <= s for t in past)) for s in spans),
+        np.log1p(seconds[i] - last) / 10,
+      ]
+      np.testing.assert_allclose(
+        [found[n][i] for n in names], expected, atol=1e-5
+      )
+
+  @parameterized.parameters((0,), (-1, 2), (2, 2))
+  def test_bad_spans(self, *spans):
+    with self.assertRaisesRegex(ValueError, r'Activity.spans=.*whole seconds'):
+      Activity(spans)
+
+  def test_a_request_that_lasts_longer_than_the_span(self):
+    schema = dataclasses.replace(SCHEMA, request='rid')
+    zeros = np.zeros(3, np.int64)
+    log = EventLog.from_columns(
+      {
+        **dict.fromkeys(('user', 'item', 'click'), zeros),
+        'time': [0, 1, 90],
+        'rid': [1, 2, 1],
+      },
+      schema,
+    )
+    log, fitted = logs.derive(log, Activity((1,)))
+    found = fitted.of_events(log.events(), None)
+    # The last one's request began before the second; nothing was before it.
+    self.assertEqual(found['activity_1'].tolist()[::2], [0, 0])
+
+  def test_of_a_dataset(self):
+    plain = datasets.load(datasets.DataConfig(SMALL))
+    found = datasets.load(
+      datasets.DataConfig(SMALL, features=(Activity((10,)),))
+    )
+    self.assertEqual(
+      [f.name for f in found.schema.item_features],
+      [f.name for f in plain.schema.item] + ['activity_10', 'activity_since'],
+    )
+    row = found.splits['test'][0]
+    expected = found.features.of_events(plain.log.events(), None)
+    np.testing.assert_array_equal(
+      row.candidates['activity_10'],
+      expected['activity_10'][found.splits['test'].candidate_events(0)],
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
