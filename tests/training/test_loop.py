@@ -353,7 +353,8 @@ class TestFailures:
 
   def test_a_split_without_rows(self, tmp_path):
     data = runs.dataset()
-    empty = make_rows(data.log, np.zeros(len(data.log), bool), CONFIG.data.rows)
+    nobody = np.zeros(len(data.log), bool)
+    empty = rows_lib.make_rows(data.log, nobody, CONFIG.data.rows)
     data = dataclasses.replace(data, splits={**data.splits, 'test': empty})
     with pytest.raises(ValueError, match="no rows in its split 'test'"):
       loop.train_and_evaluate(CONFIG, tmp_path, dataset=data)
