@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 
 import jax
@@ -57,8 +56,9 @@ def check_numba(device: jax.Device) -> None:
     )
   if platform.system() == 'Windows':
     raise NotImplementedError('numba_cpu needs a POSIX system, not Windows')
-  if importlib.util.find_spec('numba') is None:
+  try:  # Numba refuses to be imported beside a NumPy that is newer than it.
+    import numba  # noqa: F401
+  except ImportError as error:
     raise NotImplementedError(
-      'numba_cpu needs Numba, which is not installed: pip install '
-      "'histjax[cpu]'"
-    )
+      f"numba_cpu needs Numba: pip install --upgrade 'histjax[cpu]' ({error})"
+    ) from error

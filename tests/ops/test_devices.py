@@ -1,6 +1,8 @@
 """Which devices the kernels run on."""
 
+import sys
 import types
+from unittest import mock
 
 from absl.testing import absltest
 
@@ -54,6 +56,21 @@ class DevicesTest(absltest.TestCase):
       (device('', platform='tpu'),),
       ((device('', platform='cpu'), "TPU, not a device of platform 'cpu'"),),
     )
+
+  def test_numba(self):
+    cpu = device('', platform='cpu')
+    self.check(
+      devices.check_numba,
+      (cpu,),
+      ((device('', platform='tpu'), "CPU, not a device of platform 'tpu'"),),
+    )
+    with (
+      mock.patch.dict(sys.modules, numba=None),  # Its import fails.
+      self.assertRaisesRegex(
+        NotImplementedError, r"--upgrade 'histjax\[cpu\]' \(.*numba"
+      ),
+    ):
+      devices.check_numba(cpu)
 
 
 if __name__ == '__main__':
