@@ -248,15 +248,20 @@ def make_rows(
 
 
 def collate(
-  rows: Sequence[Row], *, num_rows: int, num_events: int, num_candidates: int
+  rows: Sequence[Row],
+  *,
+  num_rows: int | None = None,
+  num_events: int | None = None,
+  num_candidates: int | None = None,
 ) -> RankingBatch:
   """Pads rows to one shape and stacks them.
 
   Args:
     rows: at most `num_rows`, at least one, all of one schema.
-    num_rows: B; missing rows are empty: length 0, mask False, zeros.
-    num_events: L, at least the longest history.
-    num_candidates: C, at least the most candidates.
+    num_rows: B; missing rows are empty: length 0, mask False, zeros. None: as
+      many as there are.
+    num_events: L, at least the longest history; None: its length, or 1.
+    num_candidates: C, at least the most candidates; None: their number.
 
   Returns:
     The batch, padded with zeros at the end of each axis, in NumPy.
@@ -268,6 +273,11 @@ def collate(
     raise ValueError('rows is empty; there must be at least one')
   lengths = [len(next(iter(r.history.values()))) for r in rows]
   counts = [len(r.visible) for r in rows]
+
+  num_rows = len(rows) if num_rows is None else num_rows
+  num_events = max(1, *lengths) if num_events is None else num_events
+  if num_candidates is None:
+    num_candidates = max(counts)
 
   def join(field):
     return {

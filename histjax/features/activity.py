@@ -40,9 +40,6 @@ class Activity(base.DerivedFeature):
         'each once'
       )
 
-  def check(self, schema: Schema) -> None:
-    """Nothing is asked of the schema."""
-
   def fit(self, events: base.Events, train: np.ndarray) -> base.State:
     """Notes the log's first time."""
     return {'first': np.asarray(events.time.min())}

@@ -34,9 +34,6 @@ class TimeGap(base.DerivedFeature):
         f'data.features: TimeGap.buckets={self.buckets} must be >= 1'
       )
 
-  def check(self, schema: Schema) -> None:
-    """Nothing is asked of the schema."""
-
   def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:
     """One categorical feature."""
     return (Categorical('time_gap', self.buckets),)
