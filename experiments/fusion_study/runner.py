@@ -22,8 +22,7 @@ from histjax import config as dicts
 from histjax import metrics
 from histjax.data import datasets, pipeline
 from histjax.models.ranker import Ranker
-from histjax.training import checkpoints, evaluation, sharding
-from histjax.training import config as train_config
+from histjax.training import checkpoints, evaluation, identity, sharding
 from histjax.training import report as report_lib
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
@@ -306,7 +305,7 @@ def _criterion(study: StudyConfig, trial: Values) -> float:
 
 
 def _check_same(old: Values, config: TrainConfig, cell: Cell, workdir) -> None:
-  lines = train_config.run_differences(
+  lines = identity.run_differences(
     old['config'], config, ('in the cell', 'asked for')
   )
   _fail_if(lines, cell, workdir)

@@ -16,14 +16,13 @@ FORMAT = 1
 
 def write_listing(folder: pathlib.Path) -> None:
   """Writes to its `files.json` which files `folder` has, and their sizes."""
-  sizes = {
+  sizes: dict[str, int | None] = {
     path.relative_to(folder).as_posix(): path.stat().st_size
     for path in sorted(folder.glob('*/**/*'))
     if path.is_file()
   }
   # Orbax writes the time into those of the top level when it is through.
-  marks = {p.name: None for p in folder.iterdir() if p.is_file()}
-  sizes = {**sizes, **marks}
+  sizes |= {p.name: None for p in folder.iterdir() if p.is_file()}
   (folder / LISTING).write_text(json.dumps(sizes, indent=0) + '\n')
 
 
