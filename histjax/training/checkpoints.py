@@ -126,7 +126,9 @@ class Checkpoints:
   def restore_params(self, step: int, template: Any) -> Any:
     """The parameters of one step, on the devices of the template's."""
     self._manager.wait_until_finished()
-    with integrity.naming(_folder(self.workdir) / str(step)):
+    folder = _folder(self.workdir) / str(step)
+    with integrity.naming(folder):
+      integrity.check_opens(folder / 'params')
       found = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -162,6 +164,8 @@ class Checkpoints:
       folder = _folder(self.workdir) / str(step)
       self._check_best(step, meta['best_step'])
       with integrity.naming(folder):
+        for item in ('params', 'state'):
+          integrity.check_opens(folder / item)
         stored = self._manager.item_metadata(step)
         trees_stored = [stored[item].tree for item in ('params', 'state')]
       for tree, expected in zip(trees_stored, (where, rest), strict=True):
@@ -247,6 +251,7 @@ def load_params(
       step = _best(workdir, step, meta)
     folder = _folder(workdir) / str(step)
     with integrity.naming(folder):
+      integrity.check_opens(folder / 'params')
       stored = manager.item_metadata(step)['params'].tree
     if template is not None:
       trees.check_same(f'the checkpoint {folder}', stored, template)

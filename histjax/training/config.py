@@ -209,7 +209,7 @@ def check_kinds(config: object, dataset: object) -> None:
       f'config is of type {type(config).__name__}; it must be a TrainConfig, '
       'which histjax.config.from_dict makes of a dict'
     )
-  if dataset is not None and not isinstance(dataset, datasets.Dataset):
+  if dataset is not None and not isinstance(dataset, Dataset):
     raise ValueError(
       f'dataset is of type {type(dataset).__name__}; it must be a Dataset, as '
       'histjax.data.datasets.load returns it, or None'

@@ -9,6 +9,8 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
+import tensorstore as ts
+
 LISTING = 'files.json'
 FORMAT = 1
 """Of checkpoints and metrics.json; raised when older ones cannot be read."""
@@ -55,6 +57,17 @@ def missing(folder: pathlib.Path) -> str | None:
   return None
 
 
+def check_opens(folder: pathlib.Path) -> None:
+  """Raises an error if the arrays in `folder` cannot be listed.
+
+  Orbax would find out as well, but while reading many of them at once, and
+  each of the others then complains on stderr that its event loop is closed.
+  """
+  base = {'driver': 'file', 'path': f'{folder}/'}
+  store = ts.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
+  store.list().result()
+
+
 def check_format(path: pathlib.Path, found: Any) -> None:
   """Raises ValueError if `path` is not of the format that this version has."""
   if found != FORMAT:
@@ -75,7 +88,7 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
   try:
     return dict(json.loads(text))
   except ValueError:
-    if integrity.missing(folder) is not None:
+    if missing(folder) is not None:
       return None
     raise
 
