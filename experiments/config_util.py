@@ -1,7 +1,8 @@
 """Between the library's frozen dataclasses and `ml_collections` configs.
 
 A config file names what differs from the defaults; `config_dict` adds the
-rest, so that every field can be set on the command line, with its type:
+rest. `Config` is the flag: every field can be set on the command line, see
+`overrides`:
 
     --config.model.encoder.num_layers=4 --config.optimizer.learning_rate=3e-4
 
@@ -11,14 +12,14 @@ is not part of the config.
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-from ml_collections import config_dict as config_dict_lib
+from absl import flags
+from ml_collections import config_flags
 
+import overrides
 from histjax import config as config_lib
 from histjax.data import datasets
 from histjax.schema import Categorical, Schema, Task
@@ -29,8 +30,66 @@ _ANY_SCHEMA = Schema(
 )
 
 
+class Config:
+  """The flag `--config`, a file, and `--config.<field>` for each field.
+
+  _CONFIG = Config(TrainConfig, 'The run.')
+  app.run(main, flags_parser=_CONFIG.parse)
+  """
+
+  def __init__(self, cls: type, description: str, *, required: bool = True):
+    """Defines the flag.
+
+    Args:
+      cls: the dataclass that says which fields there are.
+      description: what the config is.
+      required: whether it has to be given.
+    """
+    self._cls = cls
+    self._overrides: list[tuple[str, Any]] = []
+    # It would look for overrides in sys.argv, without knowing their types.
+    self._flag = config_flags.DEFINE_config_file(
+      'config',
+      None,
+      f'{description} Every field can be set, as --config.seed=1.',
+      sys_argv=[],
+    )
+    if required:
+      flags.mark_flag_as_required('config')
+
+  def parse(self, argv: Sequence[str]) -> list[str]:
+    """Parses flags, for `app.run(flags_parser=..)`."""
+    rest, self._overrides = overrides.split_argv(argv, 'config')
+    try:
+      return flags.FLAGS(rest)
+    except (flags.Error, ValueError, OSError) as error:
+      cause: BaseException = error
+      while cause.__context__ is not None:  # What the file itself raised.
+        cause = cause.__context__
+      raise SystemExit(f'{type(cause).__name__}: {cause}') from error
+
+  def values(self) -> dict[str, Any]:
+    """The config, with what the command line sets.
+
+    Raises:
+      ValueError: there is no config, or an override names no field or has a
+        value of a wrong type.
+      OSError: there is no such file.
+    """
+    if self._flag.value is None:
+      raise ValueError('name a file with --config')
+    values = self._flag.value.to_dict()
+    for path, _ in self._overrides:
+      if self._cls is TrainConfig and f'{path}.'.startswith('model.schema.'):
+        raise ValueError(
+          f'{path} cannot be set: the schema of the model is that of the '
+          'dataset; change the data'
+        )
+    return overrides.apply(self._cls, values, self._overrides)
+
+
 def config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
-  """All fields of a `TrainConfig`, typed; `values` in place of defaults.
+  """All fields of a `TrainConfig`; `values` in place of defaults.
 
   Args:
     values: `{field: value or dict of fields}`, as `config.from_dict` takes;
@@ -46,44 +105,32 @@ def config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
   config = config_lib.from_dict(TrainConfig, {**checked, 'model': model})
   full = {**config_lib.to_dict(config), **late}
   del full['model']['schema']
-  return _typed(TrainConfig, full)
+  return ml_collections.ConfigDict(_with_tuples(full))
 
 
-def load(
-  config: ml_collections.ConfigDict,
-) -> tuple[TrainConfig, datasets.Dataset]:
+def load(values: dict[str, Any]) -> tuple[TrainConfig, datasets.Dataset]:
   """The run that a config describes, and its dataset.
+
+  Args:
+    values: of `Config.values`, or `to_dict` of what `config_dict` returns.
 
   Raises:
     ValueError: the config or the data is bad; the message says where.
   """
-  values = config.to_dict()
+  config_dict(values)  # All but the names of tasks, before any work.
   data = config_lib.from_dict(datasets.DataConfig, values['data'])
   dataset = datasets.load(data)
-  values['data'] = data
-  values['model']['schema'] = dataset.schema
-  return config_lib.from_dict(TrainConfig, values), dataset
+  model = {**values['model'], 'schema': dataset.schema}
+  return (
+    config_lib.from_dict(TrainConfig, {**values, 'data': data, 'model': model}),
+    dataset,
+  )
 
 
-def _typed(hint: Any, value: Any) -> Any:
-  """`value` with ConfigDicts for dataclasses and typed Nones."""
-  members = [hint]
-  if typing.get_origin(hint) in (typing.Union, types.UnionType):
-    members = [m for m in typing.get_args(hint) if m is not type(None)]
-  if value is None:
-    scalar = members[0] if members[0] in (int, float, str) else object
-    return config_dict_lib.placeholder(scalar)
+def _with_tuples(value: Any) -> Any:
+  """Lists of scalars as tuples, which configs may change as a whole."""
   if isinstance(value, dict):
-    classes = {m.__name__.lower(): m for m in members if _is_dataclass(m)}
-    cls = classes.get(value.get(config_lib.TYPE), members[0])
-    hints = typing.get_type_hints(cls) if _is_dataclass(cls) else {}
-    return ml_collections.ConfigDict(
-      {k: _typed(hints.get(k, Any), v) for k, v in value.items()}
-    )
+    return {k: _with_tuples(v) for k, v in value.items()}
   if isinstance(value, list) and not any(isinstance(v, dict) for v in value):
     return tuple(value)
   return value
-
-
-def _is_dataclass(hint: Any) -> bool:
-  return isinstance(hint, type) and dataclasses.is_dataclass(hint)

@@ -3,15 +3,12 @@
 python experiments/evaluate.py --workdir=/tmp/synthetic [--split=validation]
 """
 
-import json
-
 from absl import app, flags, logging
 
 from histjax import Ranker
-from histjax import config as config_lib
 from histjax.data import datasets
-from histjax.training import checkpoints
-from histjax.training.config import TrainConfig
+from histjax.data.fingerprint import fingerprint
+from histjax.training import checkpoints, identity, report, workdir
 from histjax.training.evaluation import evaluate
 
 _WORKDIR = flags.DEFINE_string(
@@ -26,7 +23,35 @@ _LATEST = flags.DEFINE_bool(
 _MANUAL_DIR = flags.DEFINE_string(
   'manual_dir', None, 'Official files, if not where training had them.'
 )
+_PATHS = flags.DEFINE_list(
+  'paths', None, 'Files of the log, if not where training had them.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
+
+
+def run():
+  output = None
+  if _OUTPUT.value is not None:
+    output = workdir.prepare_output(_OUTPUT.value, '--output')
+  meta = checkpoints.load_meta(_WORKDIR.value)
+  values = identity.with_paths(
+    meta['config'], paths=_PATHS.value, manual_dir=_MANUAL_DIR.value
+  )
+  config = identity.of_run(values, _WORKDIR.value)
+  params, _ = checkpoints.load_params(
+    _WORKDIR.value, 'latest' if _LATEST.value else 'best'
+  )
+  dataset = datasets.load(config.data)
+  identity.check_fingerprint(
+    fingerprint(dataset), meta['fingerprint'], _WORKDIR.value
+  )
+  rows = dataset.splits[_SPLIT.value]
+  metrics = evaluate(Ranker(config.model), params, rows, config.pipeline)
+  print(f'{_SPLIT.value}: {int(rows.candidate_counts.sum())} candidates')
+  for name, value in metrics.items():
+    print(f'{name:>20} {value:.4f}')
+  if output is not None:
+    report.write_json(output, metrics)
 
 
 def main(argv):
@@ -34,22 +59,9 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
-    params, values = checkpoints.load_params(
-      _WORKDIR.value, 'latest' if _LATEST.value else 'best'
-    )
-    if _MANUAL_DIR.value is not None:
-      values['data']['manual_dir'] = _MANUAL_DIR.value
-    config = config_lib.from_dict(TrainConfig, values)
-    rows = datasets.load(config.data).splits[_SPLIT.value]
-    metrics = evaluate(Ranker(config.model), params, rows, config.pipeline)
+    run()
   except (ValueError, OSError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
-  print(f'{_SPLIT.value}: {int(rows.candidate_counts.sum())} candidates')
-  for name, value in metrics.items():
-    print(f'{name:>20} {value:.4f}')
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, 'w') as f:
-      json.dump(metrics, f, indent=2)
 
 
 if __name__ == '__main__':

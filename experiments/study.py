@@ -17,15 +17,14 @@ the metrics.
 import pathlib
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+import config_util
 from fusion_study import report, runner, summary
 from fusion_study.config import StudyConfig
 from histjax import config as config_lib
+from histjax.training import workdir as workdir_lib
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The study; every field can be set, as --config.margin=0.001.'
-)
+_CONFIG = config_util.Config(StudyConfig, 'The study.', required=False)
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder for cells, runs and the report.', required=True
 )
@@ -48,19 +47,16 @@ def rerun(path):
 
 
 def run():
+  workdir = workdir_lib.resolve(_WORKDIR.value)
   if _RERUN.value:
     return rerun(_RERUN.value)
   if not _REPORT.value:
-    if _CONFIG.value is None:
-      raise ValueError('name a --config, or --report what is there')
-    study = config_lib.from_dict(StudyConfig, _CONFIG.value.to_dict())
-    done = runner.run_study(
-      study, _WORKDIR.value, only=_ONLY.value, progress=_print
-    )
+    study = config_lib.from_dict(StudyConfig, _CONFIG.values())
+    done = runner.run_study(study, workdir, only=_ONLY.value, progress=_print)
     if _ONLY.value or not done:
       return None
-  found = summary.load(_WORKDIR.value, progress=_print)
-  paths = report.write(found, _WORKDIR.value, _COST.value)
+  found = summary.load(workdir, progress=_print)
+  paths = report.write(found, workdir, _COST.value)
   print(pathlib.Path(paths[0]).read_text())
   print('wrote', *paths)
   return None
@@ -81,4 +77,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=_CONFIG.parse)

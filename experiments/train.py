@@ -6,15 +6,14 @@
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 import config_util
 from histjax.data import datasets, synthetic
+from histjax.training import workdir as workdir_lib
+from histjax.training.config import TrainConfig
 from histjax.training.loop import train_and_evaluate
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The run; every field can be set, as --config.seed=1.'
-)
+_CONFIG = config_util.Config(TrainConfig, 'The run.')
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
@@ -24,7 +23,6 @@ _WORKDIR = flags.DEFINE_string(
 _MULTI_HOST = flags.DEFINE_bool(
   'multi_host', False, 'Whether this is one process of several (one a host).'
 )
-flags.mark_flag_as_required('config')
 
 
 def main(argv):
@@ -34,8 +32,10 @@ def main(argv):
     jax.distributed.initialize()
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
-    config, dataset = config_util.load(_CONFIG.value)
-    result = train_and_evaluate(config, _WORKDIR.value, dataset=dataset)
+    values = _CONFIG.values()
+    workdir = workdir_lib.prepare(_WORKDIR.value)
+    config, dataset = config_util.load(values)
+    result = train_and_evaluate(config, workdir, dataset=dataset)
   except (ValueError, OSError, ImportError, ArithmeticError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if result['interrupted'] or jax.process_index():
@@ -51,4 +51,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=_CONFIG.parse)

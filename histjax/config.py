@@ -60,6 +60,17 @@ def to_dict(config: Any) -> dict[str, Any]:
   return _encode(type(config), config, '')
 
 
+def check_fields(config: Any) -> None:
+  """Raises ValueError if a field of a dataclass has a value of a wrong type.
+
+  Args:
+    config: a dataclass; its fields are as `from_dict` takes them.
+  """
+  cls: type = type(config)
+  for name, hint in _hints(cls).items():
+    _decode(hint, getattr(config, name), name)
+
+
 def dumps(config: Any) -> str:
   """The dataclass `config` as indented JSON."""
   return json.dumps(to_dict(config), indent=2) + '\n'

@@ -22,9 +22,9 @@ from histjax import config as dicts
 from histjax import metrics
 from histjax.data import datasets, pipeline
 from histjax.models.ranker import Ranker
-from histjax.training import checkpoints, evaluation, sharding
-from histjax.training import config as train_config
+from histjax.training import checkpoints, evaluation, identity, sharding
 from histjax.training import report as report_lib
+from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.loop import train_and_evaluate
 
@@ -65,7 +65,7 @@ def run_study(
     raise NotImplementedError(
       'a study runs in one process: the scores of a cell are kept by one host'
     )
-  workdir = checkpoints.prepare_workdir(workdir)
+  workdir = workdir_lib.prepare(workdir)
   mesh = sharding.data_mesh() if mesh is None else mesh
   report_lib.write_json(workdir / store.STUDY_FILE, dicts.to_dict(study))
   todo = list(config_lib.cells(study))
@@ -178,7 +178,7 @@ def _cell(study, cell: Cell, workdir, mesh, old) -> Values | None:
 
 def _train(config, run: pathlib.Path, dataset, mesh) -> tuple[Values, float]:
   """The result, and the seconds of all attempts that ended in order."""
-  clock = checkpoints.prepare_workdir(run) / 'seconds.json'
+  clock = workdir_lib.prepare(run) / 'seconds.json'
   before = report_lib.read_json(clock)['seconds'] if clock.exists() else 0.0
   begin = time.monotonic()
   result = train_and_evaluate(config, run, dataset=dataset, mesh=mesh)
@@ -305,7 +305,7 @@ def _criterion(study: StudyConfig, trial: Values) -> float:
 
 
 def _check_same(old: Values, config: TrainConfig, cell: Cell, workdir) -> None:
-  lines = train_config.run_differences(
+  lines = identity.run_differences(
     old['config'], config, ('in the cell', 'asked for')
   )
   _fail_if(lines, cell, workdir)

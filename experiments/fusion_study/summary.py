@@ -16,6 +16,7 @@ from fusion_study.config import Cell, StudyConfig
 from histjax import config as dicts
 from histjax.nn import fusion as fusion_lib
 from histjax.training import report as report_lib
+from histjax.training import workdir as workdir_lib
 
 SUMMARY_FILE = 'summary.json'
 RESAMPLED = ('auc', 'gauc')
@@ -49,7 +50,7 @@ def load(
     FileNotFoundError: the workdir has neither.
     ValueError: cells were tested on different events.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = workdir_lib.resolve(workdir)
   if not (workdir / store.FOLDER).is_dir():
     if (workdir / SUMMARY_FILE).exists():
       return report_lib.read_json(workdir / SUMMARY_FILE)

@@ -3,9 +3,11 @@
 A checkpoint is a folder `<workdir>/checkpoints/<step>` of three items:
 `params` (to score with: the average, if one is kept), `state` (optimizer,
 step, rng, loss window, and the parameters in training if `params` is their
-average) and `meta` (JSON: the config, the place in the data, and what is known
-of validation). Orbax writes it under a temporary name and renames it, so a
-step is there or it is not.
+average) and `meta` (JSON: the config, the fingerprint of the data, the place in
+it, and what is known of validation), and a list of all its files, see
+`integrity`. Orbax writes it under a temporary name and renames it, so a step is
+there or it is not. A copy may still be cut off: what is proven to be
+incomplete is passed over, any other error is raised, and nothing is deleted.
 """
 
 from __future__ import annotations
@@ -19,16 +21,14 @@ from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from histjax.training import trees
+from histjax.training import integrity, trees
+from histjax.training import workdir as workdir_lib
 from histjax.training.state import TrainState
 
 FOLDER = 'checkpoints'
 _REPLACED = 'replaced-'
-_UNREADABLE = (KeyError, ValueError, OSError)
-"""What Orbax raises for a checkpoint of which some files are missing."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,18 +47,21 @@ class Checkpoints:
       keep: how many of the latest to keep; the best is kept besides.
 
     Raises:
-      ValueError: `keep` is below 1.
+      ValueError: `keep` is below 1, or `workdir` is no local path.
       OSError: `workdir` cannot be written to.
     """
     if keep < 1:
       raise ValueError(f'keep_checkpoints={keep} must be at least 1')
-    self.workdir = prepare_workdir(workdir)
-    _finish_replacing(_folder(self.workdir))
+    self.workdir = workdir_lib.prepare(workdir)
+    if jax.process_index() == 0:
+      _finish_replacing(_folder(self.workdir))
     self._preserve = _LatestAndBest(keep)
+    self._saving = 0
     self._manager = _manager(
       self.workdir,
       preservation_policy=self._preserve,
       cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._list),
     )
 
   def __enter__(self) -> Checkpoints:
@@ -80,24 +83,42 @@ class Checkpoints:
     step = int(state.step)
     self._preserve.best_step = meta['best_step']
     self._manager.wait_until_finished()
+    self._saving = step
     replaces = step in self._manager.all_steps()
     if replaces:
-      self._rename(step, f'{_REPLACED}{step}')
+      self._rename(step, _folder(self.workdir) / f'{_REPLACED}{step}')
     self._manager.save(
       step,
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.scoring_params),
         state=ocp.args.StandardSave(trees.flatten(state)),
-        meta=ocp.args.JsonSave(dict(meta)),
+        meta=ocp.args.JsonSave({**meta, 'format': integrity.FORMAT}),
       ),
       force=True,
     )
     if replaces:
       self._manager.wait_until_finished()
-      _finish_replacing(_folder(self.workdir))
+      if jax.process_index() == 0:
+        _finish_replacing(_folder(self.workdir))
+
+  def _list(self) -> None:
+    """Lists what was written; Orbax renames the folder after it."""
+    if jax.process_index() > 0:
+      return
+    name = f'{self._saving}.orbax-checkpoint-tmp*'
+    folders = list(_folder(self.workdir).glob(name))
+    if not folders:
+      raise RuntimeError(f'Orbax has no folder {name} to write files.json to')
+    for folder in folders:
+      integrity.write_listing(folder)
 
   def latest_meta(self) -> dict[str, Any] | None:
-    """`meta` of the latest complete checkpoint; None if there is none."""
+    """`meta` of the latest complete checkpoint; None if there is none.
+
+    Raises:
+      ValueError: it is of another version of histjax.
+      OSError: it cannot be read.
+    """
     for _, meta in _complete_steps(self._manager):
       return meta
     return None
@@ -105,12 +126,15 @@ class Checkpoints:
   def restore_params(self, step: int, template: Any) -> Any:
     """The parameters of one step, on the devices of the template's."""
     self._manager.wait_until_finished()
-    found = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(jax.tree.map(_abstract, template))
-      ),
-    )
+    folder = _folder(self.workdir) / str(step)
+    with integrity.naming(folder):
+      integrity.check_opens(folder / 'params')
+      found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(jax.tree.map(_abstract, template))
+        ),
+      )
     return found['params']
 
   def restore(
@@ -118,7 +142,7 @@ class Checkpoints:
   ) -> tuple[TrainState, dict[str, Any]] | None:
     """The latest complete checkpoint, or None if there is none.
 
-    Later ones that are not complete (a copy that was cut off, a full disk) are
+    Later ones of which files are missing (a copy that was cut off) are
     reported and renamed to `incomplete-<step>`.
 
     Args:
@@ -128,16 +152,25 @@ class Checkpoints:
       `(state, meta)`.
 
     Raises:
-      ValueError: the checkpoint is of another model or optimizer.
+      ValueError: the checkpoint is of another model or optimizer, or of
+        another version of histjax.
+      FileNotFoundError: the checkpoint of the best step is not there, or not
+        complete.
+      OSError: it cannot be read. No checkpoint is renamed then.
     """
     where = jax.tree.map(_abstract, template.scoring_params)
     rest = jax.tree.map(_abstract, trees.flatten(template))
     for step, meta in _complete_steps(self._manager, self._set_aside):
-      name = f'the checkpoint {_folder(self.workdir) / str(step)}'
-      stored = self._manager.item_metadata(step)
-      trees.check_same(name, stored['params'].tree, where)
-      trees.check_same(name, stored['state'].tree, rest)
-      try:
+      folder = _folder(self.workdir) / str(step)
+      self._check_best(step, meta['best_step'])
+      with integrity.naming(folder):
+        for item in ('params', 'state'):
+          integrity.check_opens(folder / item)
+        stored = self._manager.item_metadata(step)
+        trees_stored = [stored[item].tree for item in ('params', 'state')]
+      for tree, expected in zip(trees_stored, (where, rest), strict=True):
+        trees.check_same(f'the checkpoint {folder}', tree, expected)
+      with integrity.naming(folder):
         found = self._manager.restore(
           step,
           args=ocp.args.Composite(
@@ -145,9 +178,6 @@ class Checkpoints:
             state=ocp.args.StandardRestore(rest),
           ),
         )
-      except _UNREADABLE as e:
-        self._set_aside(step, e)
-        continue
       return trees.unflatten(template, found['params'], found['state']), meta
     return None
 
@@ -155,23 +185,35 @@ class Checkpoints:
     """Waits until everything is on disk."""
     self._manager.close()
 
-  def _set_aside(self, step: int, error: Exception) -> None:
-    name = f'incomplete-{step}'
+  def _check_best(self, step: int, best: int | None) -> None:
+    """Fails now, not after all the training, if the best are lost."""
+    if best is None or best == step:
+      return
+    folder = _folder(self.workdir) / str(best)
+    with integrity.naming(folder):
+      lost = integrity.missing(folder)
+    if lost is not None:
+      raise FileNotFoundError(
+        f'{folder}, the best on validation before step {step}, is missing or '
+        f'not complete ({lost}), and the run would need it in the end; put it '
+        'back from a copy, or train in another workdir'
+      )
+
+  def _set_aside(self, step: int, lost: str) -> None:
+    target = _unused(_folder(self.workdir) / f'incomplete-{step}')
     _log.warning(
       'The checkpoint %s is not complete and is renamed to %s: %s',
       _folder(self.workdir) / str(step),
-      name,
-      error,
+      target.name,
+      lost,
     )
-    self._rename(step, name)
+    self._rename(step, target)
 
-  def _rename(self, step: int, name: str) -> None:
-    target = _folder(self.workdir) / name
+  def _rename(self, step: int, target: pathlib.Path) -> None:
     if jax.process_index() == 0:
-      shutil.rmtree(target, ignore_errors=True)
       (_folder(self.workdir) / str(step)).rename(target)
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'histjax_checkpoint_{name}')
+      multihost_utils.sync_global_devices(f'histjax_checkpoint_{step}')
     self._manager.reload()
 
 
@@ -195,66 +237,52 @@ def load_params(
 
   Raises:
     FileNotFoundError: there is no complete checkpoint, or no best one yet.
-    ValueError: `which` is neither, or the template has other parameters; both
-      sets of keys are in the message.
+    ValueError: `which` is neither, the run is of another version of histjax,
+      or the template has other parameters; both sets of keys are in the
+      message.
+    OSError: a checkpoint cannot be read.
   """
   if which not in ('best', 'latest'):
     raise ValueError(f"which={which!r} must be 'best' or 'latest'")
-  workdir = pathlib.Path(os.path.abspath(workdir))
+  workdir = workdir_lib.resolve(workdir)
   with _reading(workdir) as manager:
     step, meta = _newest(manager, workdir)
     if which == 'best':
-      if meta['best_step'] is None:
-        raise FileNotFoundError(
-          f'workdir={str(workdir)!r}: the run was not validated yet (it is at '
-          f"step {step}), so there is no best checkpoint; use which='latest'"
-        )
-      step = meta['best_step']
-    try:
-      _check_step_opens(manager, step)
-    except _UNREADABLE as e:
-      raise FileNotFoundError(
-        f'workdir={str(workdir)!r}: the best checkpoint, of step {step}, is '
-        f"missing or not complete ({e}); use which='latest'"
-      ) from e
-    stored = manager.item_metadata(step)['params'].tree
+      step = _best(workdir, step, meta)
+    folder = _folder(workdir) / str(step)
+    with integrity.naming(folder):
+      integrity.check_opens(folder / 'params')
+      stored = manager.item_metadata(step)['params'].tree
     if template is not None:
-      name = f'the checkpoint {_folder(workdir) / str(step)}'
-      trees.check_same(name, stored, template)
+      trees.check_same(f'the checkpoint {folder}', stored, template)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored
     )
-    found = manager.restore(
-      step,
-      args=ocp.args.Composite(params=ocp.args.StandardRestore(target)),
-    )
+    with integrity.naming(folder):
+      found = manager.restore(
+        step,
+        args=ocp.args.Composite(params=ocp.args.StandardRestore(target)),
+      )
   return found['params'], meta['config']
 
 
-def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
-  """Creates the folder, and checks that it can be written to.
+def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+  """What the latest complete checkpoint of a run says of it.
+
+  Args:
+    workdir: of the run.
 
   Returns:
-    Its absolute path.
+    `config`, for `histjax.config.from_dict`; `fingerprint` of its data, see
+    `histjax.data.fingerprint`; `best_step`, `progress` and `data`.
 
   Raises:
-    OSError: it cannot; PermissionError, NotADirectoryError, ... as the system
-      says. The message names the folder.
+    FileNotFoundError, ValueError, OSError: see `load_params`.
   """
-  path = pathlib.Path(os.path.abspath(workdir))
-  probe = path / f'.probe-{os.getpid()}'
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    probe.touch()
-    probe.unlink()
-  except OSError as e:
-    raise type(e)(
-      e.errno,
-      f'workdir={str(path)!r} cannot be written to ({e.strerror}); name a '
-      'folder on a disk that you may write to',
-    ) from e
-  return path
+  workdir = workdir_lib.resolve(workdir)
+  with _reading(workdir) as manager:
+    return _newest(manager, workdir)[1]
 
 
 class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
@@ -276,16 +304,27 @@ def _folder(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / FOLDER
 
 
+def _unused(path: pathlib.Path) -> pathlib.Path:
+  """`path`, or the first of `<path>-2`, `<path>-3`, .. that is not there."""
+  number, found = 1, path
+  while os.path.lexists(found):
+    number += 1
+    found = path.with_name(f'{path.name}-{number}')
+  return found
+
+
 def _finish_replacing(folder: pathlib.Path) -> None:
   """Deletes checkpoints that were replaced, or puts them back if not."""
-  if jax.process_index() > 0:
-    return
-  for old in folder.glob(f'{_REPLACED}*'):
+  for old in sorted(folder.glob(f'{_REPLACED}*')):
     new = folder / old.name.removeprefix(_REPLACED)
     if new.exists():
-      shutil.rmtree(old)
-    else:
-      old.rename(new)
+      with integrity.naming(new):
+        lost = integrity.missing(new)
+      if lost is None:
+        shutil.rmtree(old)
+        continue
+      new.rename(_unused(folder / f'incomplete-{new.name}'))
+    old.rename(new)
 
 
 def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
@@ -302,9 +341,11 @@ def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
 
 def _reading(workdir: pathlib.Path) -> ocp.CheckpointManager:
   if not _folder(workdir).is_dir():
+    is_file = workdir.exists() and not workdir.is_dir()
     raise FileNotFoundError(
-      f'workdir={str(workdir)!r} has no folder {FOLDER!r}: name the workdir of '
-      'a training run, or train first'
+      f'workdir={str(workdir)!r} '
+      f'{"is a file" if is_file else f"has no folder {FOLDER!r}"}: name the '
+      'workdir of a training run, or train first'
     )
   return _manager(workdir, read_only=True, create=False, save_interval_steps=0)
 
@@ -318,40 +359,44 @@ def _newest(manager, workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
   )
 
 
+def _best(workdir: pathlib.Path, step: int, meta: Mapping[str, Any]) -> int:
+  best = meta['best_step']
+  if best is None:
+    raise FileNotFoundError(
+      f'workdir={str(workdir)!r}: the run was not validated yet (it is at '
+      f"step {step}), so there is no best checkpoint; use which='latest'"
+    )
+  folder = _folder(workdir) / str(best)
+  with integrity.naming(folder):
+    lost = integrity.missing(folder)
+  if lost is not None:
+    raise FileNotFoundError(
+      f'workdir={str(workdir)!r}: the best checkpoint, of step {best}, is '
+      f"missing or not complete ({lost}); use which='latest'"
+    )
+  return best
+
+
 def _complete_steps(
   manager, report=None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Steps, latest first, with their meta, of those whose items all open."""
+  """Steps, latest first, with their meta, of those that are complete."""
   for step in sorted(manager.all_steps(), reverse=True):
-    try:
-      _check_step_opens(manager, step)
-      found = manager.restore(
-        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-      )
-    except _UNREADABLE as e:
+    folder = pathlib.Path(manager.directory) / str(step)
+    with integrity.naming(folder):
+      lost = integrity.missing(folder)
+      meta = integrity.read_meta(folder)
+    if meta is not None:
+      # Those without a list are not cut off if they never had one.
+      integrity.check_format(folder, meta.pop('format', None))
+    if lost is None and meta is None:
+      lost = 'meta is missing'
+    if lost is not None:
       if report is not None:
-        report(step, e)
+        report(step, lost)
       continue
-    yield step, found['meta']
-
-
-def _check_step_opens(manager: ocp.CheckpointManager, step: int) -> None:
-  for item in ('params', 'state'):
-    _check_opens(pathlib.Path(manager.directory) / str(step) / item)
-
-
-def _check_opens(folder: pathlib.Path) -> None:
-  """Raises one of `_UNREADABLE` if the arrays in `folder` are not all listed.
-
-  Orbax would find out as well, but while reading many of them at once, and
-  each of the others then complains on stderr that its event loop is closed.
-  """
-  if not folder.is_dir():
-    raise FileNotFoundError(f'{folder} is missing')
-  if (folder / 'manifest.ocdbt').exists():
-    base = {'driver': 'file', 'path': f'{folder}/'}
-    store = ts.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
-    store.list().result()
+    assert meta is not None
+    yield step, meta
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

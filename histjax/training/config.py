@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Mapping
-from typing import Any
+
+import numpy as np
 
 from histjax import config as dicts
 from histjax import metrics
 from histjax.data.datasets import DataConfig, Dataset
 from histjax.data.pipeline import PipelineConfig
-from histjax.data.rows import RowConfig
+from histjax.data.rows import RowConfig, Rows
 from histjax.models.ranker import RankerConfig
 from histjax.training.losses import RankLossConfig
 from histjax.training.optimizer import OptimizerConfig
 
 SPLITS = ('train', 'validation', 'test')
-_FREE = (
-  'data.data_dir',
-  'data.manual_dir',
-  'keep_checkpoints',
-  'pipeline.num_threads',
-  'pipeline.prefetch',
-  'tensorboard',
-)
-"""Fields that a resumed run may change: they change no result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +56,12 @@ class TrainConfig:
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
-  num_epochs: int | None = None
-  num_steps: int | None = None
+  num_epochs: int | None = dataclasses.field(
+    default=None, metadata={'instead_of': 'num_steps'}
+  )
+  num_steps: int | None = dataclasses.field(
+    default=None, metadata={'instead_of': 'num_epochs'}
+  )
   eval_every: int | None = None
   checkpoint_every: int | None = None
   keep_checkpoints: int = 2
@@ -82,6 +77,7 @@ class TrainConfig:
   tensorboard: bool = True
 
   def __post_init__(self):
+    dicts.check_fields(self)
     if (self.num_epochs is None) == (self.num_steps is None):
       raise ValueError(
         f'num_epochs={self.num_epochs} and num_steps={self.num_steps}: set one '
@@ -206,37 +202,18 @@ class TrainConfig:
       )
 
 
-def check_same_run(
-  config: TrainConfig, old: dict[str, Any], workdir: pathlib.Path
-) -> None:
-  """Raises ValueError, with the fields, unless `old` is the same run.
-
-  Args:
-    config: the run that is asked for.
-    old: `to_dict` of the config of the one in `workdir`.
-    workdir: its folder.
-  """
-  lines = run_differences(old, config, ('in workdir', 'asked for'))
-  if lines:
+def check_kinds(config: object, dataset: object) -> None:
+  """Raises ValueError unless they are a `TrainConfig` and a `Dataset`."""
+  if not isinstance(config, TrainConfig):
     raise ValueError(
-      f'workdir={str(workdir)!r} holds a run of another config; name another '
-      'workdir, or take over these fields:\n' + '\n'.join(lines)
+      f'config is of type {type(config).__name__}; it must be a TrainConfig, '
+      'which histjax.config.from_dict makes of a dict'
     )
-
-
-def run_differences(
-  old: dict[str, Any], config: TrainConfig, names: tuple[str, str]
-) -> list[str]:
-  """`config.differences` in the fields that can change a run's result.
-
-  Args:
-    old: `to_dict` of a config.
-    config: the other.
-    names: what to call the two.
-  """
-  lines = dicts.differences(old, dicts.to_dict(config), names)
-  free = tuple(f'{field}:' for field in _FREE)
-  return [line for line in lines if not line.startswith(free)]
+  if dataset is not None and not isinstance(dataset, Dataset):
+    raise ValueError(
+      f'dataset is of type {type(dataset).__name__}; it must be a Dataset, as '
+      'histjax.data.datasets.load returns it, or None'
+    )
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
@@ -258,3 +235,31 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
         f'{SPLITS}: change how the data is split'
       )
     config.check_rows(f'{split} rows', dataset.splits[split].config)
+  for split in ('validation', 'test'):
+    _check_defined(config, split, dataset.splits[split])
+
+
+def _check_defined(config: TrainConfig, split: str, rows: Rows) -> None:
+  """Raises ValueError if a metric to select by has no value on the split."""
+  for name in config.criterion:
+    task, metric = name.rsplit('/', 1)
+    if metric == 'logloss':
+      continue
+    label = rows.log.labels[task][rows.events] == 1
+    group = np.zeros(len(label), np.int64)
+    if metric == 'gauc':
+      group = rows.log.user[rows.events]
+    positives = np.bincount(group, label)
+    count = np.bincount(group)
+    if not np.any((positives > 0) & (positives < count)):
+      what = (
+        f'no user has both labels of task {task!r} there'
+        if metric == 'gauc'
+        else f'all {len(label)} labels of task {task!r} there are '
+        f'{int(label.any())}'
+      )
+      raise ValueError(
+        f'select: {name!r} is undefined on the {split} split: {what}. Select '
+        f"another metric, as {{'{task}/logloss': 1.0}}, or change how the "
+        'data is split'
+      )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 from typing import Any
@@ -12,17 +11,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from histjax import config as dicts
 from histjax import metrics
 from histjax.data import datasets, pipeline
+from histjax.data import fingerprint as fingerprint_lib
 from histjax.models.ranker import Ranker
 from histjax.training import checkpoints as checkpoints_lib
 from histjax.training import config as config_lib
 from histjax.training import evaluation, sharding
+from histjax.training import identity as identity_lib
 from histjax.training import optimizer as optimizer_lib
 from histjax.training import report as report_lib
 from histjax.training import state as state_lib
 from histjax.training import step as step_lib
+from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.interrupt import Interrupt
 
@@ -55,20 +56,20 @@ def train_and_evaluate(
     The same, but for `interrupted`, is in metrics.json once it is finished.
 
   Raises:
-    ValueError: the config does not fit the dataset, or `workdir` holds a run
-      of another config; the message names the fields.
+    ValueError: the config does not fit the dataset, a metric to select by is
+      undefined on validation or test, or `workdir` holds a run of another
+      config (the message names the fields), of data that has changed, or of
+      another version of histjax.
     ImportError: `config.tensorboard` without tensorboardX.
     FloatingPointError: the loss, its gradient or the parameters are not
       finite. The checkpoints are those from before.
     OSError: `workdir` cannot be written to.
   """
-  workdir = checkpoints_lib.prepare_workdir(workdir)
+  config_lib.check_kinds(config, dataset)
+  workdir = workdir_lib.prepare(workdir)
   finished = report_lib.read_metrics(workdir)
   if finished is not None:
-    config_lib.check_same_run(config, finished.pop('config'), workdir)
-    if jax.process_index() == 0:
-      print(f'{workdir} holds this run, finished; its metrics are returned')
-    return {'interrupted': False, **finished}
+    return _finished(config, workdir, dataset, finished)
   if config.tensorboard:
     report_lib.tensorboard_writer()  # Fails now if it is not installed.
   with contextlib.ExitStack() as stack:
@@ -77,10 +78,13 @@ def train_and_evaluate(
     )
     meta = checkpoints.latest_meta()
     if meta is not None:
-      config_lib.check_same_run(config, meta['config'], workdir)
+      identity_lib.check_same_run(config, meta['config'], workdir)
     if dataset is None:
       dataset = datasets.load(config.data)
     config_lib.check_dataset(config, dataset)
+    digest = fingerprint_lib.fingerprint(dataset)
+    if meta is not None:
+      identity_lib.check_fingerprint(digest, meta['fingerprint'], workdir)
     mesh = sharding.data_mesh() if mesh is None else mesh
     batches = pipeline.train_batches(
       dataset.splits['train'],
@@ -91,9 +95,37 @@ def train_and_evaluate(
     )
     stack.enter_context(contextlib.closing(batches))
     interrupt = stack.enter_context(Interrupt())
-    run = _Run(config, workdir, dataset, mesh, batches, checkpoints, interrupt)
+    # What says of the files of a run which run it is.
+    identity = {'config': identity_lib.saved(config), 'fingerprint': digest}
+    run = _Run(
+      config, workdir, dataset, identity, mesh, batches, checkpoints, interrupt
+    )
     stack.enter_context(run.reporter)
     return run.result() if run.train() else run.interrupted()
+
+
+def _finished(
+  config: TrainConfig,
+  workdir: pathlib.Path,
+  dataset: datasets.Dataset | None,
+  values: dict[str, Any],
+) -> dict[str, Any]:
+  """The metrics of a finished run, if it is the one that is asked for."""
+  identity_lib.check_same_run(config, values.pop('config'), workdir)
+  if dataset is None:
+    try:
+      dataset = datasets.load(config.data)
+    except (ValueError, OSError) as e:
+      raise ValueError(
+        f'workdir={str(workdir)!r} holds this run, finished, but whether its '
+        f'data is still the same cannot be checked: {e}. Its metrics are in '
+        f'{report_lib.METRICS_FILE}'
+      ) from e
+  digest = fingerprint_lib.fingerprint(dataset)
+  identity_lib.check_fingerprint(digest, values.pop('fingerprint'), workdir)
+  if jax.process_index() == 0:
+    print(f'{workdir} holds this run, finished; its metrics are returned')
+  return {'interrupted': False, **values}
 
 
 @dataclasses.dataclass
@@ -116,6 +148,7 @@ class _Run:
     config: TrainConfig,
     workdir: pathlib.Path,
     dataset: datasets.Dataset,
+    identity: dict[str, Any],
     mesh: Mesh,
     batches: pipeline.BatchIterator,
     checkpoints: checkpoints_lib.Checkpoints,
@@ -124,6 +157,7 @@ class _Run:
     self.config = config
     self.workdir = workdir
     self.splits = dataset.splits
+    self.identity = identity
     self.mesh = mesh
     self.checkpoints = checkpoints
     self.interrupt = interrupt
@@ -179,7 +213,12 @@ class _Run:
       if self._is_due(self.eval_every) and (
         self.progress.evaluated_step < self.step
       ):
-        if not self._validate():
+        try:
+          evaluated = self._validate()
+        except Exception:
+          self._save()  # Nothing of training is lost to an evaluation.
+          raise
+        if not evaluated:
           break
         self._save()
       elif self._is_due(self.config.checkpoint_every):
@@ -220,9 +259,7 @@ class _Run:
       return self.interrupted()
     summary = self._summary(test=found.result())
     if jax.process_index() == 0:
-      report_lib.write_metrics(
-        self.workdir, {**summary, 'config': dicts.to_dict(self.config)}
-      )
+      report_lib.write_metrics(self.workdir, {**summary, **self.identity})
     self.reporter.scalars(
       self.step, {f'test/{k}': v for k, v in summary['test'].items()}
     )
@@ -301,13 +338,6 @@ class _Run:
 
   def _note(self, values: dict[str, float]) -> None:
     weights, progress = self.config.criterion, self.progress
-    undefined = [name for name in weights if math.isnan(values[name])]
-    if undefined:
-      raise ValueError(
-        f'select: {undefined} is undefined on the validation split, whose '
-        'labels are all the same (for GAUC: of each user); select another '
-        'metric'
-      )
     value, best = metrics.criterion(values, weights), progress.best_metrics
     if best is None or value > metrics.criterion(best, weights):
       progress.best_step, progress.best_metrics = self.step, values
@@ -334,7 +364,7 @@ class _Run:
       self.state,
       {
         'best_step': self.progress.best_step,
-        'config': dicts.to_dict(self.config),
+        **self.identity,
         'progress': dataclasses.asdict(self.progress),
         'data': self.batches.get_state(),
       },

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from histjax.training import integrity
+
 METRICS_FILE = 'metrics.json'
 
 
@@ -159,7 +161,7 @@ def format_metrics(values: Mapping[str, float]) -> str:
 
 def write_metrics(workdir: pathlib.Path, values: Mapping[str, Any]) -> None:
   """Writes metrics.json; see `write_json`."""
-  write_json(workdir / METRICS_FILE, values)
+  write_json(workdir / METRICS_FILE, {**values, 'format': integrity.FORMAT})
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
@@ -171,32 +173,48 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """What `write_json` wrote; null stays None."""
-  return json.loads(path.read_text())
+  """What `write_json` wrote; null stays None.
+
+  Raises:
+    ValueError: it is no JSON, or no dict; the message names the file.
+  """
+  try:
+    values = json.loads(path.read_text())
+  except ValueError as e:
+    raise ValueError(
+      f'{path} is no JSON ({e}); it was changed or cut off: put it back, or '
+      'delete it'
+    ) from e
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} has no dict, but {type(values).__name__}')
+  return values
 
 
 def read_metrics(workdir: pathlib.Path) -> dict[str, Any] | None:
   """What `write_metrics` wrote; null becomes NaN in metrics. None: nothing.
 
   Raises:
-    ValueError: the file is not one of ours.
+    ValueError: the file is not one of ours, or of another version.
   """
   path = workdir / METRICS_FILE
   if not path.exists():
     return None
   try:
     values = read_json(path)
+    found = values.pop('format', None)
     for split in ('validation', 'test'):
       values[split] = _with_nan(values[split])
     for entry in values['history']:
       if 'validation' in entry:
         entry['validation'] = _with_nan(entry['validation'])
-    values['config']  # A run without it cannot be told from another.
+    if found is not None:  # Older ones have no fingerprint.
+      values['config'], values['fingerprint']  # They tell runs apart.
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(
       f'{path} was not written by this version of histjax ({e!r}); name '
       'another workdir, or delete the file to train again'
     ) from e
+  integrity.check_format(path, found)
   return values
 
 

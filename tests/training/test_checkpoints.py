@@ -12,10 +12,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from histjax.models import ranker
-from histjax.training import checkpoints, optimizer, sharding, state
+from histjax.training import checkpoints, integrity, optimizer, sharding, state
 from tests import support
 
 MODEL = ranker.Ranker(support.config(encoder__num_layers=1))
@@ -109,6 +110,12 @@ class TestSaveAndRestore:
   def test_bad_requests(self, tmp_path):
     with pytest.raises(FileNotFoundError, match="none' has no folder 'check"):
       checkpoints.load_params(tmp_path / 'none')
+    (tmp_path / 'file').touch()
+    with pytest.raises(FileNotFoundError, match="file' is a file"):
+      checkpoints.load_params(tmp_path / 'file')
+    for load in (checkpoints.load_params, checkpoints.load_meta):
+      with pytest.raises(ValueError, match='is a URL'):
+        load('gs://bucket/run')
     (tmp_path / 'empty' / 'checkpoints').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match='no complete checkpoint'):
       checkpoints.load_params(tmp_path / 'empty')
@@ -254,13 +261,159 @@ class TestDamage:
     left = os.listdir(tmp_path / 'checkpoints')
     assert not any('tmp' in name for name in left), left
 
+  def test_what_is_set_aside_is_never_deleted(self, tmp_path):
+    folder = tmp_path / 'checkpoints'
+    save_some(tmp_path, [1])
+    for name in ('incomplete-2', 'incomplete-2-2', 'incomplete-2-3'):
+      save_some(tmp_path, [2])
+      (folder / '2' / 'params' / '_METADATA').unlink()
+      with checkpoints.Checkpoints(tmp_path) as manager:
+        manager.restore(new_state())
+      assert (folder / name / 'params' / 'manifest.ocdbt').exists()
+    assert steps_in(tmp_path) == [1]
 
-class TestWorkdir:
+  def test_a_file_that_was_cut_off(self, tmp_path):
+    last = save_some(tmp_path, [1])
+    save_some(tmp_path, [2])
+    found = max(
+      (tmp_path / 'checkpoints' / '2' / 'state').rglob('d/*'),
+      key=lambda p: p.stat().st_size,
+    )
+    os.truncate(found, found.stat().st_size - 1)
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      state, _ = manager.restore(new_state())
+    chex.assert_trees_all_equal(as_numpy(state), as_numpy(last))
+
+  @pytest.mark.parametrize('cut', [0, 20, None])
+  def test_a_copy_without_all_of_its_list(self, tmp_path, cut):
+    save_some(tmp_path, [1, 2])
+    path = tmp_path / 'checkpoints' / '2' / 'files.json'
+    path.unlink() if cut is None else os.truncate(path, cut)
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      assert manager.latest_meta()['at'] == 1
+
+  @pytest.mark.parametrize('best_is', ['gone', 'damaged'])
+  def test_the_best_is_lost(self, tmp_path, best_is):
+    save_some(tmp_path, [1, 2, 3], best=1)
+    folder = tmp_path / 'checkpoints' / '1'
+    shutil.rmtree(folder if best_is == 'gone' else folder / 'params')
+    before = files_in(tmp_path)
+    with (
+      checkpoints.Checkpoints(tmp_path) as manager,
+      pytest.raises(FileNotFoundError, match='the best on validation before'),
+    ):
+      manager.restore(new_state())
+    assert files_in(tmp_path) == before
+
+  def test_a_replacement_that_is_not_complete(self, tmp_path):
+    last = save_some(tmp_path, [1, 2])
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '2', folder / 'replaced-2')
+    shutil.rmtree(folder / '2' / 'state')
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      found, _ = manager.restore(new_state())
+    chex.assert_trees_all_equal(as_numpy(found), as_numpy(last))
+    assert sorted(os.listdir(folder)) == ['1', '2', 'incomplete-2']
+
+
+def files_in(workdir):
+  return sorted(str(p) for p in workdir.rglob('*'))
+
+
+class TestTransientErrors:
+  """What cannot be read now is no proof that anything is missing."""
+
+  def check(self, workdir, match):
+    """Reading fails, names the step and moves nothing."""
+    before = files_in(workdir)
+    with (
+      checkpoints.Checkpoints(workdir) as manager,
+      pytest.raises(OSError, match=match),
+    ):
+      manager.restore(new_state())
+    assert files_in(workdir) == before
+    with pytest.raises(OSError, match=match):
+      checkpoints.load_params(workdir, 'latest')
+    assert files_in(workdir) == before
+
   @pytest.mark.parametrize(
-    'parent, error', [('file', NotADirectoryError), ('/proc', OSError)]
+    'owner, name',
+    [
+      (ocp.CheckpointManager, 'restore'),
+      (ocp.CheckpointManager, 'item_metadata'),
+      (pathlib.Path, 'read_text'),
+      (pathlib.Path, 'stat'),
+    ],
   )
-  def test_cannot_be_written(self, tmp_path, parent, error):
-    (tmp_path / 'file').touch()
-    workdir = tmp_path / parent / 'run'
-    with pytest.raises(error, match=r"workdir='.*/run' cannot be written"):
-      checkpoints.Checkpoints(workdir)
+  @pytest.mark.parametrize('error', [OSError, ValueError])
+  def test_an_error_once(self, tmp_path, monkeypatch, owner, name, error):
+    last = save_some(tmp_path, [1, 2])
+    original = getattr(owner, name)
+
+    def fail(self, *args, **kwargs):
+      if owner is pathlib.Path and 'checkpoints/2/' not in str(self):
+        return original(self, *args, **kwargs)
+      raise error('stale handle')
+
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, fail)
+      self.check(
+        tmp_path, rf'of step 2, cannot be read \({error.__name__}: stale handle'
+      )
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      found, _ = manager.restore(new_state())
+    chex.assert_trees_all_equal(as_numpy(found), as_numpy(last))
+
+  @pytest.mark.parametrize('name', ['params/manifest.ocdbt', 'meta/metadata'])
+  def test_a_file_that_cannot_be_read(self, tmp_path, name):
+    # For root, too, which may read all files: a folder in its place.
+    save_some(tmp_path, [1, 2])
+    path = tmp_path / 'checkpoints' / '2' / name
+    path.rename(path.with_name('kept'))
+    path.mkdir()
+    self.check(tmp_path, 'of step 2, cannot be read')
+
+  def test_all_the_arrays_are_there_but_wrong(self, tmp_path):
+    save_some(tmp_path, [1, 2])
+    for path in (tmp_path / 'checkpoints' / '2' / 'params').rglob('d/*'):
+      path.write_bytes(bytes(path.stat().st_size))
+    self.check(tmp_path, 'of step 2, cannot be read')
+
+  def test_a_replaced_one_is_kept_until_the_new_one_can_be_read(
+    self, tmp_path, monkeypatch
+  ):
+    save_some(tmp_path, [1, 2])
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '2', folder / 'replaced-2')
+    before = files_in(tmp_path)
+
+    def fail(folder):
+      raise OSError(f'{folder}: stale handle')
+
+    with monkeypatch.context() as patch:
+      patch.setattr(integrity, 'missing', fail)
+      with pytest.raises(OSError, match='of step 2, cannot be read'):
+        checkpoints.Checkpoints(tmp_path)
+    assert files_in(tmp_path) == before
+
+
+class TestOtherVersions:
+  @pytest.mark.parametrize('found', [None, 0])
+  def test_are_refused_and_left_alone(self, tmp_path, monkeypatch, found):
+    with monkeypatch.context() as patch:
+      patch.setattr(integrity, 'FORMAT', found)
+      save_some(tmp_path, [1, 2])
+    if found is None:  # The first ones had no list either.
+      for path in tmp_path.rglob('files.json'):
+        path.unlink()
+    before = files_in(tmp_path)
+    message = 'written by another version of histjax.*train again in another'
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      with pytest.raises(ValueError, match=message):
+        manager.latest_meta()
+      with pytest.raises(ValueError, match=message):
+        manager.restore(new_state())
+    for load in (checkpoints.load_params, checkpoints.load_meta):
+      with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    assert files_in(tmp_path) == before

@@ -100,6 +100,7 @@ class TestMetricsFile:
       'test': {'a/auc': 0.25},
       'history': [{'step': 3, 'validation': {'a/gauc': math.nan}}],
       'config': {},
+      'fingerprint': 'f',
     }
     assert report.read_metrics(tmp_path) is None
     report.write_metrics(tmp_path, values)

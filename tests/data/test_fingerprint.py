@@ -1,0 +1,106 @@
+"""The fingerprint is of contents: all of them, and nothing else."""
+
+import dataclasses
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from histjax.data import datasets, synthetic
+from histjax.data.events import EventLog, FractionSplit
+from histjax.data.fingerprint import fingerprint
+from histjax.data.rows import RowConfig
+from histjax.schema import Categorical, Dense, Schema, Task
+
+SCHEMA = Schema(
+  user='user',
+  time='time',
+  request='request',
+  context=(Categorical('country', 8),),
+  item=(Categorical('item', 50), Dense('price')),
+  action=(Categorical('clicked', 2),),
+  tasks=(Task('click', column='clicked'),),
+  time_gap_buckets=8,
+)
+
+
+SPLIT = FractionSplit()
+ROWS = RowConfig()
+
+
+def columns():
+  rng = np.random.default_rng(0)
+  size = 60
+  user = np.sort(rng.integers(0, 6, size))
+  return {
+    'user': user,
+    'time': np.arange(size),
+    'request': np.arange(size) // 2,
+    'country': user % 3,
+    'item': rng.integers(0, 40, size),
+    'price': rng.random(size),
+    'clicked': rng.integers(0, 2, size),
+  }
+
+
+def of(values, *, split=SPLIT, rows=ROWS):
+  log = EventLog.from_columns(values, SCHEMA)
+  splits = {k: log.rows(mask, rows) for k, mask in split.masks(log).items()}
+  return fingerprint(datasets.Dataset(log.schema, splits, log))
+
+
+class FingerprintTest(parameterized.TestCase):
+  def test_the_same(self):
+    self.assertEqual(of(columns()), of(columns()))
+    self.assertLen(of(columns()), 64)
+    # Lists, and a column that is not read.
+    lists = {k: v.tolist() for k, v in columns().items()}
+    self.assertEqual(of({**lists, 'other': [0] * 60}), of(columns()))
+
+  @parameterized.parameters(*columns())
+  def test_one_value_of_any_column(self, name):
+    changed = columns()
+    last = changed[name][-1]
+    # The last event of a log: it is in the test split alone.
+    changed[name][-1] = 1 - last if name == 'clicked' else last + 1
+    if name == 'country':
+      changed[name][changed['user'] == changed['user'][-1]] = 5
+    self.assertNotEqual(of(changed), of(columns()))
+
+  def test_names_of_users(self):
+    text = {**columns(), 'user': [f'u{u}' for u in columns()['user']]}
+    other = {**columns(), 'user': [f'v{u}' for u in columns()['user']]}
+    self.assertNotEqual(of(text), of(other))
+
+  def test_two_values_swapped(self):
+    changed = columns()
+    a, b = 3, 4
+    changed['item'][[a, b]] = changed['item'][[b, a]]
+    self.assertNotEqual(changed['item'][a], changed['item'][b])
+    self.assertNotEqual(of(changed), of(columns()))
+
+  def test_splits_and_rows(self):
+    self.assertNotEqual(
+      of(columns(), split=FractionSplit(0.7, 0.2)), of(columns())
+    )
+    self.assertNotEqual(
+      of(columns(), rows=RowConfig(history_length=2)), of(columns())
+    )
+
+  def test_labels_of_one_split(self):
+    config = datasets.DataConfig(
+      synthetic=synthetic.SyntheticConfig(num_users=8, requests_per_user=4)
+    )
+    dataset = datasets.load(config)
+    self.assertEqual(fingerprint(dataset), fingerprint(datasets.load(config)))
+    log = dataset.log
+    labels = {k: 1 - v for k, v in log.labels.items()}
+    flipped = dataclasses.replace(log, labels=labels)
+    test = dataclasses.replace(dataset.splits['test'], log=flipped)
+    other = dataclasses.replace(
+      dataset, splits={**dataset.splits, 'test': test}
+    )
+    self.assertNotEqual(fingerprint(other), fingerprint(dataset))
+
+
+if __name__ == '__main__':
+  absltest.main()
