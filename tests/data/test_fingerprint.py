@@ -5,11 +5,14 @@ import dataclasses
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from histjax.data import datasets, synthetic
-from histjax.data.events import EventLog, FractionSplit
+from histjax.data import datasets
+from histjax.data.events import EventLog
 from histjax.data.fingerprint import fingerprint
-from histjax.data.rows import RowConfig
+from histjax.data.rows import RowConfig, make_rows
+from histjax.data.splits import FractionSplit
+from histjax.features import TimeGap
 from histjax.schema import Categorical, Dense, Schema, Task
+from tests.data import logs
 
 SCHEMA = Schema(
   user='user',
@@ -19,7 +22,6 @@ SCHEMA = Schema(
   item=(Categorical('item', 50), Dense('price')),
   action=(Categorical('clicked', 2),),
   tasks=(Task('click', column='clicked'),),
-  time_gap_buckets=8,
 )
 
 
@@ -44,7 +46,9 @@ def columns():
 
 def of(values, *, split=SPLIT, rows=ROWS):
   log = EventLog.from_columns(values, SCHEMA)
-  splits = {k: log.rows(mask, rows) for k, mask in split.masks(log).items()}
+  log, gaps = logs.derive(log, TimeGap(8))
+  masks = split.masks(log).items()
+  splits = {k: make_rows(log, mask, rows, gaps) for k, mask in masks}
   return fingerprint(datasets.Dataset(log.schema, splits, log))
 
 
@@ -88,7 +92,7 @@ class FingerprintTest(parameterized.TestCase):
 
   def test_labels_of_one_split(self):
     config = datasets.DataConfig(
-      synthetic=synthetic.SyntheticConfig(num_users=8, requests_per_user=4)
+      datasets.Synthetic(num_users=8, requests_per_user=4)
     )
     dataset = datasets.load(config)
     self.assertEqual(fingerprint(dataset), fingerprint(datasets.load(config)))

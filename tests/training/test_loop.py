@@ -18,6 +18,7 @@ import pytest
 
 from histjax import config as config_lib
 from histjax import metrics
+from histjax.data import rows as rows_lib
 from histjax.models import ranker
 from histjax.training import checkpoints, evaluation, loop
 from histjax.training import config as train_config
