@@ -48,10 +48,10 @@ def mesh(num_devices=1):
   return sharding.data_mesh(jax.devices()[:num_devices])
 
 
-def run(workdir, *, num_devices=1, config=CONFIG, **changes):
+def run(workdir, *, num_devices=1, config=CONFIG, data_of=None, **changes):
   return loop.train_and_evaluate(
     dataclasses.replace(config, **changes),
     workdir,
-    dataset=dataset(),
+    dataset=data_of or dataset(),
     mesh=mesh(num_devices),
   )
