@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,39 +18,13 @@ import pytest
 
 from histjax import config as config_lib
 from histjax import metrics
-from histjax.data import datasets, fingerprint
 from histjax.models import ranker
 from histjax.training import checkpoints, evaluation, loop
 from histjax.training import config as train_config
 from histjax.training import optimizer as optimizer_lib
-from histjax.training import state as state_lib
 from tests.training import runs
 
 CONFIG = runs.CONFIG
-
-
-def saved(workdir, *, average=False):
-  """Everything in the latest checkpoint."""
-  tx = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.num_steps)
-  template = state_lib.create_state(
-    ranker.Ranker(CONFIG.model), tx, CONFIG.model.schema, 0, average=average
-  )
-  with checkpoints.Checkpoints(workdir) as manager:
-    state, meta = manager.restore(template)
-  return jax.device_get(
-    dataclasses.replace(state, rng=jax.random.key_data(state.rng))
-  ), meta
-
-
-def assert_same_run(workdir, other, *, average=False):
-  """Parameters, optimizer, position, history and metrics, to the bit."""
-  state, meta = saved(workdir, average=average)
-  other_state, other_meta = saved(other, average=average)
-  chex.assert_trees_all_equal(state, other_state)
-  np.testing.assert_equal(meta, other_meta)
-  assert (workdir / 'metrics.json').read_text() == (
-    other / 'metrics.json'
-  ).read_text()
 
 
 def on_call(monkeypatch, module, name, number, action):
@@ -79,13 +52,6 @@ def send(number):
     os.kill(os.getpid(), number)
 
   return action
-
-
-@pytest.fixture(scope='module')
-def straight(tmp_path_factory):
-  """A run without interruption: `(workdir, result)`."""
-  workdir = tmp_path_factory.mktemp('straight')
-  return workdir, runs.run(workdir)
 
 
 class TestRun:
@@ -165,7 +131,7 @@ class TestRun:
     assert result['step'] == len(values) < 30
     assert result['best_step'] == result['step'] - 2
     assert 'click/auc has not improved for 2' in capsys.readouterr().out
-    assert saved(tmp_path)[1]['progress']['stopped']
+    assert runs.saved(tmp_path)[1]['progress']['stopped']
 
   def test_epochs(self, tmp_path):
     result = runs.run(
@@ -213,7 +179,7 @@ class TestResume:
     ]
     result = runs.run(tmp_path)
     np.testing.assert_equal(result, straight[1])
-    assert_same_run(tmp_path, straight[0])
+    runs.assert_same_run(tmp_path, straight[0])
 
   @pytest.mark.parametrize('call', [2, 5, 8])
   def test_signal_during_evaluation(
@@ -227,7 +193,7 @@ class TestResume:
       result = runs.run(tmp_path)
     assert result['interrupted']
     np.testing.assert_equal(runs.run(tmp_path), straight[1])
-    assert_same_run(tmp_path, straight[0])
+    runs.assert_same_run(tmp_path, straight[0])
 
   @pytest.mark.parametrize('call', [8, 12])
   def test_crash(self, straight, tmp_path, monkeypatch, call):
@@ -245,7 +211,9 @@ class TestResume:
     other = dataclasses.replace(CONFIG.pipeline, num_threads=0, prefetch=1)
     result = runs.run(tmp_path, pipeline=other, keep_checkpoints=1)
     np.testing.assert_equal(result, straight[1])
-    chex.assert_trees_all_equal(saved(tmp_path)[0], saved(straight[0])[0])
+    chex.assert_trees_all_equal(
+      runs.saved(tmp_path)[0], runs.saved(straight[0])[0]
+    )
 
   def test_eight_devices(self, tmp_path, monkeypatch):
     changes = {'num_devices': 8, 'num_steps': 6, 'eval_every': 6}
@@ -254,7 +222,7 @@ class TestResume:
       on_call(patch, loop.step_lib, 'make_train_step', 2, send(signal.SIGTERM))
       assert runs.run(tmp_path / 'stopped', **changes)['interrupted']
     np.testing.assert_equal(runs.run(tmp_path / 'stopped', **changes), straight)
-    assert_same_run(tmp_path / 'straight', tmp_path / 'stopped')
+    runs.assert_same_run(tmp_path / 'straight', tmp_path / 'stopped')
 
   def test_a_process_that_gets_sigterm_exits_with_0(self, straight, tmp_path):
     code = textwrap.dedent(f"""
@@ -278,7 +246,7 @@ class TestResume:
     assert process.returncode == 0
     assert 'by SIGTERM; saved' in rest and rest.endswith('True\n')
     np.testing.assert_equal(runs.run(tmp_path), straight[1])
-    assert_same_run(tmp_path, straight[0])
+    runs.assert_same_run(tmp_path, straight[0])
 
 
 class TestAverage:
@@ -291,10 +259,12 @@ class TestAverage:
       assert runs.run(tmp_path / 'stopped', average=0.8)['interrupted']
     again = runs.run(tmp_path / 'stopped', average=0.8)
     np.testing.assert_equal(again, result)
-    assert_same_run(tmp_path / 'straight', tmp_path / 'stopped', average=True)
-    state, _ = saved(tmp_path / 'stopped', average=True)
+    runs.assert_same_run(
+      tmp_path / 'straight', tmp_path / 'stopped', average=True
+    )
+    state, _ = runs.saved(tmp_path / 'stopped', average=True)
     # Averaging changes no update.
-    chex.assert_trees_all_equal(state.params, saved(straight[0])[0].params)
+    chex.assert_trees_all_equal(state.params, runs.saved(straight[0])[0].params)
     latest, _ = checkpoints.load_params(tmp_path / 'stopped', 'latest')
     chex.assert_trees_all_equal(jax.device_get(latest), state.average)
     last = result['history'][-1]
@@ -386,108 +356,6 @@ class TestFailures:
     (tmp_path / 'file').touch()
     with pytest.raises(FileExistsError, match=r"workdir='.*file' cannot be"):
       runs.run(tmp_path / 'file')
-
-
-class TestOtherData:
-  """A run goes on, and a finished one is returned, for the same data alone."""
-
-  def test_a_finished_run(self, straight):
-    before = (straight[0] / 'metrics.json').read_text()
-    with pytest.raises(ValueError, match='the data has changed since this run'):
-      runs.run(straight[0], data_of=flipped())
-    assert (straight[0] / 'metrics.json').read_text() == before
-
-  def test_an_interrupted_run(self, straight, tmp_path):
-    # As if stopped just before it was tested.
-    shutil.copytree(straight[0] / 'checkpoints', tmp_path / 'checkpoints')
-    with pytest.raises(ValueError, match='the data has changed since this run'):
-      runs.run(tmp_path, data_of=flipped())
-    np.testing.assert_equal(runs.run(tmp_path), straight[1])
-
-  def test_the_data_is_not_to_be_had(self, straight, monkeypatch):
-    def fail(config):
-      raise FileNotFoundError('log.parquet does not exist')
-
-    monkeypatch.setattr(datasets, 'load', fail)
-    with pytest.raises(
-      ValueError, match=r'finished, but .* cannot be checked: log\.parquet'
-    ):
-      loop.train_and_evaluate(CONFIG, straight[0])
-
-  def test_it_is_kept_with_the_run(self, straight):
-    digest = fingerprint.fingerprint(runs.dataset())
-    assert checkpoints.load_meta(straight[0])['fingerprint'] == digest
-    written = json.loads((straight[0] / 'metrics.json').read_text())
-    assert written['fingerprint'] == digest
-
-
-def flipped():
-  """The data with other labels."""
-  data = runs.dataset()
-  labels = {k: 1 - v for k, v in data.log.labels.items()}
-  log = dataclasses.replace(data.log, labels=labels)
-  splits = {
-    k: dataclasses.replace(rows, log=log) for k, rows in data.splits.items()
-  }
-  return dataclasses.replace(data, log=log, splits=splits)
-
-
-class TestNothingIsLost:
-  """An evaluation that fails costs no training."""
-
-  @pytest.mark.parametrize('call, step', [(1, 5), (4, 12)])
-  def test_to_an_evaluation_that_fails(
-    self, straight, tmp_path, monkeypatch, call, step
-  ):
-    # The first validation, and the test after the third.
-    original, calls = evaluation.predict, []
-
-    def fail(*args, **kwargs):
-      calls.append(1)
-      if len(calls) == call:
-        raise MemoryError('out of memory')
-      return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-      patch.setattr(evaluation, 'predict', fail)
-      with pytest.raises(MemoryError):
-        runs.run(tmp_path)
-    assert saved(tmp_path)[0].step == step
-    np.testing.assert_equal(runs.run(tmp_path), straight[1])
-    assert_same_run(tmp_path, straight[0])
-
-
-class TestWrongKinds:
-  def test_config_and_dataset(self, tmp_path):
-    for config, dataset, message in (
-      ({'seed': 1}, None, 'config is of type dict; it must be a TrainConfig'),
-      ('config.py', None, 'config is of type str'),
-      (CONFIG, 'log.csv', 'dataset is of type str; it must be a Dataset'),
-      (CONFIG, [1], 'dataset is of type list'),
-    ):
-      with pytest.raises(ValueError, match=message):
-        loop.train_and_evaluate(config, tmp_path / 'new', dataset=dataset)
-    assert not (tmp_path / 'new').exists()
-
-  @pytest.mark.parametrize(
-    'text, message',
-    [
-      ('', r'metrics\.json is no JSON'),
-      ('{"test": ', r'metrics\.json is no JSON'),
-      ('[1, 2]', r'metrics\.json has no dict, but list'),
-      ('\xff', r'metrics\.json is no JSON'),
-      ('{"format": 1}', "was not written by this version of histjax.*'valid"),
-      (
-        '{"validation": {}, "test": {}, "history": [], "config": {}}',
-        'was written by another version of histjax.*an earlier version',
-      ),
-    ],
-  )
-  def test_metrics_that_are_none(self, tmp_path, text, message):
-    (tmp_path / 'metrics.json').write_bytes(text.encode('latin-1'))
-    with pytest.raises(ValueError, match=message):
-      runs.run(tmp_path)
-    assert os.listdir(tmp_path) == ['metrics.json']
 
 
 class TestEvaluation:
