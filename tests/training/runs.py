@@ -3,13 +3,17 @@
 import dataclasses
 import functools
 
+import chex
 import jax
+import numpy as np
 
 from histjax.data import datasets, pipeline, synthetic
 from histjax.models import ranker
 from histjax.nn import encoder, interaction
+from histjax.training import checkpoints, loop, sharding
 from histjax.training import config as config_lib
-from histjax.training import loop, sharding
+from histjax.training import optimizer as optimizer_lib
+from histjax.training import state as state_lib
 
 DATA = datasets.DataConfig(
   datasets.Synthetic(
@@ -48,10 +52,34 @@ def mesh(num_devices=1):
   return sharding.data_mesh(jax.devices()[:num_devices])
 
 
-def run(workdir, *, num_devices=1, config=CONFIG, **changes):
+def run(workdir, *, num_devices=1, config=CONFIG, data_of=None, **changes):
   return loop.train_and_evaluate(
     dataclasses.replace(config, **changes),
     workdir,
-    dataset=dataset(),
+    dataset=data_of or dataset(),
     mesh=mesh(num_devices),
   )
+
+
+def saved(workdir, *, average=False):
+  """Everything in the latest checkpoint."""
+  tx = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.num_steps)
+  template = state_lib.create_state(
+    ranker.Ranker(CONFIG.model), tx, CONFIG.model.schema, 0, average=average
+  )
+  with checkpoints.Checkpoints(workdir) as manager:
+    state, meta = manager.restore(template)
+  return jax.device_get(
+    dataclasses.replace(state, rng=jax.random.key_data(state.rng))
+  ), meta
+
+
+def assert_same_run(workdir, other, *, average=False):
+  """Parameters, optimizer, position, history and metrics, to the bit."""
+  state, meta = saved(workdir, average=average)
+  other_state, other_meta = saved(other, average=average)
+  chex.assert_trees_all_equal(state, other_state)
+  np.testing.assert_equal(meta, other_meta)
+  assert (workdir / 'metrics.json').read_text() == (
+    other / 'metrics.json'
+  ).read_text()

@@ -12,11 +12,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from histjax.models import ranker
-from histjax.training import checkpoints, integrity, optimizer, sharding, state
+from histjax.training import checkpoints, optimizer, sharding, state
 from tests import support
 
 MODEL = ranker.Ranker(support.config(encoder__num_layers=1))
@@ -61,6 +60,10 @@ def steps_in(workdir):
   return sorted(
     int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()
   )
+
+
+def files_in(workdir):
+  return sorted(str(p) for p in workdir.rglob('*'))
 
 
 class TestSaveAndRestore:
@@ -314,106 +317,3 @@ class TestDamage:
       found, _ = manager.restore(new_state())
     chex.assert_trees_all_equal(as_numpy(found), as_numpy(last))
     assert sorted(os.listdir(folder)) == ['1', '2', 'incomplete-2']
-
-
-def files_in(workdir):
-  return sorted(str(p) for p in workdir.rglob('*'))
-
-
-class TestTransientErrors:
-  """What cannot be read now is no proof that anything is missing."""
-
-  def check(self, workdir, match):
-    """Reading fails, names the step and moves nothing."""
-    before = files_in(workdir)
-    with (
-      checkpoints.Checkpoints(workdir) as manager,
-      pytest.raises(OSError, match=match),
-    ):
-      manager.restore(new_state())
-    assert files_in(workdir) == before
-    with pytest.raises(OSError, match=match):
-      checkpoints.load_params(workdir, 'latest')
-    assert files_in(workdir) == before
-
-  @pytest.mark.parametrize(
-    'owner, name',
-    [
-      (ocp.CheckpointManager, 'restore'),
-      (ocp.CheckpointManager, 'item_metadata'),
-      (pathlib.Path, 'read_text'),
-      (pathlib.Path, 'stat'),
-    ],
-  )
-  @pytest.mark.parametrize('error', [OSError, ValueError])
-  def test_an_error_once(self, tmp_path, monkeypatch, owner, name, error):
-    last = save_some(tmp_path, [1, 2])
-    original = getattr(owner, name)
-
-    def fail(self, *args, **kwargs):
-      if owner is pathlib.Path and 'checkpoints/2/' not in str(self):
-        return original(self, *args, **kwargs)
-      raise error('stale handle')
-
-    with monkeypatch.context() as patch:
-      patch.setattr(owner, name, fail)
-      self.check(
-        tmp_path, rf'of step 2, cannot be read \({error.__name__}: stale handle'
-      )
-    with checkpoints.Checkpoints(tmp_path) as manager:
-      found, _ = manager.restore(new_state())
-    chex.assert_trees_all_equal(as_numpy(found), as_numpy(last))
-
-  @pytest.mark.parametrize('name', ['params/manifest.ocdbt', 'meta/metadata'])
-  def test_a_file_that_cannot_be_read(self, tmp_path, name):
-    # For root, too, which may read all files: a folder in its place.
-    save_some(tmp_path, [1, 2])
-    path = tmp_path / 'checkpoints' / '2' / name
-    path.rename(path.with_name('kept'))
-    path.mkdir()
-    self.check(tmp_path, 'of step 2, cannot be read')
-
-  def test_all_the_arrays_are_there_but_wrong(self, tmp_path):
-    save_some(tmp_path, [1, 2])
-    for path in (tmp_path / 'checkpoints' / '2' / 'params').rglob('d/*'):
-      path.write_bytes(bytes(path.stat().st_size))
-    self.check(tmp_path, 'of step 2, cannot be read')
-
-  def test_a_replaced_one_is_kept_until_the_new_one_can_be_read(
-    self, tmp_path, monkeypatch
-  ):
-    save_some(tmp_path, [1, 2])
-    folder = tmp_path / 'checkpoints'
-    shutil.copytree(folder / '2', folder / 'replaced-2')
-    before = files_in(tmp_path)
-
-    def fail(folder):
-      raise OSError(f'{folder}: stale handle')
-
-    with monkeypatch.context() as patch:
-      patch.setattr(integrity, 'missing', fail)
-      with pytest.raises(OSError, match='of step 2, cannot be read'):
-        checkpoints.Checkpoints(tmp_path)
-    assert files_in(tmp_path) == before
-
-
-class TestOtherVersions:
-  @pytest.mark.parametrize('found', [None, 0])
-  def test_are_refused_and_left_alone(self, tmp_path, monkeypatch, found):
-    with monkeypatch.context() as patch:
-      patch.setattr(integrity, 'FORMAT', found)
-      save_some(tmp_path, [1, 2])
-    if found is None:  # The first ones had no list either.
-      for path in tmp_path.rglob('files.json'):
-        path.unlink()
-    before = files_in(tmp_path)
-    message = 'written by another version of histjax.*train again in another'
-    with checkpoints.Checkpoints(tmp_path) as manager:
-      with pytest.raises(ValueError, match=message):
-        manager.latest_meta()
-      with pytest.raises(ValueError, match=message):
-        manager.restore(new_state())
-    for load in (checkpoints.load_params, checkpoints.load_meta):
-      with pytest.raises(ValueError, match=message):
-        load(tmp_path)
-    assert files_in(tmp_path) == before

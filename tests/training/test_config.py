@@ -1,7 +1,9 @@
 """Runs that cannot be right are refused before they start."""
 
 import dataclasses
+import types
 
+import numpy as np
 import pytest
 
 from histjax.data import rows
@@ -126,3 +128,53 @@ def test_what_the_best_is_chosen_by():
   assert make().criterion == {'click/auc': 1.0}
   select = {'auc': 1.0, 'like/ne': 0.3, 'click/auc': 2.0, 'gauc': 0.0}
   assert make(select=select).criterion == {'click/auc': 3.0, 'like/ne': 0.3}
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'num_steps': '10'}, "num_steps='10' is of type str; it must be int"),
+    ({'num_steps': [10]}, r'num_steps=\[10\] is of type list'),
+    ({'seed': 1.0}, 'seed=1.0 is of type float'),
+    ({'patience': True}, 'patience=True is of type bool'),
+    ({'select': ['auc']}, r"select=\['auc'\] is of type list"),
+    ({'select': {'auc': '1'}}, "select.auc='1' is of type str"),
+    ({'task_weights': 1.0}, 'task_weights=1.0 is of type float'),
+    ({'model': {}}, 'schema is missing'),
+    ({'data': 'log.csv'}, "data='log.csv' is of type str; it must be DataConf"),
+    ({'average': '0.9'}, "average='0.9' is of type str"),
+  ],
+)
+def test_values_of_the_wrong_kind(fields, message):
+  with pytest.raises(ValueError, match=message):
+    make(**fields)
+
+
+class TestMetricsToSelectBy:
+  """They must be defined on validation and test, before training."""
+
+  def check(self, labels, user, select):
+    log = types.SimpleNamespace(labels=labels, user=np.asarray(user))
+    split = types.SimpleNamespace(log=log, events=np.arange(1, len(user)))
+    config_lib._check_defined(make(select=select), 'test', split)
+
+  @pytest.mark.parametrize(
+    'click, user, select, message',
+    [
+      # Event 0 is in another split, and does not count.
+      ([0, 1, 1, 1], [0, 0, 1, 1], {'auc': 1.0}, "click/auc' .* are 1"),
+      ([1, 0, 0, 0], [0, 0, 1, 1], {'ne': 1.0}, "click/ne' .* are 0"),
+      ([0, 1, 0, 0], [0, 0, 1, 1], {'auc': 1, 'gauc': 1}, 'no user has both'),
+      ([1, 1, 1, 0], [0, 0, 1, 1], {'gauc': 1.0}, None),
+      ([0, 1, 0, 0], [0, 0, 1, 1], {'auc': 1.0, 'ne': 1.0}, None),
+      ([1, 1, 1, 1], [0, 0, 1, 1], {'logloss': 1.0}, None),
+      ([1, 1, 1, 1], [0, 0, 1, 1], {'like/auc': 1.0, 'auc': 0.0}, None),
+    ],
+  )
+  def test_one(self, click, user, select, message):
+    labels = {'click': np.asarray(click), 'like': np.asarray([0, 1, 0, 1])}
+    if message is None:
+      self.check(labels, user, select)
+      return
+    with pytest.raises(ValueError, match=message):
+      self.check(labels, user, select)

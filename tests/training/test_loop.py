@@ -23,34 +23,9 @@ from histjax.models import ranker
 from histjax.training import checkpoints, evaluation, loop
 from histjax.training import config as train_config
 from histjax.training import optimizer as optimizer_lib
-from histjax.training import state as state_lib
 from tests.training import runs
 
 CONFIG = runs.CONFIG
-
-
-def saved(workdir, *, average=False):
-  """Everything in the latest checkpoint."""
-  tx = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.num_steps)
-  template = state_lib.create_state(
-    ranker.Ranker(CONFIG.model), tx, CONFIG.model.schema, 0, average=average
-  )
-  with checkpoints.Checkpoints(workdir) as manager:
-    state, meta = manager.restore(template)
-  return jax.device_get(
-    dataclasses.replace(state, rng=jax.random.key_data(state.rng))
-  ), meta
-
-
-def assert_same_run(workdir, other, *, average=False):
-  """Parameters, optimizer, position, history and metrics, to the bit."""
-  state, meta = saved(workdir, average=average)
-  other_state, other_meta = saved(other, average=average)
-  chex.assert_trees_all_equal(state, other_state)
-  np.testing.assert_equal(meta, other_meta)
-  assert (workdir / 'metrics.json').read_text() == (
-    other / 'metrics.json'
-  ).read_text()
 
 
 def on_call(monkeypatch, module, name, number, action):
@@ -78,13 +53,6 @@ def send(number):
     os.kill(os.getpid(), number)
 
   return action
-
-
-@pytest.fixture(scope='module')
-def straight(tmp_path_factory):
-  """A run without interruption: `(workdir, result)`."""
-  workdir = tmp_path_factory.mktemp('straight')
-  return workdir, runs.run(workdir)
 
 
 class TestRun:
@@ -164,7 +132,7 @@ class TestRun:
     assert result['step'] == len(values) < 30
     assert result['best_step'] == result['step'] - 2
     assert 'click/auc has not improved for 2' in capsys.readouterr().out
-    assert saved(tmp_path)[1]['progress']['stopped']
+    assert runs.saved(tmp_path)[1]['progress']['stopped']
 
   def test_epochs(self, tmp_path):
     result = runs.run(
@@ -212,7 +180,7 @@ class TestResume:
     ]
     result = runs.run(tmp_path)
     np.testing.assert_equal(result, straight[1])
-    assert_same_run(tmp_path, straight[0])
+    runs.assert_same_run(tmp_path, straight[0])
 
   @pytest.mark.parametrize('call', [2, 5, 8])
   def test_signal_during_evaluation(
@@ -226,7 +194,7 @@ class TestResume:
       result = runs.run(tmp_path)
     assert result['interrupted']
     np.testing.assert_equal(runs.run(tmp_path), straight[1])
-    assert_same_run(tmp_path, straight[0])
+    runs.assert_same_run(tmp_path, straight[0])
 
   @pytest.mark.parametrize('call', [8, 12])
   def test_crash(self, straight, tmp_path, monkeypatch, call):
@@ -244,7 +212,9 @@ class TestResume:
     other = dataclasses.replace(CONFIG.pipeline, num_threads=0, prefetch=1)
     result = runs.run(tmp_path, pipeline=other, keep_checkpoints=1)
     np.testing.assert_equal(result, straight[1])
-    chex.assert_trees_all_equal(saved(tmp_path)[0], saved(straight[0])[0])
+    chex.assert_trees_all_equal(
+      runs.saved(tmp_path)[0], runs.saved(straight[0])[0]
+    )
 
   def test_eight_devices(self, tmp_path, monkeypatch):
     changes = {'num_devices': 8, 'num_steps': 6, 'eval_every': 6}
@@ -253,7 +223,7 @@ class TestResume:
       on_call(patch, loop.step_lib, 'make_train_step', 2, send(signal.SIGTERM))
       assert runs.run(tmp_path / 'stopped', **changes)['interrupted']
     np.testing.assert_equal(runs.run(tmp_path / 'stopped', **changes), straight)
-    assert_same_run(tmp_path / 'straight', tmp_path / 'stopped')
+    runs.assert_same_run(tmp_path / 'straight', tmp_path / 'stopped')
 
   def test_a_process_that_gets_sigterm_exits_with_0(self, straight, tmp_path):
     code = textwrap.dedent(f"""
@@ -277,7 +247,7 @@ class TestResume:
     assert process.returncode == 0
     assert 'by SIGTERM; saved' in rest and rest.endswith('True\n')
     np.testing.assert_equal(runs.run(tmp_path), straight[1])
-    assert_same_run(tmp_path, straight[0])
+    runs.assert_same_run(tmp_path, straight[0])
 
 
 class TestAverage:
@@ -290,10 +260,12 @@ class TestAverage:
       assert runs.run(tmp_path / 'stopped', average=0.8)['interrupted']
     again = runs.run(tmp_path / 'stopped', average=0.8)
     np.testing.assert_equal(again, result)
-    assert_same_run(tmp_path / 'straight', tmp_path / 'stopped', average=True)
-    state, _ = saved(tmp_path / 'stopped', average=True)
+    runs.assert_same_run(
+      tmp_path / 'straight', tmp_path / 'stopped', average=True
+    )
+    state, _ = runs.saved(tmp_path / 'stopped', average=True)
     # Averaging changes no update.
-    chex.assert_trees_all_equal(state.params, saved(straight[0])[0].params)
+    chex.assert_trees_all_equal(state.params, runs.saved(straight[0])[0].params)
     latest, _ = checkpoints.load_params(tmp_path / 'stopped', 'latest')
     chex.assert_trees_all_equal(jax.device_get(latest), state.average)
     last = result['history'][-1]
@@ -369,8 +341,13 @@ class TestFailures:
     data = dataclasses.replace(
       data, splits={**data.splits, 'validation': validation}
     )
-    with pytest.raises(ValueError, match=r"select: \['click/auc'\] is undef"):
+    with pytest.raises(
+      ValueError,
+      match=r"select: 'click/auc' is undefined on the validation split: all "
+      r'80 labels .* are 1\. Select another metric, as .*click/logloss',
+    ):
       loop.train_and_evaluate(CONFIG, tmp_path, dataset=data, mesh=runs.mesh())
+    assert not any((tmp_path / 'checkpoints').glob('*'))  # Before step 1.
 
   def test_a_foreign_metrics_file(self, tmp_path):
     (tmp_path / 'metrics.json').write_text('{"auc": 1}')
