@@ -290,8 +290,10 @@ def members(hint: Any) -> dict[str, type]:
   """
   if _is_abstract(hint):
     found = [c for c in _subclasses(hint) if not inspect.isabstract(c)]
-  else:
+  elif typing.get_origin(hint) in (Union, types.UnionType):
     found = [a for a in typing.get_args(hint) if _is_dataclass(a)]
+  else:
+    found = []
   return {_snake_case(c.__name__): c for c in found}
 
 

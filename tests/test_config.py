@@ -81,7 +81,7 @@ class RoundTripTest(parameterized.TestCase):
         ),
         action=(schema_lib.Categorical('rating', 5),),
         tasks=(schema_lib.Task('like', threshold=4.0),),
-        time_gap_buckets=3,
+        derived=(schema_lib.Categorical('time_gap', 3),),
       ),
       encoder=encoder.EncoderConfig(window=7),
       interaction=interaction.InteractionConfig(),

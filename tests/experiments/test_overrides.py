@@ -29,20 +29,23 @@ def at(values, path):
   return values
 
 
-def leaves(cls, path=''):
-  """`(path, type)` of all fields that are no dataclass; one of each union."""
+def leaves(cls, path='', tags=()):
+  """`(path, type, tags)` of all fields that are no dataclass.
+
+  `tags` are the flags that choose members of unions on the way.
+  """
   for name, hint in typing.get_type_hints(cls).items():
     classes = overrides._classes(hint)
-    if hint is Schema or classes.get('schema') is Schema:
+    if hint is Schema or name == 'features':
       continue  # Which columns there are is for the file to say.
     if not classes:
-      yield f'{path}{name}', hint
+      yield f'{path}{name}', hint, tags
     for tag, member in classes.items():
-      start = f'{path}{name}.'
+      start, chosen = f'{path}{name}.', tags
       if len(classes) > 1:
-        yield f'{start}type', tag
-      for leaf, kind in leaves(member, start):
-        yield (leaf, kind) if len(classes) == 1 else (f'{tag}|{leaf}', kind)
+        yield f'{start}type', tag, tags
+        chosen = (*tags, f'--config.{start}type={tag}')
+      yield from leaves(member, start, chosen)
 
 
 def others(hint):
@@ -78,25 +81,23 @@ OTHERS = {
 LEAVES = list(leaves(TrainConfig))
 
 
-@pytest.mark.parametrize('path, hint', LEAVES, ids=[p for p, _ in LEAVES])
-def test_every_field(path, hint):
-  tag, _, path = path.rpartition('|')
-  first = []
-  if tag:
-    first = [f'--config.{path.rpartition(".")[0]}.type={tag}']
+@pytest.mark.parametrize(
+  'path, hint, tags', LEAVES, ids=[path for path, *_ in LEAVES]
+)
+def test_every_field(path, hint, tags):
   if isinstance(hint, str):  # The tag of a union.
-    assert at(put(f'--config.{path}={hint}'), path) == hint
+    assert at(put(*tags, f'--config.{path}={hint}'), path) == hint
     return
   tried = list(others(hint))
   assert tried
   for text, value in tried:
-    found = at(put(*first, f'--config.{path}={text}'), path)
+    found = at(put(*tags, f'--config.{path}={text}'), path)
     assert found == value and type(found) is type(value), text
     config_lib._decode(hint, found, path)  # As `from_dict` wants it.
 
 
 def test_there_are_all_fields():
-  names = {path.split('|')[-1].partition('.')[0] for path, _ in LEAVES}
+  names = {path.partition('.')[0] for path, *_ in LEAVES}
   assert names == {f.name for f in dataclasses.fields(TrainConfig)}
   assert len(LEAVES) > 70
 
@@ -132,24 +133,43 @@ def test_values(flags, path, value):
   config_util.config_dict(values)  # Is a config.
 
 
+EVENTS = {
+  'source': {
+    'type': 'events',
+    'paths': ['log.csv'],
+    'schema': {
+      'user': 'user',
+      'time': 'time',
+      'item': [{'type': 'categorical', 'name': 'a', 'size': 3}],
+      'tasks': [{'name': 'y'}],
+    },
+    'split': {'type': 'fraction_split', 'train': 0.5},
+  }
+}
+
+
 def test_a_union_has_the_fields_of_its_type_alone():
+  base = {**BASE, 'data': EVENTS}
+  split = '--config.data.source.split'
   # In any order.
   values = put(
-    '--config.data.split.test_start=2022-05-03',
-    '--config.data.split.type=timesplit',
-    '--config.data.split.validation_start=17',
+    f'{split}.test_start=2022-05-03',
+    f'{split}.type=time_split',
+    f'{split}.validation_start=17',
+    base=base,
   )
-  assert values['data']['split'] == {
-    'type': 'timesplit',
+  assert values['data']['source']['split'] == {
+    'type': 'time_split',
     'validation_start': 17,
     'test_start': '2022-05-03',
   }
   config_util.config_dict(values)
-  back = put('--config.data.split.type=fractionsplit', base=values)
-  assert back['data']['split'] == {'type': 'fractionsplit'}
-  same = put('--config.data.split.type=timesplit', base=values)
-  assert same == values
-  assert BASE['data']['split']['type'] == 'fractionsplit'  # Untouched.
+  back = put(f'{split}.type=fraction_split', base=values)
+  assert back['data']['source']['split'] == {'type': 'fraction_split'}
+  assert put(f'{split}.type=time_split', base=values) == values
+  assert EVENTS['source']['split']['train'] == 0.5  # Untouched.
+  other = put('--config.data.source.type=kuairand', base=values)
+  assert other['data']['source'] == {'type': 'kuairand'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,12 +212,11 @@ def test_any_union():
 
 
 def test_elements_of_a_tuple_of_dataclasses():
-  item = [{'type': 'categorical', 'name': 'a', 'size': 3}]
-  data = {**BASE['data'], 'schema': {'item': item}}
-  values = put('--config.data.schema.item.0.size=9', base={'data': data})
-  assert values['data']['schema']['item'][0]['size'] == 9
+  flag = '--config.data.source.schema.item'
+  values = put(f'{flag}.0.size=9', base={'data': EVENTS})
+  assert values['data']['source']['schema']['item'][0]['size'] == 9
   with pytest.raises(ValueError, match='has the elements 0 to 0'):
-    put('--config.data.schema.item.1.size=9', base={'data': data})
+    put(f'{flag}.1.size=9', base={'data': EVENTS})
 
 
 def test_a_study():
@@ -231,8 +250,8 @@ def test_a_study():
     ('tensorboard=maybe', "tensorboard='maybe' must be bool"),
     ('average=x', "average='x' must be float or None"),
     ('data.rows.kind=streming', "must be one of .*'streaming'"),
-    ('data.split.type=timespit', "did you mean 'timesplit'"),
-    ('data.split.test_start=3', 'is not a field of FractionSplit'),
+    ('data.source.type=syntetic', "did you mean 'synthetic'"),
+    ('data.source.paths=a', 'is not a field of Synthetic'),
     ('pipeline.history_buckets=8,x', r'must be tuple\[int'),
     ('optimizer=3', "optimizer='3' must be OptimizerConfig"),
     ('select=auc', "select='auc' must be"),

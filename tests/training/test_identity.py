@@ -6,6 +6,7 @@ import os
 import pytest
 
 from histjax import config as dicts
+from histjax.data import datasets
 from histjax.training import identity
 from tests.training import runs
 
@@ -22,13 +23,15 @@ class TestPaths:
   def test_are_kept_absolute(self, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    data = dataclasses.replace(
-      runs.DATA, data_dir='prepared', manual_dir='~/official'
-    )
-    values = stored(data=data)
-    assert values['data']['data_dir'] == str(tmp_path / 'prepared')
-    assert values['data']['manual_dir'] == str(tmp_path / 'home' / 'official')
-    assert stored()['data']['data_dir'] == ''  # The default stays one.
+
+    def source(**fields):
+      data = dataclasses.replace(runs.DATA, source=datasets.Movielens(**fields))
+      return stored(data=data)['data']['source']
+
+    values = source(data_dir='prepared', manual_dir='~/official')
+    assert values['data_dir'] == str(tmp_path / 'prepared')
+    assert values['manual_dir'] == str(tmp_path / 'home' / 'official')
+    assert source()['data_dir'] == ''  # The default stays one.
 
   def test_lists_at_any_depth(self):
     values = {'data': {'source': {'type': 'events', 'paths': ['a', 'b']}}}
@@ -39,8 +42,10 @@ class TestPaths:
       identity.with_paths(values, manual_dir='x')
 
   def test_are_no_other_config(self):
-    old = with_data(stored(), paths=['/a/log.csv'], data_dir='/elsewhere')
-    identity.check_same_run(runs.CONFIG, old, '/tmp/run')
+    data = dataclasses.replace(runs.DATA, source=datasets.Movielens())
+    config = dataclasses.replace(runs.CONFIG, data=data)
+    old = identity.with_paths(identity.saved(config), data_dir='/elsewhere')
+    identity.check_same_run(config, old, '/tmp/run')
 
 
 class TestSameRun:
@@ -59,9 +64,11 @@ class TestSameRun:
   def test_what_does(self):
     with pytest.raises(ValueError, match=r'seed: 3 \(in workdir\), 0'):
       identity.check_same_run(runs.CONFIG, stored(seed=3), '/tmp/run')
-    with pytest.raises(ValueError, match=r'data\.name: '):
+    with pytest.raises(ValueError, match=r'data\.source\.type: '):
       identity.check_same_run(
-        runs.CONFIG, with_data(stored(), name='kuairand'), '/tmp/run'
+        runs.CONFIG,
+        with_data(stored(), source={'type': 'kuairand'}),
+        '/tmp/run',
       )
 
   @pytest.mark.parametrize('old', [{}, {'data': None}, {'pipeline': 3}])
