@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -57,16 +58,19 @@ def get_config():
 """
 
 
-def run(binary, *flags, expect=0):
+def run(binary, *flags, expect=0, cwd=None, **variables):
   """Runs a binary; returns what it printed."""
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  environment |= variables
   done = subprocess.run(
     [sys.executable, ROOT / 'experiments' / f'{binary}.py', *flags],
     capture_output=True,
     text=True,
     check=False,
     env=environment,  # As a user runs it: one device.
+    cwd=cwd,
   )
+  assert 'Traceback' not in done.stderr, done.stderr
   assert (done.returncode == 0) == (expect == 0), done.stderr + done.stdout
   return done.stdout + done.stderr
 
@@ -89,9 +93,22 @@ def trained(tmp_path_factory):
   log = folder / 'log.parquet'
   parquet.write_table(pa.table(columns), log)
   config = folder / 'config.py'
-  config.write_text(CONFIG.replace('LOG', str(log)))
-  output = run('train', f'--config={config}', f'--workdir={folder / "work"}')
+  config.write_text(CONFIG.replace('LOG', log.name))
+  # From its own folder, with paths relative to that.
+  output = run(
+    'train', '--config=config.py', '--workdir=~/work', cwd=folder, HOME=folder
+  )
   return folder, output
+
+
+def changed(folder):
+  """The log with other labels."""
+  table = parquet.read_table(folder / 'log.parquet')
+  bought = pa.array(1 - table['bought'].to_numpy())
+  index = table.column_names.index('bought')
+  path = folder / 'changed.parquet'
+  parquet.write_table(table.set_column(index, 'bought', bought), path)
+  return path
 
 
 class TestBinaries:
@@ -107,9 +124,25 @@ class TestBinaries:
   def test_a_finished_run_is_not_repeated(self, trained):
     folder, _ = trained
     output = run(
-      'train', f'--config={folder}/config.py', f'--workdir={folder}/work'
+      'train', '--config=config.py', f'--workdir={folder}/work', cwd=folder
     )
     assert 'finished; its metrics are returned' in output
+    # From elsewhere, with the log where it is.
+    output = run(
+      'train',
+      f'--config={folder}/config.py',
+      f'--workdir={folder}/work',
+      f'--config.data.paths={folder}/log.parquet',
+    )
+    assert 'finished; its metrics are returned' in output
+    output = run(
+      'train',
+      f'--config={folder}/config.py',
+      f'--workdir={folder}/work',
+      f'--config.data.paths={changed(folder)}',
+      expect=1,
+    )
+    assert 'the data has changed since this run was trained' in output
 
   def test_another_config_is_refused_in_the_same_workdir(self, trained):
     folder, _ = trained
@@ -120,6 +153,7 @@ class TestBinaries:
       '--config.model.encoder.num_layers=2',
       '--config.optimizer.learning_rate=0.5',
       expect=1,
+      cwd=folder,
     )
     assert 'model.encoder.num_layers: 1 (in workdir), 2 (asked for)' in output
     assert 'optimizer.learning_rate: 0.001 (in workdir), 0.5' in output
@@ -127,8 +161,15 @@ class TestBinaries:
   @pytest.mark.parametrize(
     ('flag', 'message'),
     [
-      ('--config.optimizer.learning_rat=1', 'learning_rat'),
-      ('--config.model.encoder.num_layers=two', 'two'),
+      (
+        '--config.optimizer.learning_rat=1',
+        "did you mean 'optimizer.learning_rate'?",
+      ),
+      ('--config.model.encoder.num_layers=two', "num_layers='two' must be int"),
+      ('--config.data.split.type=timespit', "did you mean 'timesplit'?"),
+      ('--config.model.schema.user=u', 'model.schema.user cannot be set'),
+      ('--workdir=gs://bucket/run', "workdir='gs://bucket/run' is a URL"),
+      ('--workdir=', "workdir='' is empty"),
       ('--config.model.fusion=late', "fusion='late' is unknown"),
       (
         '--config.model.encoder.causal=False',
@@ -149,8 +190,45 @@ class TestBinaries:
       f'--workdir={folder}/other',
       flag,
       expect=1,
+      cwd=folder,
     )
     assert message in output
+
+  def test_every_field_can_be_set(self, trained):
+    folder, _ = trained
+    run(
+      'train',
+      '--config=config.py',
+      f'--workdir={folder}/fields',
+      '--config.num_steps=2',
+      '--config.model.encoder.window=None',
+      '--config.data.split.type=timesplit',
+      '--config.data.split.validation_start=2024-03-01',
+      '--config.data.split.test_start=2024-04-01',
+      '--config.select.gauc=0.3',
+      '--config.pipeline.history_buckets=64,128',
+      cwd=folder,
+    )
+    metrics = json.loads((folder / 'fields' / 'metrics.json').read_text())
+    config = metrics['config']
+    assert (config['num_steps'], config['num_epochs']) == (2, None)
+    assert config['data']['split'] == {
+      'type': 'timesplit',
+      'validation_start': '2024-03-01',
+      'test_start': '2024-04-01',
+    }
+    assert config['select'] == {'auc': 1.0, 'gauc': 0.3}
+    assert config['pipeline']['history_buckets'] == [64, 128]
+    assert metrics['step'] == 2
+
+  def test_a_bad_config_file(self, trained):
+    folder, _ = trained
+    text = (folder / 'config.py').read_text().replace("'width'", "'widht'")
+    (folder / 'bad.py').write_text(text)
+    output = run(
+      'train', '--config=bad.py', '--workdir=other', expect=1, cwd=folder
+    )
+    assert "did you mean 'model.encoder.width'?" in output
 
   def test_unwritable_workdir(self, trained):
     folder, _ = trained
@@ -170,6 +248,41 @@ class TestBinaries:
     found = json.loads((folder / 'test.json').read_text())
     trained_metrics = json.loads((folder / 'work/metrics.json').read_text())
     assert found == pytest.approx(trained_metrics['test'], abs=1e-6)
+
+  def test_evaluate_when_the_log_has_moved(self, trained):
+    folder, output = trained
+    moved = folder / 'elsewhere' / 'moved.parquet'
+    moved.parent.mkdir()
+    shutil.copy(folder / 'log.parquet', moved)
+    shutil.copytree(folder / 'work', folder / 'elsewhere' / 'work')
+    output = run(
+      'evaluate',
+      '--workdir=work',
+      '--paths=moved.parquet',
+      cwd=folder / 'elsewhere',
+    )
+    assert 'buy/auc' in output
+    output = run(
+      'evaluate',
+      f'--workdir={folder}/work',
+      f'--paths={changed(folder)}',
+      expect=1,
+    )
+    assert 'the data has changed since this run was trained' in output
+
+  @pytest.mark.parametrize(
+    'output, message',
+    [('absent/test.json', 'cannot be written ('), ('', 'is a folder')],
+  )
+  def test_evaluate_checks_its_output_first(self, trained, output, message):
+    folder, _ = trained
+    printed = run(
+      'evaluate',
+      f'--workdir={folder}/absent',  # It does not come to that.
+      f'--output={folder}/{output}',
+      expect=1,
+    )
+    assert f"--output='{folder}" in printed and message in printed
 
   def test_score(self, trained):
     folder, _ = trained
