@@ -48,6 +48,7 @@ def make_row(
       candidate is earlier than one of them.
   """
   config = config or rows_lib.RowConfig()
+  context = _one(context)
   past = _columns(history, 'history')
   shown = _columns(candidates, 'candidates')
   num_events, num_candidates = _length(past), _length(shown)
@@ -67,10 +68,14 @@ def make_row(
     start = max(0, least - config.history_length)
   one = {name: [value] for name, value in context.items()}
   encoded_history = _encode(
-    past, schema.item + schema.hidden + schema.action, num_events, 'history'
+    schema,
+    past,
+    schema.item + schema.hidden + schema.action,
+    num_events,
+    'history',
   )
   encoded_candidates = _encode(
-    shown, schema.item + schema.hidden, num_candidates, 'candidates'
+    schema, shown, schema.item + schema.hidden, num_candidates, 'candidates'
   )
   if schema.time_gap_buckets:
     encoded_history['time_gap'] = gaps[:num_events]
@@ -93,7 +98,9 @@ def make_row(
   return rows_lib.Row(
     context={
       name: values[0]
-      for name, values in _encode(one, schema.context, 1, 'context').items()
+      for name, values in _encode(
+        schema, one, schema.context, 1, 'context'
+      ).items()
     },
     history={name: x[start:stop] for name, x in encoded_history.items()},
     candidates=encoded_candidates,
@@ -102,9 +109,32 @@ def make_row(
   )
 
 
+def _one(context: Any) -> Mapping[str, Any]:
+  if not isinstance(context, Mapping):
+    raise ValueError(
+      f'context is a {type(context).__name__}; give {{column: value}}'
+    )
+  return context
+
+
 def _columns(events: Events, source: str) -> dict[str, Sequence[Any]]:
   if isinstance(events, Mapping):
-    return dict(events)
+    return _equal_columns(events, source)
+  try:
+    if isinstance(events, str):
+      raise TypeError
+    events = list(events)
+  except TypeError:
+    raise ValueError(
+      f'{source} is a {type(events).__name__}; give [{{column: value}}] or '
+      '{column: [values]}'
+    ) from None
+  for row, event in enumerate(events):
+    if not isinstance(event, Mapping):
+      raise ValueError(
+        f'{source} row {row} is a {type(event).__name__}; give '
+        '{column: value}'
+      )
   names = dict.fromkeys(name for event in events for name in event)
   for row, event in enumerate(events):
     for name in names:
@@ -116,11 +146,31 @@ def _columns(events: Events, source: str) -> dict[str, Sequence[Any]]:
   return {name: [event[name] for event in events] for name in names}
 
 
+def _equal_columns(columns: Mapping[str, Any], source: str):
+  found = {}
+  for name, values in columns.items():
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(
+      values, '__iter__'
+    ):
+      raise ValueError(
+        f'column {name!r} of {source} is {values!r}, a '
+        f'{type(values).__name__}; give one value an event, as a list'
+      )
+    found[name] = values if hasattr(values, '__len__') else list(values)
+  lengths = {name: len(values) for name, values in found.items()}
+  if len(set(lengths.values())) > 1:
+    raise ValueError(
+      f'columns of {source} differ in length: {lengths}; make them equal'
+    )
+  return found
+
+
 def _length(columns: Mapping[str, Sequence[Any]]) -> int:
   return len(next(iter(columns.values()))) if columns else 0
 
 
 def _encode(
+  schema: Schema,
   columns: Mapping[str, Sequence[Any]],
   features: tuple[Feature, ...],
   length: int,
@@ -134,7 +184,7 @@ def _encode(
       for f in features
     }
   table = columns_lib.from_mapping(
-    columns, [f.column for f in features], source
+    columns, [f.column for f in features], source, schema
   )
   return {
     f.name: columns_lib.encode_categorical(table, f)
@@ -153,17 +203,7 @@ def _times(schema: Schema, past, shown, ties):
   first = np.arange(num_events)
   if not needed and not (schema.time in past and schema.time in shown):
     return visible, _by_request(schema, past, first), gaps
-  both = {
-    schema.time: [*past.get(schema.time, ()), *shown.get(schema.time, ())]
-  }
-  if len(both[schema.time]) < num_events + num_candidates:
-    lacking = 'candidates' if schema.time not in shown else 'history'
-    raise ValueError(
-      f'{lacking} lacks column {schema.time!r}, the time, which '
-      "Schema.time_gap_buckets or ties='strict' needs; give it"
-    )
-  table = columns_lib.from_mapping(both, [schema.time], 'history + candidates')
-  time, is_timestamp = columns_lib.encode_time(table, schema.time)
+  time, is_timestamp = _one_clock(schema, past, shown)
   _check_order(schema, time, num_events)
   if ties == 'strict':
     first = np.searchsorted(time[:num_events], time[:num_events], 'left')
@@ -177,11 +217,29 @@ def _times(schema: Schema, past, shown, ties):
   return visible, seen, gaps
 
 
+def _one_clock(schema: Schema, past, shown) -> tuple[np.ndarray, bool]:
+  """Times of events, then of candidates, and whether they are timestamps."""
+  name, times, kinds = schema.time, [], {}
+  for source, columns in {'history': past, 'candidates': shown}.items():
+    if not _length(columns):
+      continue
+    if name not in columns:
+      raise ValueError(
+        f'{source} lacks column {name!r}, the time, which '
+        "Schema.time_gap_buckets or ties='strict' needs; give it"
+      )
+    table = columns_lib.from_mapping(columns, [name], source, schema)
+    values, kinds[source] = columns_lib.encode_time(table, name)
+    times.append(values)
+  columns_lib.check_clocks(name, kinds)
+  return np.concatenate(times), kinds['candidates']
+
+
 def _labels(schema: Schema, past, length: int) -> dict[str, np.ndarray]:
   if not length:
     return {task.name: np.zeros(0, np.float32) for task in schema.tasks}
   columns = [task.column for task in schema.tasks]
-  table = columns_lib.from_mapping(past, columns, 'history')
+  table = columns_lib.from_mapping(past, columns, 'history', schema)
   return {t.name: columns_lib.encode_label(table, t) for t in schema.tasks}
 
 
@@ -189,7 +247,7 @@ def _by_request(schema: Schema, past, stop: np.ndarray) -> np.ndarray:
   """Moves `stop` before the event's own request, if the history says so."""
   if not schema.request or not len(stop):
     return stop
-  table = columns_lib.from_mapping(past, [schema.request], 'history')
+  table = columns_lib.from_mapping(past, [schema.request], 'history', schema)
   codes, _ = columns_lib.encode_keys(table, schema.request)
   _, first = np.unique(codes, return_index=True)
   return stop[first[codes]]
