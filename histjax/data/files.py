@@ -203,6 +203,10 @@ def _read_csv(path: Path, names: list[str], wanted: list[str]) -> pa.Table:
       )
       break
     except pa.ArrowInvalid as error:
+      if 'cannot infer number of columns' in str(error):
+        return pa.table(
+          {name: pa.array([], pa.large_string()) for name in wanted}
+        )
       # One event that is larger than a block.
       if 'block' not in str(error) or block >= _MAX_BLOCK:
         raise

@@ -137,9 +137,7 @@ def _of_items(items: list[Any]) -> pa.Array:
   if whole and all(_is_int(v) for v in whole):
     low, high = min(whole), max(whole)
     if low < -(2**63) or high >= 2**64:
-      row = next(
-        i for i, v in enumerate(items) if v is not None and v in (low, high)
-      )
+      row = items.index(low if low < -(2**63) else high)
       raise ValueError(
         f'row {row} holds {_short(items[row])}, which does not fit into 64 '
         'bits; give it as text'
