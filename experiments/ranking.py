@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import csv, parquet
 
 from histjax import Scorer
 from histjax.data import columns as columns_lib
@@ -241,3 +245,39 @@ def check_output(schema: Schema) -> None:
       f'the column of users is named {schema.user!r}, as one of the output, '
       f'{taken}; train with another name of it'
     )
+
+
+def check_path(output: pathlib.Path, inputs: list[str]) -> None:
+  """Raises a ValueError if the output cannot be written, or is an input."""
+  if output.suffix not in ('.csv', '.parquet'):
+    raise ValueError(f'--output={output} must end in .csv or .parquet')
+  if output.is_dir():
+    raise ValueError(f'--output={output} is a folder; name a file in it')
+  if not output.parent.is_dir():
+    raise ValueError(
+      f'--output={output}: {output.parent} is no folder; make it'
+    )
+  if not os.access(output.parent, os.W_OK):
+    raise ValueError(
+      f'--output={output}: {output.parent} cannot be written to; name another'
+    )
+  for name in inputs:
+    path = pathlib.Path(name).resolve()
+    if path in (output.resolve(), *output.resolve().parents) and path.exists():
+      raise ValueError(
+        f'--output={output} would be among the inputs, {name}; name another'
+      )
+
+
+def write(path: pathlib.Path, columns: dict) -> None:
+  """Writes the columns whole or not at all."""
+  table = pa.table({name: pa.array(x) for name, x in columns.items()})
+  temporary = f'{path}.{os.getpid()}.tmp'
+  try:
+    write_table = (
+      csv.write_csv if path.suffix == '.csv' else (parquet.write_table)
+    )
+    write_table(table, temporary)
+    os.replace(temporary, path)
+  finally:
+    pathlib.Path(temporary).unlink(missing_ok=True)

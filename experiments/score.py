@@ -11,12 +11,9 @@ events in the log are history. Written, best first: the user, the rank, the
 candidate's row in its file, and the score of each task, a probability.
 """
 
-import os
 import pathlib
 
-import pyarrow as pa
 from absl import app, flags, logging
-from pyarrow import csv, parquet
 
 import ranking
 from histjax import Scorer
@@ -44,46 +41,10 @@ _ALLOW_NEW_USERS = flags.DEFINE_bool(
 )
 
 
-def check_path(output: pathlib.Path, inputs: list[str]) -> None:
-  """Raises a ValueError if the output cannot be written, or is an input."""
-  if output.suffix not in ('.csv', '.parquet'):
-    raise ValueError(f'--output={output} must end in .csv or .parquet')
-  if output.is_dir():
-    raise ValueError(f'--output={output} is a folder; name a file in it')
-  if not output.parent.is_dir():
-    raise ValueError(
-      f'--output={output}: {output.parent} is no folder; make it'
-    )
-  if not os.access(output.parent, os.W_OK):
-    raise ValueError(
-      f'--output={output}: {output.parent} cannot be written to; name another'
-    )
-  for name in inputs:
-    path = pathlib.Path(name).resolve()
-    if path in (output.resolve(), *output.resolve().parents) and path.exists():
-      raise ValueError(
-        f'--output={output} would be among the inputs, {name}; name another'
-      )
-
-
-def write(path: pathlib.Path, columns: dict) -> None:
-  """Writes the columns whole or not at all."""
-  table = pa.table({name: pa.array(x) for name, x in columns.items()})
-  temporary = f'{path}.{os.getpid()}.tmp'
-  try:
-    write_table = (
-      csv.write_csv if path.suffix == '.csv' else (parquet.write_table)
-    )
-    write_table(table, temporary)
-    os.replace(temporary, path)
-  finally:
-    pathlib.Path(temporary).unlink(missing_ok=True)
-
-
 def run() -> None:
   """Reads, ranks, writes."""
   output = pathlib.Path(_OUTPUT.value)
-  check_path(output, [*_EVENTS.value, *_CANDIDATES.value])
+  ranking.check_path(output, [*_EVENTS.value, *_CANDIDATES.value])
   params, values = checkpoints.load_params(_WORKDIR.value)
   config = config_lib.from_dict(TrainConfig, values)
   schema = config.model.schema
@@ -106,7 +67,7 @@ def run() -> None:
     rows_per_batch=_USERS.value,
   )
   best = ranking.ranked(schema, shown, scores, task, _TOP_K.value)
-  write(output, best)
+  ranking.write(output, best)
   print(f'wrote {len(best["row"])} rows to {output}')
 
 
