@@ -69,7 +69,13 @@ def _expand(paths: Sequence[str]) -> list[tuple[Path, bool]]:
   if not paths:
     raise ValueError('paths is empty; name at least one Parquet or CSV file')
   files: list[tuple[Path, bool]] = []
-  for path in map(Path, paths):
+  for name in paths:
+    if not str(name) or '://' in str(name):
+      raise ValueError(
+        f'paths has {str(name)!r}, which is no local file or folder; copy it '
+        'here and name it'
+      )
+    path = Path(name).expanduser()
     if path.is_dir():
       files += [(file, True) for file in _files_in(path)]
     elif not path.exists():

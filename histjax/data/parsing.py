@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+_MOMENTS = (datetime.date, np.datetime64)
 _EPOCH = datetime.datetime(1970, 1, 1)
 _COARSE = ('Y', 'M', 'W', 'D', 'h', 'm')  # Units that Arrow does not know.
 _NANOSECONDS = {'s': 10**9, 'ms': 10**6, 'us': 10**3, 'ns': 1}
@@ -119,40 +120,59 @@ def _materialised(values: Any):
 
 def _of_items(items: list[Any]) -> pa.Array:
   """Python's own objects, which Arrow would mix, truncate or overflow."""
-  moments = [i for i, v in enumerate(items) if _is_moment(v)]
-  if moments:
-    first = items[moments[0]]
-    for row, value in enumerate(items):
-      if value is not None and not _is_moment(value):
-        raise _mixed(row, value, moments[0], first)
+  kinds = set(map(type, items)) - {type(None)}
+  if any(issubclass(kind, _MOMENTS) for kind in kinds):
+    _check_alike(items, kinds, _MOMENTS)
     return _moments(items)
-  if any(isinstance(v, str) for v in items):
-    # NaN stands for a missing text in what pandas makes.
-    items = [None if _is_nan(v) else v for v in items]
-    first = next(i for i, v in enumerate(items) if isinstance(v, str))
-    for row, value in enumerate(items):
-      if value is not None and not isinstance(value, str):
-        raise _mixed(row, value, first, items[first])
-  whole = [v for v in items if v is not None]
-  if whole and all(_is_int(v) for v in whole):
-    low, high = min(whole), max(whole)
-    if low < -(2**63) or high >= 2**64:
-      row = items.index(low if low < -(2**63) else high)
-      raise ValueError(
-        f'row {row} holds {_short(items[row])}, which does not fit into 64 '
-        'bits; give it as text'
-      )
-    if high >= 2**63:
-      if low >= 0:
-        return pa.array(items, pa.uint64())
-      return pa.array([None if v is None else str(v) for v in items])
+  if any(issubclass(kind, str) for kind in kinds):
+    if any(issubclass(kind, float) for kind in kinds):
+      # NaN stands for a missing text in what pandas makes.
+      items = [None if v != v else v for v in items]
+      kinds = set(map(type, items)) - {type(None)}
+    _check_alike(items, kinds, str)
+  if kinds and all(issubclass(kind, (int, np.integer)) for kind in kinds):
+    try:
+      return _arrow(items)
+    except OverflowError:
+      return _big_integers(items)
   return _arrow(items)
+
+
+def _big_integers(items: list[Any]) -> pa.Array:
+  whole = [v for v in items if v is not None]
+  low, high = min(whole), max(whole)
+  if low < -(2**63) or high >= 2**64:
+    row = items.index(low if low < -(2**63) else high)
+    raise ValueError(
+      f'row {row} holds {_short(items[row])}, which does not fit into 64 bits; '
+      'give it as text'
+    )
+  if low >= 0:
+    return pa.array(items, pa.uint64())
+  return pa.array([None if v is None else str(v) for v in items])
+
+
+def _check_alike(items: list[Any], kinds: set[type], kind) -> None:
+  """Raises a ValueError if there are others than of `kind` and None."""
+  if all(issubclass(k, kind) for k in kinds):
+    return
+  row = next(
+    i for i, v in enumerate(items) if not isinstance(v, (kind, type(None)))
+  )
+  other = next(i for i, v in enumerate(items) if isinstance(v, kind))
+  said = [
+    f'{_short(items[i])}, a {type(items[i]).__name__}' for i in (row, other)
+  ]
+  raise ValueError(
+    f'it is not a column of numbers or strings: row {row} holds {said[0]}, and '
+    f'row {other} {said[1]}; give one type throughout'
+  )
 
 
 def _arrow(values) -> pa.Array:
   try:
     array = pa.array(values)
-  except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
+  except (pa.ArrowException, TypeError, UnicodeError) as error:
     raise ValueError(
       f'it is not a column of numbers or strings ({error}); give one type '
       'throughout'
@@ -199,26 +219,6 @@ def _nanoseconds(value: Any) -> int | None:
     + since.microseconds * 1000
     + int(getattr(value, 'nanosecond', 0))
   )
-
-
-def _mixed(row: int, value: Any, other_row: int, other: Any) -> ValueError:
-  return ValueError(
-    f'it is not a column of numbers or strings: row {row} holds '
-    f'{_short(value)}, a {type(value).__name__}, and row {other_row} '
-    f'{_short(other)}, a {type(other).__name__}; give one type throughout'
-  )
-
-
-def _is_moment(value: Any) -> bool:
-  return isinstance(value, (datetime.date, np.datetime64))
-
-
-def _is_int(value: Any) -> bool:
-  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_nan(value: Any) -> bool:
-  return isinstance(value, float) and value != value
 
 
 def _casts(text: pa.Scalar, kind: pa.DataType) -> bool:

@@ -275,6 +275,8 @@ def as_times(columns, name, start, array) -> tuple[np.ndarray, bool]:
       _parsed_times(columns, name, start, array) if numbers is None else numbers
     )
   if not _is_timestamp(array.type):
+    if pa.types.is_boolean(array.type):
+      columns.fail(name, start, array[0].as_py(), _NO_TIME)
     if pa.types.is_integer(array.type):
       return as_integers(columns, name, start, array), False
     values = as_floats(columns, name, start, array)

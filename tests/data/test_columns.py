@@ -348,6 +348,7 @@ class TimeTest(parameterized.TestCase):
     ([2**63], 'row 0 holds 9223372036854775808: it must be below'),
     ([1.0, float('inf')], 'row 1 holds inf: it must be finite'),
     (['nan'], 'must be finite'),
+    ([True], 'row 0 holds True: a time must be a number'),
   )
   def test_refused(self, values, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -148,6 +148,20 @@ def test_an_empty_part_lacks_no_column(tmp_path):
     keys(tmp_path)
 
 
+@pytest.mark.parametrize('path', ['', 'gs://bucket/log.parquet'])
+def test_no_local_path(path):
+  with pytest.raises(
+    ValueError, match=f"paths has '{path}', which is no local"
+  ):
+    files.read([path], ['user'], SCHEMA)
+
+
+def test_home(tmp_path, monkeypatch):
+  write(tmp_path / 'a.parquet', events())
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert len(files.read(['~/a.parquet'], ['user'], SCHEMA)) == 2
+
+
 def test_links(tmp_path):
   write(tmp_path / 'log/a.parquet', events())
   (tmp_path / 'log/b.parquet').symlink_to(tmp_path / 'log/a.parquet')
