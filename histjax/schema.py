@@ -10,13 +10,38 @@ of them, a candidate has only those known when it is shown.
   through the same tables.
 * `action`: known only after the impression; read for history events alone.
 * `tasks`: what to predict.
+
+What a column is read as follows from what it is used for, in every kind of
+file and in requests alike:
+
+* *Keys*, which are the user, the request and ids with `ids='hash'`, are
+  integers of 64 bits or texts. A text is taken as it is written: '007', '07'
+  and '7' are three users, and 'NA' is one more. A text that is the canonical
+  decimal form of an integer is that integer: '7' and 7 are one key. Floats and
+  booleans are none, since a CSV file would write 7.0, another key than 7;
+  declare such a column 'integer' in `Schema.column_types`.
+* *Numbers*, which are ids with `ids='index'`, dense features and labels, may be
+  written as text: '007' is 7, '1e3' is 1000. Booleans count as 0 and 1 (so do
+  'true' and 'false', if the whole column is of them), and whole floats as ids.
+* *Times* are numbers >= 0 in the column's unit, or timestamps of any unit and
+  time zone or ISO 8601 texts (without a zone: UTC). A text of digits alone is a
+  number. A log and what is joined to it must be of one of the two.
+* *Missing* is a null, and a text of `Schema.null_values`. It is an error
+  wherever it is: fill it in, or drop the event.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
+
+MAX_DENSE = 1e8  # Scaled; products of four of them are finite in float32.
+MAX_SIZE = 2**31 - 1  # Ids are int32.
+
+ColumnType = Literal['text', 'integer', 'number', 'timestamp']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +50,13 @@ class Categorical:
 
   Attributes:
     name: the feature's name in batches.
-    size: the number of ids; ids are in `[0, size)`.
+    size: the number of ids, below 2**31; ids are in `[0, size)`.
     column: the log's column; `name` if empty.
     table: the embedding table; features that name the same table share it.
       `name` if empty.
     ids: 'index' takes ids as they are and refuses one outside `[0, size)`;
-      'hash' maps any integer or string to `[0, size)` by a fixed hash.
+      'hash' maps any integer or text to `[0, size)` by a fixed hash; '7' and 7
+      are the same, '007' is another.
   """
 
   name: str
@@ -41,9 +67,10 @@ class Categorical:
 
   def __post_init__(self):
     _check_name(self)
-    if self.size < 1:
+    if not 1 <= self.size <= MAX_SIZE:
       raise ValueError(
-        f'feature {self.name!r}: size={self.size} must be at least 1'
+        f'feature {self.name!r}: size={self.size} must be between 1 and '
+        f'{MAX_SIZE}, the largest int32'
       )
     if self.ids not in ('index', 'hash'):
       raise ValueError(
@@ -56,6 +83,9 @@ class Categorical:
 @dataclasses.dataclass(frozen=True)
 class Dense:
   """A real number, read as `(value - offset) / scale`.
+
+  It should then be around 1; beyond `MAX_DENSE` it is refused, since the model
+  multiplies features with one another in float32.
 
   Attributes:
     name: the feature's name in batches.
@@ -73,9 +103,10 @@ class Dense:
 
   def __post_init__(self):
     _check_name(self)
-    if not self.scale > 0:
+    if not 0 < self.scale < math.inf or not math.isfinite(self.offset):
       raise ValueError(
-        f'feature {self.name!r}: scale={self.scale} must be positive'
+        f'feature {self.name!r}: scale={self.scale} must be positive and '
+        f'offset={self.offset} finite'
       )
     object.__setattr__(self, 'column', self.column or self.name)
 
@@ -100,6 +131,10 @@ class Task:
 
   def __post_init__(self):
     _check_name(self)
+    if self.threshold is not None and not math.isfinite(self.threshold):
+      raise ValueError(
+        f'task {self.name!r}: threshold={self.threshold} must be finite'
+      )
     object.__setattr__(self, 'column', self.column or self.name)
 
 
@@ -123,6 +158,13 @@ class Schema:
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
       a timestamp column knows its own. Derived features and snapshots are in
       seconds.
+    null_values: the texts that say that a value is missing, in any kind of
+      file; see the module's docstring. `('', 'NULL', 'NA')` refuses these as
+      missing, `()` takes the empty text for a value.
+    column_types: `{column: type}`, or pairs of them, for a column whose use
+      leaves a choice. A key may be declared 'integer': '007' is then 7, and
+      whole floats and booleans are keys. A time may be declared a 'timestamp',
+      'integer' or 'number'; any other type is refused by its row.
   """
 
   user: str
@@ -135,16 +177,31 @@ class Schema:
   hidden: tuple[Categorical, ...] = ()
   derived: tuple[Feature, ...] = ()
   time_unit: float = 1.0
+  null_values: tuple[str, ...] = ('',)
+  column_types: tuple[tuple[str, ColumnType], ...] = ()
 
   def __post_init__(self):
-    for field in ('item', 'tasks', 'action', 'context', 'hidden', 'derived'):
+    if isinstance(self.column_types, Mapping):
+      pairs = tuple(self.column_types.items())
+      object.__setattr__(self, 'column_types', pairs)
+    for field in (
+      *('item', 'tasks', 'action', 'context', 'hidden', 'derived'),
+      *('null_values', 'column_types'),
+    ):
+      if isinstance(getattr(self, field), str):
+        raise ValueError(
+          f'schema: {field}={getattr(self, field)!r} is one text; give a tuple'
+        )
       object.__setattr__(self, field, tuple(getattr(self, field)))
     if not self.item and not self.derived:
       raise ValueError('schema: item is empty; a candidate needs a feature')
     if not self.tasks:
       raise ValueError('schema: tasks is empty; name at least one label')
-    if not self.time_unit > 0:
-      raise ValueError(f'schema: time_unit={self.time_unit} must be positive')
+    if not 0 < self.time_unit < math.inf:
+      raise ValueError(
+        f'schema: time_unit={self.time_unit} must be positive and finite'
+      )
+    self._check_types()
     for group in (self.features + self.hidden, self.tasks):
       names = [f.name for f in group]
       for name in names:
@@ -154,6 +211,41 @@ class Schema:
             'must differ (share a table through `table=` instead)'
           )
     _ = self.tables  # Conflicting sizes are found here.
+
+  def _check_types(self) -> None:
+    pairs = [(name, kind) for name, kind in self.column_types]
+    object.__setattr__(self, 'column_types', tuple(pairs))
+    if len(self.types) != len(pairs):
+      raise ValueError(
+        f'schema: column_types={pairs} declares a column twice; leave one'
+      )
+    uses = [(f.column, _choices(f), f'feature {f.name!r}') for f in self.logged]
+    uses += [(t.column, _NUMBERS, f'task {t.name!r}') for t in self.tasks]
+    uses += [(self.user, _KEYS, 'user'), (self.request, _KEYS, 'request')]
+    uses += [(self.time, (*_NUMBERS, 'timestamp'), 'time')]
+    for column, choices, use in uses:
+      kind = self.types.get(column, choices[0])
+      if kind not in choices:
+        raise ValueError(
+          f'schema: column_types has {column!r}: {kind!r}, but as {use} it can '
+          f'be one of {list(choices)} alone'
+        )
+
+  @property
+  def types(self) -> dict[str, ColumnType]:
+    """`column_types` as a dict."""
+    return dict(self.column_types)
+
+  def check_types_of(self, columns: Sequence[str]) -> None:
+    """Raises a ValueError if `column_types` has a column not in `columns`."""
+    for name in self.types:
+      if name not in columns:
+        close = difflib.get_close_matches(name, columns, 1)
+        hint = f'; did you mean {close[0]!r}?' if close else ''
+        raise ValueError(
+          f'schema: column_types has {name!r}, a column that nothing reads'
+          f'{hint}'
+        )
 
   @property
   def item_features(self) -> tuple[Feature, ...]:
@@ -204,6 +296,15 @@ class Schema:
             f'size: {size} and {feature.size}; make them equal'
           )
     return sizes
+
+
+_NUMBERS: tuple[ColumnType, ...] = ('number', 'integer')
+_KEYS: tuple[ColumnType, ...] = ('text', 'integer')
+
+
+def _choices(feature: Feature) -> tuple[ColumnType, ...]:
+  hashed = isinstance(feature, Categorical) and feature.ids == 'hash'
+  return _KEYS if hashed else _NUMBERS
 
 
 def categorical(features: tuple[Feature, ...]) -> tuple[Categorical, ...]:

@@ -144,7 +144,7 @@ class StrictTest(parameterized.TestCase):
       config_lib.to_dict(Outer(1, anything=object()))
 
   def test_checks_of_the_dataclass_itself_run(self):
-    with self.assertRaisesRegex(ValueError, 'size=0 must be at least 1'):
+    with self.assertRaisesRegex(ValueError, 'size=0 must be between 1'):
       config_lib.from_dict(
         schema_lib.Schema,
         {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,8 @@ class EventLog:
 
   Attributes:
     schema: what the columns mean.
-    keys: `[users]`, each user's own key, sorted; integers or strings.
+    keys: `[users]`, each user's own key: integers, or texts (objects) of which
+      those that are integers come first.
     user: int32 `[n]`, index into `keys`, non-decreasing.
     time: int64 or float64 `[n]`, in the log's unit; int64 nanoseconds since
       1970 (UTC) if it had timestamps.
@@ -73,21 +74,23 @@ class EventLog:
       ValueError: a file or a value in it is bad; the message says which.
     """
     wanted = _wanted(schema, extra)
-    table = files.read(paths, wanted)
+    table = files.read(paths, wanted, schema)
     return cls._from_table(table, schema, extra, require_sorted)
 
   @classmethod
   def from_columns(
     cls,
-    columns: Mapping[str, Any],
+    columns: Any,
     schema: Schema,
     *,
     extra: Sequence[str] = (),
     require_sorted: bool = False,
   ) -> EventLog:
-    """As `from_files`, of columns in memory: `{name: array or list}`."""
+    """As `from_files`, of columns in memory; see `columns.from_mapping`."""
     wanted = _wanted(schema, extra)
-    table = columns_lib.from_mapping(columns, wanted, 'the columns given')
+    table = columns_lib.from_mapping(
+      columns, wanted, 'the columns given', schema
+    )
     return cls._from_table(table, schema, extra, require_sorted)
 
   @classmethod
@@ -122,10 +125,7 @@ class EventLog:
       features=features,
       labels=labels,
       request=request,
-      extra={
-        name: table.array(name).to_numpy(zero_copy_only=False)[order]
-        for name in extra
-      },
+      extra={name: columns_lib.raw(table, name)[order] for name in extra},
     )
 
   def __len__(self) -> int:
@@ -144,7 +144,7 @@ class EventLog:
 
   def key(self, event: int) -> int | str:
     """The user's own key of an event."""
-    return self.keys[self.user[event]].item()
+    return _plain(self.keys[self.user[event]])
 
   def with_tasks(self, names: Sequence[str]) -> EventLog:
     """This log with the labels of the tasks `names` alone; empty: of all."""
@@ -193,13 +193,19 @@ class EventLog:
     )
 
 
+def _plain(key) -> int | str:
+  return key.item() if isinstance(key, np.generic) else key
+
+
 def _wanted(schema: Schema, extra: Sequence[str]) -> list[str]:
   names = [schema.user, schema.time]
   if schema.request:
     names.append(schema.request)
   names += [f.column for f in schema.logged]
   names += [t.column for t in schema.tasks]
-  return list(dict.fromkeys([*names, *extra]))
+  names = list(dict.fromkeys([*names, *extra]))
+  schema.check_types_of(names)
+  return names
 
 
 def _check_sorted(table, schema, user, keys, time) -> None:
@@ -207,7 +213,7 @@ def _check_sorted(table, schema, user, keys, time) -> None:
   late = (np.diff(user[order]) == 0) & (np.diff(time[order]) < 0)
   if late.any():
     row = int(order[np.flatnonzero(late)[0] + 1])
-    key = keys[user[row]].item()
+    key = _plain(keys[user[row]])
     table.fail(
       schema.time,
       row,

@@ -5,8 +5,9 @@ every version of this library, because tables are trained against it:
 
 * an integer `k` is taken modulo 2**64 and mixed by the finaliser of SplitMix64
   (Steele, Lea and Flood, OOPSLA 2014),
-* a string is read as an integer if it is one in canonical decimal form (so
-  that `7` and `'7'` agree: CSV files do not tell them apart), else as the
+* a string is read as an integer if it is one of 64 bits, signed or not, in
+  canonical decimal form (so that `7` and `'7'` agree, CSV files not telling
+  them apart, and `'007'` is another), else as the
   little-endian integer of its 8-byte BLAKE2b digest (RFC 7693) of its UTF-8
   bytes, and then mixed likewise,
 
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-_DECIMAL = re.compile(r'0|-?[1-9][0-9]{0,18}')
+_DECIMAL = re.compile(r'0|-?[1-9][0-9]{0,19}')
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -52,14 +53,29 @@ def hash_strings(values: Iterable[str], size: int) -> np.ndarray:
 
 
 def digests(keys: np.ndarray) -> np.ndarray:
-  """The mixed value of keys `[n]`, integers or strings, as uint64 `[n]`."""
+  """The mixed values of distinct keys `[n]`, uint64 `[n]`.
+
+  Args:
+    keys: integers, or strings; '7' and 7 have one value.
+  """
   if keys.dtype.kind in 'iu':
     return mix(keys)
   return mix(np.array([_key(k) for k in keys.tolist()], np.uint64))
 
 
+def as_integer(text: str) -> int | None:
+  """The integer in `[-2**63, 2**64)` that `text` is the decimal form of.
+
+  Canonical form alone: `7` is one; `007`, `+7`, `7.0`, `-0` and ` 7` are not.
+  """
+  if _DECIMAL.fullmatch(text) and -(2**63) <= int(text) < 2**64:
+    return int(text)
+  return None
+
+
 def _key(value: str) -> int:
-  if _DECIMAL.fullmatch(value) and -(2**63) <= int(value) < 2**64:
-    return int(value) % 2**64
+  integer = as_integer(value)
+  if integer is not None:
+    return integer % 2**64
   digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'little')

@@ -60,6 +60,7 @@ def make_row(
   """
   config = config or rows_lib.RowConfig()
   features = _checked_features(schema, features)
+  context = _one(context)
   past = _columns(history, 'history')
   shown = _columns(candidates, 'candidates')
   num_events, num_candidates = _length(past), _length(shown)
@@ -81,10 +82,10 @@ def make_row(
   stop = int(sees.max())
   one = {name: [value] for name, value in context.items()}
   items = schema.item + schema.hidden
-  of_events = _encode(past, items, num_events, 'history')
-  of_candidates = _encode(shown, items, num_candidates, 'candidates')
+  of_events = _encode(schema, past, items, num_events, 'history')
+  of_candidates = _encode(schema, shown, items, num_candidates, 'candidates')
   known = {name: values[:stop] for name, values in past.items()}
-  actions = _encode(known, schema.action, stop, 'history')
+  actions = _encode(schema, known, schema.action, stop, 'history')
   if features.configs:
     user = np.zeros(1, np.uint64)
     if features.needs('user'):
@@ -120,7 +121,9 @@ def make_row(
   return rows_lib.Row(
     context={
       name: values[0]
-      for name, values in _encode(one, schema.context, 1, 'context').items()
+      for name, values in _encode(
+        schema, one, schema.context, 1, 'context'
+      ).items()
     },
     history={
       **{f.name: of_events[f.name][start:stop] for f in schema.item_features},
@@ -130,24 +133,6 @@ def make_row(
     visible=(sees - start).astype(np.int32),
     labels={},
   )
-
-
-def columns_of(
-  schema: Schema, features: FittedFeatures, ties: str
-) -> tuple[list[str], list[str]]:
-  """The columns that `make_row` reads, of events and of candidates.
-
-  The user's column is among neither.
-  """
-  items = [f.column for f in schema.item + schema.hidden]
-  if features.needs('time') or ties == 'strict':
-    items.append(schema.time)
-  events = items + [f.column for f in schema.action]
-  if schema.request:
-    events.append(schema.request)
-  if features.needs('labels'):
-    events += [t.column for t in schema.tasks]
-  return list(dict.fromkeys(events)), list(dict.fromkeys(items))
 
 
 def _checked_features(
@@ -171,9 +156,16 @@ def _user(schema: Schema, context: Mapping[str, Any]) -> np.ndarray:
       f'context lacks column {schema.user!r}, the user, whose own events the '
       'rates leave out; give it (of a new user, too)'
     )
-  one = {schema.user: [context[schema.user]]}
-  table = columns_lib.from_mapping(one, [schema.user], 'context')
-  return hashing.digests(columns_lib.encode_keys(table, schema.user)[1])
+  return _keys(
+    schema, {schema.user: [context[schema.user]]}, schema.user, 'context'
+  )
+
+
+def _keys(schema: Schema, columns, name: str, source: str) -> np.ndarray:
+  """Digests of a column of keys, uint64 `[n]`."""
+  table = columns_lib.from_mapping(columns, [name], source, schema)
+  codes, keys = columns_lib.encode_keys(table, name)
+  return hashing.digests(keys)[codes]
 
 
 def _seen(
@@ -205,9 +197,32 @@ def _start(sees: np.ndarray, config: rows_lib.RowConfig) -> int:
   return max(0, least - config.history_length)
 
 
+def _one(context: Any) -> Mapping[str, Any]:
+  if not isinstance(context, Mapping):
+    raise ValueError(
+      f'context is a {type(context).__name__}; give {{column: value}}'
+    )
+  return context
+
+
 def _columns(events: Events, source: str) -> dict[str, Sequence[Any]]:
   if isinstance(events, Mapping):
-    return dict(events)
+    return _equal_columns(events, source)
+  try:
+    if isinstance(events, str):
+      raise TypeError
+    events = list(events)
+  except TypeError:
+    raise ValueError(
+      f'{source} is a {type(events).__name__}; give [{{column: value}}] or '
+      '{column: [values]}'
+    ) from None
+  for row, event in enumerate(events):
+    if not isinstance(event, Mapping):
+      raise ValueError(
+        f'{source} row {row} is a {type(event).__name__}; give '
+        '{column: value}'
+      )
   names = dict.fromkeys(name for event in events for name in event)
   for row, event in enumerate(events):
     for name in names:
@@ -219,11 +234,31 @@ def _columns(events: Events, source: str) -> dict[str, Sequence[Any]]:
   return {name: [event[name] for event in events] for name in names}
 
 
+def _equal_columns(columns: Mapping[str, Any], source: str):
+  found = {}
+  for name, values in columns.items():
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(
+      values, '__iter__'
+    ):
+      raise ValueError(
+        f'column {name!r} of {source} is {values!r}, a '
+        f'{type(values).__name__}; give one value an event, as a list'
+      )
+    found[name] = values if hasattr(values, '__len__') else list(values)
+  lengths = {name: len(values) for name, values in found.items()}
+  if len(set(lengths.values())) > 1:
+    raise ValueError(
+      f'columns of {source} differ in length: {lengths}; make them equal'
+    )
+  return found
+
+
 def _length(columns: Mapping[str, Sequence[Any]]) -> int:
   return len(next(iter(columns.values()))) if columns else 0
 
 
 def _encode(
+  schema: Schema,
   columns: Mapping[str, Sequence[Any]],
   features: tuple[Feature, ...],
   length: int,
@@ -237,7 +272,7 @@ def _encode(
       for f in features
     }
   table = columns_lib.from_mapping(
-    columns, [f.column for f in features], source
+    columns, [f.column for f in features], source, schema
   )
   return {
     f.name: columns_lib.encode_categorical(table, f)
@@ -258,17 +293,7 @@ def _time(
   given = schema.time in shown and (schema.time in past or not num_events)
   if not given and not needed:
     return np.zeros(num_events + num_candidates, np.int64), False
-  if not given:
-    lacking = 'candidates' if schema.time not in shown else 'history'
-    raise ValueError(
-      f'{lacking} lacks column {schema.time!r}, the time, which a derived '
-      "feature or ties='strict' needs; give it"
-    )
-  both = {
-    schema.time: [*past.get(schema.time, ()), *shown.get(schema.time, ())]
-  }
-  table = columns_lib.from_mapping(both, [schema.time], 'history + candidates')
-  time, is_timestamp = columns_lib.encode_time(table, schema.time)
+  time, is_timestamp = _one_clock(schema, past, shown)
   _check_order(schema, time, num_events, as_of)
   return time, is_timestamp
 
@@ -287,30 +312,41 @@ def _visible(
     )
   if not schema.request or not num_events:
     return before, seen
-  columns_lib.check_names(list(past), [schema.request], 'history')
-  given = schema.request in shown
-  both = {schema.request: [*past[schema.request]]}
-  if given:
-    both[schema.request] += [*shown[schema.request]]
-  table = columns_lib.from_mapping(both, [schema.request], 'history')
-  codes, _ = columns_lib.encode_keys(table, schema.request)
-  own = codes[:num_events]
+  own = _keys(schema, past, schema.request, 'history')
   values, first = np.unique(own, return_index=True)
+  # A request's events see what was before the first of them.
   seen = seen[first[np.searchsorted(values, own)]]
-  if given:
-    place = np.searchsorted(values, codes[num_events:])
-    place = np.minimum(place, len(values) - 1)
-    same = values[place] == codes[num_events:]
-    # A request's events see what was before the first of them.
-    before = np.where(same, np.minimum(before, seen[first[place]]), before)
+  if schema.request in shown:
+    wanted = _keys(schema, shown, schema.request, 'candidates')
+    place = np.minimum(np.searchsorted(values, wanted), len(values) - 1)
+    known = values[place] == wanted
+    before = np.where(known, np.minimum(before, seen[first[place]]), before)
   return before, seen
+
+
+def _one_clock(schema: Schema, past, shown) -> tuple[np.ndarray, bool]:
+  """Times of events, then of candidates, and whether they are timestamps."""
+  name, times, kinds = schema.time, [], {}
+  for source, columns in {'history': past, 'candidates': shown}.items():
+    if not _length(columns):
+      continue
+    if name not in columns:
+      raise ValueError(
+        f'{source} lacks column {name!r}, the time, which '
+        "a derived feature or ties='strict' needs; give it"
+      )
+    table = columns_lib.from_mapping(columns, [name], source, schema)
+    values, kinds[source] = columns_lib.encode_time(table, name)
+    times.append(values)
+  columns_lib.check_clocks(name, kinds)
+  return np.concatenate(times), kinds['candidates']
 
 
 def _labels(schema: Schema, past, length: int) -> dict[str, np.ndarray]:
   if not length:
     return {task.name: np.zeros(0, np.float32) for task in schema.tasks}
   columns = [task.column for task in schema.tasks]
-  table = columns_lib.from_mapping(past, columns, 'history')
+  table = columns_lib.from_mapping(past, columns, 'history', schema)
   return {t.name: columns_lib.encode_label(table, t) for t in schema.tasks}
 
 

@@ -275,7 +275,8 @@ def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
   Returns:
     `config`, for `histjax.config.from_dict`; `fingerprint` of its data, see
-    `histjax.data.fingerprint`; `best_step`, `progress` and `data`.
+    `histjax.data.fingerprint`; `features`, the digest of what is derived of it;
+    `best_step`, `progress` and `data`.
 
   Raises:
     FileNotFoundError, ValueError, OSError: see `load_params`.

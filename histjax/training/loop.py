@@ -94,6 +94,8 @@ def train_and_evaluate(
       shard_count=jax.process_count(),
     )
     stack.enter_context(contextlib.closing(batches))
+    if jax.process_index() == 0:
+      dataset.features.save(workdir)
     interrupt = stack.enter_context(Interrupt())
     # What says of the files of a run which run it is.
     identity = {'config': identity_lib.saved(config), 'fingerprint': digest}
@@ -158,6 +160,7 @@ class _Run:
     self.workdir = workdir
     self.splits = dataset.splits
     self.identity = identity
+    self.features = dataset.features.digest()
     self.mesh = mesh
     self.checkpoints = checkpoints
     self.interrupt = interrupt
@@ -365,6 +368,7 @@ class _Run:
       {
         'best_step': self.progress.best_step,
         **self.identity,
+        'features': self.features,
         'progress': dataclasses.asdict(self.progress),
         'data': self.batches.get_state(),
       },

@@ -48,11 +48,28 @@ class HashingTest(absltest.TestCase):
       digest = hashlib.blake2b(value.encode(), digest_size=8).digest()
       self.assertEqual(row, splitmix(int.from_bytes(digest, 'little')) % size)
 
-  @given(st.integers(-(2**63), 2**63 - 1), st.integers(1, 2**31 - 1))
+  @given(st.integers(-(2**63), 2**64 - 1), st.integers(1, 2**31 - 1))
   def test_integers_and_their_decimals_agree(self, value, size):
-    (row,) = hashing.hash_integers(np.array([value], np.int64), size)
+    dtype = np.int64 if value < 2**63 else np.uint64
+    (row,) = hashing.hash_integers(np.array([value], dtype), size)
     self.assertEqual(row, splitmix(value & _MASK) % size)
     self.assertEqual(hashing.hash_strings([str(value)], size)[0], row)
+
+  def test_decimals_of_every_length_are_integers(self):
+    largest = [10**n - 1 for n in range(1, 20)] + [2**64 - 1]
+    smallest = [-(10**n) + 1 for n in range(1, 19)] + [-(2**63)]
+    edges = [0, 10**18, 10**19, 2**63 - 1, 2**63, 2**64 - 1]
+    for value in (*largest, *smallest, *edges):
+      self.assertEqual(hashing.as_integer(str(value)), value)
+      (row,) = hashing.hash_strings([str(value)], 2**31 - 1)
+      self.assertEqual(row, splitmix(value & _MASK) % (2**31 - 1), value)
+
+  def test_decimals_beyond_64_bits_are_texts(self):
+    for value in (2**64, -(2**63) - 1, 10**20, 10**30):
+      self.assertIsNone(hashing.as_integer(str(value)))
+      digest = hashlib.blake2b(str(value).encode(), digest_size=8).digest()
+      (row,) = hashing.hash_strings([str(value)], 10**6)
+      self.assertEqual(row, splitmix(int.from_bytes(digest, 'little')) % 10**6)
 
   def test_other_spellings_are_other_strings(self):
     rows = hashing.hash_strings(

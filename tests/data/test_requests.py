@@ -1,8 +1,11 @@
 """Plain values become the row that a log of them would."""
 
 import dataclasses
+import datetime
 
+import chex
 import numpy as np
+import pyarrow as pa
 from absl.testing import absltest, parameterized
 
 from histjax.data import requests
@@ -34,7 +37,7 @@ GAPS = logs.derive(_LOG, TimeGap(6))[1]
 def make_row(history=PAST, candidates=(SHOWN,), context=None, **kwargs):
   return requests.make_row(
     dataclasses.replace(logs.schema(), derived=GAPS.derived),
-    context=context or {'user_age': 2},
+    context={'user_age': 2} if context is None else context,
     history=history,
     candidates=candidates,
     features=GAPS,
@@ -51,6 +54,48 @@ class MakeRowTest(parameterized.TestCase):
     # 8 s after the last event: floor(log2(9)) = 3.
     self.assertEqual(row.candidates['time_gap'].tolist(), [3, 3])
     self.assertEqual(row.visible.tolist(), [2, 2])
+
+  def test_iterators_are_columns_and_rows(self):
+    wanted = make_row()
+    columns = {name: iter([e[name] for e in PAST]) for name in PAST[0]}
+    for row in (
+      make_row(history=iter(PAST), candidates=iter([SHOWN])),
+      make_row(history=columns),
+    ):
+      chex.assert_trees_all_equal(row.history, wanted.history, strict=True)
+      chex.assert_trees_all_equal(row.candidates, wanted.candidates)
+
+  def test_one_clock(self):
+    past = ['2022-05-01T10:00:00', '2022-05-01T10:00:04']
+    berlin = datetime.timezone(datetime.timedelta(hours=2))
+    ways = [
+      past,
+      [datetime.datetime.fromisoformat(t) for t in past],
+      [datetime.datetime.fromisoformat(t + '+00:00') for t in past],
+      [np.datetime64(t, 'us') for t in past],
+      np.array(past, 'datetime64[ns]'),
+      pa.array(np.array(past, 'datetime64[s]'), pa.timestamp('s', 'UTC')),
+    ]
+    now = [
+      '2022-05-01T12:00:07+02:00',
+      datetime.datetime(2022, 5, 1, 12, 0, 7, tzinfo=berlin),
+      np.datetime64('2022-05-01T10:00:07', 'ms'),
+    ]
+    for times in ways:
+      for moment in now:
+        row = make_row(
+          history={
+            'ts': times,
+            'item_id': [4, 5],
+            'price': [3.0, 5.0],
+            'stars': [5, 1],
+          },
+          candidates=[{**SHOWN, 'ts': moment}],
+          config=RowConfig('pointwise', ties='strict'),
+        )
+        self.assertEqual(row.visible.tolist(), [2])
+        self.assertEqual(row.history['time_gap'].tolist(), [0, 2])
+        self.assertEqual(row.candidates['time_gap'].tolist(), [2])
 
   def test_no_history(self):
     row = make_row(history=[])
@@ -112,6 +157,66 @@ class MakeRowTest(parameterized.TestCase):
       'history has 2 events, more than history_length=1',
     ),
     ('nan', {'candidates': [{**SHOWN, 'price': float('nan')}]}, 'holds nan'),
+    (
+      'huge',
+      {'candidates': [SHOWN, {**SHOWN, 'price': 3e38}]},
+      r"'price': candidates row 1 holds 3e\+38: too large",
+    ),
+    (
+      'text_for_a_number',
+      {'candidates': [{**SHOWN, 'price': 'cheap'}]},
+      "'price': candidates row 0 holds 'cheap': a number is needed",
+    ),
+    (
+      'integer_of_65_bits',
+      {'candidates': [{**SHOWN, 'item_id': 2**64}]},
+      "'item_id' of candidates: row 0 holds 18446744073709551616.*64 bits",
+    ),
+    (
+      'integer_of_64_bits',
+      {'candidates': [{**SHOWN, 'item_id': 2**63}]},
+      "'item_id': candidates row 0 holds 9223372036854775808",
+    ),
+    (
+      'nested',
+      {'candidates': [{**SHOWN, 'price': [1.0]}]},
+      "'price': candidates row 0 holds .1.0.: a number is needed.*list",
+    ),
+    (
+      'missing',
+      {'candidates': [{**SHOWN, 'price': None}]},
+      "'price': candidates row 0 has no value",
+    ),
+    (
+      'nested_context',
+      {'context': {'user_age': [2]}},
+      "'user_age': context row 0 holds .2.",
+    ),
+    ('no_context', {'context': [1]}, 'context is a list; give {column: value}'),
+    ('text', {'candidates': 'abc'}, 'candidates is a str; give'),
+    ('none', {'history': None}, 'history is a NoneType; give'),
+    ('number', {'candidates': 5}, 'candidates is a int; give'),
+    ('rows', {'candidates': [1, 2]}, 'candidates row 0 is a int; give'),
+    (
+      'scalars',
+      {'candidates': SHOWN},
+      "'ts' of candidates is 9, a int; give one value an event",
+    ),
+    (
+      'one_text',
+      {'candidates': {'ts': '12', 'item_id': [1], 'price': [1.0]}},
+      "'ts' of candidates is '12', a str",
+    ),
+    (
+      'lengths',
+      {'candidates': {'ts': [9], 'item_id': [1, 2], 'price': [1.0]}},
+      'columns of candidates differ in length',
+    ),
+    (
+      'clocks',
+      {'candidates': [{**SHOWN, 'ts': '2022-05-01'}]},
+      "'ts': the times are numbers in history and timestamps in candidates",
+    ),
   )
   def test_refused(self, change, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -294,7 +294,7 @@ class TestBinaries:
       'ts': np.full(17, np.datetime64('2024-06-01T00:00', 'ms')),
     }
     parquet.write_table(pa.table(candidates), folder / 'candidates.parquet')
-    run(
+    output = run(
       'score',
       f'--workdir={folder}/work',
       f'--events={folder}/log.parquet',
@@ -306,6 +306,9 @@ class TestBinaries:
       ranked = list(csv.DictReader(f))
     by_user = {u: [r for r in ranked if r['uid'] == u] for u in ('u1', 'new')}
     assert [len(r) for r in by_user.values()] == [8, 5]
+    assert '1 of 2 users are in the log' in output
+    assert '2/2 requests' in output
+    assert 'Traceback' not in output
     for user, rows in by_user.items():
       assert [int(r['rank']) for r in rows] == list(range(1, len(rows) + 1))
       scores = [float(r['score_buy']) for r in rows]
@@ -329,6 +332,40 @@ class TestBinaries:
     assert "column 'sku' is not in" in output
     assert "did you mean 'skus'?" in output
     assert not (folder / 'bad.csv').exists()
+
+  @pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+      # Said before anything is read, the run included.
+      (['--workdir=absent', '--output=absent/x.csv'], 'absent is no folder'),
+      (['--task=sell'], '--task=sell is not a task of the run; it has'),
+      ([], "none of the 1 users of the candidates, such as '1', is in the log"),
+    ],
+  )
+  def test_score_is_refused(self, trained, flags, message):
+    folder, _ = trained
+    table = pa.table(
+      {
+        'uid': [1],
+        'sku': ['sku-1'],
+        'eur': [1.0],
+        'land': ['FR'],
+        'ts': ['2024-06-01'],
+      }
+    )
+    parquet.write_table(table, folder / 'nobody.parquet')
+    output = run(
+      'score',
+      f'--workdir={folder}/work',
+      f'--events={folder}/log.parquet',
+      f'--candidates={folder}/nobody.parquet',
+      f'--output={folder}/nobody.csv',
+      *flags,
+      expect=1,
+    )
+    assert message in output
+    assert 'Traceback' not in output
+    assert not (folder / 'nobody.csv').exists()
 
   def test_benchmark(self, trained):
     folder, _ = trained

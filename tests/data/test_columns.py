@@ -1,0 +1,423 @@
+"""What a column is read as, by what it is used for; what is refused."""
+
+import datetime
+import decimal
+import zoneinfo
+
+import numpy as np
+import pyarrow as pa
+from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histjax.data import columns as columns_lib
+from histjax.data import hashing
+from histjax.schema import MAX_DENSE, Categorical, Dense, Schema, Task
+
+SIZE = 2**31 - 1
+HASHED = Categorical('item', SIZE, ids='hash')
+INDEX = Categorical('item', 10)
+# No surrogates, which no file can hold, and no empty text, which is missing.
+texts = st.text(st.characters(exclude_categories=['Cs']), min_size=1)
+integers = st.integers(-(2**63), 2**64 - 1)
+
+
+def schema(**kwargs) -> Schema:
+  feature = Categorical('hashed', SIZE, column='item', ids='hash')
+  return Schema('user', 'time', item=(feature,), tasks=(Task('y'),), **kwargs)
+
+
+def table(values, **kwargs) -> columns_lib.Columns:
+  return columns_lib.from_mapping(
+    {'item': values}, ['item'], 'memory', schema(**kwargs)
+  )
+
+
+def parts(*values, **kwargs) -> columns_lib.Columns:
+  tables = [pa.table({'item': pa.array(v)}) for v in values]
+  names = [f'part{i}' for i in range(len(tables))]
+  return columns_lib.Columns(tuple(tables), tuple(names), schema(**kwargs))
+
+
+def hashed(values, **kwargs) -> list[int]:
+  return columns_lib.encode_categorical(
+    table(values, **kwargs), HASHED
+  ).tolist()
+
+
+class KeyTest(parameterized.TestCase):
+  @given(st.lists(integers, min_size=1, max_size=8))
+  def test_an_integer_is_its_decimal_text(self, values):
+    as_text = [str(v) for v in values]
+    self.assertEqual(hashed(values), hashed(as_text))
+    codes, keys = columns_lib.encode_keys(table(values), 'item')
+    text_codes, text_keys = columns_lib.encode_keys(table(as_text), 'item')
+    self.assertEqual(codes.tolist(), text_codes.tolist())
+    self.assertEqual(
+      columns_lib.canonical_keys(keys), columns_lib.canonical_keys(text_keys)
+    )
+    self.assertEqual([int(text_keys[c]) for c in text_codes], values)
+
+  @given(st.lists(texts, min_size=1, max_size=8))
+  def test_a_text_is_itself(self, values):
+    codes, keys = columns_lib.encode_keys(table(values), 'item')
+    self.assertEqual([keys[c] for c in codes], values)
+    self.assertLen(keys, len(set(values)))
+    self.assertEqual(
+      hashed(values), hashing.hash_strings(values, SIZE).tolist()
+    )
+
+  def test_spellings_are_keys_of_their_own(self):
+    spelled = ['7', '07', '007', '7.0', '+7', ' 7', '7 ', '-0', '0x7', '\u0667']
+    spelled += ['NA', 'nan', 'NULL', 'None', 'true', '2022-05-01', '1e3']
+    _, keys = columns_lib.encode_keys(table(spelled), 'item')
+    self.assertEqual(set(keys), set(spelled))
+    self.assertLen(set(hashed(spelled)), len(spelled))
+
+  def test_order_is_of_numbers_then_texts(self):
+    _, keys = columns_lib.encode_keys(
+      table(['b', '10', '9', '007', '-1', 'a']), 'item'
+    )
+    self.assertEqual(keys.tolist(), ['-1', '9', '10', '007', 'a', 'b'])
+
+  @parameterized.named_parameters(
+    ('int32', pa.array([7, 10], pa.int32())),
+    ('uint64', pa.array([7, 10], pa.uint64())),
+    ('decimal', pa.array([7, 10], pa.decimal128(20, 0))),
+    ('text', pa.array(['7', '10'])),
+    ('dictionary', pa.array(['7', '10']).dictionary_encode()),
+    ('bytes', pa.array([b'7', b'10'])),
+    ('numpy_bytes', np.array([b'7', b'10'])),
+    ('python_decimal', [decimal.Decimal(7), decimal.Decimal(10)]),
+    ('view', pa.array(['7', '10'], pa.string_view())),
+    ('generator', (k for k in ('7', '10'))),
+  )
+  def test_types_of_one_key(self, values):
+    columns = table(values)
+    codes, keys = columns_lib.encode_keys(columns, 'item')
+    self.assertEqual(columns_lib.canonical_keys(keys), ['7', '10'])
+    self.assertEqual(codes.tolist(), [0, 1])
+    rows = columns_lib.encode_categorical(columns, HASHED)
+    self.assertEqual(rows.tolist(), hashed([7, 10]))
+
+  def test_parts_of_other_types_are_joined(self):
+    columns = parts(
+      pa.array([2**63, 7], pa.uint64()),
+      ['guest', '7'],
+      pa.array([-1], pa.int8()),
+    )
+    codes, keys = columns_lib.encode_keys(columns, 'item')
+    self.assertEqual(keys.tolist(), ['-1', '7', str(2**63), 'guest'])
+    self.assertEqual(codes.tolist(), [2, 1, 3, 1, 0])
+    self.assertEqual(
+      columns_lib.encode_categorical(columns, HASHED).tolist(),
+      hashed([str(2**63), '7', 'guest', '7', '-1']),
+    )
+    whole = parts(pa.array([2**63], pa.uint64()), [-1])
+    _, keys = columns_lib.encode_keys(whole, 'item')
+    self.assertEqual(keys.tolist(), ['-1', str(2**63)])
+
+  @parameterized.named_parameters(
+    ('float', [7.0], "row 0 holds 7.0: of type double.*declare it 'integer'"),
+    ('bool', [True], "holds True: of type bool.*declare it 'integer'"),
+    ('date', [datetime.date(2022, 5, 1)], 'of type timestamp.*no key'),
+    ('list', [[7]], 'of type list'),
+    ('decimal', [decimal.Decimal('7.5')], 'of type double'),
+    ('null', [None, 'a'], r'row 0 has no value \(null\)'),
+    ('pandas_nan', ['a', float('nan')], r'row 1 has no value \(null\)'),
+    ('empty', ['a', ''], r"row 1 has no value \(''\).*Schema.null_values"),
+    ('not_utf8', [b'\xff'], 'not UTF-8'),
+    ('surrogate', ['a', '\ud800'], 'surrogates'),
+    ('65_bits', [1, 2**64], 'row 1 holds 18446744073709551616.*64 bits'),
+    ('mixed', [1, 'a'], 'row 0 holds 1, a int, and row 1 .a., a str'),
+  )
+  def test_refused(self, values, message):
+    with self.assertRaisesRegex(ValueError, f"column 'item'.*{message}"):
+      columns_lib.encode_keys(table(values), 'item')
+    with self.assertRaisesRegex(ValueError, f"column 'item'.*{message}"):
+      columns_lib.encode_categorical(table(values), HASHED)
+
+  def test_what_is_missing_can_be_set(self):
+    self.assertLen(hashed(['a', ''], null_values=()), 2)
+    for word in ('NULL', 'NA'):
+      with self.assertRaisesRegex(ValueError, f"no value .'{word}'"):
+        hashed(['a', word], null_values=('', 'NULL', 'NA'))
+
+  def test_declared_integers(self):
+    kinds = {'column_types': {'item': 'integer'}}
+    for values in (['007', '8'], [7.0, 8.0], [7, 8]):
+      self.assertEqual(hashed(values, **kinds), hashed([7, 8]))
+    self.assertEqual(hashed([True], **kinds), hashed([1]))
+    self.assertEqual(hashed([str(2**64 - 1)], **kinds), hashed([2**64 - 1]))
+    for bad in (['7', 'x'], [7.0, 7.5]):
+      with self.assertRaisesRegex(ValueError, 'row 1 holds'):
+        hashed(bad, **kinds)
+
+  def test_declared_text(self):
+    kinds = {'column_types': {'item': 'text'}}
+    self.assertEqual(hashed([7, 8], **kinds), hashed(['7', '8']))
+    with self.assertRaisesRegex(ValueError, 'declared a text'):
+      hashed([7.0], **kinds)
+
+
+class IndexTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ([3, 4],),
+    ([3.0, 4.0],),
+    (['3', '004'],),
+    (['3.0', '4e0'],),
+    (pa.array([3, 4], pa.uint64()),),
+  )
+  def test_values(self, values):
+    ids = columns_lib.encode_categorical(table(values), INDEX)
+    self.assertEqual(ids.tolist(), [3, 4])
+    self.assertEqual(ids.dtype, np.int32)
+
+  def test_booleans(self):
+    for values in ([True, False], ['true', 'False']):
+      ids = columns_lib.encode_categorical(table(values), INDEX)
+      self.assertEqual(ids.tolist(), [1, 0])
+
+  @parameterized.parameters(
+    ([1, 10], r'row 1 holds 10: outside.*\[0, 10\)'),
+    ([1, 2**63], 'row 1 holds 9223372036854775808'),
+    ([-1, 2**63], 'row 1 holds 9.22.*whole number'),
+    ([1, 2**64 - 1], 'row 1 holds 18446744073709551615'),
+    (['1', '18446744073709551615'], 'row 1 holds'),
+    (['1', 'x'], "row 1 holds 'x'.*ids='hash'"),
+    (['1', '0x1'], "row 1 holds '0x1'"),
+    (['1', ' 1'], "row 1 holds ' 1'"),
+    ([1.0, 1.5], 'row 1 holds 1.5: a whole number'),
+    ([1.0, float('nan')], 'row 1 holds nan: it must be finite'),
+    ([1.0, 1e300], r'row 1 holds 1e\+300: a whole number'),
+    (['item', '1'], r"row 0 holds 'item' \(the header once more"),
+  )
+  def test_refused(self, values, message):
+    with self.assertRaisesRegex(ValueError, message):
+      columns_lib.encode_categorical(table(values), INDEX)
+
+  def test_row_of_a_later_part(self):
+    with self.assertRaisesRegex(ValueError, 'part2 row 1 holds 1.5'):
+      columns_lib.encode_categorical(parts([1], [2, 3], [4.0, 1.5]), INDEX)
+
+
+class DenseTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ([1, 2],),
+    (['1', '2.0'],),
+    (['1e0', '+2'],),
+    ([decimal.Decimal('1.0'), decimal.Decimal('2.00')],),
+    (np.array([1, 2], np.float16),),
+  )
+  def test_values(self, values):
+    dense = columns_lib.encode_dense(table(values), Dense('item', scale=2.0))
+    self.assertEqual(dense.tolist(), [0.5, 1.0])
+    self.assertEqual(dense.dtype, np.float32)
+
+  def test_parts_of_other_types(self):
+    dense = columns_lib.encode_dense(
+      parts([1], ['2.5'], [True], [0.5]), Dense('item')
+    )
+    self.assertEqual(dense.tolist(), [1, 2.5, 1, 0.5])
+
+  @parameterized.parameters(
+    ([1.0, 3e38], r'row 1 holds 3e\+38: too large.*raise its scale'),
+    ([1.0, -1e39], r'row 1 holds -1e\+39: too large'),
+    (['1', '1e39'], r'row 1 holds 1e\+39: too large'),
+    (['1', '1e999'], 'row 1 holds inf: it must be finite'),
+    (['1', 'nan'], 'row 1 holds nan: it must be finite'),
+    (['1', 'cheap'], "row 1 holds 'cheap': a number is needed"),
+    (['1', 'x' * 10**6], 'row 1 holds .x{70,80}...: a number is needed'),
+    (['true', '1'], "row 0 holds 'true': a number is needed"),
+    (['1', ''], r"row 1 has no value \(''\)"),
+    ([[1.0], [2.0]], 'of type list'),
+  )
+  def test_refused(self, values, message):
+    with self.assertRaisesRegex(ValueError, message):
+      columns_lib.encode_dense(table(values), Dense('item'))
+
+  @given(st.floats(allow_nan=False, allow_infinity=False))
+  def test_bound(self, value):
+    def encode():
+      return columns_lib.encode_dense(table([value]), Dense('item'))[0]
+
+    if abs(value) <= MAX_DENSE:
+      self.assertEqual(encode(), np.float32(value))
+    else:
+      with self.assertRaisesRegex(ValueError, 'too large'):
+        encode()
+
+
+MOMENT = 1_651_399_200_000_000_000  # 2022-05-01T10:00 in UTC.
+BERLIN = zoneinfo.ZoneInfo('Europe/Berlin')
+
+
+class PandasTimestamp(datetime.datetime):
+  """As pandas.Timestamp: a datetime with nanoseconds beside."""
+
+  nanosecond = 7
+
+
+class TimeTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('datetime', [datetime.datetime(2022, 5, 1, 10)]),
+    ('aware', [datetime.datetime(2022, 5, 1, 12, tzinfo=BERLIN)]),
+    ('numpy', [np.datetime64('2022-05-01T10')]),
+    ('text', ['2022-05-01T10:00:00']),
+    ('text_space', ['2022-05-01 10:00']),
+    ('text_z', ['2022-05-01T10:00:00Z']),
+    ('text_zone', ['2022-05-01T12:00:00.000+02:00']),
+    ('text_short_zone', ['2022-05-01T08-02']),
+    *(
+      (f'numpy_{unit}', np.array(['2022-05-01T10'], f'datetime64[{unit}]'))
+      for unit in ('h', 'm', 's', 'ms', 'us', 'ns')
+    ),
+    *(
+      (f'arrow_{unit}', pa.array([MOMENT // factor], pa.timestamp(unit, zone)))
+      for unit, factor, zone in (
+        ('s', 10**9, None),
+        ('ms', 10**6, 'Europe/Berlin'),
+        ('us', 10**3, 'UTC'),
+        ('ns', 1, '+02:00'),
+      )
+    ),
+  )
+  def test_one_clock(self, values):
+    found, is_timestamp = columns_lib.encode_time(table(values), 'item')
+    self.assertTrue(is_timestamp)
+    self.assertEqual(found.tolist(), [MOMENT])
+    self.assertEqual(found.dtype, np.int64)
+
+  def test_mixed_objects(self):
+    day = datetime.date(2022, 5, 1)
+    values = [
+      day,
+      datetime.datetime(2022, 5, 1, 10),
+      datetime.datetime(2022, 5, 1, 12, tzinfo=BERLIN),
+      np.datetime64('2022-05-01T10:00:00.000000001', 'ns'),
+      np.datetime64('2022-05', 'M'),
+      PandasTimestamp(2022, 5, 1, 10, 0, 0, 3),
+    ]
+    found, _ = columns_lib.encode_time(table(values), 'item')
+    midnight = MOMENT - 10 * 3600 * 10**9
+    self.assertEqual(
+      found.tolist(),
+      [midnight, MOMENT, MOMENT, MOMENT + 1, midnight, MOMENT + 3007],
+    )
+
+  def test_mixed_zones_of_text(self):
+    found, _ = columns_lib.encode_time(
+      table(['2022-05-01T10:00Z', '2022-05-01 10:00', '2022-05-01']), 'item'
+    )
+    self.assertEqual(found.tolist()[:2], [MOMENT] * 2)
+
+  def test_parts_of_other_units(self):
+    columns = parts(
+      pa.array([MOMENT // 1000], pa.timestamp('us', 'Asia/Tokyo')),
+      ['2022-05-01T10:00'],
+      pa.array([MOMENT // 86400 // 10**9], pa.date32()),
+    )
+    found, _ = columns_lib.encode_time(columns, 'item')
+    self.assertEqual(found.tolist()[:2], [MOMENT] * 2)
+
+  @parameterized.parameters(
+    (['5', '007'], [5, 7], np.int64),
+    (['5', '7.5'], [5, 7.5], np.float64),
+    (['20220501'], [20220501], np.int64),
+    ([5.0, 7.5], [5, 7.5], np.float64),
+    (pa.array([5], pa.uint64()), [5], np.int64),
+  )
+  def test_numbers(self, values, wanted, dtype):
+    found, is_timestamp = columns_lib.encode_time(table(values), 'item')
+    self.assertFalse(is_timestamp)
+    self.assertEqual(found.tolist(), wanted)
+    self.assertEqual(found.dtype, dtype)
+
+  @parameterized.parameters(
+    (['1', '2022-05-01'], "row 1 holds '2022-05-01': a time must be a number"),
+    (['2022-05-01', '1'], "row 1 holds '1': a time must be a number or an ISO"),
+    (['2022-05-01', 'May'], "row 1 holds 'May'"),
+    (['1970-01-01', '1969-12-31'], '1970 or later'),
+    (['2400-01-01'], 'between 1970 and 2262'),
+    ([datetime.datetime(2400, 1, 1)], 'between 1970 and 2262'),
+    (np.array(['2400-01-01'], 'datetime64[D]'), 'between 1970 and 2262'),
+    ([np.datetime64('NaT')], r'no value \(null\)'),
+    (np.array(['2022', 'NaT'], 'datetime64[ns]'), r'no value \(null\)'),
+    ([datetime.datetime(2022, 5, 1), 5], 'row 1 holds 5, a int, and row 0'),
+    ([datetime.timedelta(1)], 'a number is needed.*duration'),
+    ([2**63], 'row 0 holds 9223372036854775808: it must be below'),
+    ([1.0, float('inf')], 'row 1 holds inf: it must be finite'),
+    (['nan'], 'must be finite'),
+    ([True], 'row 0 holds True: a time must be a number'),
+  )
+  def test_refused(self, values, message):
+    with self.assertRaisesRegex(ValueError, message):
+      columns_lib.encode_time(table(values), 'item')
+
+  def test_two_clocks(self):
+    with self.assertRaisesRegex(
+      ValueError, 'part0 row 0 and on are numbers, part1 row 0 and on timest'
+    ):
+      columns_lib.encode_time(parts([5], ['2022-05-01']), 'item')
+    with self.assertRaisesRegex(
+      ValueError, 'numbers in the log and timestamps in a request; give all'
+    ):
+      columns_lib.check_clocks('t', {'the log': False, 'a request': True})
+
+  def test_declared(self):
+    # Declared on the time column, which here is the one of this name.
+    declared = Schema(
+      'user',
+      'item',
+      item=(Categorical('i', 2),),
+      tasks=(Task('y'),),
+      column_types={'item': 'timestamp'},
+    )
+
+    def encode(values):
+      columns = columns_lib.from_mapping(
+        {'item': values}, ['item'], 'memory', declared
+      )
+      return columns_lib.encode_time(columns, 'item')
+
+    self.assertTrue(encode(['2022-05-01'])[1])
+    for bad in (['20220501'], [20220501]):
+      with self.assertRaisesRegex(ValueError, 'row 0 holds .*20220501'):
+        encode(bad)
+
+
+class FromMappingTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('text', 'abc', "it is 'abc', one str; give a list"),
+    ('scalar', 3.0, 'it is 3.0, one float; give a list'),
+    ('numpy_scalar', np.float32(3), 'dimensions|give a list'),
+    ('none', None, 'it is None, one NoneType'),
+    ('dict', {'a': 1}, 'one dict; give a list'),
+    ('set', {1, 2}, 'one set; give a list'),
+    ('matrix', np.zeros((2, 2)), 'it has 2 dimensions'),
+    ('complex', np.zeros(2, complex), 'not a column of numbers or strings'),
+    ('objects', [object()], 'not a column of numbers or strings'),
+  )
+  def test_refused(self, values, message):
+    with self.assertRaisesRegex(ValueError, f"'item' of memory: .*({message})"):
+      table(values)
+
+  @parameterized.parameters([[]], ['abc'], [None], [3])
+  def test_no_table(self, columns):
+    with self.assertRaisesRegex(ValueError, 'is no table; give {column'):
+      columns_lib.from_mapping(columns, ['item'], 'memory', schema())
+
+  def test_arrow_table_and_iterators(self):
+    arrow = pa.table({'item': ['1', '2'], 'other': [1, 2]})
+    for source in (arrow, {'item': iter(['1', '2'])}, {'item': range(1, 3)}):
+      columns = columns_lib.from_mapping(source, ['item'], 'm', schema())
+      self.assertEqual(columns_lib.numbers(columns, 'item').tolist(), [1, 2])
+
+  def test_raw(self):
+    self.assertEqual(columns_lib.raw(table([1, 2]), 'item').tolist(), [1, 2])
+    mixed = columns_lib.raw(parts([1], ['x'], [2.5]), 'item')
+    self.assertEqual(mixed.tolist(), ['1', 'x', '2.5'])
+
+
+if __name__ == '__main__':
+  absltest.main()

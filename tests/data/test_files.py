@@ -1,0 +1,344 @@
+"""Files and trees of files: what is read, what is told, what is refused."""
+
+import unittest.mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+from absl.testing import absltest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from histjax.data import columns as columns_lib
+from histjax.data import files
+from histjax.data.events import EventLog
+from histjax.schema import Categorical, Schema, Task
+
+SCHEMA = Schema(
+  'user',
+  'time',
+  item=(Categorical('sku', 1000, ids='hash'),),
+  context=(Categorical('land', 1000, ids='hash'),),
+  tasks=(Task('y'),),
+)
+COLUMNS = ['user', 'time', 'sku', 'land', 'y']
+
+
+def events(count=2, first=0):
+  return {
+    'user': ['a', 'b'] * (count // 2),
+    'time': list(range(first, first + count)),
+    'sku': ['007'] * count,
+    'land': ['NA'] * count,
+    'y': [0, 1] * (count // 2),
+  }
+
+
+def write(path, data):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  table = pa.table(data)
+  if path.suffix == '.csv':
+    pa_csv.write_csv(table, path)
+  else:
+    pq.write_table(table, path)
+  return path
+
+
+def keys(path, column='user', schema=SCHEMA):
+  table = files.read([str(path)], [column], schema)
+  codes, found = columns_lib.encode_keys(table, column)
+  return found[codes].tolist()
+
+
+def text_file(folder, text, encoding='utf-8', name='log.csv'):
+  path = folder / name
+  path.write_bytes(text.encode(encoding))
+  return path
+
+
+def test_a_tree_is_read_whole(tmp_path):
+  write(tmp_path / 'log/c.parquet', events(6, 100))
+  write(tmp_path / 'log/day=1/a.parquet', events(2, 200))
+  write(tmp_path / 'log/day=1/hour=3/a.csv', events(4, 300))
+  write(tmp_path / 'log/more/x.parquet/part-0.parquet', events(8, 400))
+  log = EventLog.from_files([str(tmp_path / 'log')], SCHEMA)
+  assert len(log) == 20
+  assert sorted(log.time.tolist()) == [
+    *range(100, 106),
+    *range(200, 202),
+    *range(300, 304),
+    *range(400, 408),
+  ]
+
+
+def test_columns_of_partitions(tmp_path):
+  def part(folder, first):
+    data = {k: v for k, v in events(2, first).items() if k != 'land'}
+    write(tmp_path / folder / 'a.parquet', data)
+
+  part('land=NA/day=01', 0)
+  part('land=C%C3%B4te%20d%2FIvoire/day=1', 2)
+  assert keys(tmp_path, 'land') == ['Côte d/Ivoire'] * 2 + ['NA'] * 2
+  assert keys(tmp_path, 'day') == ['1', '1', '01', '01']
+  log = EventLog.from_files([str(tmp_path)], SCHEMA)
+  wanted = EventLog.from_columns(
+    {**events(4), 'land': ['NA'] * 2 + ['Côte d/Ivoire'] * 2}, SCHEMA
+  )
+  for name in ('sku', 'land'):
+    np.testing.assert_array_equal(log.features[name], wanted.features[name])
+  part('land=__HIVE_DEFAULT_PARTITION__', 4)
+  with pytest.raises(ValueError, match=r"'land'.*a.parquet row 0 has no value"):
+    EventLog.from_files([str(tmp_path)], SCHEMA)
+
+
+def test_a_partition_gives_way_to_the_file_s_own_column(tmp_path):
+  path = write(tmp_path / 'user=x/a.parquet', events())
+  assert keys(path) == ['a', 'b']
+
+
+def test_what_is_not_read_is_named(tmp_path):
+  write(tmp_path / 'a.parquet', events())
+  for name in ('_SUCCESS', '.a.parquet.crc', '_part.parquet', 'notes.txt'):
+    (tmp_path / name).write_text('x')
+  write(tmp_path / '_temporary/b.parquet', events())
+  write(tmp_path / 'day=1/events.orc', events())
+  with unittest.mock.patch.object(files.logging, 'warning') as warning:
+    assert keys(tmp_path) == ['a', 'b']
+  (call,) = warning.call_args_list
+  said = call.args[0] % call.args[1:]
+  assert 'day=1/events.orc, notes.txt' in said
+  for name in ('SUCCESS', 'crc', '_part', 'temporary'):
+    assert name not in said
+
+
+def test_nothing_is_said_of_a_folder_that_is_read_whole(tmp_path):
+  write(tmp_path / 'a.parquet', events())
+  (tmp_path / '_SUCCESS').write_text('')
+  with unittest.mock.patch.object(files.logging, 'warning') as warning:
+    keys(tmp_path)
+  warning.assert_not_called()
+
+
+def test_a_partition_s_column_may_begin_with_an_underscore(tmp_path):
+  write(tmp_path / '_day=1/a.parquet', events())
+  assert keys(tmp_path, '_day') == ['1', '1']
+
+
+def test_empty_parts(tmp_path):
+  nothing = pa.table({name: pa.array([], pa.null()) for name in COLUMNS})
+  pq.write_table(nothing, tmp_path / 'a.parquet')
+  text_file(tmp_path, '', name='b.csv')
+  text_file(tmp_path, ','.join(COLUMNS), name='c.csv')
+  with pytest.raises(ValueError, match=r'a.parquet and 2 more holds no events'):
+    keys(tmp_path)
+  write(tmp_path / 'd.parquet', events())
+  assert keys(tmp_path) == ['a', 'b']
+  table = files.read([str(tmp_path)], ['y'], SCHEMA)
+  assert table.where(1).endswith('d.parquet row 1')
+
+
+def test_an_empty_part_lacks_no_column(tmp_path):
+  pq.write_table(
+    pa.table({'users': pa.array([], 'int64')}), tmp_path / 'a.parquet'
+  )
+  write(tmp_path / 'b.parquet', events())
+  with pytest.raises(ValueError, match=r"'user' is not in .*a\.parquet"):
+    keys(tmp_path)
+
+
+@pytest.mark.parametrize('path', ['', 'gs://bucket/log.parquet'])
+def test_no_local_path(path):
+  with pytest.raises(
+    ValueError, match=f"paths has '{path}', which is no local"
+  ):
+    files.read([path], ['user'], SCHEMA)
+
+
+def test_home(tmp_path, monkeypatch):
+  write(tmp_path / 'a.parquet', events())
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert len(files.read(['~/a.parquet'], ['user'], SCHEMA)) == 2
+
+
+def test_links(tmp_path):
+  write(tmp_path / 'log/a.parquet', events())
+  (tmp_path / 'log/b.parquet').symlink_to(tmp_path / 'log/a.parquet')
+  with pytest.raises(ValueError, match=r'b\.parquet is given twice'):
+    keys(tmp_path / 'log')
+  (tmp_path / 'log/b.parquet').unlink()
+  (tmp_path / 'log/loop').symlink_to(tmp_path / 'log')
+  with pytest.raises(ValueError, match='loop links to a folder that it is in'):
+    keys(tmp_path / 'log')
+
+
+def test_values_of_csv_are_as_written(tmp_path):
+  spelled = ['007', '07', '7', 'NA', 'nan', 'NULL', ' x', '2022-05-01', 'true']
+  lines = ['user,time,sku', *(f'{s},1,NA' for s in spelled)]
+  for end in ('\n', '\r\n'):
+    for start in ('', '\ufeff'):
+      path = text_file(tmp_path, start + end.join(lines) + end)
+      assert keys(path) == spelled
+      assert keys(path, 'sku') == ['NA'] * len(spelled)
+
+
+@pytest.mark.parametrize('value', ['', '""'])
+def test_empty_is_missing(tmp_path, value):
+  path = text_file(tmp_path, f'user,time\na,1\n{value},2\n')
+  with pytest.raises(
+    ValueError, match=r"'user'.*csv row 1 has no value \(''\)"
+  ):
+    keys(path)
+  schema = Schema('user', 'time', SCHEMA.item, SCHEMA.tasks, null_values=())
+  assert keys(path, schema=schema) == ['a', '']
+
+
+def test_newlines_in_quotes(tmp_path):
+  note = 'a "quoted" line\n' * 200
+  quoted = '"' + note.replace('"', '""') + '"'
+  line = f'u,1,{quoted}\n'
+  count = 700  # 2.3 MB; a block is 1 MiB.
+  path = text_file(tmp_path, 'user,time,note\n' + line * count)
+  assert keys(path, 'note') == [note] * count
+  assert len(keys(path)) == count
+
+
+def test_an_event_larger_than_a_block(tmp_path):
+  note = 'x\n' * 1_200_000
+  path = text_file(
+    tmp_path, f'user,note,time\na,short,1\nb,"{note}",2\nc,short,3\n'
+  )
+  assert keys(path) == ['a', 'b', 'c']
+  assert keys(path, 'note')[1] == note
+
+
+@pytest.mark.parametrize('column', ['user', 'note'])
+def test_a_quote_that_nothing_closes(tmp_path, column):
+  path = text_file(tmp_path, 'user,note\na,x\nb,"y\nc,z\nd,z\n')
+  with pytest.raises(ValueError, match=r"csv row 1.*'note'.*nothing closes"):
+    keys(path, column)
+  path = text_file(tmp_path, 'user,note\na,x\nb,"y\nc"\n')
+  assert len(keys(path, column)) == 2
+
+
+def test_other_encodings_are_named(tmp_path):
+  for encoding in ('latin-1', 'utf-16'):
+    for text in ('user,time\né,1\n', 'user,é\nx,1\n'):
+      path = text_file(tmp_path, text, encoding)
+      with pytest.raises(ValueError, match=r'not in UTF-8; convert it.*iconv'):
+        keys(path)
+  late = 'user,time\n' + 'x,1\n' * 400_000 + 'é,1\n'
+  with pytest.raises(ValueError, match='not in UTF-8'):
+    keys(text_file(tmp_path, late, 'latin-1'))
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('user;time\na;1\n', r"header 'user;time' is one column; separate"),
+    ('user,time,user\na,1,b\n', r"'user' occurs 2 times in"),
+    ('\n\n', 'cannot be read as csv: Empty'),
+    ('user,time\na\n', 'cannot be read as csv.*a value for every column'),
+  ],
+)
+def test_refused(tmp_path, text, message):
+  with pytest.raises(ValueError, match=message):
+    keys(text_file(tmp_path, text))
+
+
+def test_a_header_in_the_middle(tmp_path):
+  path = text_file(
+    tmp_path, 'user,time,sku,land,y\na,1,x,NA,0\nuser,time,sku,land,y\n'
+  )
+  with pytest.raises(ValueError, match=r"row 1 holds '(time|y)' \(the header"):
+    EventLog.from_files([str(path)], SCHEMA)
+
+
+def test_a_column_twice_that_is_not_read(tmp_path):
+  path = text_file(tmp_path, 'user,note,note\na,1,2\n')
+  assert keys(path) == ['a']
+
+
+def test_parquet_and_csv_together(tmp_path):
+  """Integers and timestamps of the one, texts of the other, are one log."""
+  data = {
+    'user': [7, 8],
+    'time': pa.array([10**12, 2 * 10**12], pa.timestamp('us', 'Asia/Tokyo')),
+    'sku': [1, 2**53],
+    'land': ['NA', 'DE'],
+    'y': [True, False],
+  }
+  write(tmp_path / 'a.parquet', data)
+  text_file(
+    tmp_path,
+    'land,user,time,y,sku\n'
+    'NA,7,1970-01-12T13:46:40Z,1,1\n'
+    'DE,8,1970-01-24T03:33:20,0,9007199254740992\n'
+    'DE,guest,1970-01-24T03:33:20,0,1\n',
+    name='b.csv',
+  )
+  log = EventLog.from_files([str(tmp_path)], SCHEMA, extra=['sku'])
+  assert log.keys.tolist() == ['7', '8', 'guest']
+  assert log.user.tolist() == [0, 0, 1, 1, 2]
+  assert log.is_timestamp
+  for values in (*log.features.values(), *log.labels.values(), log.time):
+    assert values[0] == values[1]
+    assert values[2] == values[3]
+  assert log.extra['sku'].tolist()[-1] == '1'
+
+
+KEYS = st.one_of(
+  st.integers(-(2**63), 2**64 - 1).map(str),
+  st.text(
+    st.characters(exclude_categories=['Cs']),
+    min_size=1,
+    max_size=6,
+  ),
+  st.sampled_from(['007', '07', '7', 'NA', 'nan', 'NULL', '7.0', '1e3', '"']),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+  rows=st.lists(st.tuples(KEYS, KEYS, KEYS), min_size=1, max_size=8),
+)
+def test_csv_and_parquet_of_the_same_texts_are_equal(tmp_path, rows):
+  user, sku, land = zip(*rows, strict=True)
+  data = {
+    'user': list(user),
+    'sku': list(sku),
+    'land': list(land),
+    'time': [str(10 * i) for i in range(len(rows))],
+    'y': [str(i % 2) for i in range(len(rows))],
+  }
+  first = EventLog.from_files([str(write(tmp_path / 'a.csv', data))], SCHEMA)
+  second = EventLog.from_files(
+    [str(write(tmp_path / 'a.parquet', data))], SCHEMA
+  )
+  third = EventLog.from_columns(data, SCHEMA)
+  for log in (second, third):
+    assert log.keys.tolist() == first.keys.tolist()
+    for field in ('user', 'time'):
+      np.testing.assert_array_equal(getattr(log, field), getattr(first, field))
+    for field in ('features', 'labels'):
+      for name, values in getattr(log, field).items():
+        np.testing.assert_array_equal(values, getattr(first, field)[name])
+
+
+def test_undeclared_column(tmp_path):
+  schema = Schema(
+    'user', 'time', SCHEMA.item, SCHEMA.tasks, column_types={'usr': 'integer'}
+  )
+  path = write(tmp_path / 'a.parquet', events())
+  with pytest.raises(ValueError, match=r"'usr', a column.*mean 'user'"):
+    EventLog.from_files([str(path)], schema)
+
+
+def test_one_path_is_a_list_of_one(tmp_path):
+  path = write(tmp_path / 'a.csv', events())
+  assert len(files.read(str(path), ['user'], SCHEMA)) == 2
+
+
+if __name__ == '__main__':
+  absltest.main()
