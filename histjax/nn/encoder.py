@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax import ops
 from histjax.nn import attention
-from histjax.ops import rotary
+from histjax.ops import dispatch, rotary
 from histjax.types import KeyRange
 
 
@@ -90,7 +90,7 @@ def layer_norm(dtype: DTypeLike) -> nn.LayerNorm:
   """A norm over the last axis, in the form that XLA compiles best."""
   # It makes one kernel of a norm whose variance is a sum over deviations, but
   # on a CPU a second pass over the input costs more.
-  one_pass = jax.default_backend() == 'cpu'
+  one_pass = dispatch.target_of().platform == 'cpu'
   return nn.LayerNorm(dtype=dtype, use_fast_variance=one_pass)
 
 
