@@ -4,7 +4,8 @@ from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
 from histjax.nn.interaction import InteractionConfig
 from histjax.ops import candidate_tower, history_attention
-from histjax.scoring import Scorer, ScorerConfig
+from histjax.schema import Categorical, Dense, Schema, Task
+from histjax.scoring.scorer import Scorer, ScorerConfig
 from histjax.types import (
   Candidates,
   History,
@@ -17,6 +18,8 @@ __version__ = '0.1.0'
 
 __all__ = [
   'Candidates',
+  'Categorical',
+  'Dense',
   'EncoderConfig',
   'History',
   'HistoryCache',
@@ -25,8 +28,10 @@ __all__ = [
   'Ranker',
   'RankerConfig',
   'RankingBatch',
+  'Schema',
   'Scorer',
   'ScorerConfig',
+  'Task',
   'candidate_tower',
   'history_attention',
 ]

@@ -10,8 +10,8 @@ from absl.testing import absltest
 ROOT = pathlib.Path(__file__).parents[1] / 'histjax'
 # A module may import from its own layer and from those before it.
 LAYERS = (
-  ('config', 'types', 'schema', 'key_range', 'metrics'),
-  ('padding', 'validation', 'testing'),
+  ('buckets', 'config', 'types', 'schema', 'key_range', 'metrics'),
+  ('testing',),
   ('ops',),
   ('nn',),
   ('models',),

@@ -34,6 +34,9 @@ class EncoderConfig:
       history; 'none'.
     num_recency: with 'recency', distances told apart.
     attention: the implementation of `ops.history_attention`; None picks.
+    candidate_tower: that of `ops.candidate_tower`, which scores, and reads
+      histories to score, with weights packed by `models.ranker.pack`; None
+      picks. Where `attention` alone is named, all goes layer by layer.
   """
 
   num_layers: int = 2
@@ -46,6 +49,7 @@ class EncoderConfig:
   positions: Literal['rotary', 'recency', 'none'] = 'rotary'
   num_recency: int = 512
   attention: str | None = None
+  candidate_tower: str | None = None
 
   def __post_init__(self):
     for field in ('num_layers', 'width', 'num_heads', 'num_recency'):

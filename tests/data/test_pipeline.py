@@ -14,7 +14,7 @@ from histjax.data import pipeline
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
 from histjax.schema import Categorical, Schema, Task
-from histjax.validation import validate_batch
+from tests import support
 
 SCHEMA = Schema(
   user='user',
@@ -71,7 +71,7 @@ class TrainBatchesTest(parameterized.TestCase):
     )
     epochs = [[], []]
     for number, batch in enumerate(batches):
-      validate_batch(batch, SCHEMA)
+      support.check_batch(batch, SCHEMA)
       self.assertEqual(len(batch.group) % multiple, 0)
       epochs[number // batches.batches_per_epoch] += items(batch)
     batches.close()

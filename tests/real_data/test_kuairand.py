@@ -13,7 +13,7 @@ from fusion_study import floors
 from histjax import metrics
 from histjax.data import datasets
 from histjax.data.rows import RowConfig
-from histjax.validation import validate_batch
+from tests import support
 from tests.data import official
 
 FOLDER = pathlib.Path(os.environ.get('HISTJAX_DATA_DIR', '.'))
@@ -165,7 +165,7 @@ def test_batches_are_valid(data):
     batch = rows.batch(
       range(64), num_rows=64, num_events=200, num_candidates=150
     )
-    validate_batch(batch, data.schema)
+    support.check_batch(batch, data.schema)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from histjax.ops.history_attention import cudnn, reference, xla
 from histjax.types import KeyRange
 
 
-
 def _lazy(name: str):
   return dispatch.lazy(f'{__package__}.{name}', 'history_attention')
 

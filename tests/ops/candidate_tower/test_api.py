@@ -148,7 +148,6 @@ class DispatchTest(parameterized.TestCase):
         ops.candidate_tower_backend(**arguments())
     self.assertEqual(seen, [devices.Target.of(device)] * 2)
 
-
   def test_backend_needs_shapes_alone(self):
     call = suite.make_call(0, SHAPE)
     shapes = jax.eval_shape(lambda: call.positional)

@@ -10,7 +10,7 @@ from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax import ops, padding, scoring
+from histjax import buckets, ops, scoring
 from histjax.models import ranker
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api
@@ -58,7 +58,10 @@ def scorer(variant='causal', **options) -> scoring.Scorer:
   """One scorer per variant for the whole file: compiling takes the time."""
   key = (variant, tuple(sorted(options.items())))
   if key not in _SCORERS:
-    config = support.config(**{**VARIANTS, **ISOLATED}[variant])
+    fields = dict({**VARIANTS, **ISOLATED}[variant])
+    if 'candidate_tower' in options:
+      fields['encoder__candidate_tower'] = options.pop('candidate_tower')
+    config = support.config(**fields)
     _, params = support.init(config)
     _SCORERS[key] = scoring.Scorer(
       config, params, scoring.ScorerConfig(**options)
@@ -337,7 +340,7 @@ class InvarianceTest(parameterized.TestCase):
     (1, 16), (16, 16), (17, 32), (64, 64), (65, 96), (97, 128), (129, 192)
   )
   def test_bucket_size(self, n, expected):
-    self.assertEqual(padding.bucket_size(n), expected)
+    self.assertEqual(buckets.bucket_size(n), expected)
 
 
 class BackendsTest(parameterized.TestCase):
@@ -359,7 +362,7 @@ class BackendsTest(parameterized.TestCase):
       visible,
     )
     blocks = ranker.Ranker(s.config).apply(
-      s._variables, cache, candidates, method='score'
+      s._params, cache, candidates, method='score'
     )
     np.testing.assert_allclose(
       real(s.score(cache, batch.candidates), batch),
@@ -416,13 +419,11 @@ class BackendsTest(parameterized.TestCase):
   def test_a_tower_does_not_train(self):
     s = scorer()
     batch = support.batch(np.random.default_rng(0))
-    with self.assertRaisesRegex(ValueError, 'tower is for scoring'):
+    with self.assertRaisesRegex(ValueError, "'tower' is for scoring"):
       ranker.Ranker(s.config).apply(
         s._variables,
         batch,
         train=True,
-        tower=s._tower,
-        implementation='xla',
         rngs={'dropout': jax.random.key(0)},
       )
 
@@ -454,8 +455,8 @@ class BackendsTest(parameterized.TestCase):
       return x
 
     cache = s.encode(batch.context, batch.history)
-    backend = dispatch.Backend(tower, dispatch.any_device)
-    s = scoring.Scorer(s.config, s._variables['params'], s.options)
+    backend = dispatch.Backend(tower, dispatch.any_target)
+    s = scoring.Scorer(s.config, s._params['params'], s.options)
     with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
       s.score(cache, candidates)
     jax.effects_barrier()
@@ -473,7 +474,7 @@ class BackendsTest(parameterized.TestCase):
       counted.append(count is not None)
       return x
 
-    backend = dispatch.Backend(tower, dispatch.any_device)
+    backend = dispatch.Backend(tower, dispatch.any_target)
     with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
       s.backends(cache, candidates)
       s.backends(cache, rows(candidates, slice(0, 3)))
