@@ -5,7 +5,7 @@ should be. Features may be anything that `np.asarray` makes an array of ids or
 numbers. They become int32 and float32 of the shape asked for, with zeros as
 padding, so that neither types nor sizes make new programs. A device array that
 has all of that already stays where it is, and its values are not looked at: to
-read it back would stall the device. Others are read back, padded and sent again.
+read it back would stall the device. Others are read, padded and sent again.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def candidates_shape(
   return shape
 
 
-def real_candidates(value: Candidates, shape: tuple[int, int]) -> np.ndarray:
+def real_candidates(value: Candidates, shape: tuple[int, ...]) -> np.ndarray:
   """bool `[B, C]`, False at padding."""
   if value.mask is None:
     return np.ones(shape, bool)
@@ -236,17 +236,16 @@ def _features(
   """The features of `spec`, checked where `real`, of shape `padded`."""
   _check_names(field, features, spec)
   whole = shape == padded and (real is None or bool(real.all()))
-  found = {}
+  found: dict[str, Any] = {}
   for feature in spec:
-    name, value = f'{field}[{feature.name!r}]', features[feature.name]
+    name = f'{field}[{feature.name!r}]'
+    value: Any = features[feature.name]
     if not isinstance(value, jax.Array):
       value = _host(name, value)
     if value.shape != shape:
       raise ValueError(f'{name} has shape {value.shape}; expected {shape}')
     is_id = isinstance(feature, schema_lib.Categorical)
-    if is_id != np.issubdtype(value.dtype, np.integer) or not (
-      is_id or np.issubdtype(value.dtype, np.floating)
-    ):
+    if value.dtype.kind not in ('iu' if is_id else 'f'):
       wanted = 'integer ids' if is_id else 'floating-point values'
       dtype = 'int32' if is_id else 'float32'
       raise ValueError(
@@ -310,7 +309,7 @@ def _check_names(
 
 
 def _check_integers(field: str, value: np.ndarray) -> None:
-  if not np.issubdtype(value.dtype, np.integer):
+  if value.dtype.kind not in 'iu':
     raise ValueError(
       f'{field} has dtype {value.dtype}; expected integers: make it an array '
       'of np.int32'

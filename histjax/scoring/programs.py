@@ -43,7 +43,8 @@ def score_microbatched(
     here = count
     if count is not None:
       here = jnp.clip(count - first, 0, chunk.shape[1])
-    return model.apply(variables, cache, chunk, here, method='score')
+    logits: Any = model.apply(variables, cache, chunk, here, method='score')
+    return logits
 
   return _in_chunks(score, candidates, microbatch)
 
@@ -107,7 +108,8 @@ def extend(
   cache = cache.replace(
     keys=jnp.pad(cache.keys, width), values=jnp.pad(cache.values, width)
   )
-  return model.apply(variables, cache, events, method='extend')
+  longer: Any = model.apply(variables, cache, events, method='extend')
+  return longer
 
 
 def _in_chunks(

@@ -409,8 +409,8 @@ _counter: contextvars.ContextVar[Scorer | None] = contextvars.ContextVar(
 
 @functools.cache
 def _listen() -> None:
-  def on_event(event: str, duration: float, **kwargs: Any) -> None:
-    del duration, kwargs
+  def on_event(event: str, duration_secs: float, **kwargs: Any) -> None:
+    del duration_secs, kwargs
     scorer = _counter.get()
     if scorer is not None and event.endswith('/backend_compile_duration'):
       scorer._num_compilations += 1

@@ -148,13 +148,15 @@ schema = histjax.Schema(
   user='user', time='time', item=(histjax.Categorical('item', 9),),
   tasks=(histjax.Task('click'),),
 )
-config = histjax.RankerConfig(
-  schema, encoder=histjax.EncoderConfig(num_layers=1, width=8, num_heads=2)
+encoder = histjax.EncoderConfig(
+  num_layers=1, width=8, num_heads=2, candidate_tower='xla'
 )
+config = histjax.RankerConfig(schema, encoder=encoder)
 batch = testing.random_batch(schema, 1, 4, 3)
 import jax
-params = histjax.Ranker(config).init(jax.random.key(0), batch)['params']
-scorer = histjax.Scorer(config, params)
+params = jax.jit(histjax.Ranker(config).init)(jax.random.key(0), batch)
+
+scorer = histjax.Scorer(config, params['params'])
 cache = scorer.encode(batch.context, batch.history)
 assert np.isfinite(scorer.score(cache, batch.candidates)['click']).all()
 
