@@ -42,15 +42,16 @@ def check_batch(
   """
   check_type(batch, RankingBatch, 'batch')
   length = lengths(schema, batch.history)
-  num_rows, num_candidates = shape = candidates_shape(schema, batch.candidates)
-  check_rows(num_rows, len(length))
+  shape = candidates_shape(schema, batch.candidates)
+  num_rows = len(length)
+  check_rows(shape[0], num_rows)
   num_events = _shape_of(batch.history.features)[1]
   return batch.replace(
     context=context(schema, batch.context, num_rows, num_rows),
     history=history(schema, batch.history, length, (num_rows, num_events)),
     candidates=candidates(
-      schema, batch.candidates, length, (num_rows, num_candidates), causal
-    ).replace(mask=real_candidates(batch.candidates, shape)),
+      schema, batch.candidates, length, shape, causal
+    ).replace(mask=real_candidates(batch.candidates)),
   )
 
 
@@ -92,7 +93,9 @@ def lengths(schema: schema_lib.Schema, value: History) -> np.ndarray:
       f'history.length spans [{length.min()}, {length.max()}], outside '
       f'[0, L] with L={shape[1]}'
     )
-  return length.astype(np.int32)
+  length = length.astype(np.int32)
+  length.setflags(write=False)  # It becomes the cache's.
+  return length
 
 
 def history(
@@ -152,11 +155,9 @@ def candidates_shape(
   return shape
 
 
-def real_candidates(value: Candidates, shape: tuple[int, ...]) -> np.ndarray:
-  """bool `[B, C]`, False at padding."""
-  if value.mask is None:
-    return np.ones(shape, bool)
-  return np.asarray(value.mask)
+def real_candidates(value: Candidates) -> np.ndarray | None:
+  """bool `[B, C]`, False at padding; None: there is none."""
+  return None if value.mask is None else np.asarray(value.mask)
 
 
 def candidates(
@@ -180,7 +181,7 @@ def candidates(
     Candidates without a mask; `visible` None where that is all of the history.
   """
   shape = _shape_of(value.features)
-  real = real_candidates(value, shape)
+  real = real_candidates(value)
   features = _features(
     'candidates.features',
     value.features,
@@ -197,20 +198,29 @@ def candidates(
 
 def count(value: Candidates, shape: tuple[int, int], rows: int) -> np.ndarray:
   """int32 `[rows]`, the candidates of each row up to its last real one."""
-  end = np.arange(1, shape[1] + 1, dtype=np.int32)[None, :]
-  found = np.where(real_candidates(value, shape), end, 0).max(1, initial=0)
-  return _fill(found, None, (rows,))
+  real = real_candidates(value)
+  found = np.zeros(rows, np.int32)
+  if real is None:
+    found[: shape[0]] = shape[1]
+  else:
+    end = np.arange(1, shape[1] + 1)[None, :]
+    found[: shape[0]] = np.where(real, end, 0).max(axis=1, initial=0)
+  return found
 
 
 def _visible(
-  value: Candidates, length: np.ndarray, real: np.ndarray, causal: bool
+  value: Candidates,
+  length: np.ndarray,
+  real: np.ndarray | None,
+  causal: bool,
 ) -> np.ndarray | None:
   if value.visible is None:
     return None
   visible = _host('candidates.visible', value.visible)
   _check_integers('candidates.visible', visible)
   limit = np.broadcast_to(length[:, None], visible.shape)
-  visible = np.where(real, visible, limit)
+  if real is not None:
+    visible = np.where(real, visible, limit)
   bad = (visible < 0) | (visible > limit)
   if bad.any():
     row, column = np.argwhere(bad)[0]
@@ -222,7 +232,7 @@ def _visible(
     key_range.check_bidirectional(visible, length)
   if np.array_equal(visible, limit):
     return None
-  return visible.astype(np.int32)
+  return visible
 
 
 def _features(
@@ -259,7 +269,7 @@ def _features(
         continue
       value = np.asarray(value)
     _check_values(name, value, feature, real)
-    found[feature.name] = _fill(value.astype(wanted_type), real, padded)
+    found[feature.name] = _fill(value, real, padded, wanted_type)
   return found
 
 
@@ -274,7 +284,7 @@ def _check_values(
     wanted = f'an id in [0, {feature.size})'
   else:
     with np.errstate(over='ignore'):
-      bad = ~np.isfinite(value.astype(np.float32))
+      bad = ~np.isfinite(value.astype(np.float32, copy=False))
     wanted = 'a finite number in float32'
   if real is not None:
     bad &= real
@@ -344,12 +354,18 @@ def _example(value: Any) -> str:
 
 
 def _fill(
-  value: np.ndarray, real: np.ndarray | None, padded: tuple[int, ...]
+  value: np.ndarray,
+  real: np.ndarray | None,
+  padded: tuple[int, ...],
+  dtype: Any = np.int32,
 ) -> np.ndarray:
-  """Zeros of shape `padded`, with the real values at the beginning."""
+  """Zeros of shape `padded`, with the real values at the beginning.
+
+  Always a copy: the device may read it when the caller has changed the array.
+  """
   if value.shape == padded and (real is None or real.all()):
-    return value
-  out = np.zeros(padded, value.dtype)
+    return value.astype(dtype)
+  out = np.zeros(padded, dtype)
   part = tuple(map(slice, map(min, value.shape, padded)))
   out[part] = value[part] if real is None else np.where(real, value, 0)[part]
   return out

@@ -437,7 +437,8 @@ def _to_host(
     value = padded[: shape[0], : shape[1]]
     bad = ~np.isfinite(value)
     if bad.any():
-      bad &= inputs.real_candidates(candidates, shape)
+      real = inputs.real_candidates(candidates)
+      bad = bad if real is None else bad & real
     if bad.any():
       row, column = np.argwhere(bad)[0]
       raise ValueError(
