@@ -1,10 +1,18 @@
-"""Ranking with long user histories in JAX and Flax."""
+"""Ranking with long user histories in JAX and Flax.
+
+What it takes to build a ranker, to load one and to score. What reads data
+(`make_row`, `collate`) and trains (`histjax.training.train_and_evaluate`) is
+imported when it is asked for, with the packages that it needs.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
 from histjax.nn.interaction import InteractionConfig
 from histjax.ops import candidate_tower, history_attention
-from histjax.scoring import Scorer, ScorerConfig
+from histjax.schema import Categorical, Dense, Schema, Task
+from histjax.scoring.scorer import Scorer, ScorerConfig
 from histjax.types import (
   Candidates,
   History,
@@ -13,10 +21,34 @@ from histjax.types import (
   RankingBatch,
 )
 
+if TYPE_CHECKING:
+  from histjax.data.requests import make_row
+  from histjax.data.rows import collate
+
 __version__ = '0.1.0'
+
+_LAZY = {
+  'collate': 'histjax.data.rows',
+  'make_row': 'histjax.data.requests',
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name in _LAZY:
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})
+
 
 __all__ = [
   'Candidates',
+  'Categorical',
+  'Dense',
   'EncoderConfig',
   'History',
   'HistoryCache',
@@ -25,8 +57,12 @@ __all__ = [
   'Ranker',
   'RankerConfig',
   'RankingBatch',
+  'Schema',
   'Scorer',
   'ScorerConfig',
+  'Task',
   'candidate_tower',
+  'collate',
   'history_attention',
+  'make_row',
 ]

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from histjax.types import KeyRange
@@ -97,6 +98,33 @@ def mask(key_range: KeyRange, num_keys: int) -> Bool[Array, 'B Q L']:
   return (key_range.start[..., None] <= index) & (
     index < key_range.stop[..., None]
   )
+
+
+def check_bidirectional(
+  visible: np.ndarray, length: np.ndarray, real: np.ndarray | None = None
+) -> None:
+  """Checks that candidates see all of a bidirectional history, on the host.
+
+  Args:
+    visible: `[B, C]`, events that each candidate sees.
+    length: `[B]`, of the histories.
+    real: bool `[B, C]`, False at padding; None: no padding.
+
+  Raises:
+    ValueError: one sees a part only.
+  """
+  bad = visible != length[:, None]
+  if real is not None:
+    bad &= real
+  if bad.any():
+    row, column = np.argwhere(bad)[0]
+    raise ValueError(
+      f'candidates.visible[{row}, {column}]={visible[row, column]} differs '
+      f'from history.length[{row}]={length[row]}, but encoder.causal=False: in '
+      'a bidirectional history every event has seen the later ones, so a '
+      'candidate that may see only some of them would learn of the rest. Give '
+      'such a candidate a row of its own, or use encoder.causal=True'
+    )
 
 
 def _last(stop, window, structure) -> KeyRange:

@@ -7,10 +7,13 @@ Events are ordered oldest first. All containers are pytrees.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import flax.struct
+import jax
+import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 Array: TypeAlias = Any
@@ -96,8 +99,30 @@ class RankingBatch(flax.struct.PyTreeNode):
   group: Int[Array, 'B']
 
 
-class HistoryCache(flax.struct.PyTreeNode):
+@dataclasses.dataclass(frozen=True)
+class CacheInfo:
+  """What the host knows of a cache, so that no call waits for the device.
+
+  Attributes:
+    length: int32 `[users]`, the events of each user; further rows are padding.
+    fingerprint: of the model that made it, `Scorer.fingerprint`.
+  """
+
+  length: np.ndarray
+  fingerprint: str
+
+  @property
+  def num_users(self) -> int:
+    """The number of real rows."""
+    return len(self.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryCache:
   """Everything about a user that scoring a candidate needs.
+
+  A pytree of its arrays. `info` is no part of that: what comes out of `jax.jit`
+  or `jax.tree.map` has none, and no program is compiled once more for it.
 
   Attributes:
     keys: `[layers, B, L, N, H]`, per layer, rotated to absolute positions.
@@ -105,12 +130,14 @@ class HistoryCache(flax.struct.PyTreeNode):
     length: int32 `[B]`, the number of events encoded. `L` is the capacity.
     context: `{name: [B, ...]}`, the part of the head that depends on the user
       alone, already multiplied out.
+    info: of a cache that a `Scorer` made, for its checks; None: not known.
   """
 
   keys: Shaped[Array, 'layers B L N H']
   values: Shaped[Array, 'layers B L N H']
   length: Int[Array, 'B']
   context: Mapping[str, Any]
+  info: CacheInfo | None = None
 
   @property
   def capacity(self) -> int:
@@ -119,5 +146,17 @@ class HistoryCache(flax.struct.PyTreeNode):
 
   @property
   def num_rows(self) -> int:
-    """The number of users, `B`."""
+    """The number of rows `B`, padding included."""
     return self.keys.shape[1]
+
+  def replace(self, **fields: Any) -> HistoryCache:
+    """A copy with other values in some fields."""
+    return dataclasses.replace(self, **fields)
+
+
+jax.tree_util.register_dataclass(
+  HistoryCache,
+  data_fields=['keys', 'values', 'length', 'context'],
+  meta_fields=[],
+  drop_fields=['info'],
+)

@@ -6,6 +6,7 @@ import numpy as np
 from histjax import schema as schema_lib
 from histjax.models import ranker
 from histjax.nn import encoder, interaction
+from histjax.scoring import inputs
 from histjax.types import Candidates, History, RankingBatch
 
 SCHEMA = schema_lib.Schema(
@@ -85,6 +86,15 @@ def batch(
     },
     group=rng.integers(0, 50, num_rows, dtype=np.int32),
   )
+
+
+def check_batch(batch: RankingBatch, schema: schema_lib.Schema) -> None:
+  """Checks that a model can train on the rows."""
+  checked = inputs.check_batch(schema, batch)
+  for task in schema.tasks:
+    labels = batch.labels[task.name]
+    assert labels.shape == batch.candidates.shape
+    assert np.isin(labels[checked.candidates.mask], (0, 1)).all()
 
 
 def init(config, seed: int = 0):

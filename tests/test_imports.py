@@ -8,16 +8,23 @@ import sys
 from absl.testing import absltest
 
 ROOT = pathlib.Path(__file__).parents[1] / 'histjax'
+MODULES = {
+  '.'.join(path.relative_to(ROOT.parent).with_suffix('').parts).removesuffix(
+    '.__init__'
+  ): path
+  for path in sorted(ROOT.rglob('*.py'))
+}
 # A module may import from its own layer and from those before it.
 LAYERS = (
-  ('config', 'types', 'schema', 'key_range', 'metrics'),
-  ('padding', 'validation', 'testing'),
+  ('buckets', 'config', 'types', 'schema', 'key_range', 'metrics'),
+  ('testing',),
   ('ops',),
+  ('features',),
   ('nn',),
   ('models',),
-  ('scoring',),
   ('data',),
   ('training',),
+  ('scoring',),
 )
 
 
@@ -47,11 +54,37 @@ def imports(path: pathlib.Path):
     yield from (n for n in names if n.split('.')[0] == 'histjax')
 
 
+def target(name: str) -> str:
+  """The module that an import of `name` reads: a file, not what is in it."""
+  return name if name in MODULES else name.rpartition('.')[0]
+
+
+def find_circle(graph: dict[str, set[str]]) -> str | None:
+  """A circle of a graph `{module: modules that it imports}`, None without."""
+  done: set[str] = set()
+
+  def visit(module, path):
+    if module in path:
+      return ' -> '.join([*path[path.index(module) :], module])
+    if module in done:
+      return None
+    for imported in sorted(graph.get(module, ())):
+      circle = visit(imported, [*path, module])
+      if circle is not None:
+        return circle
+    done.add(module)
+    return None
+
+  for module in sorted(graph):
+    circle = visit(module, [])
+    if circle is not None:
+      return circle
+  return None
+
+
 class ImportTest(absltest.TestCase):
   def test_layers(self):
-    for path in sorted(ROOT.rglob('*.py')):
-      relative = path.relative_to(ROOT.parent).with_suffix('')
-      module = '.'.join(relative.parts).removesuffix('.__init__')
+    for module, path in MODULES.items():
       if module == 'histjax':
         continue
       for name in imports(path):
@@ -60,6 +93,20 @@ class ImportTest(absltest.TestCase):
           layer(module),
           f'{module} imports {name}, which stands above it',
         )
+
+  def test_no_circles(self):
+    """Not inside a layer either, nor for the sake of types alone."""
+    graph = {
+      module: {target(n) for n in imports(path)} - {module}
+      for module, path in MODULES.items()
+    }
+    circle = find_circle(graph)
+    self.assertIsNone(circle, f'modules import each other: {circle}')
+
+  def test_finds_circles(self):
+    self.assertIsNone(find_circle({'a': {'b', 'c'}, 'b': {'c'}, 'c': set()}))
+    found = find_circle({'a': {'b'}, 'b': {'c'}, 'c': {'d'}, 'd': {'b'}})
+    self.assertEqual(found, 'b -> c -> d -> b')
 
   def test_serving_needs_no_data_or_training_package(self):
     code = (

@@ -5,6 +5,7 @@ what a TPU lacks, kernels that do not fit its memories, and kernels that it
 would have to partition. Each test prints what its program needs.
 """
 
+import dataclasses
 import functools
 import os
 import re
@@ -21,7 +22,7 @@ from jax.experimental import topologies
 
 from histjax import schema
 from histjax.models import ranker
-from histjax.nn import fusion, interaction
+from histjax.nn import interaction
 from histjax.ops import history_attention_backend
 from histjax.training import optimizer, sharding, state, step
 from histjax.types import KeyRange
@@ -239,15 +240,15 @@ class RankerTest(CompileTestCase):
   @parameterized.product(topology=TOPOLOGIES, method=(None, 'encode', 'score'))
   def test_layers_in_one_kernel(self, topology, method):
     """What `Scorer` runs on a TPU: each layer, or all of them, by the tower."""
-    tower = self.eval_shape(
-      lambda params: fusion.pack_tower(params['fusion'], CONFIG.dtype),
-      self.params,
+    encoder = dataclasses.replace(CONFIG.encoder, candidate_tower='pallas_tpu')
+    model = ranker.Ranker(dataclasses.replace(CONFIG, encoder=encoder))
+    packed = self.eval_shape(
+      lambda params: ranker.pack(CONFIG, params), self.params
     )
     batch = self.batch
 
-    def run(params, tower, *args):
-      options = {'tower': tower, 'implementation': 'pallas_tpu'}
-      return MODEL.apply({'params': params}, *args, method=method, **options)
+    def run(variables, *args):
+      return model.apply(variables, *args, method=method)
 
     encode = functools.partial(MODEL.apply, method='encode')
     arguments: tuple = (batch,)
@@ -262,7 +263,7 @@ class RankerTest(CompileTestCase):
     program = self.compile(
       topology,
       jax.jit(run),
-      *shapes((self.params, tower, *arguments), where),
+      *shapes(({'params': self.params, **packed}, *arguments), where),
     )
     calls = {None: 2, 'encode': 1, 'score': 1}[method]
     self.assert_kernels(program, candidate_tower=calls)

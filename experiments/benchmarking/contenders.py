@@ -95,7 +95,7 @@ def reference(
       return [np.asarray(x) for x in jax.tree.leaves(out)]
     weights = _rounded_weights(workload)
     length, count = map(jnp.asarray, workload.lengths())
-    module = _fusion(workload, 'float32', 'reference')
+    module = _fusion(workload, 'float32', attention='reference')
     params = {'params': _flax_params(weights)}
     x = rounded['candidates']
     if workload.joint:
@@ -177,10 +177,10 @@ def _attention_program(workload: Attention, inputs, attend: jax_rivals.Attend):
 def _our_tower(workload: Tower, inputs, implementation: str | None):
   weights = workload.weights()
   length, count = map(jnp.asarray, workload.lengths())
-  tower = jax.jit(fusion.pack_tower, static_argnames='dtype')(
+  module = _fusion(workload, workload.dtype, candidate_tower=implementation)
+  tower = jax.jit(module.pack, static_argnames='dtype')(
     _flax_params(weights), dtype=workload.dtype
   )
-  module = _fusion(workload, workload.dtype)
   params = {'params': jax.tree.map(jnp.asarray, _flax_params(weights))}
   # As `Scorer` does: all candidates count unless some are padding.
   shared = {'tower': tower, 'length': length}
@@ -191,25 +191,21 @@ def _our_tower(workload: Tower, inputs, implementation: str | None):
 
   def cached(x, rest):
     return module.apply(
-      params,
+      params | {'tower': rest['tower']},
       rest['keys'],
       rest['values'],
       rest['length'],
       x,
       None,
-      tower=rest['tower'],
       count=rest.get('count'),
-      implementation=implementation,
       method='score',
     ), ()
 
   def joint(x, rest):
     # Reading the history, too, must wait for the call before.
     history, x = jax.lax.optimization_barrier((rest['history'], x))
-    arguments = (rest['params'], history, x, rest['length'], None)
-    return module.apply(
-      *arguments, tower=rest['tower'], implementation=implementation
-    ), ()
+    variables = rest['params'] | {'tower': rest['tower']}
+    return module.apply(variables, history, x, rest['length'], None), ()
 
   step = joint if workload.joint else cached
   return _tower_program(workload, inputs, step, shared)
@@ -233,12 +229,12 @@ def _tower_program(workload: Tower, inputs, step, shared):
   return timing.JaxProgram(step, candidates[0], rests)
 
 
-def _fusion(workload: Tower, dtype, attention: str | None = None):
+def _fusion(workload: Tower, dtype, **implementations: Any):
   config = EncoderConfig(
     num_layers=workload.num_layers,
     width=workload.width,
     num_heads=workload.num_heads,
-    attention=attention,
+    **implementations,
   )
   return fusion.AppendCross(config, jnp.dtype(dtype))
 

@@ -116,14 +116,16 @@ def _in_turns(calls, repeats: int, seconds: float) -> dict[Any, dict]:
   }
 
 
-def _config(workload: workloads.Request, attention=None) -> RankerConfig:
+def _config(
+  workload: workloads.Request, **implementations: Any
+) -> RankerConfig:
   return RankerConfig(
     schema=_SCHEMA,
     encoder=EncoderConfig(
       num_layers=workload.num_layers,
       width=workload.width,
       num_heads=workload.num_heads,
-      attention=attention,
+      **implementations,
     ),
     dtype=workload.dtype,
   )
@@ -141,16 +143,13 @@ def _batch(workload: workloads.Request, seed: int):
 
 def _request_calls(workload: workloads.Request, implementation):
   """`encode`, `score` from its cache, both together, and the joint pass."""
-  config = _config(workload)
+  config = _config(workload, candidate_tower=implementation)
   batch = _batch(workload, 0)
   params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']
   scorer = scoring.Scorer(
     config,
     params,
-    scoring.ScorerConfig(
-      candidate_tower=implementation,
-      microbatch=max(1024, workload.num_candidates),
-    ),
+    scoring.ScorerConfig(microbatch=max(1024, workload.num_candidates)),
   )
   cache = scorer.encode(batch.context, batch.history)
 

@@ -19,6 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from histjax import buckets as bucket_sizes
 from histjax.data.rows import Rows
 from histjax.types import RankingBatch
 
@@ -53,12 +54,8 @@ class PipelineConfig:
 
   def __post_init__(self):
     for field in ('history_buckets', 'candidate_buckets'):
-      buckets = tuple(getattr(self, field))
-      object.__setattr__(self, field, buckets)
-      if any(b < 1 for b in buckets) or list(buckets) != sorted(set(buckets)):
-        raise ValueError(
-          f'pipeline: {field}={buckets} must be increasing and >= 1'
-        )
+      sizes = bucket_sizes.check(f'pipeline: {field}', getattr(self, field))
+      object.__setattr__(self, field, sizes)
     for field, least in (
       ('batch_events', 1),
       ('auto_buckets', 1),
@@ -109,9 +106,8 @@ def make_buckets(
   if not len(rows):
     raise ValueError('there are no rows; the split has no events')
   length, count = rows.history_lengths, rows.candidate_counts
-  wide = np.array(
-    config.history_buckets or _auto(length, config.auto_buckets), np.int64
-  )
+  made_up = bucket_sizes.of_data(length, config.auto_buckets)
+  wide = np.array(config.history_buckets or made_up, np.int64)
   row_l = _fit(rows, length, wide, 'history_buckets', 'events of history')
   if config.candidate_buckets:
     tall = np.array(config.candidate_buckets, np.int64)
@@ -119,7 +115,8 @@ def make_buckets(
   else:
     most = np.zeros(len(rows), np.int64)
     for size in np.unique(row_l):
-      most[row_l == size] = _round_up(int(count[row_l == size].max()))
+      longest = int(count[row_l == size].max())
+      most[row_l == size] = bucket_sizes.round_up(longest)
     row_c = most
   multiple = math.lcm(row_multiple, shard_count)
   buckets = []
@@ -315,27 +312,6 @@ def _order(rows: Rows, buckets: list[Bucket], config: PipelineConfig) -> str:
   for array in arrays + [b.rows for b in buckets]:
     digest.update(np.ascontiguousarray(array, '<i8').tobytes())
   return digest.hexdigest()[:16]
-
-
-def _auto(length: np.ndarray, limit: int) -> tuple[int, ...]:
-  """Up to `limit` sizes, each half the next, the last one for the longest.
-
-  A size that would hold less than 2 % of the rows is left out: each is a
-  program to compile and a last batch to pad.
-  """
-  sizes = [_round_up(int(length.max()))]
-  while len(sizes) < limit and sizes[-1] > 16:
-    sizes.append(_round_up(sizes[-1] // 2))
-  sizes = sizes[::-1]
-  place = np.searchsorted(sizes, length)
-  share = np.bincount(place, minlength=len(sizes)) / len(length)
-  kept = [s for s, part in zip(sizes, share, strict=True) if part >= 0.02]
-  return tuple(sorted({*kept, sizes[-1]}))
-
-
-def _round_up(size: int) -> int:
-  """To a multiple of 8, which vector units like, unless it is tiny."""
-  return 1 if size <= 1 else -(-size // 8) * 8
 
 
 def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from histjax import ops
+from histjax import key_range as ranges
 from histjax import schema as schema_lib
 from histjax.nn import embedding, fusion, interaction
 from histjax.nn import encoder as encoder_lib
@@ -56,6 +57,12 @@ class RankerConfig:
         f'fusion={self.fusion!r} is unknown; choose from '
         f'{sorted(fusion.FUSIONS)}'
       )
+    if self.encoder.candidate_tower is not None and not self.has_tower:
+      raise ValueError(
+        f'encoder.candidate_tower={self.encoder.candidate_tower!r}, but '
+        f'fusion={self.fusion!r} has no tower; set '
+        'encoder.candidate_tower=None'
+      )
     if self.embedding_dim < 1:
       raise ValueError(f'embedding_dim={self.embedding_dim} must be >= 1')
     if not 0 <= self.embedding_dropout < 1:
@@ -84,6 +91,11 @@ class RankerConfig:
   def amortizable(self) -> bool:
     """Whether one pass over the history can serve every candidate."""
     return fusion.FUSIONS[self.fusion].amortizable
+
+  @property
+  def has_tower(self) -> bool:
+    """Whether `ops.candidate_tower` computes the fusion."""
+    return fusion.FUSIONS[self.fusion].has_tower
 
   def require_amortizable(self) -> None:
     """Raises ValueError, with what to use instead, if it is not."""
@@ -122,7 +134,8 @@ class Ranker(nn.Module):
   `__call__` is the joint pass. `encode`, `score` and `extend` are its
   amortized halves and share its parameters: use them through
   `model.apply(variables, ..., method='encode')`, or `histjax.Scorer`.
-  The readout is sown as the intermediate `readout`.
+  With what `pack` makes they run in kernels. The readout is sown as the
+  intermediate `readout`.
   """
 
   config: RankerConfig
@@ -150,16 +163,12 @@ class Ranker(nn.Module):
     batch: RankingBatch,
     *,
     train: bool = False,
-    tower: ops.TowerWeights | None = None,
-    implementation: str | None = None,
   ) -> dict[str, Float[Array, 'B C']]:
     """Logits of every candidate in one pass over each row's history.
 
     Args:
       batch: rows; labels are not read.
       train: whether dropout is on (needs the rng `dropout`).
-      tower: to score, as `score`.
-      implementation: likewise.
 
     Returns:
       `{task: [B, C]}` float32. Values at padding mean nothing.
@@ -176,7 +185,6 @@ class Ranker(nn.Module):
       batch.history.length,
       batch.candidates.visible,
       train=train,
-      **_tower_options(tower, implementation),
     )
     user = self._user(batch.context, batch.history.length.shape[0])
     user = self.feature_dropout(user, deterministic=not train)
@@ -185,27 +193,16 @@ class Ranker(nn.Module):
       self.head.user_half(user), features, readout, train=train
     )
 
-  def encode(
-    self,
-    context: dict[str, Array],
-    history: History,
-    *,
-    tower: ops.TowerWeights | None = None,
-    implementation: str | None = None,
-  ) -> HistoryCache:
+  def encode(self, context: dict[str, Array], history: History) -> HistoryCache:
     """One pass over each history; see `histjax.Scorer.encode`.
 
     Args:
       context: `{name: [B]}`.
       history: `[B, L]`.
-      tower: as `score`.
-      implementation: likewise.
     """
     self.config.require_amortizable()
     keys, values = self.fusion.encode(
-      self._event_tokens(history),
-      history.length,
-      **_tower_options(tower, implementation),
+      self._event_tokens(history), history.length
     )
     user = self._user(context, history.length.shape[0])
     return HistoryCache(
@@ -219,32 +216,26 @@ class Ranker(nn.Module):
     self,
     cache: HistoryCache,
     candidates: Candidates,
-    *,
-    tower: ops.TowerWeights | None = None,
-    implementation: str | None = None,
+    count: Int[Array, 'B'] | None = None,
   ) -> dict[str, Float[Array, 'B C']]:
     """Logits from a cached history; see `histjax.Scorer.score`.
 
     Args:
       cache: of `encode` or `extend`.
-      candidates: `[B, C]`.
-      tower: with 'append_cross', `fusion.pack_tower` of its parameters, for
-        `ops.candidate_tower`; None: the blocks as they are trained.
-      implementation: with `tower`, of that operation; None picks.
+      candidates: `[B, C]`; the mask is not read.
+      count: int32 `[B]`; logits of candidates from there on mean nothing, and
+        need not be computed. None: all C count.
     """
     self.config.require_amortizable()
     self._check_visible(candidates.visible, cache.length)
     features, tokens = self._candidate_inputs(candidates)
-    options = _tower_options(tower, implementation)
-    if tower is not None:
-      options['count'] = _count(candidates.mask)
     readout = self.fusion.score(
       cache.keys,
       cache.values,
       cache.length,
       tokens,
       candidates.visible,
-      **options,
+      count=count,
     )
     return self._logits(cache.context, features, readout)
 
@@ -298,29 +289,29 @@ class Ranker(nn.Module):
     ):
       return
     # NumPy: in a jitted function even constants would be traced by JAX.
-    if (np.asarray(visible) != np.asarray(length)[:, None]).any():
-      raise ValueError(
-        'candidates.visible differs from history.length, but '
-        'encoder.causal=False: in a bidirectional history every event has '
-        'seen the later ones, so a candidate that may see only some of them '
-        'would learn of the rest. Use pointwise or request rows, or '
-        'encoder.causal=True'
-      )
+    ranges.check_bidirectional(np.asarray(visible), np.asarray(length))
 
 
-def _tower_options(tower, implementation) -> dict[str, Any]:
-  """Arguments that only fusions with a tower have."""
-  if tower is None:
+def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+  """What to score with besides the parameters: these, packed for kernels.
+
+  With the collection `tower`, which a fusion that has one gets, `__call__`,
+  `encode` and `score` run in `ops.candidate_tower`; without it they run block
+  by block, as in training.
+
+      model.apply({'params': params, **pack(config, params)}, batch)
+
+  Args:
+    config: of the model; static under jit.
+    params: its parameters.
+
+  Returns:
+    `{'tower': ..}`, or `{}`.
+  """
+  if not config.has_tower:
     return {}
-  return {'tower': tower, 'implementation': implementation}
-
-
-def _count(mask) -> jax.Array | None:
-  """int32 `[B]`, the candidates up to the last real one; None: all."""
-  if mask is None:
-    return None
-  end = jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32)[None, :]
-  return jnp.where(mask, end, 0).max(axis=1, initial=0)
+  pack_fusion = fusion.FUSIONS[config.fusion].pack
+  return {'tower': {'fusion': pack_fusion(params['fusion'], config.dtype)}}
 
 
 def _width(features: tuple[schema_lib.Feature, ...], config: RankerConfig):

@@ -46,8 +46,8 @@ class EmbeddingTables(nn.Module):
       spec: the features to read, in the order of the result.
 
     Returns:
-      `[..., F]` with `F = dim * categorical + dense`. An id outside its table
-      gives NaN, never another id's vector.
+      `[..., F]` with `F = dim * categorical + dense`. An id outside its table,
+      negative or beyond its end, gives NaN, never another id's vector.
 
     Raises:
       ValueError: a feature of `spec` is missing.
@@ -62,7 +62,8 @@ class EmbeddingTables(nn.Module):
       value = jnp.asarray(features[feature.name])
       if isinstance(feature, schema_lib.Categorical):
         table = self.embeddings[feature.table]
-        vector = jnp.take(table, value, axis=0, mode='fill')
+        # A negative id is no index from the end.
+        vector = table.at[value].get(mode='fill', wrap_negative_indices=False)
         parts.append(vector.astype(self.dtype))
       else:
         parts.append(value[..., None].astype(self.dtype))

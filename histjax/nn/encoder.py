@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax import ops
 from histjax.nn import attention
-from histjax.ops import rotary
+from histjax.ops import dispatch, rotary
 from histjax.types import KeyRange
 
 
@@ -34,6 +34,9 @@ class EncoderConfig:
       history; 'none'.
     num_recency: with 'recency', distances told apart.
     attention: the implementation of `ops.history_attention`; None picks.
+    candidate_tower: that of `ops.candidate_tower`, which scores, and reads
+      histories to score, with weights packed by `models.ranker.pack`; None
+      picks. Where `attention` alone is named, all goes layer by layer.
   """
 
   num_layers: int = 2
@@ -46,6 +49,7 @@ class EncoderConfig:
   positions: Literal['rotary', 'recency', 'none'] = 'rotary'
   num_recency: int = 512
   attention: str | None = None
+  candidate_tower: str | None = None
 
   def __post_init__(self):
     for field in ('num_layers', 'width', 'num_heads', 'num_recency'):
@@ -90,7 +94,7 @@ def layer_norm(dtype: DTypeLike) -> nn.LayerNorm:
   """A norm over the last axis, in the form that XLA compiles best."""
   # It makes one kernel of a norm whose variance is a sum over deviations, but
   # on a CPU a second pass over the input costs more.
-  one_pass = jax.default_backend() == 'cpu'
+  one_pass = dispatch.target_of().platform == 'cpu'
   return nn.LayerNorm(dtype=dtype, use_fast_variance=one_pass)
 
 

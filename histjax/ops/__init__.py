@@ -6,6 +6,7 @@ from histjax.ops.candidate_tower.api import (
   has_cpu_kernel,
 )
 from histjax.ops.candidate_tower.reference import TowerWeights
+from histjax.ops.dispatch import target_platform
 from histjax.ops.history_attention.api import (
   history_attention,
   history_attention_backend,
@@ -18,4 +19,5 @@ __all__ = [
   'has_cpu_kernel',
   'history_attention',
   'history_attention_backend',
+  'target_platform',
 ]

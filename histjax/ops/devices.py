@@ -1,58 +1,93 @@
-"""Which devices the kernels run on."""
+"""What programs are made for, and which kernels run there."""
 
 from __future__ import annotations
 
 import platform
+from typing import NamedTuple
 
 import jax
 
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+"""Platforms with a choice of their own, by their names in `jax.export`."""
 
-def check_cuda(device: jax.Device, backend: str, capability: float) -> None:
-  """Raises NotImplementedError unless `device` is an NVIDIA GPU, new enough.
+
+class Target(NamedTuple):
+  """What a program will run on, attached to this machine or not.
+
+  Attributes:
+    platform: one of `PLATFORMS`, or what JAX calls another.
+    compute_capability: of an NVIDIA GPU, as '9.0'; '' if it is not known.
+    kind: for messages.
+  """
+
+  platform: str
+  compute_capability: str = ''
+  kind: str = ''
+
+  @classmethod
+  def of(cls, device: jax.Device) -> Target:
+    """That of a device, of a topology's as well."""
+    name = device.platform
+    if name == 'gpu':
+      version = device.client.platform_version.lower()
+      name = next((p for p in ('cuda', 'rocm') if p in version), name)
+    capability = getattr(device, 'compute_capability', '')
+    return cls(name, str(capability), device.device_kind)
+
+  def __str__(self):
+    return self.kind or self.platform
+
+
+def check_cuda(target: Target, backend: str, capability: float) -> None:
+  """Raises NotImplementedError unless it is an NVIDIA GPU, new enough.
 
   Args:
-    device: to run on.
+    target: to run on.
     backend: whose kernels, for the message.
     capability: the least compute capability.
   """
-  if 'cuda' not in device.client.platform_version.lower():
+  if target.platform != 'cuda':
     raise NotImplementedError(
       f'{backend} needs an NVIDIA GPU, not a device of platform '
-      f'{device.platform!r}'
+      f'{target.platform!r}'
     )
-  if float(device.compute_capability) < capability:
+  if not target.compute_capability:
+    raise NotImplementedError(
+      f'{backend} must know the compute capability of the GPU: '
+      "target_platform('cuda', compute_capability='9.0')"
+    )
+  if float(target.compute_capability) < capability:
     raise NotImplementedError(
       f'{backend} needs an NVIDIA GPU of compute capability {capability} or '
-      f'newer, and {device.device_kind} has {device.compute_capability}'
+      f'newer, and {target} has {target.compute_capability}'
     )
 
 
-def check_hopper(device: jax.Device) -> None:
-  """Raises NotImplementedError unless 'pallas_gpu' runs on `device`."""
-  check_cuda(device, 'pallas_gpu', 0)
-  if device.compute_capability != '9.0':
+def check_hopper(target: Target) -> None:
+  """Raises NotImplementedError unless 'pallas_gpu' runs there."""
+  check_cuda(target, 'pallas_gpu', 0)
+  if target.compute_capability != '9.0':
     raise NotImplementedError(
       'pallas_gpu is written for NVIDIA Hopper, compute capability 9.0, and '
-      f'{device.device_kind} has {device.compute_capability}'
+      f'{target} has {target.compute_capability}'
     )
 
 
-def check_tpu(device: jax.Device) -> None:
-  """Raises NotImplementedError unless 'pallas_tpu' runs on `device`."""
-  if device.platform != 'tpu':
+def check_tpu(target: Target) -> None:
+  """Raises NotImplementedError unless 'pallas_tpu' runs there."""
+  if target.platform != 'tpu':
     raise NotImplementedError(
-      f'pallas_tpu needs a TPU, not a device of platform {device.platform!r}; '
-      'to compile for one that is not attached, make it the default: '
-      'jax.default_device(jax.experimental.topologies.get_topology_desc('
-      "'v5e:2x2', platform='tpu').devices[0])"
+      f'pallas_tpu needs a TPU, not a device of platform {target.platform!r}; '
+      'to compile for one that is not attached, trace in '
+      "histjax.ops.target_platform('tpu')"
     )
 
 
-def check_numba(device: jax.Device) -> None:
-  """Raises NotImplementedError unless 'numba_cpu' runs on `device`."""
-  if device.platform != 'cpu':
+def check_numba(target: Target) -> None:
+  """Raises NotImplementedError unless 'numba_cpu' runs there."""
+  if target.platform != 'cpu':
     raise NotImplementedError(
-      f'numba_cpu needs a CPU, not a device of platform {device.platform!r}'
+      f'numba_cpu needs a CPU, not a device of platform {target.platform!r}'
     )
   if platform.system() == 'Windows':
     raise NotImplementedError('numba_cpu needs a POSIX system, not Windows')

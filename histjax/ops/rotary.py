@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
+
+from histjax.ops import dispatch
 
 MAX_WAVELENGTH = 10_000.0
 """The largest distance told apart, in events, over 2 pi."""
@@ -26,7 +27,7 @@ def sin_cos(
     * frequencies(head_dim)[None, None, :]
   )
   sin, cos = jnp.sin(angle), jnp.cos(angle)
-  if jax.default_backend() == 'cpu':
+  if dispatch.target_of(position).platform == 'cpu':
     # XLA would fuse the sines with the products and compute them once more for
     # every head and half. It fuses no remainder, and this one changes nothing.
     sin, cos = jnp.fmod(sin, 2.0), jnp.fmod(cos, 2.0)

@@ -15,7 +15,7 @@ from histjax.data import rows as rows_lib
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
 from histjax.schema import Categorical, Schema, Task
-from histjax.validation import validate_batch
+from tests import support
 
 SCHEMA = Schema(
   user='user',
@@ -72,7 +72,7 @@ class TrainBatchesTest(parameterized.TestCase):
     )
     epochs = [[], []]
     for number, batch in enumerate(batches):
-      validate_batch(batch, SCHEMA)
+      support.check_batch(batch, SCHEMA)
       self.assertEqual(len(batch.group) % multiple, 0)
       epochs[number // batches.batches_per_epoch] += items(batch)
     batches.close()
@@ -251,7 +251,10 @@ class BucketTest(parameterized.TestCase):
       pipeline.train_batches(some_rows(), config(**fields))
 
   @parameterized.parameters(
-    ({'history_buckets': (8, 4)}, r'history_buckets=\(8, 4\) must be incr'),
+    (
+      {'history_buckets': (8, 4)},
+      r'=\(8, 4\) must be positive and strictly asc',
+    ),
     ({'candidate_buckets': (0,)}, 'candidate_buckets'),
     ({'batch_events': 0}, 'batch_events=0'),
     ({'seed': -1}, 'seed=-1'),

@@ -9,10 +9,10 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax import validation
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, collate, make_rows
 from histjax.features import TimeGap
+from tests import support
 from tests.data import logs
 
 KINDS = ('pointwise', 'request', 'streaming')
@@ -184,7 +184,7 @@ class RowsTest(parameterized.TestCase):
     chex.assert_trees_all_equal(
       batch, collate([rows[i] for i in indices], **shape), strict=True
     )
-    validation.validate_batch(batch, schema)
+    support.check_batch(batch, schema)
     self.assertEqual(batch.candidates.mask.shape[0], shape['num_rows'])
     self.assertEqual(
       batch.candidates.mask.sum(), rows.candidate_counts[indices].sum()

@@ -67,6 +67,22 @@ def gradient_of_loss(window):
   return params, jax.jit(jax.grad(loss))
 
 
+@functools.cache
+def causal():
+  """A compiled `apply`, variables and a batch without padding."""
+  config = support.config(encoder__num_layers=1)
+  model, params = support.init(config)
+  batch = support.batch(np.random.default_rng(0), 3, 4, 4, shared_visible=True)
+  return (
+    jax.jit(model.apply, static_argnames='method'),
+    {'params': params},
+    batch.replace(
+      history=batch.history.replace(length=np.full(3, 4, np.int32)),
+      candidates=Candidates(batch.candidates.features),
+    ),
+  )
+
+
 class RankerTest(parameterized.TestCase):
   @parameterized.parameters(*VARIANTS)
   @settings(max_examples=5)
@@ -212,6 +228,48 @@ class RankerTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'differs from history.length'):
         init(jax.random.key(0))
 
+  @parameterized.parameters(-1, -(2**31), 40, 2**31 - 1)
+  def test_an_id_outside_its_table_is_nan(self, bad):
+    """And never another id's vector, in every method."""
+    apply, variables, batch = causal()
+    num_rows, num_events = batch.history.features['item'].shape
+
+    def broken(part):
+      items = part.features['item'].copy()
+      items[1, 2] = bad
+      return part.replace(features={**part.features, 'item': items})
+
+    def nan(logits):
+      return np.isnan(logits['click']).tolist()
+
+    one = np.zeros((num_rows, num_events), bool)
+    one[1, 2] = True
+    row = np.repeat(np.arange(num_rows)[:, None] == 1, num_events, axis=1)
+    history, candidates = broken(batch.history), broken(batch.candidates)
+
+    def encode(history):
+      return apply(variables, batch.context, history, method='encode')
+
+    def score(cache, candidates):
+      return apply(variables, cache, candidates, method='score')
+
+    good = encode(batch.history)
+    for logits, expected in (
+      (apply(variables, batch.replace(candidates=candidates)), one),
+      (score(good, candidates), one),
+      (apply(variables, batch.replace(history=history)), row),
+      (score(encode(history), batch.candidates), row),
+      (score(good, batch.candidates), np.zeros_like(one)),
+    ):
+      self.assertEqual(nan(logits), expected.tolist())
+    longer = apply(
+      variables,
+      good.replace(length=good.length - num_events),
+      history,
+      method='extend',
+    )
+    self.assertEqual(nan(score(longer, batch.candidates)), row.tolist())
+
   def test_missing_feature(self):
     model, params = support.init(support.config())
     batch = support.batch(np.random.default_rng(0))
@@ -228,6 +286,10 @@ class RankerTest(parameterized.TestCase):
     ({'encoder__width': 15}, 'multiple of encoder.num_heads=2'),
     ({'encoder__width': 6}, 'must be even'),
     ({'encoder__dropout': 1.0}, 'encoder.dropout=1.0'),
+    (
+      {'fusion': 'append_isolated', 'encoder__candidate_tower': 'xla'},
+      "candidate_tower='xla', but fusion='append_isolated' has no tower; set",
+    ),
     ({'encoder__num_layers': 0}, 'encoder.num_layers=0'),
     ({'encoder__positions': 'sine'}, "encoder.positions='sine'"),
     (

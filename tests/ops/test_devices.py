@@ -11,11 +11,13 @@ from histjax.ops.history_attention import cudnn
 
 
 def device(version, capability='', platform='gpu'):
-  return types.SimpleNamespace(
-    client=types.SimpleNamespace(platform_version=version),
-    compute_capability=capability,
-    device_kind='a GPU',
-    platform=platform,
+  return devices.Target.of(
+    types.SimpleNamespace(
+      client=types.SimpleNamespace(platform_version=version),
+      compute_capability=capability,
+      device_kind='a GPU',
+      platform=platform,
+    )
   )
 
 
@@ -29,12 +31,13 @@ class DevicesTest(absltest.TestCase):
 
   def test_cudnn(self):
     self.check(
-      cudnn.check_device,
+      cudnn.check_target,
       (device('cuda 13000', '9.0'), device('PJRT C API\ncuda 13000', '12.1')),
       (
         (device('cpu', '', 'cpu'), "not a device of platform 'cpu'"),
         (device('rocm 60000', '9.4'), 'cudnn needs an NVIDIA GPU'),
         (device('cuda 12080', '7.5'), '8.0 or newer, and a GPU has 7.5'),
+        (devices.Target('cuda'), 'must know the compute capability'),
       ),
     )
 

@@ -14,7 +14,7 @@ from histjax import metrics
 from histjax.data import datasets
 from histjax.data.rows import RowConfig
 from histjax.features import TimeGap
-from histjax.validation import validate_batch
+from tests import support
 from tests.data import official
 
 FOLDER = pathlib.Path(os.environ.get('HISTJAX_DATA_DIR', '.'))
@@ -168,7 +168,7 @@ def test_batches_are_valid(data):
     batch = rows.batch(
       range(64), num_rows=64, num_events=200, num_candidates=150
     )
-    validate_batch(batch, data.schema)
+    support.check_batch(batch, data.schema)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fusion_study import floors
 from histjax import metrics
 from histjax.data import datasets, pipeline
 from histjax.data.rows import RowConfig
-from histjax.validation import validate_batch
+from tests import support
 from tests.data import official
 
 FOLDER = pathlib.Path(os.environ.get('HISTJAX_DATA_DIR', '.')) / 'ml-1m'
@@ -112,7 +112,7 @@ def test_an_epoch(data):
   count = 0
   for number, batch in enumerate(batches):
     if number % 10 == 0:
-      validate_batch(batch, data.schema)
+      support.check_batch(batch, data.schema)
     mask = batch.candidates.mask
     count += mask.sum()
     movie = batch.candidates.features['movie_id'][mask]

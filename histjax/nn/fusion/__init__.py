@@ -12,6 +12,9 @@ call into a part that depends on the history alone and a part per candidate:
 
 Here `history` and `candidates` are tokens `[B, L, D]` and `[B, C, D]`,
 `length` is int32 `[B]`, and `visible` int32 `[B, C]` or None for all events.
+
+One that has a *tower* scores by `ops.candidate_tower` when it is given packed
+weights: `apply({'params': params, 'tower': fusion.pack(params, dtype)}, ..)`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from histjax.nn.fusion.append import AppendCross, AppendIsolated
 from histjax.nn.fusion.base import Fusion
 from histjax.nn.fusion.late import MeanPool, NoHistory, TargetAttention
 from histjax.nn.fusion.per_candidate import AppendSelf, Concat
-from histjax.nn.fusion.tower import pack_tower
 
 FUSIONS: dict[str, type[Fusion]] = {
   'append_cross': AppendCross,
@@ -49,5 +51,4 @@ __all__ = [
   'NoHistory',
   'TargetAttention',
   'amortizable',
-  'pack_tower',
 ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from histjax import key_range as ranges
 from histjax import ops
 from histjax.nn.fusion import base
+from histjax.nn.fusion import tower as tower_lib
+from histjax.ops import dispatch
 
 
 class _SharedHistory(base.Transformer):
@@ -22,8 +27,6 @@ class _SharedHistory(base.Transformer):
     length: Int[Array, 'B'],
     *,
     train: bool = False,
-    tower: ops.TowerWeights | None = None,
-    implementation: str | None = None,
   ) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
     """Keys and values of every layer; one pass over the history.
 
@@ -31,12 +34,8 @@ class _SharedHistory(base.Transformer):
       history: tokens `[B, L, D]`.
       length: int32 `[B]`.
       train: whether dropout is on.
-      tower: `pack_tower` of this module's parameters, for
-        `ops.candidate_tower` to compute each layer; None: block by block.
-      implementation: with `tower`, of that operation; None picks, and on a CPU
-        without the kernel 'numba_cpu' picks the blocks.
     """
-    tower = _tower_or_blocks(tower, implementation, train)
+    tower = self._packed(history=True, train=train)
     position = base.ordinals(history.shape)
     key_range = self._history_range(length, history.shape[1])
     x = self._place_events(history, length)
@@ -59,7 +58,6 @@ class _SharedHistory(base.Transformer):
           key_range,
           tower.layer(i),
           final_norm=False,
-          implementation=implementation,
         )
     return jnp.stack(keys), jnp.stack(values)
 
@@ -73,8 +71,37 @@ class _SharedHistory(base.Transformer):
       key_range,
       weights,
       num_heads=self.config.num_heads,
+      implementation=self.config.candidate_tower,
       **options,
     )
+
+  def _packed(
+    self, *, history: bool = False, train: bool = False
+  ) -> ops.TowerWeights | None:
+    """The packed weights for `ops.candidate_tower`; None: block by block.
+
+    Everything that decides between the two is here: whether the collection
+    `tower` is given, which implementations are named, and the target.
+
+    Args:
+      history: whether events are read, for which on a CPU without the kernel
+        blocks are faster.
+      train: whether dropout is on, which the operation does not have.
+    """
+    if not self.has_variable('tower', 'weights'):
+      return None
+    if train:
+      raise ValueError(
+        "the collection 'tower' is for scoring; with train=True, leave it out"
+      )
+    weights: ops.TowerWeights = self.get_variable('tower', 'weights')
+    config = self.config
+    if config.candidate_tower is None:
+      on_cpu = dispatch.target_of().platform == 'cpu'
+      slow = on_cpu and not ops.has_cpu_kernel(weights.query.dtype)
+      if config.attention is not None or (history and slow):
+        return None
+    return weights
 
   def extend(
     self,
@@ -103,8 +130,8 @@ class _SharedHistory(base.Transformer):
     new_keys, new_values = [], []
     for i, block in enumerate(self.blocks):
       key, value = block.keys_values(x, position)
-      key = keys[i].at[row, slot].set(key, mode='drop')
-      value = values[i].at[row, slot].set(value, mode='drop')
+      key = _written(keys[i], row, slot, key)
+      value = _written(values[i], row, slot, value)
       new_keys.append(key)
       new_values.append(value)
       if i + 1 < len(self.blocks):
@@ -120,17 +147,9 @@ class _SharedHistory(base.Transformer):
     return key_range, position
 
 
-def _tower_or_blocks(tower, implementation, train):
-  """The tower, or None where layers are faster as `Block`.
-
-  That is on a CPU without the kernel, where none is named.
-  """
-  if tower is not None and train:
-    raise ValueError('tower is for scoring; with train=True, pass None')
-  if tower is None or implementation is not None:
-    return tower
-  on_cpu = jax.default_backend() == 'cpu'
-  return None if on_cpu and not ops.has_cpu_kernel(tower.query.dtype) else tower
+def _written(cached, row, slot, new):
+  """The cache with new events; a slot outside of it is dropped."""
+  return cached.at[row, slot].set(new, mode='drop', wrap_negative_indices=False)
 
 
 class AppendCross(_SharedHistory):
@@ -141,8 +160,15 @@ class AppendCross(_SharedHistory):
   `V = W_v [H_1..H_n]`: no token ever sees a candidate, so one pass over the
   history serves all of them. `__call__` is that joint pass: block by block with
   one attention call a layer, whose last one has candidates' queries only, since
-  nothing reads the history's; with `tower`, `encode` and `score`.
+  nothing reads the history's; with packed weights, `encode` and `score`.
   """
+
+  has_tower = True
+
+  @staticmethod
+  def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """The collection `tower`: all layers' weights, norms folded in."""
+    return {'weights': tower_lib.pack_tower(params, dtype)}
 
   def __call__(
     self,
@@ -152,8 +178,6 @@ class AppendCross(_SharedHistory):
     visible: Int[Array, 'B C'] | None,
     *,
     train: bool = False,
-    tower: ops.TowerWeights | None = None,
-    implementation: str | None = None,
   ) -> Float[Array, 'B C D']:
     """The fused candidates; the final norm's output.
 
@@ -163,22 +187,10 @@ class AppendCross(_SharedHistory):
       length: int32 `[B]`.
       visible: int32 `[B, C]`, or None for all events.
       train: whether dropout is on.
-      tower: as `encode`.
-      implementation: likewise.
     """
-    if _tower_or_blocks(tower, implementation, train) is not None:
-      keys, values = self.encode(
-        history, length, tower=tower, implementation=implementation
-      )
-      return self.score(
-        keys,
-        values,
-        length,
-        candidates,
-        visible,
-        tower=tower,
-        implementation=implementation,
-      )
+    if self._packed(history=True, train=train) is not None:
+      keys, values = self.encode(history, length)
+      return self.score(keys, values, length, candidates, visible)
     num_events, num_candidates = history.shape[1], candidates.shape[1]
     candidate_range, candidate_position = self._candidates_see(
       length, visible, num_candidates
@@ -214,9 +226,7 @@ class AppendCross(_SharedHistory):
     candidates: Float[Array, 'B C D'],
     visible: Int[Array, 'B C'] | None,
     *,
-    tower: ops.TowerWeights | None = None,
     count: Int[Array, 'B'] | None = None,
-    implementation: str | None = None,
   ) -> Float[Array, 'B C D']:
     """The fused candidates, from the cached keys and values.
 
@@ -226,25 +236,17 @@ class AppendCross(_SharedHistory):
       length: int32 `[B]`, events cached.
       candidates: tokens `[B, C, D]`.
       visible: int32 `[B, C]`, or None for all events.
-      tower: `pack_tower` of this module's parameters, for
-        `ops.candidate_tower` to compute all layers; None: block by block.
-      count: with `tower`, as `ops.candidate_tower`.
-      implementation: likewise.
+      count: int32 `[B]`; candidates from there on mean nothing, and need not
+        be computed. None: all C count.
     """
     key_range, position = self._candidates_see(
       length, visible, candidates.shape[1]
     )
     x = self._place_candidates(candidates)
+    tower = self._packed()
     if tower is not None:
       return self._tower(
-        x,
-        position,
-        keys,
-        values,
-        key_range,
-        tower,
-        count=count,
-        implementation=implementation,
+        x, position, keys, values, key_range, tower, count=count
       )
     for block, key, value in zip(self.blocks, keys, values, strict=True):
       x = block(x, position, key, value, key_range)
@@ -282,9 +284,11 @@ class AppendIsolated(_SharedHistory):
     candidates: Float[Array, 'B C D'],
     visible: Int[Array, 'B C'] | None,
     *,
+    count: Int[Array, 'B'] | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates, from the cached keys and values."""
+    del count
     key_range, position = self._candidates_see(
       length, visible, candidates.shape[1]
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -22,6 +25,7 @@ class Fusion(nn.Module):
     dtype: of the computation.
     amortizable: whether it has `encode`, `score` and `extend`.
     obstacle: if it has not, why: the end of a sentence for users.
+    has_tower: whether `pack` makes weights for `ops.candidate_tower`.
   """
 
   config: encoder_lib.EncoderConfig
@@ -29,6 +33,18 @@ class Fusion(nn.Module):
 
   amortizable = False
   obstacle = ''
+  has_tower = False
+
+  @staticmethod
+  def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """The collection `tower` to score with; empty if the fusion has none.
+
+    Args:
+      params: the module's parameters.
+      dtype: of the computation.
+    """
+    del params, dtype
+    return {}
 
   @staticmethod
   def hops(num_layers: int) -> int:

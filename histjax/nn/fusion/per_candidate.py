@@ -115,7 +115,7 @@ class AppendSelf(base.Transformer):
     key, value = block.keys_values(x, position)
     end = end[:, None]
     x = block(
-      jnp.take_along_axis(x, end[..., None], axis=1),
+      _at(x, end),
       end,
       key,
       value,
@@ -123,6 +123,12 @@ class AppendSelf(base.Transformer):
       train=train,
     )
     return self.final_norm(x).reshape(num_rows, num_candidates, width)
+
+
+def _at(x, index):
+  """`[B, 1, D]`, `x[b, index[b, 0]]`; NaN where that is outside."""
+  row = jnp.arange(len(x), dtype=jnp.int32)[:, None]
+  return x.at[row, index].get(mode='fill', wrap_negative_indices=False)
 
 
 def _slices(history, start, size):

@@ -10,13 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from histjax.ops import devices, dispatch, partition
-from histjax.ops.candidate_tower import (
-  numba_cpu,
-  pallas_gpu,
-  pallas_tpu,
-  reference,
-  xla,
-)
+from histjax.ops.candidate_tower import numba_cpu, reference, xla
 from histjax.types import KeyRange
 
 
@@ -44,13 +38,17 @@ def _over_rows(
   return call
 
 
+def _lazy(name: str):
+  return dispatch.lazy(f'{__package__}.{name}', 'candidate_tower')
+
+
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    _over_rows(pallas_gpu.candidate_tower), devices.check_hopper
+    _over_rows(_lazy('pallas_gpu')), devices.check_hopper
   ),
   'pallas_tpu': dispatch.Backend(
-    _over_rows(pallas_tpu.candidate_tower, mesh_in_context=True),
+    _over_rows(_lazy('pallas_tpu'), mesh_in_context=True),
     devices.check_tpu,
   ),
   'numba_cpu': dispatch.Backend(
@@ -58,8 +56,8 @@ _BACKENDS = {
     devices.check_numba,
     numba_cpu.suits,
   ),
-  'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_device),
-  'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_device),
+  'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_target),
+  'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_target),
 }
 
 
@@ -135,8 +133,8 @@ def candidate_tower(
     return call.candidates.astype(
       call.weights.query.dtype if final_norm else jnp.float32
     )
-  device = dispatch.device_of(call.candidates)
-  return _run(call, num_heads, final_norm, implementation, device)[1]
+  target = dispatch.target_of(call.candidates)
+  return _run(call, num_heads, final_norm, implementation, target)[1]
 
 
 def candidate_tower_backend(
@@ -179,12 +177,12 @@ def candidate_tower_backend(
   """
   call = _Call(candidates, position, keys, values, key_range, weights, count)
   _check(call, num_heads, implementation)
-  device = dispatch.device_of(candidates)
+  target = dispatch.target_of(candidates)
   name = ''
 
   def trace(call):
     nonlocal name
-    name, out = _run(call, num_heads, final_norm, implementation, device)
+    name, out = _run(call, num_heads, final_norm, implementation, target)
     return out
 
   jax.eval_shape(trace, call)
@@ -192,16 +190,16 @@ def candidate_tower_backend(
 
 
 def has_cpu_kernel(dtype: Any) -> bool:
-  """Whether 'numba_cpu' computes towers of this type on the default device."""
+  """Whether 'numba_cpu' computes towers of this type on the target."""
   try:
-    devices.check_numba(dispatch.device_of(None))
+    devices.check_numba(dispatch.target_of())
     numba_cpu.check_dtype(dtype)
   except NotImplementedError:
     return False
   return True
 
 
-def _run(call: _Call, num_heads, final_norm, implementation, device):
+def _run(call: _Call, num_heads, final_norm, implementation, target):
   """Runs the named backend, or the first that can; returns its name too."""
   keys, values, key_range = call.keys, call.values, call.key_range
   if not keys.shape[2]:  # One key that nobody sees, instead of none.
@@ -213,7 +211,7 @@ def _run(call: _Call, num_heads, final_norm, implementation, device):
     'candidate_tower',
     _BACKENDS,
     implementation,
-    device,
+    target,
     call.candidates,
     call.position,
     keys,

@@ -10,27 +10,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from histjax.ops import devices, dispatch
-from histjax.ops.history_attention import (
-  cudnn,
-  pallas_gpu,
-  pallas_tpu,
-  reference,
-  xla,
-)
+from histjax.ops.history_attention import cudnn, reference, xla
 from histjax.types import KeyRange
+
+
+def _lazy(name: str):
+  return dispatch.lazy(f'{__package__}.{name}', 'history_attention')
+
 
 # The fastest first; 'xla' computes every call everywhere.
 _BACKENDS = {
-  'pallas_gpu': dispatch.Backend(
-    pallas_gpu.history_attention, devices.check_hopper
-  ),
-  'cudnn': dispatch.Backend(cudnn.history_attention, cudnn.check_device),
-  'pallas_tpu': dispatch.Backend(
-    pallas_tpu.history_attention, devices.check_tpu
-  ),
-  'xla': dispatch.Backend(xla.history_attention, dispatch.any_device),
+  'pallas_gpu': dispatch.Backend(_lazy('pallas_gpu'), devices.check_hopper),
+  'cudnn': dispatch.Backend(cudnn.history_attention, cudnn.check_target),
+  'pallas_tpu': dispatch.Backend(_lazy('pallas_tpu'), devices.check_tpu),
+  'xla': dispatch.Backend(xla.history_attention, dispatch.any_target),
   'reference': dispatch.Backend(
-    reference.history_attention, dispatch.any_device
+    reference.history_attention, dispatch.any_target
   ),
 }
 
@@ -90,8 +85,8 @@ def history_attention(
   scale = _check_scale(scale, query.shape[-1])
   if 0 in query.shape or 0 in key.shape:
     return jnp.zeros_like(query)
-  device = dispatch.device_of(query)
-  return _dispatch(query, key, value, key_range, scale, implementation, device)[
+  target = dispatch.target_of(query)
+  return _dispatch(query, key, value, key_range, scale, implementation, target)[
     1
   ]
 
@@ -125,13 +120,13 @@ def history_attention_backend(
     NotImplementedError: as `history_attention`.
   """
   _check(query, key, value, key_range, implementation)
-  device = dispatch.device_of(query)
+  target = dispatch.target_of(query)
   name = ''
 
   def trace(query, key, value, key_range):
     nonlocal name
     name, out = _dispatch(
-      query, key, value, key_range, 1.0, implementation, device
+      query, key, value, key_range, 1.0, implementation, target
     )
     return out
 
@@ -139,13 +134,13 @@ def history_attention_backend(
   return name
 
 
-def _dispatch(query, key, value, key_range, scale, implementation, device):
+def _dispatch(query, key, value, key_range, scale, implementation, target):
   """Runs the named backend, or the first that can; returns its name too."""
   return dispatch.run(
     'history_attention',
     _BACKENDS,
     implementation,
-    device,
+    target,
     query,
     key,
     value,

@@ -16,9 +16,9 @@ from histjax.ops import devices
 from histjax.types import KeyRange
 
 
-def check_device(device: jax.Device) -> None:
-  """Raises NotImplementedError unless cuDNN attention runs on `device`."""
-  devices.check_cuda(device, 'cudnn', 8.0)
+def check_target(target: devices.Target) -> None:
+  """Raises NotImplementedError unless cuDNN attention runs there."""
+  devices.check_cuda(target, 'cudnn', 8.0)
 
 
 def history_attention(
@@ -47,13 +47,20 @@ def history_attention(
   # The last query's stop: the length, or in a 'causal' call with Q < L the
   # number of keys that the diagonal lets anyone see.
   length = jnp.clip(key_range.stop[:, -1], 0, key.shape[1])
-  out = jax.nn.dot_product_attention(
-    *map(_to_even, (query, key, value)),
-    scale=scale,
-    is_causal=key_range.structure == 'causal',
-    key_value_seq_lengths=jnp.maximum(length, 1),
-    implementation='cudnn',
-  )[:, : query.shape[1]]
+  try:
+    out = jax.nn.dot_product_attention(
+      *map(_to_even, (query, key, value)),
+      scale=scale,
+      is_causal=key_range.structure == 'causal',
+      key_value_seq_lengths=jnp.maximum(length, 1),
+      implementation='cudnn',
+    )[:, : query.shape[1]]
+  except RuntimeError as error:  # JAX asks the library for its version.
+    if 'cuDNN' not in str(error):
+      raise
+    raise NotImplementedError(
+      f'cudnn must be installed where the program is traced: {error}'
+    ) from error
   # A length of 0 has no softmax; it attended one key, which this undoes.
   some = (length > 0)[:, None, None, None]
   return jnp.where(some, out, jnp.zeros_like(out))

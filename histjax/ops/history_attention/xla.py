@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from histjax.ops import dispatch
 from histjax.types import KeyRange
 
 # Scores in one block, `B N block_q block_k`. A CPU wants them in its cache:
@@ -90,7 +91,7 @@ def block_sizes(num_matrices: int, num_queries: int, num_keys: int) -> Blocks:
 
   One block if the scores are few, else near-equal blocks of at least 128.
   """
-  on_cpu = jax.default_backend() == 'cpu'
+  on_cpu = dispatch.target_of().platform == 'cpu'
   budget = _CPU_SCORES if on_cpu else _ACCELERATOR_SCORES
   if num_matrices * num_queries * num_keys <= budget:
     return Blocks(num_queries, num_keys)

@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from histjax import ops
-from histjax.ops import dispatch
+from histjax.ops import devices, dispatch
 from histjax.ops.candidate_tower import api
 from tests.ops.candidate_tower import suite
 
@@ -98,7 +98,7 @@ class DispatchTest(parameterized.TestCase):
   def backends(self, **functions):
     """Replaces all backends by these functions."""
     fakes = {
-      name: dispatch.Backend(function, dispatch.any_device)
+      name: dispatch.Backend(function, dispatch.any_target)
       for name, function in functions.items()
     }
     return mock.patch.dict(api._BACKENDS, fakes, clear=True)
@@ -146,7 +146,7 @@ class DispatchTest(parameterized.TestCase):
       ops.candidate_tower_backend(**fields)
       with jax.default_device(device):
         ops.candidate_tower_backend(**arguments())
-    self.assertEqual(seen, [device, device])
+    self.assertEqual(seen, [devices.Target.of(device)] * 2)
 
   def test_backend_needs_shapes_alone(self):
     call = suite.make_call(0, SHAPE)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histjax import ops
+from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api, pallas_gpu
 from histjax.ops.history_attention import xla as attention
 from tests.ops.candidate_tower import suite
@@ -149,7 +150,7 @@ class KernelTest(parameterized.TestCase):
     call = suite.make_call(0, shape, num_layers=3, dtype=dtype, **fields)
     call = suite.poisoned(call, np.nan)
     try:
-      api._BACKENDS[implementation].check_device(jax.devices()[0])
+      api._BACKENDS[implementation].check_target(dispatch.target_of())
     except NotImplementedError:
       with self.assertRaisesRegex(NotImplementedError, implementation):
         suite.run(call, implementation)
@@ -182,7 +183,7 @@ class KernelTest(parameterized.TestCase):
       return np.asarray(out)
 
     try:
-      api._BACKENDS['pallas_gpu'].check_device(jax.devices()[0])
+      api._BACKENDS['pallas_gpu'].check_target(dispatch.target_of())
     except NotImplementedError:
       with self.assertRaisesRegex(NotImplementedError, 'pallas_gpu'):
         suite.run(call, 'pallas_gpu')

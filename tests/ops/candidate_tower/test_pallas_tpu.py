@@ -17,7 +17,8 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from histjax import ops, scoring
-from histjax.nn import fusion
+from histjax.models import ranker
+from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api, pallas_tpu
 from tests import support
 from tests.ops.candidate_tower import suite
@@ -36,7 +37,7 @@ class InterpretTest(parameterized.TestCase):
     super().setUp()
     self.enter_context(jax.default_matmul_precision('highest'))
     backend = api._BACKENDS['pallas_tpu']
-    everywhere = backend._replace(check_device=lambda device: None)
+    everywhere = backend._replace(check_target=dispatch.any_target)
     self.enter_context(
       mock.patch.dict(api._BACKENDS, {'pallas_tpu': everywhere})
     )
@@ -223,14 +224,9 @@ class CompileTest(parameterized.TestCase):
     )
 
     def score(params, cache, candidates):
-      tower = fusion.pack_tower(params['fusion'], config.dtype)
+      variables = {'params': params, **ranker.pack(config, params)}
       return scoring.score_microbatched(
-        model,
-        {'params': params},
-        cache,
-        candidates,
-        microbatch=256,
-        tower=tower,
+        model, variables, cache, candidates, microbatch=256
       )
 
     device = devices('v5e:2x2')[0]

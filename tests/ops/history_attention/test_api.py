@@ -163,7 +163,7 @@ class DispatchTest(parameterized.TestCase):
       ops.history_attention(**fields)
       with jax.default_device(device):
         jax.eval_shape(lambda: ops.history_attention(**arguments()))
-    self.assertEqual(seen, [device, device])
+    self.assertEqual(seen, [devices.Target.of(device)] * 2)
 
   @parameterized.product(
     dtype=('float32', 'bfloat16'), structure=suite.STRUCTURES
@@ -173,7 +173,7 @@ class DispatchTest(parameterized.TestCase):
     expected = 'xla'
     if dtype == 'bfloat16':
       try:
-        devices.check_hopper(jax.devices()[0])
+        devices.check_hopper(dispatch.target_of())
         expected = 'pallas_gpu'
       except NotImplementedError:
         pass

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from histjax.ops import partition
+from histjax.ops import dispatch, partition
 from histjax.ops.history_attention import api, pallas_gpu
 from histjax.types import KeyRange
 from tests.ops import gpu_interpreter
@@ -29,7 +29,7 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
   def setUp(self):
     super().setUp()
     backend = api._BACKENDS['pallas_gpu']
-    everywhere = backend._replace(check_device=lambda device: None)
+    everywhere = backend._replace(check_target=dispatch.any_target)
     self.enter_context(
       mock.patch.dict(api._BACKENDS, {'pallas_gpu': everywhere})
     )

@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from histjax.ops import dispatch
 from histjax.ops.history_attention import api, pallas_tpu
 from tests.ops.history_attention import suite
 
@@ -28,7 +29,7 @@ class InterpretedTestCase(suite.BackendTestCase):
   def setUp(self):
     super().setUp()
     backend = api._BACKENDS['pallas_tpu']
-    everywhere = backend._replace(check_device=lambda device: None)
+    everywhere = backend._replace(check_target=dispatch.any_target)
     self.enter_context(
       mock.patch.dict(api._BACKENDS, {'pallas_tpu': everywhere})
     )

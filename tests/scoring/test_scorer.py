@@ -1,5 +1,6 @@
 """Joint, plain and cached scores are one; nothing but the user matters."""
 
+import functools
 from unittest import mock
 
 import chex
@@ -10,74 +11,23 @@ from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax import ops, padding, scoring
+from histjax import ops, scoring
 from histjax.models import ranker
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api
-from histjax.types import Candidates, History
+from histjax.types import CacheInfo, Candidates, History
 from tests import support
+from tests.scoring.scorers import (
+  ISOLATED,
+  TOLERANCE,
+  VARIANTS,
+  cached,
+  real,
+  rows,
+  scorer,
+)
 
-# Sums run in another order in each way of scoring; logits are of order 1.
-TOLERANCE = {
-  'float32': {'rtol': 1e-5, 'atol': 1e-5},
-  # 8 bits of mantissa, about 20 roundings deep.
-  'bfloat16': {'rtol': 0.05, 'atol': 0.05},
-}
-VARIANTS = {
-  'causal': {},
-  'window': {'encoder__window': 3},
-  'bidirectional': {'encoder__causal': False},
-  'recency': {
-    'encoder__causal': False,
-    'encoder__positions': 'recency',
-    'encoder__num_recency': 6,
-  },
-  'no_positions': {'encoder__positions': 'none'},
-  'one_layer': {'encoder__num_layers': 1},
-  'mlp': {
-    'interaction': support.interaction.InteractionConfig(
-      kind='mlp', mlp_widths=(8,)
-    )
-  },
-  'bfloat16': {'dtype': 'bfloat16'},
-}
-ISOLATED = {
-  'isolated': {'fusion': 'append_isolated'},
-  'isolated_window': {'fusion': 'append_isolated', 'encoder__window': 3},
-  'isolated_bidirectional': {
-    'fusion': 'append_isolated',
-    'encoder__causal': False,
-  },
-  'isolated_bfloat16': {'fusion': 'append_isolated', 'dtype': 'bfloat16'},
-}
 SEEDS = st.integers(0, 2**32 - 1)
-_SCORERS: dict = {}
-
-
-def scorer(variant='causal', **options) -> scoring.Scorer:
-  """One scorer per variant for the whole file: compiling takes the time."""
-  key = (variant, tuple(sorted(options.items())))
-  if key not in _SCORERS:
-    config = support.config(**{**VARIANTS, **ISOLATED}[variant])
-    _, params = support.init(config)
-    _SCORERS[key] = scoring.Scorer(
-      config, params, scoring.ScorerConfig(**options)
-    )
-  return _SCORERS[key]
-
-
-def real(logits, batch):
-  """The logits of real candidates, `[number, T]`."""
-  mask = batch.candidates.mask
-  return np.stack([np.asarray(v)[mask] for v in logits.values()], axis=-1)
-
-
-def cached(s, batch):
-  return s.score(s.encode(batch.context, batch.history), batch.candidates)
-
-
-def rows(tree, index):
-  return jax.tree.map(lambda x: x[index], tree)
 
 
 class EquivalenceTest(parameterized.TestCase):
@@ -305,39 +255,183 @@ class InvarianceTest(parameterized.TestCase):
         real(logits, batch), expected, **TOLERANCE['float32']
       )
 
+
+def cast(types, tree):
+  """The arrays in other types, by the kind of theirs."""
+  return jax.tree.map(
+    lambda x: x.astype(types.get(x.dtype.kind, x.dtype)), tree
+  )
+
+
+class ProgramsTest(parameterized.TestCase):
+  """What is compiled, as XLA counts it."""
+
+  def setUp(self):
+    super().setUp()
+    self.compiled = 0
+
+    def on_event(event, duration, **kwargs):
+      del duration, kwargs
+      self.compiled += event == '/jax/core/compile/backend_compile_duration'
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    self.addCleanup(jax.monitoring.unregister_event_duration_listener, on_event)
+
+  def new(self, **options):
+    config = support.config(encoder__num_layers=1)
+    _, params = support.init(config)
+    return scoring.Scorer(config, params, scoring.ScorerConfig(**options))
+
   @pytest.mark.filterwarnings('error')
   def test_one_program_per_bucket(self):
-    config = support.config()
-    _, params = support.init(config)
-    s = scoring.Scorer(config, params)
+    """No count, mask, length, number type or container makes another."""
+    s = self.new()
+    rng = np.random.default_rng(0)
 
-    def use(num_events, num_candidates, num_rows):
+    def use(num_rows, num_events, num_candidates, like=lambda x: x):
       batch = support.batch(
-        np.random.default_rng(0),
-        num_rows,
-        num_events,
-        num_candidates,
-        shared_visible=True,
+        rng, num_rows, num_events, num_candidates, shared_visible=True
       )
-      cached(s, batch)
+      batch = batch.replace(
+        context=like(batch.context),
+        history=like(batch.history),
+        candidates=like(batch.candidates),
+      )
+      cache = s.encode(batch.context, batch.history)
+      logits = s.score(cache, batch.candidates)
       s.score_joint(batch)
-      s.score_plain(batch)
+      self.assertEqual(logits['click'].shape, (num_rows, num_candidates))
+      self.assertIsInstance(logits['click'], np.ndarray)
+      self.assertEqual(logits['click'].dtype, np.float32)
 
-    use(9, 5, 4)
-    compiled = s.num_compilations
-    self.assertEqual(compiled, 4)  # encode, score, joint, plain
-    for num_events in (1, 2, 7, 11, 16):
-      for num_candidates in (1, 3, 16):
-        use(num_events, num_candidates, 3)
-    self.assertEqual(s.num_compilations, compiled)
-    use(17, 5, 4)  # The next bucket of lengths: one program each.
-    self.assertEqual(s.num_compilations, 2 * compiled)
+    use(4, 9, 5)
+    s.score_plain(support.batch(rng, 4, 9, 5, shared_visible=True))
+    self.assertEqual(s.num_compilations, 4)  # encode, score, joint, plain
+    compiled = self.compiled
+    for count in range(1, 17):  # 16 fills the bucket.
+      for num_rows in (3, 4):
+        use(num_rows, int(rng.integers(1, 17)), count)
+    for _ in range(20):  # Other masks.
+      use(4, 16, 16)
+    for types in ({'i': np.int64, 'f': np.float64}, {'i': np.uint8}):
+      use(3, 9, 5, functools.partial(cast, types))
+    use(3, 9, 5, jax.device_put)
+    self.assertEqual(self.compiled, compiled)
+    self.assertEqual(s.num_compilations, 4)
+    use(4, 17, 5)  # The next bucket of lengths: one program each.
+    self.assertEqual(s.num_compilations, 7)
 
-  @parameterized.parameters(
-    (1, 16), (16, 16), (17, 32), (64, 64), (65, 96), (97, 128), (129, 192)
-  )
-  def test_bucket_size(self, n, expected):
-    self.assertEqual(padding.bucket_size(n), expected)
+  def test_new_events_have_small_buckets_of_their_own(self):
+    s = self.new(history_buckets=(64,))
+    batch = support.batch(np.random.default_rng(0), num_events=20)
+    cache = s.encode(batch.context, batch.history)
+    for number, size in ((0, 1), (1, 1), (2, 2), (3, 4), (9, 16)):
+      events = batch.history.replace(length=np.full(3, number, np.int32))
+      with mock.patch.object(s, '_extend', return_value=cache) as extend:
+        longer = s.extend(cache, events)
+      padded = extend.call_args.args[2]
+      self.assertEqual(padded.features['item'].shape, (4, size))
+      np.testing.assert_array_equal(
+        longer.info.length, batch.history.length + number
+      )
+
+  def test_counts_its_own_compilations_alone(self):
+    s = self.new()
+    jax.jit(lambda x: 2 * x)(np.zeros(3))
+    self.assertGreater(self.compiled, 0)
+    self.assertEqual(s.num_compilations, 0)
+
+
+class CacheTest(parameterized.TestCase):
+  """A cache knows its users and its model."""
+
+  def setUp(self):
+    super().setUp()
+    self.s = scorer()
+    self.batch = support.batch(np.random.default_rng(0))
+    self.cache = self.s.encode(self.batch.context, self.batch.history)
+
+  def other(self, params=None, **fields):
+    config = support.config(**fields)
+    params = self.s._params['params'] if params is None else params
+    return scoring.Scorer(config, params)
+
+  def test_carries_what_the_host_must_know(self):
+    info = self.cache.info
+    self.assertEqual(info.num_users, 3)
+    self.assertEqual(self.cache.num_rows, 4)
+    self.assertIsInstance(info.length, np.ndarray)
+    np.testing.assert_array_equal(info.length, self.batch.history.length)
+    self.assertEqual(info.fingerprint, self.s.fingerprint)
+
+  def test_a_row_beyond_the_last_user(self):
+    four = rows(self.batch, np.array([0, 1, 2, 0]))
+    for method, argument, what in (
+      (self.s.score, four.candidates, 'candidates'),
+      (self.s.extend, four.history, 'events'),
+      (self.s.backends, four.candidates, 'candidates'),
+    ):
+      with self.assertRaisesRegex(
+        ValueError, f'{what} have 4 rows, the cache 3; encode every user'
+      ):
+        method(self.cache, argument)
+
+  def test_fewer_rows_than_users(self):
+    two = rows(self.batch, slice(0, 2))
+    found = real(self.s.score(self.cache, two.candidates), two)
+    expected = self.s.score(self.cache, self.batch.candidates)
+    np.testing.assert_array_equal(found, real(rows(expected, slice(0, 2)), two))
+    longer = self.s.extend(self.cache, two.history)
+    length = self.batch.history.length.copy()
+    length[:2] *= 2
+    np.testing.assert_array_equal(longer.info.length, length)
+    np.testing.assert_array_equal(longer.length[:3], length)
+
+  def test_one_of_another_model(self):
+    params = self.s._params['params']
+    changed = jax.tree.map(lambda x: x, params)
+    changed['tables']['item'] = changed['tables']['item'].at[39, 7].add(1e-6)
+    for other in (
+      self.other(changed),
+      self.other(encoder__window=4),
+      self.other(encoder__positions='none'),
+    ):
+      for method, argument in (
+        (other.score, self.batch.candidates),
+        (other.backends, self.batch.candidates),
+        (other.extend, self.batch.history),
+      ):
+        with self.assertRaisesRegex(
+          ValueError, 'cache was made by the model .*; encode the history again'
+        ):
+          method(self.cache, argument)
+
+  def test_one_of_the_same_model(self):
+    """In other containers, by other implementations."""
+    params = jax.tree.map(np.array, self.s._params['params'])
+    params = dict(reversed(params.items()))
+    other = self.other(params, encoder__attention='reference')
+    self.assertEqual(other.fingerprint, self.s.fingerprint)
+    np.testing.assert_allclose(
+      real(other.score(self.cache, self.batch.candidates), self.batch),
+      real(self.s.score(self.cache, self.batch.candidates), self.batch),
+      **TOLERANCE['float32'],
+    )
+
+  def test_one_that_no_scorer_vouches_for(self):
+    mapped = jax.tree.map(lambda x: x, self.cache)
+    self.assertIsNone(mapped.info)
+    for cache in (mapped, None, self.batch.history):
+      with self.assertRaisesRegex(ValueError, 'that no Scorer made'):
+        self.s.score(cache, self.batch.candidates)
+
+  def test_users_make_no_programs(self):
+    traced = []
+    length = jax.jit(lambda cache: traced.append(1) or cache.length)
+    for n in (1, 2):
+      info = CacheInfo(np.zeros(n, np.int32), str(n))
+      length(self.cache.replace(info=info))
+    self.assertEqual(traced, [1])
 
 
 class BackendsTest(parameterized.TestCase):
@@ -359,7 +453,7 @@ class BackendsTest(parameterized.TestCase):
       visible,
     )
     blocks = ranker.Ranker(s.config).apply(
-      s._variables, cache, candidates, method='score'
+      s._params, cache, candidates, method='score'
     )
     np.testing.assert_allclose(
       real(s.score(cache, batch.candidates), batch),
@@ -413,16 +507,34 @@ class BackendsTest(parameterized.TestCase):
     name = 'numba_cpu' if kernel and dtype == 'float32' else None
     self.assertEqual(used.get('candidate_tower'), name and {name})
 
+  def test_a_named_attention_runs(self):
+    batch = support.batch(np.random.default_rng(0))
+    config = support.config(encoder__attention='reference')
+    s = scoring.Scorer(config, scorer()._params['params'])
+    cache = s.encode(batch.context, batch.history)
+    self.assertEqual(
+      s.backends(cache, batch.candidates), {'history_attention': 'reference'}
+    )
+
+  def test_runs_where_its_parameters_are(self):
+    batch = support.batch(np.random.default_rng(0))
+    _, params = support.init(support.config())
+    device = jax.devices()[-1]
+    s = scoring.Scorer(support.config(), jax.device_put(params, device))
+    with ops.target_platform('tpu'):  # Of somebody else's program.
+      cache = s.encode(batch.context, batch.history)
+      self.assertEqual(cache.keys.devices(), {device})
+      used = s.backends(cache, batch.candidates)
+    self.assertNotIn('pallas_tpu', used.values())
+
   def test_a_tower_does_not_train(self):
     s = scorer()
     batch = support.batch(np.random.default_rng(0))
-    with self.assertRaisesRegex(ValueError, 'tower is for scoring'):
+    with self.assertRaisesRegex(ValueError, "'tower' is for scoring"):
       ranker.Ranker(s.config).apply(
         s._variables,
         batch,
         train=True,
-        tower=s._tower,
-        implementation='xla',
         rngs={'dropout': jax.random.key(0)},
       )
 
@@ -454,160 +566,9 @@ class BackendsTest(parameterized.TestCase):
       return x
 
     cache = s.encode(batch.context, batch.history)
-    backend = dispatch.Backend(tower, dispatch.any_device)
-    s = scoring.Scorer(s.config, s._variables['params'], s.options)
+    backend = dispatch.Backend(tower, dispatch.any_target)
+    s = scoring.Scorer(s.config, s._params['params'], s.options)
     with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
       s.score(cache, candidates)
     jax.effects_barrier()
     np.testing.assert_array_equal(sum(counts), [2, 0, 5, 0])
-
-  def test_inputs_that_fill_their_bucket_are_not_counted(self):
-    s = scorer()
-    batch = support.batch(np.random.default_rng(0), 4, num_candidates=16)
-    candidates = batch.candidates.replace(mask=None)
-    cache = s.encode(batch.context, batch.history)
-    counted = []
-
-    def tower(x, *args, count, **kwargs):
-      del args, kwargs
-      counted.append(count is not None)
-      return x
-
-    backend = dispatch.Backend(tower, dispatch.any_device)
-    with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
-      s.backends(cache, candidates)
-      s.backends(cache, rows(candidates, slice(0, 3)))
-    self.assertEqual(counted, [False, True])
-
-
-class BadInputTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.s = scorer()
-    self.batch = support.batch(np.random.default_rng(0))
-
-  def feature(self, part, name, value):
-    features = dict(getattr(self.batch, part).features)
-    features[name] = value
-    part_value = getattr(self.batch, part).replace(features=features)
-    return self.batch.replace(**{part: part_value})
-
-  def test_missing_feature(self):
-    history = self.batch.history
-    features = {k: v for k, v in history.features.items() if k != 'rating'}
-    with self.assertRaisesRegex(ValueError, r"features\['rating'\] is missing"):
-      self.s.encode(self.batch.context, history.replace(features=features))
-
-  def test_id_outside_its_table(self):
-    items = self.batch.candidates.features['item'].copy()
-    items[1, 0] = 40
-    with self.assertRaisesRegex(
-      ValueError, r"\['item'\]\[1, 0\] is 40; expected an id in \[0, 40\)"
-    ):
-      self.s.score_joint(self.feature('candidates', 'item', items))
-
-  def test_id_outside_its_table_on_the_device_gives_nan(self):
-    items = self.batch.candidates.features['item'].copy()
-    items[1, 0] = 40
-    batch = self.feature('candidates', 'item', jax.numpy.asarray(items))
-    logits = np.asarray(self.s.score_joint(batch)['click'])
-    self.assertTrue(np.isnan(logits[1, 0]))
-    self.assertTrue(np.isfinite(logits[0]).all())
-
-  def test_nan_feature(self):
-    values = np.full((3, 5), np.nan, np.float32)
-    with self.assertRaisesRegex(ValueError, 'nan; expected a finite number'):
-      self.s.score_plain(self.feature('candidates', 'duration', values))
-
-  def test_wrong_dtype(self):
-    values = np.ones((3, 5), np.float32)
-    with self.assertRaisesRegex(ValueError, 'float32; expected integer ids'):
-      self.s.score_plain(self.feature('candidates', 'item', values))
-
-  def test_wrong_shape(self):
-    values = np.ones((3, 4), np.int32)
-    with self.assertRaisesRegex(ValueError, r'shape \(3, 4\); expected \(3, 5'):
-      self.s.score_plain(self.feature('candidates', 'tag_0', values))
-
-  def test_visible_beyond_the_history(self):
-    candidates = self.batch.candidates
-    visible = candidates.visible.copy()
-    visible[2, 0] = self.batch.history.length[2] + 1
-    candidates = candidates.replace(visible=visible)
-    cache = self.s.encode(self.batch.context, self.batch.history)
-    for score in (
-      lambda: self.s.score_joint(self.batch.replace(candidates=candidates)),
-      lambda: self.s.score(cache, candidates),
-    ):
-      with self.assertRaisesRegex(
-        ValueError, r'visible\[2, 0\].* is outside \[0, \d\]'
-      ):
-        score()
-
-  def test_length_beyond_the_features(self):
-    history = self.batch.history.replace(length=np.array([1, 2, 10], np.int32))
-    with self.assertRaisesRegex(ValueError, r'length spans \[1, 10\], outside'):
-      self.s.encode(self.batch.context, history)
-
-  def test_history_beyond_the_largest_bucket(self):
-    s = scorer(history_buckets=(4, 8))
-    with self.assertRaisesRegex(ValueError, '9 events .* largest bucket, 8'):
-      s.encode(self.batch.context, self.batch.history)
-
-  def test_candidates_without_a_cached_user(self):
-    cache = self.s.encode(
-      rows(self.batch.context, slice(0, 1)),
-      rows(self.batch.history, slice(0, 1)),
-    )
-    with self.assertRaisesRegex(ValueError, '3 rows, the cache 1'):
-      self.s.score(cache, self.batch.candidates)
-
-  def test_bidirectional_history_with_candidates_in_its_middle(self):
-    s = scorer('bidirectional')
-    with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
-      s.score_joint(self.batch)
-    model = ranker.Ranker(s.config)
-    with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
-      model.apply(s._variables, self.batch)
-
-  @parameterized.parameters('bidirectional', 'recency')
-  def test_extend_what_new_events_would_change(self, variant):
-    s = scorer(variant)
-    cache = s.encode(self.batch.context, self.batch.history)
-    with self.assertRaisesRegex(ValueError, 'call encode on the longer'):
-      s.extend(cache, self.batch.history)
-
-  @parameterized.parameters(
-    ('concat', "every candidate changes the history's tokens"),
-    ('append_self', "every candidate changes the history's tokens"),
-    ('target_attention', 'without a Transformer'),
-    ('mean_pool', 'without a Transformer'),
-    ('none', 'it reads none'),
-  )
-  def test_fusion_that_is_not_amortizable(self, name, obstacle):
-    config = support.config(fusion=name)
-    _, params = support.init(config)
-    s = scoring.Scorer(config, params)
-    with self.assertRaisesRegex(
-      ValueError, f"'{name}' cannot score from a cached.*{obstacle}.*append_cr"
-    ):
-      s.encode(self.batch.context, self.batch.history)
-    np.testing.assert_allclose(  # It still scores, and equally.
-      real(s.score_plain(self.batch), self.batch),
-      real(s.score_joint(self.batch), self.batch),
-      **TOLERANCE['float32'],
-    )
-
-  def test_candidate_tower_of_a_fusion_that_has_none(self):
-    with self.assertRaisesRegex(
-      ValueError, "candidate_tower='xla'.*'append_isolated'; set.*None"
-    ):
-      scorer('isolated', candidate_tower='xla')
-
-  @parameterized.parameters(
-    ({'microbatch': 0}, 'microbatch=0 must be at least 1'),
-    ({'history_buckets': (8, 4)}, 'strictly ascending'),
-  )
-  def test_options(self, options, message):
-    with self.assertRaisesRegex(ValueError, message):
-      scoring.ScorerConfig(**options)

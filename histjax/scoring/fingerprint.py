@@ -1,0 +1,42 @@
+"""Which model a cache belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from histjax import config as dicts
+from histjax.models.ranker import RankerConfig
+
+
+def fingerprint(config: RankerConfig, params: Mapping[str, Any]) -> str:
+  """SHA-256 of a model: all of its config and every byte of its parameters.
+
+  Which implementations are named is left out: it changes no meaning, so caches
+  may go from one to another.
+
+  Args:
+    config: of the model.
+    params: its parameters, read back from the device one after another.
+
+  Returns:
+    64 hexadecimal digits, equal on every machine.
+  """
+  encoder = dataclasses.replace(
+    config.encoder, attention=None, candidate_tower=None
+  )
+  described = dicts.to_dict(dataclasses.replace(config, encoder=encoder))
+  digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):
+    value = np.ascontiguousarray(leaf)
+    name = f'{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n'
+    digest.update(name.encode())
+    digest.update(value.data if value.size else b'')
+  return digest.hexdigest()

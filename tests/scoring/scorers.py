@@ -1,0 +1,71 @@
+"""Scorers of small models, one of each for all tests of a process."""
+
+import jax
+import numpy as np
+
+from histjax import scoring
+from tests import support
+
+# Sums run in another order in each way of scoring; logits are of order 1.
+TOLERANCE = {
+  'float32': {'rtol': 1e-5, 'atol': 1e-5},
+  # 8 bits of mantissa, about 20 roundings deep.
+  'bfloat16': {'rtol': 0.05, 'atol': 0.05},
+}
+VARIANTS = {
+  'causal': {},
+  'window': {'encoder__window': 3},
+  'bidirectional': {'encoder__causal': False},
+  'recency': {
+    'encoder__causal': False,
+    'encoder__positions': 'recency',
+    'encoder__num_recency': 6,
+  },
+  'no_positions': {'encoder__positions': 'none'},
+  'one_layer': {'encoder__num_layers': 1},
+  'mlp': {
+    'interaction': support.interaction.InteractionConfig(
+      kind='mlp', mlp_widths=(8,)
+    )
+  },
+  'bfloat16': {'dtype': 'bfloat16'},
+}
+ISOLATED = {
+  'isolated': {'fusion': 'append_isolated'},
+  'isolated_window': {'fusion': 'append_isolated', 'encoder__window': 3},
+  'isolated_bidirectional': {
+    'fusion': 'append_isolated',
+    'encoder__causal': False,
+  },
+  'isolated_bfloat16': {'fusion': 'append_isolated', 'dtype': 'bfloat16'},
+}
+_SCORERS: dict = {}
+
+
+def scorer(variant='causal', **options) -> scoring.Scorer:
+  """One scorer per variant for the whole file: compiling takes the time."""
+  key = (variant, tuple(sorted(options.items())))
+  if key not in _SCORERS:
+    fields = dict({**VARIANTS, **ISOLATED}[variant])
+    if 'candidate_tower' in options:
+      fields['encoder__candidate_tower'] = options.pop('candidate_tower')
+    config = support.config(**fields)
+    _, params = support.init(config)
+    _SCORERS[key] = scoring.Scorer(
+      config, params, scoring.ScorerConfig(**options)
+    )
+  return _SCORERS[key]
+
+
+def real(logits, batch):
+  """The logits of real candidates, `[number, T]`."""
+  mask = batch.candidates.mask
+  return np.stack([np.asarray(v)[mask] for v in logits.values()], axis=-1)
+
+
+def cached(s, batch):
+  return s.score(s.encode(batch.context, batch.history), batch.candidates)
+
+
+def rows(tree, index):
+  return jax.tree.map(lambda x: x[index], tree)

@@ -1,0 +1,67 @@
+"""Models that score alike have one fingerprint, others not."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from histjax.scoring.fingerprint import fingerprint
+from tests import support
+
+
+class FingerprintTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.config = support.config()
+    self.params = {
+      'b': {'x': np.arange(6, dtype=np.float32), 'y': np.zeros((0, 3))},
+      'a': np.ones((2, 3), np.float32),
+    }
+    self.expected = fingerprint(self.config, self.params)
+
+  def test_is_the_same_for_the_same_model(self):
+    self.assertRegex(self.expected, '^[0-9a-f]{64}$')
+    swapped = {
+      'a': self.params['a'],
+      'b': dict(reversed(self.params['b'].items())),
+    }
+    self.assertEqual(fingerprint(self.config, swapped), self.expected)
+    arrays = {**self.params, 'a': jax.numpy.asarray(self.params['a'])}
+    self.assertEqual(fingerprint(self.config, arrays), self.expected)
+    turned = {**self.params, 'a': np.asfortranarray(self.params['a'])}
+    self.assertEqual(fingerprint(self.config, turned), self.expected)
+
+  def test_tells_parameters_apart(self):
+    a, b = self.params['a'], self.params['b']
+    nearly = a.copy()
+    nearly[1, 2] = np.nextafter(np.float32(1), np.float32(2))
+    for params in (
+      {'a': nearly, 'b': b},
+      {'a': a.reshape(3, 2), 'b': b},
+      {'a': a.view(np.int32), 'b': b},
+      {'c': a, 'b': b},
+      {'a': a, 'b': {**b, 'x': b['x'][::-1]}},
+      {'a': a},
+    ):
+      self.assertNotEqual(fingerprint(self.config, params), self.expected)
+
+  @parameterized.parameters(
+    {'encoder__causal': False}, {'encoder__window': 3}, {'dtype': 'bfloat16'}
+  )
+  def test_tells_configs_apart(self, **fields):
+    config = support.config(**fields)
+    self.assertNotEqual(fingerprint(config, self.params), self.expected)
+
+  def test_does_not_tell_implementations_apart(self):
+    config = support.config(
+      encoder__attention='xla', encoder__candidate_tower='reference'
+    )
+    self.assertEqual(fingerprint(config, self.params), self.expected)
+    schema = dataclasses.replace(self.config.schema, user='u')
+    config = dataclasses.replace(self.config, schema=schema)
+    self.assertNotEqual(fingerprint(config, self.params), self.expected)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,322 @@
+"""What a scorer refuses, and what it takes."""
+
+import jax
+import numpy as np
+from absl.testing import parameterized
+
+from histjax import scoring
+from histjax.models import ranker
+from histjax.scoring import inputs
+from histjax.types import Candidates, History
+from tests import support
+from tests.scoring.scorers import TOLERANCE, real, rows, scorer
+
+
+class BadInputTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.s = scorer()
+    self.batch = support.batch(np.random.default_rng(0))
+
+  def feature(self, part, name, value):
+    features = dict(getattr(self.batch, part).features)
+    features[name] = value
+    part_value = getattr(self.batch, part).replace(features=features)
+    return self.batch.replace(**{part: part_value})
+
+  def test_missing_feature(self):
+    history = self.batch.history
+    features = {k: v for k, v in history.features.items() if k != 'rating'}
+    with self.assertRaisesRegex(ValueError, r"features\['rating'\] is missing"):
+      self.s.encode(self.batch.context, history.replace(features=features))
+
+  def test_id_outside_its_table(self):
+    items = self.batch.candidates.features['item'].copy()
+    items[1, 0] = 40
+    with self.assertRaisesRegex(
+      ValueError, r"\['item'\]\[1, 0\] is 40; expected an id in \[0, 40\)"
+    ):
+      self.s.score_joint(self.feature('candidates', 'item', items))
+
+  def test_id_in_a_device_array_that_is_padded(self):
+    items = self.batch.candidates.features['item'].copy()
+    items[1, 0] = -1
+    batch = self.feature('candidates', 'item', jax.numpy.asarray(items))
+    with self.assertRaisesRegex(ValueError, r"\['item'\]\[1, 0\] is -1; exp"):
+      self.s.score_joint(batch)
+
+  @parameterized.parameters(-1, -(2**31), 40, 2**31 - 1)
+  def test_id_in_a_device_array_that_is_not(self, bad):
+    """It is not read, but no score comes of it."""
+    batch = support.batch(
+      np.random.default_rng(0), 4, 16, 16, shared_visible=True
+    )
+    batch = batch.replace(
+      history=batch.history.replace(length=np.full(4, 16, np.int32)),
+      candidates=Candidates(batch.candidates.features),
+    )
+
+    def broken(features):
+      items = features['item'].copy()
+      items[2, 3] = bad
+      return {**features, 'item': jax.numpy.asarray(items)}
+
+    history = batch.history.replace(features=broken(batch.history.features))
+    candidates = Candidates(broken(batch.candidates.features))
+    good = self.s.encode(batch.context, batch.history)
+    poisoned = self.s.encode(batch.context, history)
+    broken_batch = batch.replace(candidates=candidates)
+    for score, candidate in (
+      (lambda: self.s.score(good, candidates), 3),
+      (lambda: self.s.score(poisoned, batch.candidates), 0),
+      (lambda: self.s.score_joint(broken_batch), 3),
+      (lambda: self.s.score_plain(broken_batch), 3),
+    ):
+      with self.assertRaisesRegex(
+        ValueError, f"'click' of row 2, candidate {candidate} is nan"
+      ):
+        score()
+
+  @parameterized.parameters(3e38, -3e38)
+  def test_a_value_that_the_network_cannot_take(self, value):
+    values = self.batch.candidates.features['duration'].copy()
+    values[1, 0] = value
+    batch = self.feature('candidates', 'duration', values)
+    for score in (self.s.score_joint, self.s.score_plain):
+      with self.assertRaisesRegex(
+        ValueError, "logit 'click' of row 1, candidate 0 is .*too large"
+      ):
+        score(batch)
+
+  def test_a_value_beyond_float32(self):
+    values = self.batch.candidates.features['duration'].astype(np.float64)
+    values[1, 0] = 1e39
+    with self.assertRaisesRegex(
+      ValueError, r"\['duration'\]\[1, 0\] is 1e\+39; expected a finite number"
+    ):
+      self.s.score_joint(self.feature('candidates', 'duration', values))
+
+  @parameterized.parameters(
+    ('item', 'x', r'has shape \(\); expected \(3, 5\)'),
+    ('item', 7, r'has shape \(\); expected \(3, 5\)'),
+    ('item', None, r'has shape \(\); expected \(3, 5\)'),
+    ('item', [[1, 2], [3]], r'is no array: .*inhomogeneous'),
+    ('item', [['a'] * 5] * 3, "has dtype <U1, as in 'a'; expected integer ids"),
+    ('item', [[2**64] * 5] * 3, 'has dtype object, as in 18446744073709551616'),
+    (
+      'item',
+      [[2**63] * 5] * 3,
+      r'\[0, 0\] is 9223372036854775808; expected',
+    ),
+    ('item', [[1.0] * 5] * 3, 'has dtype float64, as in 1.0; expected integer'),
+    ('item', [[True] * 5] * 3, 'has dtype bool, as in True; expected integer'),
+    ('item', [[None] * 5] * 3, 'has dtype object, as in None; .*np.int32'),
+    ('item', np.zeros((3, 5), 'M8[s]'), r'has dtype datetime64\[s\]'),
+    ('item', np.zeros((3, 5), 'm8[s]'), r'has dtype timedelta64\[s\]'),
+    ('duration', 'x', r'has shape \(\); expected \(3, 5\)'),
+    ('duration', [['1.5'] * 5] * 3, "has dtype <U3, as in '1.5'; .*floating"),
+    ('duration', [[1] * 5] * 3, 'has dtype int64, as in 1; .*of np.float32'),
+    ('duration', [[True] * 5] * 3, 'has dtype bool, as in True'),
+    ('duration', [[None] * 5] * 3, 'has dtype object'),
+    ('duration', [[1j] * 5] * 3, 'has dtype complex128'),
+    ('rating', np.zeros((3, 5), np.int32), 'is not in the schema, which asks'),
+  )
+  def test_what_is_no_feature(self, name, value, message):
+    # The first feature decides the shape that the others must have.
+    features = dict(self.batch.candidates.features)
+    features = {'tag_0': features['tag_0'], **features, name: value}
+    candidates = self.batch.candidates.replace(features=features)
+    batch = self.batch.replace(candidates=candidates)
+    for score in (self.s.score_joint, self.s.score_plain):
+      with self.assertRaisesRegex(ValueError, rf"\['{name}'\].* ?{message}"):
+        score(batch)
+
+  @parameterized.parameters(
+    ({'length': [1, 2]}, r'features have shape \(3, 9\) and length \(2,\)'),
+    ({'length': [1.0, 2.0, 3.0]}, 'history.length has dtype float64; expected'),
+    ({'length': None}, r'length \(\); they must be \[B, L\] and \[B\]'),
+    ({'length': [-1, 2, 3]}, r'length spans \[-1, 3\]'),
+    ({'features': None}, 'history.features is a NoneType; expected a dict of'),
+    ({'features': [1]}, 'history.features is a list'),
+    ({'features': {}}, r"features\['item'\] is missing; given \[\], the sch"),
+  )
+  def test_what_is_no_history(self, change, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self.s.encode(self.batch.context, self.batch.history.replace(**change))
+
+  @parameterized.parameters(
+    ({'mask': np.ones((3, 5), np.int32)}, 'mask has dtype int32; expected bo'),
+    ({'mask': [True, False]}, r'mask has shape \(2,\); features have \(3, 5'),
+    ({'visible': [[1.0] * 5] * 3}, 'visible has dtype float64; expected int'),
+    ({'visible': [[1], [2, 3]]}, 'visible is no array'),
+    ({'visible': np.full((3, 5), -1)}, r'visible\[0, 0\]=-1 is outside'),
+    ({'features': None}, 'candidates.features is a NoneType'),
+  )
+  def test_what_are_no_candidates(self, change, message):
+    fields = {'mask': None, 'visible': None, **change}
+    candidates = self.batch.candidates.replace(**fields)
+    with self.assertRaisesRegex(ValueError, message):
+      self.s.score_joint(self.batch.replace(candidates=candidates))
+
+  def test_what_is_of_another_class(self):
+    s, batch = self.s, self.batch
+    two = rows(batch.candidates, slice(0, 2))
+    for function, arguments, message in (
+      (s.encode, (None, batch.history), 'context is a NoneType; expected a d'),
+      (
+        s.encode,
+        (batch.context, {}),
+        'history is a dict; expected a histjax.H',
+      ),
+      (s.score_joint, (None,), 'batch is a NoneType; expected a histjax.Rank'),
+      (s.score_plain, (batch.replace(candidates={}),), 'candidates is a dict'),
+      (
+        s.encode,
+        ({**batch.context, 'x': 1}, batch.history),
+        r"context\['x'\] is not in the schema.*leave it out",
+      ),
+      (
+        s.encode,
+        ({'user': [1, 2, 3]}, batch.history),
+        r"context\['age'\] is missing",
+      ),
+      (
+        s.score_joint,
+        (batch.replace(candidates=two),),
+        'candidates have 2 rows, history 3; make them equal',
+      ),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        function(*arguments)
+
+  def test_lists_and_wide_numbers(self):
+    expected = real(self.s.score_joint(self.batch), self.batch)
+
+    def lists(features):
+      return {k: v.tolist() for k, v in features.items()}
+
+    batch, candidates = self.batch, self.batch.candidates
+    of_lists = batch.replace(
+      context=lists(batch.context),
+      history=History(
+        lists(batch.history.features), batch.history.length.tolist()
+      ),
+      candidates=Candidates(
+        lists(candidates.features),
+        candidates.visible.tolist(),
+        candidates.mask.tolist(),
+      ),
+    )
+    wide = jax.tree.map(
+      lambda x: x.astype({4: x.dtype.kind + '8'}.get(x.itemsize, x.dtype)),
+      batch,
+    )
+    self.assertEqual(wide.context['user'].dtype, np.int64)
+    for other in (of_lists, wide):
+      found = self.s.score_joint(other)
+      np.testing.assert_array_equal(real(found, batch), expected)
+
+  def test_check_batch(self):
+    checked = inputs.check_batch(support.SCHEMA, self.batch)
+    mask = self.batch.candidates.mask
+    np.testing.assert_array_equal(checked.candidates.mask, mask)
+    np.testing.assert_array_equal(
+      checked.candidates.features['item'],
+      np.where(mask, self.batch.candidates.features['item'], 0),
+    )
+    with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
+      inputs.check_batch(support.SCHEMA, self.batch, causal=False)
+
+  def test_nan_feature(self):
+    values = np.full((3, 5), np.nan, np.float32)
+    with self.assertRaisesRegex(ValueError, 'nan; expected a finite number'):
+      self.s.score_plain(self.feature('candidates', 'duration', values))
+
+  def test_wrong_dtype(self):
+    values = np.ones((3, 5), np.float32)
+    with self.assertRaisesRegex(
+      ValueError, 'float32, as in 1.0; expected integer'
+    ):
+      self.s.score_plain(self.feature('candidates', 'item', values))
+
+  def test_wrong_shape(self):
+    values = np.ones((3, 4), np.int32)
+    with self.assertRaisesRegex(ValueError, r'shape \(3, 4\); expected \(3, 5'):
+      self.s.score_plain(self.feature('candidates', 'tag_0', values))
+
+  def test_visible_beyond_the_history(self):
+    candidates = self.batch.candidates
+    visible = candidates.visible.copy()
+    visible[2, 0] = self.batch.history.length[2] + 1
+    candidates = candidates.replace(visible=visible)
+    cache = self.s.encode(self.batch.context, self.batch.history)
+    for score in (
+      lambda: self.s.score_joint(self.batch.replace(candidates=candidates)),
+      lambda: self.s.score(cache, candidates),
+    ):
+      with self.assertRaisesRegex(
+        ValueError, r'visible\[2, 0\].* is outside \[0, \d\]'
+      ):
+        score()
+
+  def test_length_beyond_the_features(self):
+    history = self.batch.history.replace(length=np.array([1, 2, 10], np.int32))
+    with self.assertRaisesRegex(ValueError, r'length spans \[1, 10\], outside'):
+      self.s.encode(self.batch.context, history)
+
+  def test_history_beyond_the_largest_bucket(self):
+    s = scorer(history_buckets=(4, 8))
+    with self.assertRaisesRegex(ValueError, '9 events .* largest bucket, 8'):
+      s.encode(self.batch.context, self.batch.history)
+
+  def test_candidates_without_a_cached_user(self):
+    cache = self.s.encode(
+      rows(self.batch.context, slice(0, 1)),
+      rows(self.batch.history, slice(0, 1)),
+    )
+    with self.assertRaisesRegex(ValueError, '3 rows, the cache 1'):
+      self.s.score(cache, self.batch.candidates)
+
+  def test_bidirectional_history_with_candidates_in_its_middle(self):
+    s = scorer('bidirectional')
+    with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
+      s.score_joint(self.batch)
+    model = ranker.Ranker(s.config)
+    with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
+      model.apply(s._variables, self.batch)
+
+  @parameterized.parameters('bidirectional', 'recency')
+  def test_extend_what_new_events_would_change(self, variant):
+    s = scorer(variant)
+    cache = s.encode(self.batch.context, self.batch.history)
+    with self.assertRaisesRegex(ValueError, 'call encode on the longer'):
+      s.extend(cache, self.batch.history)
+
+  @parameterized.parameters(
+    ('concat', "every candidate changes the history's tokens"),
+    ('append_self', "every candidate changes the history's tokens"),
+    ('target_attention', 'without a Transformer'),
+    ('mean_pool', 'without a Transformer'),
+    ('none', 'it reads none'),
+  )
+  def test_fusion_that_is_not_amortizable(self, name, obstacle):
+    config = support.config(fusion=name)
+    _, params = support.init(config)
+    s = scoring.Scorer(config, params)
+    with self.assertRaisesRegex(
+      ValueError, f"'{name}' cannot score from a cached.*{obstacle}.*append_cr"
+    ):
+      s.encode(self.batch.context, self.batch.history)
+    np.testing.assert_allclose(  # It still scores, and equally.
+      real(s.score_plain(self.batch), self.batch),
+      real(s.score_joint(self.batch), self.batch),
+      **TOLERANCE['float32'],
+    )
+
+  @parameterized.parameters(
+    ({'microbatch': 0}, 'microbatch=0 must be at least 1'),
+    ({'history_buckets': (8, 4)}, 'strictly ascending'),
+  )
+  def test_options(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      scoring.ScorerConfig(**options)
