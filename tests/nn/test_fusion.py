@@ -136,7 +136,7 @@ class FusionTest(parameterized.TestCase):
       atol=5e-5,
     )
     if params:
-      self.assertGreater(optax.tree.norm(expected), 0.1)
+      self.assertGreater(support.norm(expected), 0.1)
 
   @parameterized.parameters(*fusion_lib.FUSIONS)
   def test_padding_may_hold_anything(self, fusion):
