@@ -6,14 +6,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl.testing import parameterized
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from histjax.nn import encoder as encoder_lib
 from histjax.nn import fusion as fusion_lib
-from tests import oracle
+from tests import oracle, support
 
 # Float32 against float64 through two layers; most results are normalized.
 TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
@@ -69,14 +68,16 @@ def inputs(rng, *, shared=False):
 
 class FusionTest(parameterized.TestCase):
   @parameterized.parameters(*CASES)
-  @settings(max_examples=5)
+  @support.examples(5)
   @given(seed=SEEDS)
   def test_equals_the_float64_oracle(self, fusion, encoder, seed):
     module, params, apply = make(fusion, encoder)
     history, candidates, length, visible = inputs(
       np.random.default_rng(seed), shared=not module.config.causal
     )
-    found = apply({'params': params}, history, candidates, length, visible)
+    found = jax.device_get(
+      apply({'params': params}, history, candidates, length, visible)
+    )
     for b in range(ROWS):
       tokens = list(history[b, : length[b]].astype(np.float64))
       for c in range(CANDIDATES):
