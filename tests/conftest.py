@@ -1,14 +1,24 @@
-"""One setting for the whole suite: fake devices, strict shapes, real data."""
+"""One setting for the whole suite: fake devices, strict shapes, real data.
+
+`HISTJAX_TEST_XLA=default` compiles as JAX does for a user, which takes twice
+as long; see `make test-all`.
+"""
 
 import os
+import pathlib
 import platform
+import random
 
 # Before JAX is imported. The sharding tests want several devices; the suite's
-# time is spent compiling, which LLVM's optimizations double.
-os.environ['XLA_FLAGS'] = (
-  '--xla_force_host_platform_device_count=8 '
-  '--xla_backend_optimization_level=0 ' + os.environ.get('XLA_FLAGS', '')
-)
+# time is spent compiling, which LLVM's and XLA's optimizations double.
+_FAST = {'fast': True, 'default': False}[
+  os.environ.get('HISTJAX_TEST_XLA', 'fast')
+]
+_FLAGS = '--xla_force_host_platform_device_count=8 '
+_FLAGS += '--xla_backend_optimization_level=0 ' if _FAST else ''
+_FLAGS += os.environ.get('XLA_FLAGS', '')
+_CPU_FLAGS = '--xla_cpu_use_fusion_emitters=false ' if _FAST else ''
+os.environ['XLA_FLAGS'] = _CPU_FLAGS + _FLAGS
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import hypothesis
@@ -16,8 +26,17 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# They are read once, now; libtpu, loaded later, does not know those of CPUs.
+jax.devices()
+os.environ['XLA_FLAGS'] = _FLAGS
+_COMMON = {'deadline': None, 'database': None}
+# The same examples in every run.
 hypothesis.settings.register_profile(
-  'histjax', deadline=None, derandomize=True, max_examples=15, database=None
+  'histjax', derandomize=True, max_examples=15, **_COMMON
+)
+# Others in every run, and more; its seed is printed.
+hypothesis.settings.register_profile(
+  'random', max_examples=60, print_blob=True, **_COMMON
 )
 hypothesis.settings.load_profile('histjax')
 
@@ -29,10 +48,40 @@ if 'HISTJAX_DATA_DIR' not in os.environ:
   collect_ignore.append('real_data')
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-  del config
   if os.environ.get('CI') and 'HISTJAX_DATA_DIR' not in os.environ:
     raise pytest.UsageError(
       'HISTJAX_DATA_DIR is not set: CI must run the tests on real data. Set '
       'it to a folder with ml-1m/ and KuaiRand-Pure/'
     )
+  _share_compilations(config)
+  options = config.option
+  if options.hypothesis_profile == 'random' and options.hypothesis_seed is None:
+    # Here, so that all workers of pytest-xdist have the same.
+    options.hypothesis_seed = random.SystemRandom().randrange(1 << 32)
+
+
+def _share_compilations(config):
+  """What one test compiled, no other test, worker or run compiles again."""
+  folder = pathlib.Path(config.rootpath) / '.pytest_cache' / 'jax'
+  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR', str(folder))
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  seed = config.option.hypothesis_seed
+  if seed is not None:
+    terminalreporter.write_line(
+      f'Random examples: --hypothesis-profile=random --hypothesis-seed={seed} '
+      'gives the same.'
+    )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+  """A worker would keep gigabytes of compiled programs that nobody calls."""
+  yield
+  jax.clear_caches()

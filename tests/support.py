@@ -1,5 +1,8 @@
 """A small schema with every kind of feature, and random ragged batches."""
 
+import functools
+
+import hypothesis
 import jax
 import numpy as np
 
@@ -97,16 +100,39 @@ def check_batch(batch: RankingBatch, schema: schema_lib.Schema) -> None:
     assert np.isin(labels[checked.candidates.mask], (0, 1)).all()
 
 
-def init(config, seed: int = 0):
-  """Parameters with every entry random, so that none hides a mistake."""
-  model = ranker.Ranker(config)
+@functools.cache
+def _shapes(config):
+  """Of the parameters; compiling `init` would take longer than most tests."""
   example = batch(
     np.random.default_rng(0), schema=config.schema, shared_visible=True
   )
-  params = jax.jit(model.init)(jax.random.key(seed), example)['params']
-  leaves, tree = jax.tree.flatten(params)
+  model = ranker.Ranker(config)
+  return jax.eval_shape(model.init, jax.random.key(0), example)['params']
+
+
+def init(config, seed: int = 0):
+  """A ranker and parameters; no entry is zero, so that none hides a mistake."""
   rng = np.random.default_rng(seed)
-  leaves = [
-    x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves
-  ]
-  return model, jax.tree.unflatten(tree, leaves)
+
+  def draw(path, shape):
+    name = path[-1].key
+    x = rng.normal(size=shape.shape).astype(shape.dtype)
+    if name == 'kernel':  # Keeps activations of order 1.
+      return x / np.sqrt(shape.shape[0], dtype=np.float32)
+    return 0.1 * x + np.float32(name == 'scale')
+
+  params = jax.tree_util.tree_map_with_path(draw, _shapes(config))
+  return ranker.Ranker(config), params
+
+
+def examples(number: int) -> hypothesis.settings:
+  """As many random examples, and in `make test-all` as many times more."""
+  return hypothesis.settings(
+    max_examples=number * hypothesis.settings().max_examples // 15
+  )
+
+
+def norm(tree) -> float:
+  """Of all the numbers of a tree; in NumPy, which compiles nothing."""
+  squares = [np.square(x, dtype=float).sum() for x in jax.tree.leaves(tree)]
+  return float(np.sqrt(sum(squares)))

@@ -17,6 +17,7 @@ os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.experimental import topologies
 
@@ -26,7 +27,7 @@ from histjax.nn import interaction
 from histjax.ops import history_attention_backend
 from histjax.training import optimizer, sharding, state, step
 from histjax.types import KeyRange
-from tests import support
+from tests import marks, support
 from tests.ops.history_attention import suite
 
 MIB = 1 << 20
@@ -39,7 +40,14 @@ BACKWARD = (
 # What a kernel may use of the smallest TPU's vector memory unless it asks.
 VMEM = 16 * MIB
 
-on_every_chip = parameterized.parameters(*TOPOLOGIES)
+_every_chip = parameterized.parameters(*TOPOLOGIES)
+
+
+def on_every_chip(test):
+  """One of them in `make test`."""
+  return marks.slow_unless(lambda topology: topology == TOPOLOGIES[0])(
+    _every_chip(test)
+  )
 
 
 @functools.cache
@@ -114,6 +122,7 @@ class AttentionTest(CompileTestCase):
       topology, jax.jit(run), *self.arguments(shape, dtype, where)
     )
 
+  @marks.slow_unless(lambda topology, shape, dtype: shape[-1] == 64)
   @parameterized.parameters(
     *(
       # Histories of 512 with 512 candidates: one block, two tiles.
@@ -128,6 +137,7 @@ class AttentionTest(CompileTestCase):
     program = self.compile_attention(topology, shape, dtype)
     self.assert_kernels(program, **dict.fromkeys((FORWARD, *BACKWARD), 1))
 
+  @pytest.mark.slow
   def test_highest_precision(self):
     for dtype in ('float32', 'bfloat16'):
       with jax.default_matmul_precision('highest'):
@@ -136,6 +146,7 @@ class AttentionTest(CompileTestCase):
         )
       self.assert_kernels(program, **dict.fromkeys((FORWARD, *BACKWARD), 1))
 
+  @marks.slow_unless(lambda *lengths: min(lengths) == 1 << 16)
   @parameterized.parameters(
     (1 << 16, 1 << 12), (1 << 12, 1 << 16), (1 << 16, 1 << 16)
   )
@@ -237,6 +248,9 @@ class RankerTest(CompileTestCase):
     )
     self.assert_kernels(program, **{FORWARD: 2})
 
+  @marks.slow_unless(
+    lambda topology, method: topology == TOPOLOGIES[0] and method == 'score'
+  )
   @parameterized.product(topology=TOPOLOGIES, method=(None, 'encode', 'score'))
   def test_layers_in_one_kernel(self, topology, method):
     """What `Scorer` runs on a TPU: each layer, or all of them, by the tower."""

@@ -1,5 +1,7 @@
 """One update: what it computes, and that devices do not change it."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -169,6 +171,16 @@ class AverageTest(parameterized.TestCase):
     chex.assert_trees_all_equal(plain.scoring_params, plain.params)
 
 
+@functools.cache
+def on_one_device():
+  """The state after `batches(3)`."""
+  train_step = step.make_train_step(RANKER, TX)
+  current = new_state(RANKER)
+  for batch in batches(3):
+    current = train_step(current, batch)
+  return current
+
+
 class ParallelTest(parameterized.TestCase):
   """Eight fake devices; the suite's conftest makes them."""
 
@@ -176,10 +188,7 @@ class ParallelTest(parameterized.TestCase):
     super().setUp()
     self.assertLen(jax.devices(), 8)
     self.data = batches(3)
-    train_step = step.make_train_step(RANKER, TX)
-    self.expected = new_state(RANKER)
-    for batch in self.data:
-      self.expected = train_step(self.expected, batch)
+    self.expected = on_one_device()
 
   def assert_same(self, found):
     # Eight partial sums in place of one change the last bits of a gradient;

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from histjax import ops
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api, pallas_gpu
 from histjax.ops.history_attention import xla as attention
+from tests import support
 from tests.ops.candidate_tower import suite
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -42,7 +43,7 @@ class BackendTest(parameterized.TestCase):
     structure=('any', 'prefix'),
     ragged=(False, True),
   )
-  @settings(max_examples=4)
+  @support.examples(4)
   @given(seed=SEEDS)
   def test_equals_the_oracle(
     self, implementation, shape, structure, ragged, seed
@@ -53,7 +54,7 @@ class BackendTest(parameterized.TestCase):
   @parameterized.product(
     implementation=IMPLEMENTATIONS, dtype=('float32', 'float16', 'bfloat16')
   )
-  @settings(max_examples=4)
+  @support.examples(4)
   @given(seed=SEEDS)
   def test_types(self, implementation, dtype, seed):
     call = suite.make_call(
@@ -71,7 +72,7 @@ class BackendTest(parameterized.TestCase):
     dtype=('float32', 'bfloat16'),
     ragged=(False, True),
   )
-  @settings(max_examples=4)
+  @support.examples(4)
   @given(seed=SEEDS)
   def test_residual_stream(self, implementation, dtype, ragged, seed):
     call = suite.make_call(
@@ -104,7 +105,7 @@ class BackendTest(parameterized.TestCase):
     structure=('any', 'prefix'),
     poison=(np.nan, np.inf),
   )
-  @settings(max_examples=5)
+  @support.examples(5)
   @given(seed=SEEDS)
   def test_keys_that_nobody_sees_may_be_anything(
     self, implementation, structure, poison, seed
@@ -222,7 +223,7 @@ class InvarianceTest(parameterized.TestCase):
   @parameterized.product(
     implementation=IMPLEMENTATIONS, dtype=('float32', 'bfloat16')
   )
-  @settings(max_examples=4)
+  @support.examples(4)
   @given(seed=SEEDS)
   def test_number_order_and_neighbours(self, implementation, dtype, seed):
     call = suite.make_call(seed, (3, 7, 9, 2, 8), dtype=dtype)
@@ -238,7 +239,7 @@ class InvarianceTest(parameterized.TestCase):
       suite.assert_same(found, expected[index], call)
 
   @parameterized.product(implementation=IN_FLOAT32)
-  @settings(max_examples=4)
+  @support.examples(4)
   @given(seed=SEEDS)
   def test_count_cuts(self, implementation, seed):
     call = suite.make_call(seed, SHAPES[0], ragged=True)

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from histjax import ops
 from histjax.ops.candidate_tower import numba_cpu, numba_kernel
+from tests import support
 from tests.ops.candidate_tower import suite
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -31,7 +32,7 @@ def backend(shape, implementation=None, **fields):
 
 
 class ResultTest(parameterized.TestCase):
-  @settings(max_examples=30)
+  @support.examples(15)
   @given(
     seed=SEEDS,
     rows=st.integers(1, 3),
@@ -133,6 +134,7 @@ class ResultTest(parameterized.TestCase):
     program = """
 import numpy as np
 from histjax.ops.candidate_tower import numba_kernel
+from tests import support
 from tests.ops.candidate_tower import suite
 assert (numba_kernel.LANES, numba_kernel.ROWS) == (16, 6)
 for shape in ((2, 37, 150, 2, 8), (1, 16, 5, 1, 6)):

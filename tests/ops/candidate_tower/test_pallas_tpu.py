@@ -11,6 +11,7 @@ os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import topologies
@@ -20,7 +21,7 @@ from histjax import ops, scoring
 from histjax.models import ranker
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api, pallas_tpu
-from tests import support
+from tests import marks, support
 from tests.ops.candidate_tower import suite
 
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
@@ -73,6 +74,7 @@ class InterpretTest(parameterized.TestCase):
     )
     self.check(suite.poisoned(call, np.nan))
 
+  @marks.slow_unless(lambda **fields: fields.get('dtype') == 'bfloat16')
   @parameterized.parameters(
     {'dtype': 'bfloat16', 'ragged': True},
     {'structure': 'prefix', 'rotate': False},
@@ -83,6 +85,7 @@ class InterpretTest(parameterized.TestCase):
   def test_small(self, **fields):
     self.check(suite.make_call(2, SMALL, mlp_width=128, **fields))
 
+  @marks.slow_unless(lambda num_heads, head_dim: head_dim == 128)
   @parameterized.parameters((8, 16), (2, 64), (2, 128))
   def test_heads(self, num_heads, head_dim):
     shape = (1, 5, 9, num_heads, head_dim)
@@ -91,6 +94,7 @@ class InterpretTest(parameterized.TestCase):
   def test_no_keys_at_all(self):
     self.check(suite.make_call(4, (2, 5, 0, 4, 32), mlp_width=128))
 
+  @pytest.mark.slow
   def test_a_result_depends_on_its_candidate_and_its_history_alone(self):
     call = suite.make_call(5, SMALL, mlp_width=128, num_layers=1)
     expected = self.run_call(call)
@@ -110,6 +114,7 @@ class InterpretTest(parameterized.TestCase):
       suite.run(call, 'pallas_tpu')
     suite.assert_equals_oracle(lambda c: suite.run(c, None), call)
 
+  @pytest.mark.slow
   def test_vmap_and_sharded_rows(self):
     call = suite.make_call(6, (4, 5, 9, 4, 32), mlp_width=128, num_layers=1)
     expected = self.run_call(call)
@@ -192,6 +197,11 @@ class CompileTest(parameterized.TestCase):
     run = functools.partial(ops.candidate_tower, num_heads=shape[3])
     return self.compile(devices(topology)[0], run, *arguments)
 
+  @marks.slow_unless(
+    lambda topology, shape_dtype: (
+      topology == 'v5e:2x2' and shape_dtype[0] == (2, 512, 512, 4, 32)
+    )
+  )
   @parameterized.product(
     topology=TOPOLOGIES,
     shape_dtype=(
@@ -204,6 +214,7 @@ class CompileTest(parameterized.TestCase):
   def test_compiles(self, topology, shape_dtype):
     self.compile_tower(topology, *shape_dtype)
 
+  @marks.slow_unless(lambda num_candidates, num_keys: num_keys == 1 << 14)
   @parameterized.parameters((1 << 14, 1 << 7), (1 << 7, 1 << 14))
   def test_memory_is_linear(self, num_candidates, num_keys):
     shape = (1, num_candidates, num_keys, 4, 32)
@@ -211,6 +222,7 @@ class CompileTest(parameterized.TestCase):
     shape = (1, 2 * num_candidates, 2 * num_keys, 4, 32)
     self.assertLess(self.compile_tower('v5e:2x2', shape, 'bfloat16'), 3 * small)
 
+  @pytest.mark.slow
   def test_cached_scoring(self):
     config = support.config(
       encoder__width=128, encoder__num_heads=4, dtype='bfloat16'
