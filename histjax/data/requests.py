@@ -76,7 +76,8 @@ def make_row(
     )
   needs_time = features.needs('time') or config.ties == 'strict'
   time, is_timestamp = _time(schema, past, shown, needs_time, as_of)
-  before, seen = _visible(schema, past, shown, time, config.ties)
+  derives = bool(features.configs)
+  before, seen = _visible(schema, past, shown, time, config.ties, derives)
   sees = _seen(before, config, visible, num_events)
   start = _start(sees, config)
   stop = int(sees.max())
@@ -86,7 +87,7 @@ def make_row(
   of_candidates = _encode(schema, shown, items, num_candidates, 'candidates')
   known = {name: values[:stop] for name, values in past.items()}
   actions = _encode(schema, known, schema.action, stop, 'history')
-  if features.configs:
+  if derives:
     user = np.zeros(1, np.uint64)
     if features.needs('user'):
       user = _user(schema, context)
@@ -299,7 +300,7 @@ def _time(
 
 
 def _visible(
-  schema: Schema, past, shown, time: np.ndarray, ties: str
+  schema: Schema, past, shown, time: np.ndarray, ties: str, derives: bool
 ) -> tuple[np.ndarray, np.ndarray]:
   """What was before each candidate, `[c]`, and each event, `[l]`."""
   num_events, num_candidates = _length(past), _length(shown)
@@ -311,6 +312,9 @@ def _visible(
       for t in (time[num_events:], time[:num_events])
     )
   if not schema.request or not num_events:
+    return before, seen
+  named = schema.request in past or schema.request in shown
+  if not named and not derives:  # Nothing asks for what an event saw.
     return before, seen
   own = _keys(schema, past, schema.request, 'history')
   values, first = np.unique(own, return_index=True)
