@@ -15,11 +15,9 @@ padding.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -30,8 +28,8 @@ from jaxtyping import Float
 from histjax import buckets
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
+from histjax.scoring import compilations, inputs, programs
 from histjax.scoring import fingerprint as fingerprint_lib
-from histjax.scoring import inputs, programs
 from histjax.types import (
   CacheInfo,
   Candidates,
@@ -103,7 +101,7 @@ class Scorer:
     """
     self.config = config
     self.options = scorer_config or ScorerConfig()
-    self._num_compilations = 0
+    self._compilations = compilations.Counter()
     self._logged: set[tuple[str, str]] = set()
     params = jax.device_put(params)
     leaf = jax.tree.leaves(params)[0]
@@ -141,7 +139,7 @@ class Scorer:
   @property
   def num_compilations(self) -> int:
     """Programs that XLA compiled in calls of this scorer, of any kind."""
-    return self._num_compilations
+    return self._compilations.number
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -173,7 +171,7 @@ class Scorer:
       self.config.schema, context, len(length), rows
     )
     padded = self._pad_history(history, length, rows)
-    with self._counting():
+    with self._compilations.counting():
       cache = self._encode(self._variables, padded_context, padded)
     return cache.replace(info=CacheInfo(length, self.fingerprint))
 
@@ -193,7 +191,7 @@ class Scorer:
         is not finite.
     """
     shape, *arguments = self._score_arguments(cache, candidates)
-    with self._counting(), dispatch.record() as used:
+    with self._compilations.counting(), dispatch.record() as used:
       logits = self._score(self._variables, *arguments)
     if used:
       self._log(dispatch.names(used))
@@ -257,7 +255,7 @@ class Scorer:
     padded = inputs.history(
       self.config.schema, events, new, (cache.num_rows, num_events)
     )
-    with self._counting():
+    with self._compilations.counting():
       longer = self._extend(self._params, cache, padded, capacity=capacity)
     return longer.replace(info=CacheInfo(length, self.fingerprint))
 
@@ -274,7 +272,7 @@ class Scorer:
       ValueError: an input is malformed, or a logit is not finite.
     """
     shape, padded = self._pad_batch(batch, self.options.microbatch)
-    with self._counting():
+    with self._compilations.counting():
       logits = self._joint(self._variables, padded)
     return _to_host(logits, shape, batch.candidates)
 
@@ -291,7 +289,7 @@ class Scorer:
       ValueError: an input is malformed, or a logit is not finite.
     """
     shape, padded = self._pad_batch(batch, self.options.plain_microbatch)
-    with self._counting():
+    with self._compilations.counting():
       logits = self._plain(self._params, padded)
     return _to_host(logits, shape, batch.candidates)
 
@@ -390,32 +388,6 @@ class Scorer:
       if line not in self._logged:
         self._logged.add(line)
         logging.info('%s runs as %r', *line)
-
-  @contextlib.contextmanager
-  def _counting(self) -> Iterator[None]:
-    """Counts what is compiled within, by this thread."""
-    _listen()
-    token = _counter.set(self)
-    try:
-      yield
-    finally:
-      _counter.reset(token)
-
-
-_counter: contextvars.ContextVar[Scorer | None] = contextvars.ContextVar(
-  'counter', default=None
-)
-
-
-@functools.cache
-def _listen() -> None:
-  def on_event(event: str, duration_secs: float, **kwargs: Any) -> None:
-    del duration_secs, kwargs
-    scorer = _counter.get()
-    if scorer is not None and event.endswith('/backend_compile_duration'):
-      scorer._num_compilations += 1
-
-  jax.monitoring.register_event_duration_secs_listener(on_event)
 
 
 def _encode(model, variables, context, history):
