@@ -16,12 +16,10 @@ padding.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
@@ -32,8 +30,8 @@ from jaxtyping import Float
 from histjax import buckets
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
+from histjax.scoring import compilations, inputs, programs
 from histjax.scoring import fingerprint as fingerprint_lib
-from histjax.scoring import inputs, programs
 from histjax.types import (
   CacheInfo,
   Candidates,
@@ -110,7 +108,7 @@ class Scorer:
     self.config = config
     self.options = scorer_config or ScorerConfig()
     self._run: run_lib.Run | None = None
-    self._num_compilations = 0
+    self._compilations = compilations.Counter()
     self._logged: set[tuple[str, str]] = set()
     params = jax.device_put(params)
     leaf = jax.tree.leaves(params)[0]
@@ -214,7 +212,7 @@ class Scorer:
   @property
   def num_compilations(self) -> int:
     """Programs that XLA compiled in calls of this scorer, of any kind."""
-    return self._num_compilations
+    return self._compilations.number
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -246,7 +244,7 @@ class Scorer:
       self.config.schema, context, len(length), rows
     )
     padded = self._pad_history(history, length, rows)
-    with self._counting():
+    with self._compilations.counting():
       cache = self._encode(self._variables, padded_context, padded)
     return cache.replace(info=CacheInfo(length, self.fingerprint))
 
@@ -266,7 +264,7 @@ class Scorer:
         is not finite.
     """
     shape, *arguments = self._score_arguments(cache, candidates)
-    with self._counting(), dispatch.record() as used:
+    with self._compilations.counting(), dispatch.record() as used:
       logits = self._score(self._variables, *arguments)
     if used:
       self._log(dispatch.names(used))
@@ -330,7 +328,7 @@ class Scorer:
     padded = inputs.history(
       self.config.schema, events, new, (cache.num_rows, num_events)
     )
-    with self._counting():
+    with self._compilations.counting():
       longer = self._extend(self._params, cache, padded, capacity=capacity)
     return longer.replace(info=CacheInfo(length, self.fingerprint))
 
@@ -347,7 +345,7 @@ class Scorer:
       ValueError: an input is malformed, or a logit is not finite.
     """
     shape, padded = self._pad_batch(batch, self.options.microbatch)
-    with self._counting():
+    with self._compilations.counting():
       logits = self._joint(self._variables, padded)
     return _to_host(logits, shape, batch.candidates)
 
@@ -364,7 +362,7 @@ class Scorer:
       ValueError: an input is malformed, or a logit is not finite.
     """
     shape, padded = self._pad_batch(batch, self.options.plain_microbatch)
-    with self._counting():
+    with self._compilations.counting():
       logits = self._plain(self._params, padded)
     return _to_host(logits, shape, batch.candidates)
 
@@ -463,32 +461,6 @@ class Scorer:
       if line not in self._logged:
         self._logged.add(line)
         logging.info('%s runs as %r', *line)
-
-  @contextlib.contextmanager
-  def _counting(self) -> Iterator[None]:
-    """Counts what is compiled within, by this thread."""
-    _listen()
-    token = _counter.set(self)
-    try:
-      yield
-    finally:
-      _counter.reset(token)
-
-
-_counter: contextvars.ContextVar[Scorer | None] = contextvars.ContextVar(
-  'counter', default=None
-)
-
-
-@functools.cache
-def _listen() -> None:
-  def on_event(event: str, duration_secs: float, **kwargs: Any) -> None:
-    del duration_secs, kwargs
-    scorer = _counter.get()
-    if scorer is not None and event.endswith('/backend_compile_duration'):
-      scorer._num_compilations += 1
-
-  jax.monitoring.register_event_duration_secs_listener(on_event)
 
 
 def _encode(model, variables, context, history):

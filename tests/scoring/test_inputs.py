@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 from absl.testing import parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from histjax import scoring
 from histjax.models import ranker
@@ -10,6 +12,24 @@ from histjax.scoring import inputs
 from histjax.types import Candidates, History
 from tests import support
 from tests.scoring.scorers import TOLERANCE, real, rows, scorer
+
+SCALARS = st.one_of(
+  st.none(),
+  st.booleans(),
+  st.integers(-3, 42),
+  st.integers(-(2**70), 2**70),
+  st.floats(),
+  st.text(max_size=3),
+)
+ANYTHING = st.one_of(
+  SCALARS,
+  st.lists(SCALARS, max_size=3),
+  SCALARS.map(lambda x: [[x] * 5] * 3),
+  st.lists(st.lists(SCALARS, min_size=5, max_size=5), min_size=3, max_size=3),
+  st.tuples(st.sampled_from('?bhilqBHILQefdFDOSUMm'), st.integers(-2, 9)).map(
+    lambda x: np.full((3, 5), x[1]).astype(np.dtype(x[0]))
+  ),
+)
 
 
 class BadInputTest(parameterized.TestCase):
@@ -215,6 +235,17 @@ class BadInputTest(parameterized.TestCase):
     for other in (of_lists, wide):
       found = self.s.score_joint(other)
       np.testing.assert_array_equal(real(found, batch), expected)
+
+  @settings(max_examples=60)
+  @given(name=st.sampled_from(('item', 'tag_1', 'duration')), value=ANYTHING)
+  def test_anything_is_scored_or_refused_by_name(self, name, value):
+    batch = self.feature('candidates', name, value)
+    try:
+      logits = self.s.score_joint(batch)
+    except ValueError as error:
+      self.assertRegex(str(error), f"candidates|'{name}'|logit")
+    else:
+      self.assertTrue(np.isfinite(real(logits, batch)).all())
 
   def test_check_batch(self):
     checked = inputs.check_batch(support.SCHEMA, self.batch)

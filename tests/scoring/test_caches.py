@@ -1,0 +1,100 @@
+"""A cache knows its users and its model."""
+
+import jax
+import numpy as np
+from absl.testing import parameterized
+
+from histjax import scoring
+from histjax.types import CacheInfo
+from tests import support
+from tests.scoring.scorers import TOLERANCE, real, rows, scorer
+
+
+class CacheTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.s = scorer()
+    self.batch = support.batch(np.random.default_rng(0))
+    self.cache = self.s.encode(self.batch.context, self.batch.history)
+
+  def other(self, params=None, **fields):
+    config = support.config(**fields)
+    params = self.s._params['params'] if params is None else params
+    return scoring.Scorer(config, params)
+
+  def test_carries_what_the_host_must_know(self):
+    info = self.cache.info
+    self.assertEqual(info.num_users, 3)
+    self.assertEqual(self.cache.num_rows, 4)
+    self.assertIsInstance(info.length, np.ndarray)
+    np.testing.assert_array_equal(info.length, self.batch.history.length)
+    self.assertEqual(info.fingerprint, self.s.fingerprint)
+
+  def test_a_row_beyond_the_last_user(self):
+    four = rows(self.batch, np.array([0, 1, 2, 0]))
+    for method, argument, what in (
+      (self.s.score, four.candidates, 'candidates'),
+      (self.s.extend, four.history, 'events'),
+      (self.s.backends, four.candidates, 'candidates'),
+    ):
+      with self.assertRaisesRegex(
+        ValueError, f'{what} have 4 rows, the cache 3; encode every user'
+      ):
+        method(self.cache, argument)
+
+  def test_fewer_rows_than_users(self):
+    two = rows(self.batch, slice(0, 2))
+    found = real(self.s.score(self.cache, two.candidates), two)
+    expected = self.s.score(self.cache, self.batch.candidates)
+    np.testing.assert_array_equal(found, real(rows(expected, slice(0, 2)), two))
+    longer = self.s.extend(self.cache, two.history)
+    length = self.batch.history.length.copy()
+    length[:2] *= 2
+    np.testing.assert_array_equal(longer.info.length, length)
+    np.testing.assert_array_equal(longer.length[:3], length)
+
+  def test_one_of_another_model(self):
+    params = self.s._params['params']
+    changed = jax.tree.map(lambda x: x, params)
+    changed['tables']['item'] = changed['tables']['item'].at[39, 7].add(1e-6)
+    for other in (
+      self.other(changed),
+      self.other(encoder__window=4),
+      self.other(encoder__positions='none'),
+    ):
+      for method, argument in (
+        (other.score, self.batch.candidates),
+        (other.backends, self.batch.candidates),
+        (other.extend, self.batch.history),
+      ):
+        with self.assertRaisesRegex(
+          ValueError, 'cache was made by the model .*; encode the history again'
+        ):
+          method(self.cache, argument)
+
+  def test_one_of_the_same_model(self):
+    """In other containers, by other implementations."""
+    params = jax.tree.map(np.array, self.s._params['params'])
+    params = dict(reversed(params.items()))
+    other = self.other(params, encoder__attention='reference')
+    self.assertEqual(other.fingerprint, self.s.fingerprint)
+    np.testing.assert_allclose(
+      real(other.score(self.cache, self.batch.candidates), self.batch),
+      real(self.s.score(self.cache, self.batch.candidates), self.batch),
+      **TOLERANCE['float32'],
+    )
+
+  def test_one_that_no_scorer_vouches_for(self):
+    mapped = jax.tree.map(lambda x: x, self.cache)
+    self.assertIsNone(mapped.info)
+    for cache in (mapped, None, self.batch.history):
+      with self.assertRaisesRegex(ValueError, 'that no Scorer made'):
+        self.s.score(cache, self.batch.candidates)
+
+  def test_users_make_no_programs(self):
+    traced = []
+    length = jax.jit(lambda cache: traced.append(1) or cache.length)
+    for n in (1, 2):
+      info = CacheInfo(np.zeros(n, np.int32), str(n))
+      length(self.cache.replace(info=info))
+    self.assertEqual(traced, [1])

@@ -1,0 +1,272 @@
+"""What a scorer compiles, and which implementations that runs."""
+
+import functools
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from histjax import ops, scoring
+from histjax.models import ranker
+from histjax.ops import dispatch
+from histjax.ops.candidate_tower import api
+from histjax.types import Candidates
+from tests import support
+from tests.scoring.scorers import (
+  TOLERANCE,
+  VARIANTS,
+  cached,
+  real,
+  rows,
+  scorer,
+)
+
+
+def cast(types, tree):
+  """The arrays in other types, by the kind of theirs."""
+  return jax.tree.map(
+    lambda x: x.astype(types.get(x.dtype.kind, x.dtype)), tree
+  )
+
+
+class ProgramsTest(parameterized.TestCase):
+  """What is compiled, as XLA counts it."""
+
+  def setUp(self):
+    super().setUp()
+    self.compiled = 0
+
+    def on_event(event, duration, **kwargs):
+      del duration, kwargs
+      self.compiled += event == '/jax/core/compile/backend_compile_duration'
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    self.addCleanup(jax.monitoring.unregister_event_duration_listener, on_event)
+
+  def new(self, **options):
+    config = support.config(encoder__num_layers=1)
+    _, params = support.init(config)
+    return scoring.Scorer(config, params, scoring.ScorerConfig(**options))
+
+  @pytest.mark.filterwarnings('error')
+  def test_one_program_per_bucket(self):
+    """No count, mask, length, number type or container makes another."""
+    s = self.new()
+    rng = np.random.default_rng(0)
+
+    def use(num_rows, num_events, num_candidates, like=lambda x: x):
+      batch = support.batch(
+        rng, num_rows, num_events, num_candidates, shared_visible=True
+      )
+      batch = batch.replace(
+        context=like(batch.context),
+        history=like(batch.history),
+        candidates=like(batch.candidates),
+      )
+      cache = s.encode(batch.context, batch.history)
+      logits = s.score(cache, batch.candidates)
+      s.score_joint(batch)
+      self.assertEqual(logits['click'].shape, (num_rows, num_candidates))
+      self.assertIsInstance(logits['click'], np.ndarray)
+      self.assertEqual(logits['click'].dtype, np.float32)
+
+    use(4, 9, 5)
+    s.score_plain(support.batch(rng, 4, 9, 5, shared_visible=True))
+    self.assertEqual(s.num_compilations, 4)  # encode, score, joint, plain
+    compiled = self.compiled
+    for count in range(1, 17):  # 16 fills the bucket.
+      for num_rows in (3, 4):
+        use(num_rows, int(rng.integers(1, 17)), count)
+    for _ in range(20):  # Other masks.
+      use(4, 16, 16)
+    for types in ({'i': np.int64, 'f': np.float64}, {'i': np.uint8}):
+      use(3, 9, 5, functools.partial(cast, types))
+    use(3, 9, 5, jax.device_put)
+    self.assertEqual(self.compiled, compiled)
+    self.assertEqual(s.num_compilations, 4)
+    use(4, 17, 5)  # The next bucket of lengths: one program each.
+    self.assertEqual(s.num_compilations, 7)
+
+  def test_new_events_have_small_buckets_of_their_own(self):
+    s = self.new(history_buckets=(64,))
+    batch = support.batch(np.random.default_rng(0), num_events=20)
+    cache = s.encode(batch.context, batch.history)
+    for number, size in ((0, 1), (1, 1), (2, 2), (3, 4), (9, 16)):
+      events = batch.history.replace(length=np.full(3, number, np.int32))
+      with mock.patch.object(s, '_extend', return_value=cache) as extend:
+        longer = s.extend(cache, events)
+      padded = extend.call_args.args[2]
+      self.assertEqual(padded.features['item'].shape, (4, size))
+      np.testing.assert_array_equal(
+        longer.info.length, batch.history.length + number
+      )
+
+  def test_counts_its_own_compilations_alone(self):
+    s = self.new()
+    jax.jit(lambda x: 2 * x)(np.zeros(3))
+    self.assertGreater(self.compiled, 0)
+    self.assertEqual(s.num_compilations, 0)
+
+
+class BackendsTest(parameterized.TestCase):
+  @parameterized.parameters(*VARIANTS)
+  def test_tower_equals_the_blocks_it_was_packed_from(self, variant):
+    s = scorer(variant)
+    batch = support.batch(
+      np.random.default_rng(4), shared_visible=not s.config.encoder.causal
+    )
+    cache = s.encode(batch.context, batch.history)
+    visible = np.pad(
+      batch.candidates.visible, ((0, cache.num_rows - 3), (0, 0))
+    )
+    candidates = Candidates(
+      {
+        k: np.pad(v, ((0, cache.num_rows - 3), (0, 0)))
+        for k, v in batch.candidates.features.items()
+      },
+      visible,
+    )
+    blocks = ranker.Ranker(s.config).apply(
+      s._params, cache, candidates, method='score'
+    )
+    np.testing.assert_allclose(
+      real(s.score(cache, batch.candidates), batch),
+      real(rows(blocks, slice(0, 3)), batch),
+      **TOLERANCE[s.config.dtype],
+    )
+
+  def test_says_what_runs_and_logs_it_once(self):
+    config = support.config()
+    _, params = support.init(config)
+    s = scoring.Scorer(config, params)
+    batch = support.batch(np.random.default_rng(0))
+    cache = s.encode(batch.context, batch.history)
+    expected = s.backends(cache, batch.candidates)
+    self.assertIn('candidate_tower', expected)
+    self.assertEqual(s.num_compilations, 1)  # Of `encode` alone.
+    with self.assertLogs('absl', level='INFO') as logs:
+      for _ in range(2):
+        s.score(cache, batch.candidates)
+    lines = [r.getMessage() for r in logs.records]
+    self.assertEqual(lines, [f'{k} runs as {v!r}' for k, v in expected.items()])
+    self.assertEqual(s.backends(cache, batch.candidates), expected)
+
+  def test_a_named_backend_runs(self):
+    batch = support.batch(np.random.default_rng(0))
+    expected = real(cached(scorer(), batch), batch)
+    for name in ('numba_cpu', 'xla', 'reference'):
+      s = scorer(candidate_tower=name)
+      cache = s.encode(batch.context, batch.history)
+      used = s.backends(cache, batch.candidates)
+      self.assertEqual(used['candidate_tower'], name)
+      np.testing.assert_allclose(
+        real(s.score(cache, batch.candidates), batch),
+        expected,
+        **TOLERANCE['float32'],
+      )
+
+  @parameterized.product(kernel=(True, False), dtype=('float32', 'bfloat16'))
+  def test_histories_go_through_a_kernel_or_blocks(self, kernel, dtype):
+    """On a CPU: `candidate_tower` layer by layer only if it is a kernel."""
+    config = support.config(dtype=dtype)
+    _, params = support.init(config)
+    s = scoring.Scorer(config, params)
+    batch = support.batch(np.random.default_rng(0))
+    has = ops.has_cpu_kernel(dtype) and kernel
+    with (
+      mock.patch.object(ops, 'has_cpu_kernel', return_value=has),
+      dispatch.record() as used,
+    ):
+      s.encode(batch.context, batch.history)
+    name = 'numba_cpu' if kernel and dtype == 'float32' else None
+    self.assertEqual(used.get('candidate_tower'), name and {name})
+
+  def test_a_named_attention_runs(self):
+    batch = support.batch(np.random.default_rng(0))
+    config = support.config(encoder__attention='reference')
+    s = scoring.Scorer(config, scorer()._params['params'])
+    cache = s.encode(batch.context, batch.history)
+    self.assertEqual(
+      s.backends(cache, batch.candidates), {'history_attention': 'reference'}
+    )
+
+  def test_a_program_for_another_platform_has_its_kernel(self):
+    config = support.config(
+      encoder__width=128,
+      encoder__num_heads=4,
+      encoder__num_layers=1,
+      dtype='bfloat16',
+    )
+    model = ranker.Ranker(config)
+    batch = support.batch(np.random.default_rng(0), shared_visible=True)
+    batch = batch.replace(candidates=batch.candidates.replace(visible=None))
+    params = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
+
+    def joint(params):
+      variables = {'params': params, **ranker.pack(config, params)}
+      return model.apply(variables, batch)
+
+    for platform, number in (('tpu', 1), ('cpu', 0)):
+      with ops.target_platform(platform):
+        exported = jax.export.export(jax.jit(joint), platforms=[platform])
+        program = exported(params).mlir_module()
+      self.assertEqual(program.count('@tpu_custom_call'), number)
+
+  def test_runs_where_its_parameters_are(self):
+    batch = support.batch(np.random.default_rng(0))
+    _, params = support.init(support.config())
+    device = jax.devices()[-1]
+    s = scoring.Scorer(support.config(), jax.device_put(params, device))
+    with ops.target_platform('tpu'):  # Of somebody else's program.
+      cache = s.encode(batch.context, batch.history)
+      self.assertEqual(cache.keys.devices(), {device})
+      used = s.backends(cache, batch.candidates)
+    self.assertNotIn('pallas_tpu', used.values())
+
+  def test_a_tower_does_not_train(self):
+    s = scorer()
+    batch = support.batch(np.random.default_rng(0))
+    with self.assertRaisesRegex(ValueError, "'tower' is for scoring"):
+      ranker.Ranker(s.config).apply(
+        s._variables,
+        batch,
+        train=True,
+        rngs={'dropout': jax.random.key(0)},
+      )
+
+  def test_an_unknown_backend(self):
+    s = scorer(candidate_tower='cuda')
+    batch = support.batch(np.random.default_rng(0))
+    cache = scorer().encode(batch.context, batch.history)
+    for function, *arguments in (
+      (s.encode, batch.context, batch.history),
+      (s.score, cache, batch.candidates),
+      (s.backends, cache, batch.candidates),
+      (s.score_joint, batch),
+    ):
+      with self.assertRaisesRegex(ValueError, "'cuda' is unknown; use one of"):
+        function(*arguments)
+
+  @parameterized.parameters(5, 2)
+  def test_candidates_after_the_last_real_one_are_not_computed(self, size):
+    s = scorer(microbatch=size)
+    batch = support.batch(np.random.default_rng(0))
+    mask = np.arange(5)[None, :] < np.array([2, 0, 5])[:, None]
+    mask[0, 0] = False
+    candidates = batch.candidates.replace(mask=mask)
+    counts = []
+
+    def tower(x, *args, count, **kwargs):
+      del args, kwargs
+      jax.debug.callback(lambda n: counts.append(n), count, ordered=True)
+      return x
+
+    cache = s.encode(batch.context, batch.history)
+    backend = dispatch.Backend(tower, dispatch.any_target)
+    s = scoring.Scorer(s.config, s._params['params'], s.options)
+    with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
+      s.score(cache, candidates)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(sum(counts), [2, 0, 5, 0])
