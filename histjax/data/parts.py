@@ -283,9 +283,8 @@ def as_times(columns, name, start, array) -> tuple[np.ndarray, bool]:
     bad = ~np.isfinite(values)
     check(columns, name, values, bad, 'it must be finite', start)
     return values, False
-  zone = getattr(array.type, 'tz', None)
-  try:
-    array = array.cast(pa.timestamp('ns', zone)).cast(pa.int64())
+  try:  # Of a zone, too, this is the time in UTC.
+    array = array.cast(pa.timestamp('ns')).cast(pa.int64())
   except pa.ArrowInvalid as error:
     raise ValueError(
       f'column {name!r} of {columns.where(start)} and on: {error}; timestamps '

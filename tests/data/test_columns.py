@@ -2,6 +2,9 @@
 
 import datetime
 import decimal
+import os
+import time
+import unittest.mock
 import zoneinfo
 
 import numpy as np
@@ -149,7 +152,8 @@ class KeyTest(parameterized.TestCase):
       self.assertEqual(hashed(values, **kinds), hashed([7, 8]))
     self.assertEqual(hashed([True], **kinds), hashed([1]))
     self.assertEqual(hashed([str(2**64 - 1)], **kinds), hashed([2**64 - 1]))
-    for bad in (['7', 'x'], [7.0, 7.5]):
+    self.assertEqual(hashed([2.0**53 - 1], **kinds), hashed([2**53 - 1]))
+    for bad in (['7', 'x'], [7.0, 7.5], [7.0, 2.0**53]):
       with self.assertRaisesRegex(ValueError, 'row 1 holds'):
         hashed(bad, **kinds)
 
@@ -236,7 +240,13 @@ class DenseTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       columns_lib.encode_dense(table(values), Dense('item'))
 
-  @given(st.floats(allow_nan=False, allow_infinity=False))
+  @given(
+    st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from([MAX_DENSE, -MAX_DENSE])
+    | st.sampled_from([1.0, -1.0]).map(
+      lambda sign: sign * np.nextafter(MAX_DENSE, np.inf)
+    )
+  )
   def test_bound(self, value):
     def encode():
       return columns_lib.encode_dense(table([value]), Dense('item'))[0]
@@ -296,14 +306,22 @@ class TimeTest(parameterized.TestCase):
       datetime.datetime(2022, 5, 1, 12, tzinfo=BERLIN),
       np.datetime64('2022-05-01T10:00:00.000000001', 'ns'),
       np.datetime64('2022-05', 'M'),
+      np.datetime64(MOMENT // (25 * 10**6), '25ms'),
       PandasTimestamp(2022, 5, 1, 10, 0, 0, 3),
     ]
     found, _ = columns_lib.encode_time(table(values), 'item')
     midnight = MOMENT - 10 * 3600 * 10**9
     self.assertEqual(
       found.tolist(),
-      [midnight, MOMENT, MOMENT, MOMENT + 1, midnight, MOMENT + 3007],
+      [midnight, *[MOMENT] * 2, MOMENT + 1, midnight, MOMENT, MOMENT + 3007],
     )
+
+  def test_the_machine_s_zone_does_not_matter(self):
+    self.addCleanup(time.tzset)
+    with unittest.mock.patch.dict(os.environ, TZ='Asia/Tokyo'):
+      time.tzset()
+      self.test_mixed_objects()
+      self.test_mixed_zones_of_text()
 
   def test_mixed_zones_of_text(self):
     found, _ = columns_lib.encode_time(
