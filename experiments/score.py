@@ -45,7 +45,9 @@ def run() -> None:
   """Reads, ranks, writes."""
   output = pathlib.Path(_OUTPUT.value)
   ranking.check_path(output, [*_EVENTS.value, *_CANDIDATES.value])
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   params, values = checkpoints.load_params(_WORKDIR.value)
+  logging.set_verbosity(logging.WARNING)
   config = config_lib.from_dict(TrainConfig, values)
   schema = config.model.schema
   tasks = [t.name for t in schema.tasks]
@@ -74,7 +76,6 @@ def run() -> None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
   try:
     run()
   except (ValueError, OSError) as error:

@@ -240,6 +240,13 @@ class DenseTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       columns_lib.encode_dense(table(values), Dense('item'))
 
+  def test_marks_are_no_quantities_under_log_either(self):
+    feature = Dense('item', log=True)
+    columns_lib.encode_dense(table([1e30]), feature)
+    for mark in (3e38, 1e39, float(np.finfo(np.float32).max)):
+      with self.assertRaisesRegex(ValueError, r'row 1 holds .*e\+3[89]: too l'):
+        columns_lib.encode_dense(table([1.0, mark]), feature)
+
   @given(
     st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from([MAX_DENSE, -MAX_DENSE])
