@@ -234,7 +234,7 @@ def numbers(columns: Columns, name: str) -> np.ndarray:
 
 def raw(columns: Columns, name: str) -> np.ndarray:
   """The column `name` as it came `[n]`; texts if some part has texts."""
-  arrays = [array for _, array in columns.arrays(name)]
+  arrays = [array for _, array in columns.arrays(name, unread=True)]
   tables = [pa.table([array], [name]) for array in arrays]
   try:
     table = pa.concat_tables(tables, promote_options='permissive')
