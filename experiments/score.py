@@ -51,7 +51,9 @@ def rank_file() -> None:
   """Reads, ranks, writes."""
   output = pathlib.Path(_OUTPUT.value)
   ranking.check_path(output, [*_EVENTS.value, *_CANDIDATES.value])
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   run = run_lib.load(_WORKDIR.value)
+  logging.set_verbosity(logging.WARNING)
   config = run.config
   schema = config.model.schema
   tasks = [t.name for t in schema.tasks]
@@ -84,7 +86,6 @@ def rank_file() -> None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
   try:
     rank_file()
   except (ValueError, OSError) as error:

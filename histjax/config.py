@@ -77,8 +77,19 @@ def dumps(config: Any) -> str:
 
 
 def loads(cls: type[T], text: str) -> T:
-  """Builds the dataclass `cls` from JSON; the inverse of `dumps`."""
-  return from_dict(cls, json.loads(text))
+  """Builds the dataclass `cls` from JSON; the inverse of `dumps`.
+
+  Raises:
+    ValueError: the text is no JSON, or as of `from_dict`.
+  """
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f'the {cls.__name__} is no JSON ({error}): it begins with {text[:40]!r}; '
+      'write it anew, as by `dumps`'
+    ) from error
+  return from_dict(cls, values)
 
 
 def differences(

@@ -38,6 +38,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+MAX_RAW = 1e30  # Beyond are marks such as float32's largest, no quantities.
 MAX_DENSE = 1e8  # Scaled; products of four of them are finite in float32.
 MAX_SIZE = 2**31 - 1  # Ids are int32.
 
@@ -85,7 +86,8 @@ class Dense:
   """A real number, read as `(value - offset) / scale`.
 
   It should then be around 1; beyond `MAX_DENSE` it is refused, since the model
-  multiplies features with one another in float32.
+  multiplies features with one another in float32, and so are values beyond
+  `MAX_RAW` before that.
 
   Attributes:
     name: the feature's name in batches.

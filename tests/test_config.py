@@ -143,6 +143,13 @@ class StrictTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'anything=.*object'):
       config_lib.to_dict(Outer(1, anything=object()))
 
+  @parameterized.parameters('', '{', "{'needed': 1}", '[1', '{"needed": 1}}')
+  def test_text_that_is_no_json(self, text):
+    with self.assertRaisesRegex(
+      ValueError, 'the Outer is no JSON.*begins with'
+    ):
+      config_lib.loads(Outer, text)
+
   def test_checks_of_the_dataclass_itself_run(self):
     with self.assertRaisesRegex(ValueError, 'size=0 must be between 1'):
       config_lib.from_dict(

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from histjax.data import hashing, parsing, parts
 from histjax.data.parts import Columns
-from histjax.schema import MAX_DENSE, Categorical, Dense, Schema, Task
+from histjax.schema import MAX_DENSE, MAX_RAW, Categorical, Dense, Schema, Task
 
 
 def from_mapping(
@@ -89,8 +89,8 @@ def encode_dense(columns: Columns, feature: Dense) -> np.ndarray:
   """float32 `[n]`, `(value - offset) / scale` after the optional logarithm.
 
   Raises:
-    ValueError: a value is no number, not finite, negative under `log`, or
-      beyond `MAX_DENSE` when scaled.
+    ValueError: a value is no number, not finite, negative under `log`,
+      beyond `MAX_RAW`, or beyond `MAX_DENSE` when scaled.
   """
   values = raw = numbers(columns, feature.column)
   if feature.log:
@@ -104,10 +104,10 @@ def encode_dense(columns: Columns, feature: Dense) -> np.ndarray:
     columns,
     feature.column,
     raw,
-    ~(np.abs(scaled) <= MAX_DENSE),
-    f'too large as feature {feature.name!r}, which is to be within '
-    f'{MAX_DENSE:g} after scaling (around 1, at best); raise its scale, or '
-    'set log=True',
+    (np.abs(raw) > MAX_RAW) | ~(np.abs(scaled) <= MAX_DENSE),
+    f'too large as feature {feature.name!r}: at most {MAX_RAW:g} before and '
+    f'{MAX_DENSE:g} after scaling (better around 1); fix it, or raise its '
+    'scale or set log=True',
   )
   return scaled.astype(np.float32)
 
@@ -234,7 +234,7 @@ def numbers(columns: Columns, name: str) -> np.ndarray:
 
 def raw(columns: Columns, name: str) -> np.ndarray:
   """The column `name` as it came `[n]`; texts if some part has texts."""
-  arrays = [array for _, array in columns.arrays(name)]
+  arrays = [array for _, array in columns.arrays(name, unread=True)]
   tables = [pa.table([array], [name]) for array in arrays]
   try:
     table = pa.concat_tables(tables, promote_options='permissive')

@@ -60,8 +60,14 @@ class Columns:
     part = bisect.bisect_right(self.starts[:-1], row) - 1
     return f'{self.sources[part]} row {row - self.starts[part]}'
 
-  def arrays(self, name: str) -> list[tuple[int, pa.Array]]:
+  def arrays(
+    self, name: str, *, unread: bool = False
+  ) -> list[tuple[int, pa.Array]]:
     """The column `name`, part by part, each with its first row.
+
+    Args:
+      name: the column.
+      unread: it is kept as it came, so that any text is one.
 
     Returns:
       Arrays without nulls. Texts are large_string, and declared types are
@@ -76,16 +82,18 @@ class Columns:
     for start, part in zip(self.starts, self.parts, strict=False):
       if part.num_rows:
         array = _plain(self, name, start, part[name])
-        self._check_missing(name, start, array)
+        words = () if unread else self.schema.null_values
+        self._check_missing(name, start, array, words)
         found.append((start, self._declared(name, start, array)))
     return found
 
-  def _check_missing(self, name: str, start: int, array: pa.Array) -> None:
+  def _check_missing(
+    self, name: str, start: int, array: pa.Array, words: tuple[str, ...]
+  ) -> None:
     missing = pc.is_null(array)
-    nulls = self.schema.null_values
-    if pa.types.is_large_string(array.type) and nulls:
-      words = pa.array(nulls, pa.large_string())
-      missing = pc.or_(missing, pc.is_in(array, words))
+    if pa.types.is_large_string(array.type) and words:
+      of_words = pc.is_in(array, pa.array(words, array.type))
+      missing = pc.or_(missing, of_words)
     rows = np.flatnonzero(missing.to_numpy(zero_copy_only=False))
     if rows.size:
       value = array[int(rows[0])].as_py()
@@ -166,8 +174,10 @@ def _plain(
   if any(is_kind(kind) for is_kind in texts):
     try:
       column = column.cast(pa.large_string())
-    except pa.ArrowInvalid as error:
-      columns.fail(name, start, column[0].as_py(), f'bytes, not UTF-8: {error}')
+    except pa.ArrowInvalid:
+      values = column.to_pylist()
+      row = next(i for i, v in enumerate(values) if not _is_utf8(v))
+      columns.fail(name, start + row, values[row], 'bytes that are not UTF-8')
   elif pa.types.is_decimal(kind) and kind.scale > 0:
     column = column.cast(pa.float64())
   elif pa.types.is_decimal(kind):
@@ -181,6 +191,14 @@ def _plain(
   if isinstance(array, pa.ChunkedArray):
     array = pa.concat_arrays(array.chunks)
   return array
+
+
+def _is_utf8(value: bytes | None) -> bool:
+  try:
+    (value or b'').decode()
+  except UnicodeDecodeError:
+    return False
+  return True
 
 
 def _parsed_numbers(columns, name, start, text, problem: str) -> pa.Array:
@@ -283,9 +301,8 @@ def as_times(columns, name, start, array) -> tuple[np.ndarray, bool]:
     bad = ~np.isfinite(values)
     check(columns, name, values, bad, 'it must be finite', start)
     return values, False
-  zone = getattr(array.type, 'tz', None)
-  try:
-    array = array.cast(pa.timestamp('ns', zone)).cast(pa.int64())
+  try:  # Of a zone, too, this is the time in UTC.
+    array = array.cast(pa.timestamp('ns')).cast(pa.int64())
   except pa.ArrowInvalid as error:
     raise ValueError(
       f'column {name!r} of {columns.where(start)} and on: {error}; timestamps '

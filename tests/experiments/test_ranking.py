@@ -13,7 +13,7 @@ from histjax import Scorer
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
 from histjax.features import TimeGap
-from histjax.schema import Categorical, Dense, Schema, Task
+from histjax.schema import MAX_DENSE, Categorical, Dense, Schema, Task
 from tests import support
 from tests.data import logs
 
@@ -172,6 +172,14 @@ def test_bad_candidates(scores_of, column, values, message):
   values = [str(v) for v in values]
   with pytest.raises(ValueError, match=message):
     scores_of(shown=with_columns(SHOWN, **{column: values}), ending='.csv')
+
+
+def test_the_largest_values_have_finite_scores(scores_of):
+  largest = [MAX_DENSE, -MAX_DENSE] * 3
+  found, _, _ = scores_of(
+    with_columns(LOG, price=largest), with_columns(SHOWN, price=largest[:5])
+  )
+  assert np.isfinite(found).all()
 
 
 def test_no_score_is_nan(trained, scores_of, monkeypatch):
