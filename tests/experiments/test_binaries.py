@@ -55,6 +55,11 @@ def get_config():
 """
 
 
+def slow(*values):
+  """A process takes seconds to import everything."""
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def run(binary, *flags, expect=0):
   """Runs a binary; returns what it printed."""
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
@@ -109,6 +114,7 @@ class TestBinaries:
     )
     assert 'finished; its metrics are returned' in output
 
+  @pytest.mark.slow
   def test_another_config_is_refused_in_the_same_workdir(self, trained):
     folder, _ = trained
     output = run(
@@ -126,14 +132,14 @@ class TestBinaries:
     ('flag', 'message'),
     [
       ('--config.optimizer.learning_rat=1', 'learning_rat'),
-      ('--config.model.encoder.num_layers=two', 'two'),
-      ('--config.model.fusion=late', "fusion='late' is unknown"),
-      (
+      slow('--config.model.encoder.num_layers=two', 'two'),
+      slow('--config.model.fusion=late', "fusion='late' is unknown"),
+      slow(
         '--config.model.encoder.causal=False',
         "streaming' with model.encoder.causal=False",
       ),
       ('--config.data.paths=("absent.csv",)', 'absent.csv does not exist'),
-      ('--epochs=3', 'epochs'),
+      slow('--epochs=3', 'epochs'),
     ],
   )
   def test_bad_flag(self, trained, flag, message):
@@ -147,6 +153,7 @@ class TestBinaries:
     )
     assert message in output
 
+  @pytest.mark.slow
   def test_unwritable_workdir(self, trained):
     folder, _ = trained
     (folder / 'file').write_text('')
@@ -196,6 +203,7 @@ class TestBinaries:
       own = [candidates['uid'][int(r['row'])] for r in rows]
       assert set(own) == {user}
 
+  @pytest.mark.slow
   def test_score_without_a_column(self, trained):
     folder, _ = trained
     table = pa.table({'uid': ['u1'], 'skus': ['sku-1']})
@@ -212,6 +220,7 @@ class TestBinaries:
     assert "did you mean 'skus'?" in output
     assert not (folder / 'bad.csv').exists()
 
+  @pytest.mark.slow
   def test_benchmark(self, trained):
     folder, _ = trained
     output = run(
