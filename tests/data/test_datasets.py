@@ -132,6 +132,41 @@ def test_own_log(tmp_path):
     datasets.load(config)
 
 
+@pytest.mark.parametrize('ties', ['order', 'strict'])
+def test_derived_features_see_ties_as_the_rows_do(tmp_path, ties):
+  """What an event sees of others of its time: all before it, or nothing."""
+  rng = np.random.default_rng(0)
+  size = 400
+  path = write_own(
+    tmp_path / 'log.parquet',
+    member=rng.integers(0, 6, size),
+    when=rng.integers(0, 40, size),
+    post=[f'p{i}' for i in rng.integers(0, 3, size)],
+    age_hours=rng.random(size),
+    reaction=rng.integers(0, 4, size),
+  )
+  config = datasets.DataConfig(
+    'events',
+    RowConfig(ties=ties),
+    paths=(path,),
+    schema=OWN,
+    rates=('post',),
+    recent_rates=2,
+    activity=(3,),
+    recent_shares=('post@2',),
+  )
+  log = datasets.load(config).log
+  own = {f.name for f in OWN.item_features} | {'reaction', 'rate_post'}
+  derived = set(log.features) - own
+  assert {'activity_3', 'activity_since', 'recent_rate_post'} < derived
+  same = (log.user[1:] == log.user[:-1]) & (log.time[1:] == log.time[:-1])
+  for name in derived:
+    values = log.features[name]
+    # As of the first of its time: of all such events, or not.
+    equal = bool((values[1:] == values[:-1])[same].all())
+    assert equal == (ties == 'strict'), name
+
+
 @pytest.mark.parametrize(
   'config',
   [
