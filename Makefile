@@ -1,10 +1,15 @@
 # `make demo` and `make test` need Python 3.11 or newer and a package registry;
-# each makes its own environment in $(VENV).
+# each makes its own environment in $(VENV). `make test` takes minutes; what
+# takes longer has pytest's marker "slow" and runs with `make test-all`.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= runs/demo
+EQUIVALENCE = tests/test_scoring.py tests/models tests/nn \
+  tests/ops/history_attention/test_backends.py \
+  tests/ops/history_attention/test_xla.py \
+  tests/ops/candidate_tower/test_backends.py
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed-experiments,cpu
 	$(VENV)/bin/python experiments/train.py \
@@ -15,6 +20,12 @@ demo: $(VENV)/.installed-experiments,cpu
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest
+
+# All tests with random examples, then those of equal scores as XLA optimizes
+# for a user: the other runs compile as fast as can be.
+test-all: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m '' --hypothesis-profile=random
+	HISTJAX_TEST_XLA=default $(VENV)/bin/python -m pytest $(EQUIVALENCE)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

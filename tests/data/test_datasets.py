@@ -14,7 +14,14 @@ from histjax import config as config_lib
 from histjax.data import datasets, synthetic
 from histjax.data.rows import RowConfig
 from histjax.data.splits import FractionSplit, TimeSplit
-from histjax.features import HistoryRates, TimeGap
+from histjax.features import (
+  Activity,
+  HistoryRates,
+  Rates,
+  RecentRates,
+  RecentShares,
+  TimeGap,
+)
 from histjax.schema import Categorical, Dense, Schema, Task
 from tests.data import official
 
@@ -134,6 +141,47 @@ def test_own_log(tmp_path):
   config = dataclasses.replace(config, source=source)
   with pytest.raises(ValueError, match="user 'ann' further up"):
     datasets.load(config)
+
+
+@pytest.mark.parametrize('ties', ['order', 'strict'])
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_derived_features_see_ties_as_their_rows_do(tmp_path, split, ties):
+  """What an event sees of others of its time: all before it, or nothing."""
+  rng = np.random.default_rng(0)
+  size = 400
+  path = write_own(
+    tmp_path / 'log.parquet',
+    member=rng.integers(0, 6, size),
+    when=rng.integers(0, 40, size),
+    post=[f'p{i}' for i in rng.integers(0, 3, size)],
+    age_hours=rng.random(size),
+    reaction=rng.integers(0, 4, size),
+  )
+  other = {'order': 'strict', 'strict': 'order'}[ties]
+  of_train, of_rest = (ties, other) if split == 'train' else (other, ties)
+  config = datasets.DataConfig(
+    datasets.Events((path,), OWN),
+    RowConfig(ties=of_train),
+    RowConfig(ties=of_rest),
+    features=(
+      Rates(('post',)),
+      RecentRates(2),
+      Activity((3,)),
+      RecentShares(('post@2',)),
+      TimeGap(9),
+      HistoryRates(('*',)),
+    ),
+  )
+  data = datasets.load(config)
+  log, rows = data.log, data.splits[split]
+  derived = {f.name for f in log.schema.derived} - {'rate_post'}
+  assert len(derived) == 9
+  same = (log.user[1:] == log.user[:-1]) & (log.time[1:] == log.time[:-1])
+  for name in derived:
+    values = rows.features[name]
+    # As of the first of its time: of all such events, or not.
+    equal = bool((values[1:] == values[:-1])[same].all())
+    assert equal == (ties == 'strict'), name
 
 
 @pytest.mark.parametrize(

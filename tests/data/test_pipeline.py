@@ -7,7 +7,7 @@ import chex
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from histjax.data import pipeline
@@ -54,7 +54,7 @@ def items(batch) -> list[int]:
 
 class TrainBatchesTest(parameterized.TestCase):
   @parameterized.parameters('pointwise', 'streaming')
-  @settings(max_examples=8)
+  @support.examples(8)
   @given(
     seed=st.integers(0, 999),
     users=st.integers(1, 30),
@@ -192,7 +192,7 @@ class EvalBatchesTest(parameterized.TestCase):
 
 
 class BucketTest(parameterized.TestCase):
-  @settings(max_examples=10)
+  @support.examples(10)
   @given(
     seed=st.integers(0, 99),
     events=st.integers(1, 500),
@@ -236,6 +236,22 @@ class BucketTest(parameterized.TestCase):
       {(b.num_events, b.num_candidates) for b in buckets},
       {(5, 2), (5, 4), (5, 30), (40, 2), (40, 4), (40, 30)},
     )
+
+  @parameterized.parameters((1, [64]), (2, [32, 64]), (50, [32, 64]))
+  def test_automatic_sizes_hold_two_in_a_hundred_rows(self, short, sizes):
+    count = np.full(100, 60)
+    count[:short] = 20
+    n = int(count.sum())
+    data = {
+      'user': np.repeat(np.arange(100), count),
+      'time': np.arange(n),
+      'item': np.arange(n),
+      'click': np.arange(n) % 2,
+    }
+    log = EventLog.from_columns(data, SCHEMA)
+    rows = rows_lib.make_rows(log, np.ones(n, bool), RowConfig())
+    buckets = pipeline.make_buckets(rows, config(auto_buckets=4))
+    self.assertEqual([b.num_events for b in buckets], sizes)
 
   def test_no_history_has_one_empty_slot(self):
     rows = some_rows(kind='pointwise', history_length=0)

@@ -8,6 +8,7 @@ import time
 from unittest import mock
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import benchmarking
@@ -23,7 +24,7 @@ from benchmarking import (
 )
 from histjax import testing
 from histjax.nn import interaction
-from tests import support
+from tests import marks, support
 
 QUICK = {'repeats': 2, 'seconds': 0.0, 'singles': 2}
 CEILINGS = {'flops': 1e12, 'bytes': 1e9, 'exponentials': 1e9}
@@ -134,6 +135,7 @@ TINY_HEAD = interaction.InteractionConfig(kind='mlp', mlp_widths=(1,))
 
 
 class CostTest(parameterized.TestCase):
+  @marks.slow_unless(lambda fusion: fusion == 'append_isolated')
   @parameterized.parameters('append_cross', 'append_isolated')
   def test_formulas_are_what_xla_counts(self, fusion):
     config = support.config(
@@ -155,6 +157,7 @@ class CostTest(parameterized.TestCase):
         cost._formula('joint', n, m, config),
       )
 
+  @pytest.mark.slow
   def test_report(self):
     config = support.config(encoder__width=32, interaction=TINY_HEAD)
     lines = []
@@ -211,6 +214,7 @@ class CostTest(parameterized.TestCase):
 
 
 class SuitesTest(parameterized.TestCase):
+  @marks.slow_unless(lambda suite, names: suite == 'attention')
   @parameterized.parameters(
     ('attention', ['window_32', 'full_64_grad']),
     ('tower', ['ragged_128', 'joint_batch_128']),
@@ -306,6 +310,7 @@ class SuitesTest(parameterized.TestCase):
 
 
 class RequestsTest(parameterized.TestCase):
+  @marks.slow_unless(lambda suite, calls: suite == 'train_step')
   @parameterized.parameters(
     ('request', ['encode', 'score', 'encode and score', 'joint']),
     ('train_step', ['update']),

@@ -58,6 +58,11 @@ def get_config():
 """
 
 
+def slow(*values):
+  """A process takes seconds to import everything."""
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def run(binary, *flags, expect=0, cwd=None, **variables):
   """Runs a binary; returns what it printed."""
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
@@ -132,18 +137,19 @@ class TestBinaries:
       'train',
       f'--config={folder}/config.py',
       f'--workdir={folder}/work',
-      f'--config.data.paths={folder}/log.parquet',
+      f'--config.data.source.paths={folder}/log.parquet',
     )
     assert 'finished; its metrics are returned' in output
     output = run(
       'train',
       f'--config={folder}/config.py',
       f'--workdir={folder}/work',
-      f'--config.data.paths={changed(folder)}',
+      f'--config.data.source.paths={changed(folder)}',
       expect=1,
     )
     assert 'the data has changed since this run was trained' in output
 
+  @pytest.mark.slow
   def test_another_config_is_refused_in_the_same_workdir(self, trained):
     folder, _ = trained
     output = run(
@@ -165,21 +171,26 @@ class TestBinaries:
         '--config.optimizer.learning_rat=1',
         "did you mean 'optimizer.learning_rate'?",
       ),
-      ('--config.model.encoder.num_layers=two', "num_layers='two' must be int"),
-      ('--config.data.split.type=timespit', "did you mean 'timesplit'?"),
-      ('--config.model.schema.user=u', 'model.schema.user cannot be set'),
-      ('--workdir=gs://bucket/run', "workdir='gs://bucket/run' is a URL"),
-      ('--workdir=', "workdir='' is empty"),
-      ('--config.model.fusion=late', "fusion='late' is unknown"),
-      (
+      slow(
+        '--config.model.encoder.num_layers=two', "num_layers='two' must be int"
+      ),
+      slow(
+        '--config.data.source.split.type=time_splt',
+        "did you mean 'time_split'?",
+      ),
+      slow('--config.model.schema.user=u', 'model.schema.user cannot be set'),
+      slow('--workdir=gs://bucket/run', "workdir='gs://bucket/run' is a URL"),
+      slow('--workdir=', "workdir='' is empty"),
+      slow('--config.model.fusion=late', "fusion='late' is unknown"),
+      slow(
         '--config.model.encoder.causal=False',
         "streaming' with model.encoder.causal=False",
       ),
-      (
+      slow(
         '--config.data.source.paths=("absent.csv",)',
         'absent.csv does not exist',
       ),
-      ('--epochs=3', 'epochs'),
+      slow('--epochs=3', 'epochs'),
     ],
   )
   def test_bad_flag(self, trained, flag, message):
@@ -202,9 +213,9 @@ class TestBinaries:
       f'--workdir={folder}/fields',
       '--config.num_steps=2',
       '--config.model.encoder.window=None',
-      '--config.data.split.type=timesplit',
-      '--config.data.split.validation_start=2024-03-01',
-      '--config.data.split.test_start=2024-04-01',
+      '--config.data.source.split.type=time_split',
+      '--config.data.source.split.validation_start=2024-03-01',
+      '--config.data.source.split.test_start=2024-04-01',
       '--config.select.gauc=0.3',
       '--config.pipeline.history_buckets=64,128',
       cwd=folder,
@@ -230,6 +241,7 @@ class TestBinaries:
     )
     assert "did you mean 'model.encoder.width'?" in output
 
+  @pytest.mark.slow
   def test_unwritable_workdir(self, trained):
     folder, _ = trained
     (folder / 'file').write_text('')
@@ -317,6 +329,7 @@ class TestBinaries:
       own = [candidates['uid'][int(r['row'])] for r in rows]
       assert set(own) == {user}
 
+  @pytest.mark.slow
   def test_score_without_a_column(self, trained):
     folder, _ = trained
     table = pa.table({'uid': ['u1'], 'skus': ['sku-1']})
@@ -367,6 +380,7 @@ class TestBinaries:
     assert 'Traceback' not in output
     assert not (folder / 'nobody.csv').exists()
 
+  @pytest.mark.slow
   def test_benchmark(self, trained):
     folder, _ = trained
     output = run(
