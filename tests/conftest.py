@@ -17,9 +17,12 @@ _FAST = {'fast': True, 'default': False}[
 _FLAGS = '--xla_force_host_platform_device_count=8 '
 _FLAGS += '--xla_backend_optimization_level=0 ' if _FAST else ''
 _FLAGS += os.environ.get('XLA_FLAGS', '')
-_CPU_FLAGS = '--xla_cpu_use_fusion_emitters=false ' if _FAST else ''
-os.environ['XLA_FLAGS'] = _CPU_FLAGS + _FLAGS
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# The plugins of accelerators do not know it, and end the process.
+_CPU_FLAGS = '--xla_cpu_use_fusion_emitters=false '
+if not _FAST or os.environ['JAX_PLATFORMS'] != 'cpu':
+  _CPU_FLAGS = ''
+os.environ['XLA_FLAGS'] = _CPU_FLAGS + _FLAGS
 
 import hypothesis
 import jax
