@@ -38,5 +38,6 @@ def fingerprint(config: RankerConfig, params: Mapping[str, Any]) -> str:
     value = np.asarray(leaf)
     name = f'{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n'
     digest.update(name.encode())
-    digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    digest.update(data.data)
   return digest.hexdigest()
