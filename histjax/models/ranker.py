@@ -302,7 +302,7 @@ def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
       model.apply({'params': params, **pack(config, params)}, batch)
 
   Args:
-    config: of the model; static under jit.
+    config: of the model; no argument of a jitted function.
     params: its parameters.
 
   Returns:

@@ -35,8 +35,9 @@ def fingerprint(config: RankerConfig, params: Mapping[str, Any]) -> str:
   digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):
-    value = np.ascontiguousarray(leaf)
+    value = np.asarray(leaf)
     name = f'{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n'
     digest.update(name.encode())
-    digest.update(value.data if value.size else b'')
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    digest.update(data.data)
   return digest.hexdigest()

@@ -115,19 +115,19 @@ class Scorer:
     target = devices.Target.of(
       dispatch.device_of(leaf if leaf.committed else None)
     )
-    pack = jax.jit(ranker.pack, static_argnums=0)
+    pack = jax.jit(functools.partial(ranker.pack, config))
     self._params = {'params': params}
-    self._variables = {'params': params, **pack(config, params)}
+    self._variables = {'params': params, **pack(params)}
     model = ranker.Ranker(config)
 
     def on_target(function: Callable, **options: Any) -> Callable:
       """Of the model; traced for the device that will run it."""
 
-      @functools.wraps(function)
       def traced(variables, *args, **kwargs):
         with dispatch.on(target):
           return function(model, variables, *args, **options, **kwargs)
 
+      traced.__name__ = function.__name__  # In profiles and logs.
       return traced
 
     self._trace_score = on_target(
@@ -319,6 +319,7 @@ class Scorer:
     new = inputs.lengths(self.config.schema, events)
     length = self._check_cache(cache, len(new), 'events').length.copy()
     length[: len(new)] += new
+    length.setflags(write=False)
     longest = int(length.max(initial=0))
     capacity = cache.capacity
     if longest > capacity:

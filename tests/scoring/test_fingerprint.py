@@ -43,6 +43,7 @@ class FingerprintTest(parameterized.TestCase):
       {'c': a, 'b': b},
       {'a': a, 'b': {**b, 'x': b['x'][::-1]}},
       {'a': a},
+      {'a': a.astype(jax.numpy.bfloat16), 'b': b},
     ):
       self.assertNotEqual(fingerprint(self.config, params), self.expected)
 
