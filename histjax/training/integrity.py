@@ -67,7 +67,8 @@ def check_opens(folder: pathlib.Path) -> None:
   """
   base = {'driver': 'file', 'path': f'{folder}/'}
   store = ts.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
-  store.list().result()
+  if not store.list().result():  # So it is, too, where the list is a folder.
+    raise OSError(f'{folder} lists no arrays')
 
 
 def check_format(path: pathlib.Path, found: Any) -> None:
