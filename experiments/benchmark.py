@@ -25,8 +25,8 @@ import benchmarking
 from benchmarking import cost, requests, suites, workloads
 from benchmarking import report as report_lib
 from histjax import EncoderConfig, Ranker, RankerConfig, testing
-from histjax import config as config_lib
 from histjax.data import synthetic
+from histjax.training import workdir
 
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
 _SUITE = flags.DEFINE_enum(
@@ -57,13 +57,12 @@ _BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
 
 def one_model(suite):
   params = None
-  if _WORKDIR.value:
+  if _WORKDIR.value is not None:
     # These need the packages that read data; the other suites do not.
-    from histjax.training import checkpoints
-    from histjax.training.config import TrainConfig
+    from histjax.training import checkpoints, identity
 
     params, values = checkpoints.load_params(_WORKDIR.value)
-    config = config_lib.from_dict(TrainConfig, values).model
+    config = identity.of_run(values, _WORKDIR.value).model
   else:
     config = RankerConfig(
       schema=synthetic.schema(synthetic.SyntheticConfig()),
@@ -120,11 +119,17 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
-  suite = _SUITE.value
+  suite, output = _SUITE.value, None
   run = one_model if suite in _OF_ONE_MODEL else named_suite
-  report = run(suite)
-  if _OUTPUT.value:
-    print('wrote', *benchmarking.write_report(report, _OUTPUT.value))
+  try:
+    if _OUTPUT.value is not None:  # Fails before the work, not after it.
+      output = workdir.resolve(_OUTPUT.value, '--output')
+      workdir.prepare(output.parent, '--output')
+    report = run(suite)
+  except (ValueError, OSError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+  if output is not None:
+    print('wrote', *benchmarking.write_report(report, str(output)))
   if broken := report_lib.broken(report):
     raise SystemExit('\n'.join(['failed:', *broken]))
 

@@ -21,6 +21,7 @@ from fusion_study.config import Cell, StudyConfig
 from histjax import config as dicts
 from histjax import metrics
 from histjax.data import datasets, pipeline
+from histjax.data.fingerprint import fingerprint
 from histjax.models.ranker import Ranker
 from histjax.training import checkpoints, evaluation, identity, sharding
 from histjax.training import report as report_lib
@@ -119,13 +120,16 @@ def rerun(
     `(stored, new)`, each `{'validation': metrics, 'test': metrics}`.
 
   Raises:
-    ValueError: it is a floor, or it was interrupted.
+    ValueError: it is a floor, its data has changed, or it was interrupted.
   """
   stored = report_lib.read_json(pathlib.Path(path))
   if stored['cell']['kind'] == 'floor':
     raise ValueError(f'{path} is a floor, which is not trained')
   config = dicts.from_dict(TrainConfig, stored['config'])
-  result = train_and_evaluate(config, workdir, mesh=mesh)
+  dataset = datasets.load(config.data)
+  if trained := stored.get('fingerprint'):
+    identity.check_fingerprint(fingerprint(dataset), trained, path)
+  result = train_and_evaluate(config, workdir, dataset=dataset, mesh=mesh)
   if result['interrupted']:
     raise ValueError('interrupted; the same command goes on from there')
   splits = [k for k in ('validation', 'test') if stored[k] is not None]
@@ -142,8 +146,12 @@ def _cell(study, cell: Cell, workdir, mesh, old) -> Values | None:
     tuning = _tuning(study, cell, workdir)
     trial = tuning['chosen']
   config, dataset = config_lib.run_config(study, cell, trial)
+  digest = fingerprint(dataset)
   if old is not None:
-    _check_same(old, config, cell, workdir)
+    lines = identity.run_differences(
+      old['config'], config, ('in the cell', 'asked for')
+    )
+    _fail_if(lines + _data_changed(old, digest), cell, workdir)
     if old['tuning'] != tuning:  # More trials, of which the same is the best.
       old = {**old, 'tuning': tuning}
       store.write_cell(workdir, cell.name, old, None)
@@ -169,6 +177,7 @@ def _cell(study, cell: Cell, workdir, mesh, old) -> Values | None:
     'tuning': tuning,
     'environment': machine.environment(),
     'config': dicts.to_dict(config),
+    'fingerprint': digest,
   }
   store.write_cell(workdir, cell.name, values, scores)
   if not study.keep_runs:
@@ -221,12 +230,13 @@ def _floor(study, cell: Cell, workdir, old) -> Values:
   data = {**run['data'], 'rows': kind, 'eval_rows': None}
   dataset = config_lib.load_dataset(dicts.from_dict(datasets.DataConfig, data))
   task = dataset.schema.tasks[0].name
+  digest = fingerprint(dataset)
   config = {'terms': terms, 'task': task, 'window': cell.window}
   if old is not None:
     lines = dicts.differences(
       old['config'], config, ('in the cell', 'asked for')
     )
-    _fail_if(lines, cell, workdir)
+    _fail_if(lines + _data_changed(old, digest), cell, workdir)
     return old
   splits = dataset.splits
   found: Values = {}
@@ -250,6 +260,7 @@ def _floor(study, cell: Cell, workdir, old) -> Values:
     **found,
     'num_parameters': 0,
     'config': config,
+    'fingerprint': digest,
   }
   store.write_cell(workdir, cell.name, values, scores)
   return values
@@ -304,20 +315,18 @@ def _criterion(study: StudyConfig, trial: Values) -> float:
   )
 
 
-def _check_same(old: Values, config: TrainConfig, cell: Cell, workdir) -> None:
-  lines = identity.run_differences(
-    old['config'], config, ('in the cell', 'asked for')
-  )
-  _fail_if(lines, cell, workdir)
+def _data_changed(old: Values, digest: str) -> list[str]:
+  found = old.get('fingerprint')  # Cells of earlier versions have none.
+  return [] if found == digest else [f'data: {found} (in the cell), {digest}']
 
 
 def _fail_if(lines: list[str], cell: Cell, workdir) -> None:
   if lines:
     path = store.json_path(workdir, cell.name)
     raise ValueError(
-      f'the finished cell {cell.name} is of another config. Delete {path} to '
-      'have it trained again, name another workdir, or take over these '
-      'fields:\n' + '\n'.join(lines)
+      f'the finished cell {cell.name} is of another config, or of other data. '
+      f'Delete {path} to have it trained again, name another workdir, or take '
+      'over these fields:\n' + '\n'.join(lines)
     )
 
 

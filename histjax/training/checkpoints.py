@@ -335,7 +335,7 @@ def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
     item_handlers={
       'params': ocp.StandardCheckpointHandler(),
       'state': ocp.StandardCheckpointHandler(),
-      'meta': ocp.JsonCheckpointHandler(),
+      'meta': ocp.JsonCheckpointHandler(filename=integrity.META),
     },
   )
 

@@ -12,6 +12,8 @@ from typing import Any
 import tensorstore as ts
 
 LISTING = 'files.json'
+META = 'metadata'
+"""The file of the item `meta`."""
 FORMAT = 1
 """Of checkpoints and metrics.json; raised when older ones cannot be read."""
 
@@ -65,7 +67,8 @@ def check_opens(folder: pathlib.Path) -> None:
   """
   base = {'driver': 'file', 'path': f'{folder}/'}
   store = ts.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
-  store.list().result()
+  if not store.list().result():  # So it is, too, where the list is a folder.
+    raise OSError(f'{folder} lists no arrays')
 
 
 def check_format(path: pathlib.Path, found: Any) -> None:
@@ -82,7 +85,7 @@ def check_format(path: pathlib.Path, found: Any) -> None:
 def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
   """The item `meta`; None if it is missing, or not all of it is there."""
   try:
-    text = (folder / 'meta' / 'metadata').read_text()
+    text = (folder / 'meta' / META).read_text()
   except FileNotFoundError:
     return None
   try:

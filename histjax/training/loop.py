@@ -216,11 +216,7 @@ class _Run:
       if self._is_due(self.eval_every) and (
         self.progress.evaluated_step < self.step
       ):
-        try:
-          evaluated = self._validate()
-        except Exception:
-          self._save()  # Nothing of training is lost to an evaluation.
-          raise
+        evaluated = self._validate_safely()
         if not evaluated:
           break
         self._save()
@@ -313,6 +309,17 @@ class _Run:
     self.progress.history.append({'step': self.step, 'loss': loss})
     empty = sharding.replicate(state_lib.LossWindow.empty(), self.mesh)
     self.state = dataclasses.replace(self.state, window=empty)
+
+  def _validate_safely(self) -> bool:
+    """`_validate`; if it fails, nothing of training is lost."""
+    if jax.process_count() > 1:  # One alone may fail, and cannot save alone.
+      self._save()
+      return self._validate()
+    try:
+      return self._validate()
+    except Exception:
+      self._save()
+      raise
 
   def _validate(self) -> bool:
     """Evaluates and notes what follows from it; False if interrupted."""

@@ -396,6 +396,12 @@ class TestBinaries:
     assert report['results'][0]['cached']['max_difference_from_plain'] < 1e-5
     assert (folder / 'scoring.png').stat().st_size > 1000
 
+  def test_benchmark_checks_its_flags_first(self, trained):
+    folder, _ = trained
+    (folder / 'plain').touch()
+    output = run('benchmark', f'--output={folder}/plain/scoring', expect=1)
+    assert "--output='" in output and 'cannot be written to' in output
+
 
 def test_every_config_can_be_loaded(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / 'experiments')

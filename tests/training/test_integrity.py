@@ -42,6 +42,15 @@ class TestMissing:
     integrity.write_listing(folder)
 
 
+def test_arrays_that_cannot_be_listed(tmp_path):
+  # Before Orbax starts to read many of them at once.
+  for name in ('absent', 'empty', 'folder/manifest.ocdbt'):
+    if name != 'absent':
+      (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(OSError, match='lists no arrays'):
+      integrity.check_opens(tmp_path / name.partition('/')[0])
+
+
 class TestTransientErrors:
   """What cannot be read now is no proof that anything is missing."""
 

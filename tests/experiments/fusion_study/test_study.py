@@ -228,6 +228,23 @@ class TestStudy:
     with pytest.raises(ValueError, match='planted/floor/running is of another'):
       run(workdir, changed(datasets={'planted': planted}))
 
+  def test_changed_data_is_refused(self, workdir, monkeypatch):
+    monkeypatch.setattr(runner, 'fingerprint', lambda dataset: 'other')
+    with pytest.raises(
+      ValueError, match=r'of other data\. Delete .*\n?.*\ndata: .*, other'
+    ):
+      run(workdir)
+    path = store.json_path(workdir, CELL)
+    with pytest.raises(ValueError, match='the data has changed'):
+      runner.rerun(path, workdir / 'again')
+
+  def test_a_cell_that_is_no_json(self, workdir):
+    path = store.json_path(workdir, CELL)
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match=r'\.json is no JSON'):
+      run(workdir)
+
   def test_only_some(self, tmp_path):
     done, lines = run(tmp_path, only=['planted/floor/run'])
     assert done
