@@ -11,14 +11,13 @@ import random
 
 # Before JAX is imported. The sharding tests want several devices; the suite's
 # time is spent compiling, which LLVM's and XLA's optimizations double.
-_FAST = {'fast': True, 'default': False}[
-  os.environ.get('HISTJAX_TEST_XLA', 'fast')
-]
-_FLAGS = '--xla_force_host_platform_device_count=8 '
-_FLAGS += '--xla_backend_optimization_level=0 ' if _FAST else ''
-_FLAGS += os.environ.get('XLA_FLAGS', '')
-_CPU_FLAGS = '--xla_cpu_use_fusion_emitters=false ' if _FAST else ''
-os.environ['XLA_FLAGS'] = _CPU_FLAGS + _FLAGS
+_FLAGS = ['--xla_force_host_platform_device_count=8']
+if {'fast': True, 'default': False}[os.environ.get('HISTJAX_TEST_XLA', 'fast')]:
+  _FLAGS += [
+    '--xla_backend_optimization_level=0',
+    '--xla_cpu_use_fusion_emitters=false',
+  ]
+os.environ['XLA_FLAGS'] = ' '.join([*_FLAGS, os.environ.get('XLA_FLAGS', '')])
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import hypothesis
@@ -26,9 +25,6 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# They are read once, now; libtpu, loaded later, does not know those of CPUs.
-jax.devices()
-os.environ['XLA_FLAGS'] = _FLAGS
 _COMMON = {'deadline': None, 'database': None}
 # The same examples in every run.
 hypothesis.settings.register_profile(

@@ -72,9 +72,7 @@ class ByRowsTest(parameterized.TestCase):
     return jax.device_put(x, jax.NamedSharding(self.mesh, jax.P(*spec)))
 
   def check(self, out, rows_at_once, x=None):
-    expected = jax.jit(kernel)(
-      self.x if x is None else x, self.y, self.weight
-    )
+    expected = jax.jit(kernel)(self.x if x is None else x, self.y, self.weight)
     np.testing.assert_allclose(out[0], expected[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(out[1], expected[1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out[2], rows_at_once)

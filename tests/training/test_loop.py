@@ -26,6 +26,7 @@ from histjax.training import state as state_lib
 from tests.training import runs
 
 CONFIG = runs.CONFIG
+SLOW = pytest.mark.slow
 
 
 def saved(workdir, *, average=False):
@@ -194,7 +195,8 @@ class TestRun:
 
 class TestResume:
   @pytest.mark.parametrize(
-    'number, call', [(signal.SIGTERM, 5), (signal.SIGINT, 8)]
+    'number, call',
+    [(signal.SIGTERM, 5), pytest.param(signal.SIGINT, 8, marks=SLOW)],
   )
   def test_signal_between_steps(
     self, straight, tmp_path, monkeypatch, number, call
@@ -213,7 +215,9 @@ class TestResume:
     np.testing.assert_equal(result, straight[1])
     assert_same_run(tmp_path, straight[0])
 
-  @pytest.mark.parametrize('call', [2, 5, 8])
+  @pytest.mark.parametrize(
+    'call', [2, pytest.param(5, marks=SLOW), pytest.param(8, marks=SLOW)]
+  )
   def test_signal_during_evaluation(
     self, straight, tmp_path, monkeypatch, call
   ):
@@ -227,7 +231,7 @@ class TestResume:
     np.testing.assert_equal(runs.run(tmp_path), straight[1])
     assert_same_run(tmp_path, straight[0])
 
-  @pytest.mark.parametrize('call', [8, 12])
+  @pytest.mark.parametrize('call', [8, pytest.param(12, marks=SLOW)])
   def test_crash(self, straight, tmp_path, monkeypatch, call):
     class PowerCutError(Exception):
       pass
@@ -245,6 +249,7 @@ class TestResume:
     np.testing.assert_equal(result, straight[1])
     chex.assert_trees_all_equal(saved(tmp_path)[0], saved(straight[0])[0])
 
+  @SLOW
   def test_eight_devices(self, tmp_path, monkeypatch):
     changes = {'num_devices': 8, 'num_steps': 6, 'eval_every': 6}
     straight = runs.run(tmp_path / 'straight', **changes)
@@ -291,8 +296,10 @@ class TestAverage:
     np.testing.assert_equal(again, result)
     assert_same_run(tmp_path / 'straight', tmp_path / 'stopped', average=True)
     state, _ = saved(tmp_path / 'stopped', average=True)
-    # Averaging changes no update.
-    chex.assert_trees_all_equal(state.params, saved(straight[0])[0].params)
+    # Averaging changes no update; another program may round in another order.
+    chex.assert_trees_all_close(
+      state.params, saved(straight[0])[0].params, rtol=1e-5, atol=1e-7
+    )
     latest, _ = checkpoints.load_params(tmp_path / 'stopped', 'latest')
     chex.assert_trees_all_equal(jax.device_get(latest), state.average)
     last = result['history'][-1]
