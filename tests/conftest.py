@@ -30,6 +30,10 @@ import hypothesis
 import jax
 import pytest
 
+jax.devices()  # Reads the flags, once. libtpu ends a process at CPUs' flags.
+os.environ['XLA_FLAGS'] = ' '.join(
+  f for f in os.environ['XLA_FLAGS'].split() if not f.startswith('--xla_cpu_')
+)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 _COMMON = {'deadline': None, 'database': None}
 # The same examples in every run.

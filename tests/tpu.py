@@ -2,13 +2,11 @@
 
 import functools
 import os
-from unittest import mock
 
 # Before libtpu is loaded: it is not to look for a TPU, nor for other users.
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
-import jax
 from jax.experimental import topologies
 
 TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
@@ -17,9 +15,4 @@ TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 @functools.cache
 def devices(topology: str):
   """The chips of a topology."""
-  jax.devices()  # JAX reads its flags now, and once.
-  flags = os.environ.get('XLA_FLAGS', '').split()
-  # libtpu does not know those of CPUs.
-  flags = [f for f in flags if not f.startswith('--xla_cpu_')]
-  with mock.patch.dict(os.environ, {'XLA_FLAGS': ' '.join(flags)}):
-    return topologies.get_topology_desc(topology, platform='tpu').devices
+  return topologies.get_topology_desc(topology, platform='tpu').devices

@@ -264,6 +264,7 @@ class TestResume:
     code = textwrap.dedent(f"""
       import sys
       sys.path.insert(0, {str(pathlib.Path.cwd())!r})
+      from tests import conftest  # The same flags give the same bits.
       from tests.training import runs
       print(runs.run({str(tmp_path)!r})['interrupted'])
     """)
