@@ -9,29 +9,32 @@ import pathlib
 import platform
 import random
 
+from jaxlib import version
+
 # Before JAX is imported. The sharding tests want several devices; the suite's
-# time is spent compiling, which LLVM's and XLA's optimizations double.
-_FAST = {'fast': True, 'default': False}[
-  os.environ.get('HISTJAX_TEST_XLA', 'fast')
-]
-_FLAGS = '--xla_force_host_platform_device_count=8 '
-_FLAGS += '--xla_backend_optimization_level=0 ' if _FAST else ''
-_FLAGS += os.environ.get('XLA_FLAGS', '')
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# The plugins of accelerators do not know it, and end the process.
-_CPU_FLAGS = '--xla_cpu_use_fusion_emitters=false '
-if not _FAST or os.environ['JAX_PLATFORMS'] != 'cpu':
-  _CPU_FLAGS = ''
-os.environ['XLA_FLAGS'] = _CPU_FLAGS + _FLAGS
+# time is spent compiling, which LLVM's optimizations double, as do XLA's
+# emitters of fusions, which the newest JAX cannot be told to leave out.
+_PLATFORM = os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = (
+  '--xla_force_host_platform_device_count=8 '
+  + {
+    'fast': '--xla_backend_optimization_level=0 '
+    + '--xla_cpu_use_fusion_emitters=false '
+    * (version.__version__.startswith('0.10.') and _PLATFORM == 'cpu'),
+    'default': '',
+  }[os.environ.get('HISTJAX_TEST_XLA', 'fast')]
+  + os.environ.get('XLA_FLAGS', '')
+)
 
 import hypothesis
 import jax
 import pytest
 
+jax.devices()  # Reads the flags, once. libtpu ends a process at CPUs' flags.
+os.environ['XLA_FLAGS'] = ' '.join(
+  f for f in os.environ['XLA_FLAGS'].split() if not f.startswith('--xla_cpu_')
+)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# They are read once, now; libtpu, loaded later, does not know those of CPUs.
-jax.devices()
-os.environ['XLA_FLAGS'] = _FLAGS
 _COMMON = {'deadline': None, 'database': None}
 # The same examples in every run.
 hypothesis.settings.register_profile(

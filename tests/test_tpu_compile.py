@@ -7,19 +7,13 @@ would have to partition. Each test prints what its program needs.
 
 import dataclasses
 import functools
-import os
 import re
-
-# Before libtpu is loaded: it is not to look for a TPU, nor for other users.
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from jax.experimental import topologies
 
 from histjax import schema
 from histjax.models import ranker
@@ -29,9 +23,9 @@ from histjax.training import optimizer, sharding, state, step
 from histjax.types import KeyRange
 from tests import marks, support
 from tests.ops.history_attention import suite
+from tests.tpu import TOPOLOGIES, devices
 
 MIB = 1 << 20
-TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 FORWARD = 'history_attention_forward'
 BACKWARD = (
   'history_attention_query_gradient',
@@ -48,11 +42,6 @@ def on_every_chip(test):
   return marks.slow_unless(lambda topology: topology == TOPOLOGIES[0])(
     _every_chip(test)
   )
-
-
-@functools.cache
-def devices(topology: str):
-  return topologies.get_topology_desc(topology, platform='tpu').devices
 
 
 def shapes(tree, where):

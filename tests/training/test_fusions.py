@@ -8,7 +8,16 @@ from histjax.nn import fusion as fusion_lib
 from tests.training import runs
 
 
-@pytest.mark.parametrize('fusion', fusion_lib.FUSIONS)
+@pytest.mark.parametrize(
+  'fusion',
+  [
+    # Blocks, or one layer without any: `make test` trains one of each.
+    name
+    if name in ('append_cross', 'target_attention')
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in fusion_lib.FUSIONS
+  ],
+)
 def test_loss_falls_on_streaming_rows(fusion, tmp_path):
   steps = 18  # Three epochs of 6 batches; a report of the loss for each.
   config = dataclasses.replace(

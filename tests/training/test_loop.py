@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from histjax.training import optimizer as optimizer_lib
 from tests.training import runs
 
 CONFIG = runs.CONFIG
+SLOW = pytest.mark.slow
 
 
 def on_call(monkeypatch, module, name, number, action):
@@ -114,7 +116,7 @@ class TestRun:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('Starting at step 0 of 3: 40 rows, ')
     assert lines[1].startswith('step 1/3 (33%)  loss 0.')
-    assert ' candidates/s  ' in lines[1] and 'ETA 0:00:' in lines[1]
+    assert re.search(r' candidates/s  .*ETA \d+:\d\d:\d\d', lines[1])
     assert '  1 shapes  ' in lines[1]
     assert lines[-2].startswith('Validation at step 3: click/auc 0.')
     assert lines[-1].startswith('Test, with the parameters of step 3: click')
@@ -163,7 +165,8 @@ class TestRun:
 
 class TestResume:
   @pytest.mark.parametrize(
-    'number, call', [(signal.SIGTERM, 5), (signal.SIGINT, 8)]
+    'number, call',
+    [(signal.SIGTERM, 5), pytest.param(signal.SIGINT, 8, marks=SLOW)],
   )
   def test_signal_between_steps(
     self, straight, tmp_path, monkeypatch, number, call
@@ -182,7 +185,9 @@ class TestResume:
     np.testing.assert_equal(result, straight[1])
     runs.assert_same_run(tmp_path, straight[0])
 
-  @pytest.mark.parametrize('call', [2, 5, 8])
+  @pytest.mark.parametrize(
+    'call', [2, pytest.param(5, marks=SLOW), pytest.param(8, marks=SLOW)]
+  )
   def test_signal_during_evaluation(
     self, straight, tmp_path, monkeypatch, call
   ):
@@ -196,7 +201,7 @@ class TestResume:
     np.testing.assert_equal(runs.run(tmp_path), straight[1])
     runs.assert_same_run(tmp_path, straight[0])
 
-  @pytest.mark.parametrize('call', [8, 12])
+  @pytest.mark.parametrize('call', [8, pytest.param(12, marks=SLOW)])
   def test_crash(self, straight, tmp_path, monkeypatch, call):
     class PowerCutError(Exception):
       pass
@@ -216,6 +221,7 @@ class TestResume:
       runs.saved(tmp_path)[0], runs.saved(straight[0])[0]
     )
 
+  @SLOW
   def test_eight_devices(self, tmp_path, monkeypatch):
     changes = {'num_devices': 8, 'num_steps': 6, 'eval_every': 6}
     straight = runs.run(tmp_path / 'straight', **changes)
@@ -229,6 +235,7 @@ class TestResume:
     code = textwrap.dedent(f"""
       import sys
       sys.path.insert(0, {str(pathlib.Path.cwd())!r})
+      from tests import conftest  # The same flags give the same bits.
       from tests.training import runs
       print(runs.run({str(tmp_path)!r})['interrupted'])
     """)
@@ -264,8 +271,10 @@ class TestAverage:
       tmp_path / 'straight', tmp_path / 'stopped', average=True
     )
     state, _ = runs.saved(tmp_path / 'stopped', average=True)
-    # Averaging changes no update.
-    chex.assert_trees_all_equal(state.params, runs.saved(straight[0])[0].params)
+    # Averaging changes no update; another program may round in another order.
+    chex.assert_trees_all_close(
+      state.params, runs.saved(straight[0])[0].params, rtol=1e-5, atol=1e-7
+    )
     latest, _ = checkpoints.load_params(tmp_path / 'stopped', 'latest')
     chex.assert_trees_all_equal(jax.device_get(latest), state.average)
     last = result['history'][-1]

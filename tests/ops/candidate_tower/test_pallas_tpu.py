@@ -1,20 +1,14 @@
 """The TPU kernel, interpreted on the CPU and compiled for real TPUs."""
 
 import functools
-import os
 import re
 from unittest import mock
-
-# Before libtpu is loaded: it is not to look for a TPU, nor for other users.
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
 import jax
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from histjax import ops, scoring
@@ -23,8 +17,8 @@ from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api, pallas_tpu
 from tests import marks, support
 from tests.ops.candidate_tower import suite
+from tests.tpu import TOPOLOGIES, devices
 
-TOPOLOGIES = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 # (B, C, L, N, H): two tiles of candidates and three blocks of keys of 128; the
 # last of each is partly outside the arrays, where the interpreter reads NaN.
 BLOCKS = (2, 150, 300, 4, 32)
@@ -156,11 +150,6 @@ class RefusalTest(parameterized.TestCase):
         NotImplementedError, 'pallas_tpu needs a TPU'
       ):
         suite.run(call, 'pallas_tpu')
-
-
-@functools.cache
-def devices(topology: str):
-  return topologies.get_topology_desc(topology, platform='tpu').devices
 
 
 def shapes(tree, device):
