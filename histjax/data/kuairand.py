@@ -220,11 +220,26 @@ def load(*, data_dir: str = '', manual_dir: str = '') -> EventLog:
   Raises:
     ValueError: the data is not to be had; see `sources.prepare`.
   """
+  columns = load_columns(data_dir=data_dir, manual_dir=manual_dir)
+  return EventLog.from_columns(columns, SCHEMA, extra=['date'])
+
+
+def load_columns(
+  *, data_dir: str = '', manual_dir: str = ''
+) -> dict[str, np.ndarray]:
+  """The impressions as the columns that `SCHEMA` names, `{name: [n]}`.
+
+  Args:
+    data_dir: see `sources.prepare`.
+    manual_dir: see `sources.prepare`.
+
+  Raises:
+    ValueError: the data is not to be had; see `sources.prepare`.
+  """
   builder = sources.prepare(
     KuairandPure, SOURCE, data_dir=data_dir, manual_dir=manual_dir
   )
-  columns = features_of(_columns(builder))
-  return EventLog.from_columns(columns, SCHEMA, extra=['date'])
+  return features_of(_columns(builder))
 
 
 def _columns(builder: tfds.core.DatasetBuilder) -> dict[str, np.ndarray]:

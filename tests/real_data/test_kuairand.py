@@ -9,9 +9,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from configs import kuairand_snapshot
 from fusion_study import floors
+from histjax import config as config_lib
 from histjax import metrics
-from histjax.data import datasets
+from histjax.data import datasets, kuairand, requests
 from histjax.data.rows import RowConfig
 from histjax.features import TimeGap
 from tests import support
@@ -187,3 +189,37 @@ def test_floors(data, terms, auc, gauc):
   assert metrics.auc(found, labels) == pytest.approx(auc, abs=6e-5)
   user = data.log.user[test.events]
   assert metrics.gauc(found, labels, user) == pytest.approx(gauc, abs=6e-5)
+
+
+@pytest.mark.slow
+def test_requests_of_a_published_model(tmp_path_factory):
+  """What `configs/kuairand_snapshot.py` is tested on, made of requests."""
+  places = {
+    'data_dir': str(tmp_path_factory.mktemp('snapshot')),
+    'manual_dir': str(FOLDER.parents[1]),
+  }
+  values = kuairand_snapshot.get_config().data.to_dict()
+  values['source'] |= places
+  values['eval_rows']['max_candidates'] = None
+  data = datasets.load(config_lib.from_dict(datasets.DataConfig, values))
+  rows = data.splits['test']
+  columns = kuairand.load_columns(**places)
+  order = np.lexsort((columns['time_ms'], columns['user_id']))
+  starts = np.searchsorted(columns['user_id'][order], rows.keys)
+  stops = np.searchsorted(columns['user_id'][order], rows.keys, 'right')
+  for r in np.random.default_rng(0).integers(len(rows), size=300):
+    wanted = rows[r]
+    mine = order[starts[wanted.group] : stops[wanted.group]]
+    shown = mine[columns['date'][mine] >= kuairand.TEST_DATE]
+    row = requests.make_row(
+      data.schema,
+      context={name: x[shown[0]] for name, x in columns.items()},
+      history={name: x[mine] for name, x in columns.items()},
+      candidates={name: x[shown] for name, x in columns.items()},
+      config=rows.config,
+      features=data.features,
+      as_of=True,
+    )
+    for part in ('context', 'history', 'candidates'):
+      np.testing.assert_equal(getattr(row, part), getattr(wanted, part))
+    np.testing.assert_array_equal(row.visible, wanted.visible)
