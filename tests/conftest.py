@@ -35,7 +35,12 @@ os.environ['XLA_FLAGS'] = ' '.join(
   f for f in os.environ['XLA_FLAGS'].split() if not f.startswith('--xla_cpu_')
 )
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-_COMMON = {'deadline': None, 'database': None}
+# However busy the machine is.
+_COMMON = {
+  'deadline': None,
+  'suppress_health_check': [hypothesis.HealthCheck.too_slow],
+  'database': None,
+}
 # The same examples in every run.
 hypothesis.settings.register_profile(
   'histjax', derandomize=True, max_examples=15, **_COMMON

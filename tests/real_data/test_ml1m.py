@@ -16,6 +16,7 @@ from histjax.data.rows import RowConfig
 from tests import support
 from tests.data import official
 
+pytestmark = pytest.mark.slow
 FOLDER = pathlib.Path(os.environ.get('HISTJAX_DATA_DIR', '.')) / 'ml-1m'
 
 

@@ -258,6 +258,7 @@ class TestResume:
 
 
 class TestAverage:
+  @SLOW
   def test_it_is_what_is_evaluated_and_resumes(
     self, straight, tmp_path, monkeypatch
   ):

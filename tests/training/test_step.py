@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 from histjax.models import ranker
@@ -212,6 +213,7 @@ class ParallelTest(parameterized.TestCase):
     self.assertTrue(found.params['tables']['item'].is_fully_replicated)
     self.assert_same(found)
 
+  @pytest.mark.slow  # With a tiny model below.
   def test_pmap_equals_jit(self):
     train_step = step.make_pmap_train_step(RANKER, TX)
     found = jax.tree.map(lambda x: jnp.stack([x] * 8), new_state(RANKER))

@@ -14,7 +14,7 @@ from histjax import ops
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api, pallas_gpu
 from histjax.ops.history_attention import xla as attention
-from tests import support
+from tests import marks, support
 from tests.ops.candidate_tower import suite
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -132,6 +132,9 @@ class BackendTest(parameterized.TestCase):
 class KernelTest(parameterized.TestCase):
   """The kernels where their hardware is; elsewhere, that they say so."""
 
+  @marks.slow_unless(
+    lambda ragged, rotate, residual, **fields: rotate and ragged != residual
+  )
   @parameterized.product(
     implementation=tuple(KERNELS),
     # Odd sizes over several tiles of candidates and blocks of keys.

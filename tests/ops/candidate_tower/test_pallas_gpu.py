@@ -11,6 +11,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from histjax.ops.candidate_tower import api, pallas_gpu, pallas_gpu_layers
@@ -70,44 +71,54 @@ class _Interpreted(gpu_interpreter.TestCase):
 class InterpretedTest(_Interpreted):
   module = pallas_gpu
 
+  @pytest.mark.slow
   def test_first_tile_drifts(self):
     self.slow(0, 1)
     self.check((1, 130, 150, 4, 32), LOADER, ragged=True)
 
+  @pytest.mark.slow
   def test_last_tile_drifts(self):
     self.slow(2, 3)
     self.check((1, 70, 150, 4, 32), LOADER, num_layers=4)
 
+  @pytest.mark.slow
   def test_residual_stream(self):
     self.check(
       (2, 70, 70, 4, 32), LOADER, num_layers=1, residual=True, ragged=True
     )
 
+  @pytest.mark.slow
   def test_heads_as_wide_as_a_worker(self):
     self.check((1, 70, 70, 2, 64), WIDE_HEADS, structure='prefix')
 
+  @pytest.mark.slow
   def test_last_tile_fills_the_rings(self):
     self.slow(0, 1)
     self.check((1, 70, 70, 4, 64), LOADERLESS, structure='prefix')
 
+  @pytest.mark.slow
   def test_residual_stream_without_loader(self):
     self.check((1, 70, 70, 4, 64), LOADERLESS, num_layers=1, residual=True)
 
   def test_cluster_of_two(self):
     self.check((1, 9, 70, 4, 64), TWO_BLOCKS, mlp_width=512, rotate=False)
 
+  @pytest.mark.slow
   def test_groups_in_a_cluster(self):
     config = dataclasses.replace(TWO_BLOCKS, group=2, late=600)
     self.check((1, 9, 200, 4, 64), config, num_layers=2, mlp_width=1024)
 
+  @pytest.mark.slow
   def test_residual_stream_in_a_cluster(self):
     self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, num_layers=2, residual=True)
 
+  @pytest.mark.slow
   def test_two_tiles_in_a_cluster(self):
     self.slow(1)
     self.check((1, 130, 70, 2, 64), TWO_TILES, ragged=True)
 
   @parameterized.parameters(32, 64)
+  @pytest.mark.slow
   def test_cluster_of_four(self, head_dim):
     config = dataclasses.replace(FOUR_BLOCKS, slot=128 * head_dim)
     self.check((1, 70, 70, 4, head_dim), config, ragged=True)
@@ -122,6 +133,7 @@ class InterpretedTest(_Interpreted):
       jax.block_until_ready(tower(call, LOADER))
     self.assertTrue(self.races_found())
 
+  @pytest.mark.slow
   def test_the_test_of_clusters(self):
     call = suite.make_call(
       0, (1, 9, 9, 4, 64), num_layers=1, dtype='bfloat16', mlp_width=512
@@ -148,22 +160,26 @@ class InterpretedLayersTest(_Interpreted):
       self.enter_context(mock.patch.object(attention, name, value))
 
   @parameterized.parameters(0, 1)
+  @pytest.mark.slow
   def test_one_warpgroup_drifts(self, warpgroup):
     self.slow(warpgroup)
     self.check((1, 150, 70, 4, 64), 'layers', structure='prefix')
 
+  @pytest.mark.slow
   def test_several_tiles_in_a_block(self):
     self.enter_context(
       mock.patch.object(pallas_gpu_layers, 'MULTIPROCESSORS', 1)
     )
     self.check((2, 130, 150, 4, 64), 'layers', num_layers=2)
 
+  @pytest.mark.slow
   def test_counts(self):
     self.check((3, 150, 70, 4, 64), 'layers', num_layers=2, ragged=True)
 
   def test_narrow_heads(self):
     self.check((1, 9, 70, 8, 32), 'layers', rotate=False, mlp_width=512)
 
+  @pytest.mark.slow
   def test_history(self):
     self.check(
       (2, 130, 130, 4, 64),

@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from histjax.ops import dispatch, partition
@@ -67,6 +68,7 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
     ('causal', (2, 150, 70, 1, 128), 'bfloat16'),
     ('any', (2, 1, 3, 2, 8), 'bfloat16'),
   )
+  @pytest.mark.slow
   def test_shapes(self, structure, shape, dtype):
     self.check(suite.make_call(1, shape, structure, dtype))
 
@@ -75,6 +77,7 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
     ('any', Config(1, 64, 2, 1, Backward(1, 64), Backward(2, 64, 2, True))),
     ('causal', Config(3, 128, 2, 2, Backward(1, 64), Backward(3, 64, 3, True))),
   )
+  @pytest.mark.slow
   def test_divisions_of_the_work(self, structure, config):
     call = suite.make_call(2, (1, 150, 260, 1, 32), structure, 'bfloat16')
     with mock.patch.object(pallas_gpu, 'config', lambda *args: config):
@@ -84,6 +87,7 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
     call = suite.make_call(3, (1, 9, 70, 1, 32), 'prefix', 'float16')
     self.check(call, scale=-0.3)
 
+  @pytest.mark.slow
   def test_unseen_blocks_are_not_read(self):
     call = suite.make_call(4, (1, 130, 260, 1, 32), 'any', 'bfloat16')
     call = call.replace(
