@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from histjax.ops import devices, dispatch
 from histjax.training import losses, sharding
 from histjax.training.losses import RankLossConfig
 from histjax.training.state import LossWindow, TrainState
@@ -167,11 +168,15 @@ def _loss(task_weights, rank_loss) -> Callable[..., jax.Array]:
   )
 
 
-def _in_context(mesh: Mesh | None):
-  """Tells kernels which mesh they run on; see `ops.partition.by_rows`."""
+@contextlib.contextmanager
+def _in_context(mesh: Mesh | None) -> Iterator[None]:
+  """Tells operations which devices they run on; see `ops.partition.by_rows`."""
   if mesh is None:
-    return contextlib.nullcontext()
-  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    yield
+    return
+  target = devices.Target.of(mesh.devices.flat[0])
+  with dispatch.on(target), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    yield
 
 
 def _update(
