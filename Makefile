@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= runs/demo
-EQUIVALENCE = $(wildcard tests/test_scoring.py tests/scoring) tests/models tests/nn \
+EQUIVALENCE = tests/scoring tests/models tests/nn \
   tests/ops/history_attention/test_backends.py \
   tests/ops/history_attention/test_xla.py \
   tests/ops/candidate_tower/test_backends.py
