@@ -61,7 +61,7 @@ class EmbeddingTables(nn.Module):
         )
       value = jnp.asarray(features[feature.name])
       if isinstance(feature, schema_lib.Categorical):
-        table = self.embeddings[feature.table]
+        table = jnp.asarray(self.embeddings[feature.table])
         # A negative id is no index from the end.
         vector = table.at[value].get(mode='fill', wrap_negative_indices=False)
         parts.append(vector.astype(self.dtype))
