@@ -22,6 +22,7 @@ def test_quickstart(tmp_path):
   values = synthetic.get_config().to_dict()
   values['data']['source']['num_users'] = 40
   values |= {'num_steps': 1, 'eval_every': None, 'tensorboard': False}
+  values['optimizer']['warmup_steps'] = 0
   config, dataset = config_util.load(values)
   train_and_evaluate(config, tmp_path, dataset=dataset, mesh=runs.mesh())
   assert "'runs/demo'" in code
