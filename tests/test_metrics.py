@@ -82,6 +82,11 @@ class FunctionsTest(parameterized.TestCase):
       ),
       (1.0 * 2 + 0.5 * 3) / 5,
     )
+    # Scores that two users share are no tie.
+    self.assertEqual(
+      metrics.gauc(np.zeros(4), np.array([1, 0, 1, 0]), np.array([0, 0, 1, 1])),
+      0.5,
+    )
     self.assertEqual(metrics.logloss(np.zeros(4), labels), math.log(2))
     self.assertEqual(metrics.normalized_entropy(np.zeros(4), labels), 1.0)
 
@@ -186,8 +191,9 @@ class AccumulatorTest(parameterized.TestCase):
       )
     with pytest.raises(ValueError, match="labels of task 'y' are missing"):
       acc.update({'y': np.ones((1, 1))}, {}, None, np.zeros(1))
-    with pytest.raises(ValueError, match='cannot merge'):
-      acc.merge(metrics.RankingMetrics(['z']))
+    for tasks in (['z'], ['y', 'z']):
+      with pytest.raises(ValueError, match='cannot merge'):
+        acc.merge(metrics.RankingMetrics(tasks))
 
 
 if __name__ == '__main__':

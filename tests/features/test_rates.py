@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from histjax.data import datasets
 from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig, make_rows
 from histjax.features import Rates
 from histjax.schema import Categorical, Schema, Task
 from tests.data import logs
@@ -51,7 +52,7 @@ class RatesTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'are all the same'):
         logs.derive(log, Rates((rate,), prior), train=train)
       return
-    _, fitted = logs.derive(log, Rates((rate,), prior), train=train)
+    log, fitted = logs.derive(log, Rates((rate,), prior), train=train)
     name = 'rate_' + rate.replace('*', '_x_')
     self.assertEqual([f.name for f in fitted.derived], [name])
     trained = fitted.of_events(log.events(), None, train=train)[name]
@@ -80,6 +81,12 @@ class RatesTest(parameterized.TestCase):
     np.testing.assert_allclose(
       served, [expected(i, len(log)) for i in everything], atol=1e-6
     )
+    for found, of_train in ((trained, train), (served, None)):
+      rows = make_rows(log, train, RowConfig(), fitted, train=of_train)
+      for r, row in enumerate(rows):
+        np.testing.assert_array_equal(
+          row.candidates[name], found[rows.candidate_events(r)]
+        )
 
   def test_a_rate_does_not_tell_the_label(self):
     # One value, every event of another user, so that a mean over the others

@@ -253,6 +253,15 @@ class RefusedTest(parameterized.TestCase):
       past = {k: v for k, v in event.items() if k != 'stars'}
       self.make(history=[past])
 
+  def test_a_feature_without_categories(self):
+    for config in (
+      Rates(('item*price',)),
+      HistoryRates(('price',)),
+      RecentShares(('price@2',)),
+    ):
+      with self.assertRaisesRegex(ValueError, "names 'price'; it must be one"):
+        config.check(self.log.schema)
+
   def test_a_damaged_file(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     with self.assertRaisesRegex(FileNotFoundError, 'features.npz does not'):
