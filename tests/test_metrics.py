@@ -96,6 +96,7 @@ class FunctionsTest(parameterized.TestCase):
     self.assertEqual(metrics.auc(logits, labels), 1.0)
     self.assertEqual(metrics.logloss(logits, labels), 20.0)
     self.assertEqual(metrics.logloss(np.array([-1e4]), np.array([1])), 1e4)
+    self.assertEqual(metrics.logloss(np.array([1e4]), np.array([0])), 1e4)
 
   @parameterized.parameters([0], [1])
   def test_one_class_is_nan(self, label):
@@ -114,6 +115,11 @@ class FunctionsTest(parameterized.TestCase):
   def test_refuses_labels_other_than_0_and_1(self):
     with self.assertRaisesRegex(ValueError, 'label 0.5 must be 0 or 1'):
       metrics.logloss(np.zeros(2), np.array([0, 0.5]))
+
+  def test_refuses_other_shapes(self):
+    for shape, other in (((2,), (3,)), ((2, 2), (2, 2)), ((), ())):
+      with self.assertRaisesRegex(ValueError, 'one-dimensional and of one len'):
+        metrics.auc(np.zeros(shape), np.zeros(other))
 
   def test_refuses_another_number_of_groups(self):
     with self.assertRaisesRegex(ValueError, r'group has shape \(3,\)'):

@@ -258,6 +258,20 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
       inputs.check_batch(support.SCHEMA, self.batch, causal=False)
 
+  def test_inputs_are_copied(self):
+    # The device may read them when the caller has changed the arrays.
+    batch = support.batch(np.random.default_rng(0))
+    mask = np.ones((3, 5), bool)
+    candidates = batch.candidates.replace(mask=mask)
+    checked = inputs.check_batch(
+      support.SCHEMA, batch.replace(candidates=candidates)
+    )
+    for part in ('context', 'history', 'candidates'):
+      found = jax.tree.leaves(getattr(checked, part))
+      for array in jax.tree.leaves(getattr(batch, part)):
+        for copy in found:
+          self.assertFalse(np.shares_memory(copy, array))
+
   def test_nan_feature(self):
     values = np.full((3, 5), np.nan, np.float32)
     with self.assertRaisesRegex(ValueError, 'nan; expected a finite number'):

@@ -27,7 +27,7 @@ def new_state(model=MODEL, tx=TX, seed=0):
   """A state of the right shapes, and random in all its numbers."""
   rng = np.random.default_rng(seed)
   shapes = jax.eval_shape(
-    lambda: state.create_state(model, tx, support.SCHEMA, 0)
+    lambda: state.create_state(model, tx, model.config.schema, 0)
   )
 
   def draw(x):
