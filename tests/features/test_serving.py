@@ -18,6 +18,7 @@ from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, make_rows
 from histjax.features import (
   Activity,
+  FittedFeatures,
   HistoryRates,
   Rates,
   RecentRates,
@@ -261,6 +262,14 @@ class RefusedTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(ValueError, "names 'price'; it must be one"):
         config.check(self.log.schema)
+
+  def test_digest_knows_types_and_shapes(self):
+    zeros = np.zeros(4, np.int64)
+    digests = {
+      FittedFeatures((TimeGap(),), ({'x': x},), ((),)).digest()
+      for x in (zeros, zeros.view(np.float64), zeros.reshape(2, 2))
+    }
+    self.assertLen(digests, 3)
 
   def test_a_damaged_file(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))

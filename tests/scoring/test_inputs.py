@@ -97,6 +97,31 @@ class BadInputTest(parameterized.TestCase):
       ):
         score()
 
+  def test_padding_of_device_arrays_is_not_read(self):
+    batch = support.batch(
+      np.random.default_rng(0), 4, 16, 16, shared_visible=True
+    )
+    batch = batch.replace(candidates=batch.candidates.replace(visible=None))
+    expected = real(self.s.score_joint(batch), batch)
+    beyond = np.arange(16) >= batch.history.length[:, None]
+
+    def poisoned(features, where):
+      items = np.where(where, -1, features['item'])
+      return jax.device_put({**features, 'item': items})
+
+    history = batch.history.replace(
+      features=poisoned(batch.history.features, beyond)
+    )
+    candidates = batch.candidates.replace(
+      features=poisoned(batch.candidates.features, ~batch.candidates.mask)
+    )
+    for other in (
+      batch.replace(history=history),
+      batch.replace(candidates=candidates),
+    ):
+      found = real(self.s.score_joint(other), batch)
+      np.testing.assert_array_equal(found, expected)
+
   @parameterized.parameters(3e38, -3e38)
   def test_a_value_that_the_network_cannot_take(self, value):
     values = self.batch.candidates.features['duration'].copy()
@@ -360,6 +385,7 @@ class BadInputTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'microbatch': 0}, 'microbatch=0 must be at least 1'),
+    ({'plain_microbatch': 0}, 'plain_microbatch=0 must be at least 1'),
     ({'history_buckets': (8, 4)}, 'strictly ascending'),
   )
   def test_options(self, options, message):
