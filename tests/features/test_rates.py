@@ -114,6 +114,22 @@ class RatesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'one of the categorical features'):
       logs.derive(log, Rates((rate,)))
 
+  def test_bad_fields(self):
+    for prior in (0.0, -1.0, math.nan):
+      with self.assertRaisesRegex(ValueError, 'prior=.* must be > 0'):
+        Rates(('item',), prior)
+    for by in ((), ('item', 'item')):
+      with self.assertRaisesRegex(ValueError, 'at least one, each once'):
+        Rates(by)
+
+  def test_crosses_fit_into_64_bits(self):
+    sizes = {'a': 2**31 - 1, 'b': 2**31 - 1, 'c': 2}
+    item = tuple(Categorical(name, size) for name, size in sizes.items())
+    schema = Schema(user='u', time='t', item=item, tasks=(Task('click'),))
+    Rates(('a*b', 'a*c')).check(schema)
+    with self.assertRaisesRegex(ValueError, r"'a\*b\*c', .* cross fewer"):
+      Rates(('a*b*c',)).check(schema)
+
   def test_of_a_dataset(self):
     small = datasets.Synthetic(num_users=20, requests_per_user=5)
     options = {'features': (Rates(('item',)),), 'without': ('segment',)}

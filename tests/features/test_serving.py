@@ -18,6 +18,7 @@ from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, make_rows
 from histjax.features import (
   Activity,
+  DerivedFeature,
   FittedFeatures,
   HistoryRates,
   Rates,
@@ -209,19 +210,59 @@ class RequestTest(parameterized.TestCase):
       compare(a, b)
 
 
+def small():
+  """Eight events of two users, one after the other."""
+  n = 8
+  return {
+    **dict.fromkeys(('age', 'page', 'shop', 'rid'), np.zeros(n, np.int64)),
+    'uid': np.arange(n) % 2,
+    'ts': np.arange(n),
+    'item': np.arange(n),
+    'price': np.ones(n),
+    'stars': np.array([1, 5] * 4),
+    'click': np.zeros(n, np.int64),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown(DerivedFeature):
+  """Reads of a candidate what a feature before it adds."""
+
+  def features(self, schema, state):
+    return (Dense('shown'),)
+
+  def apply(self, events, impressions, state):
+    return {'shown': impressions.features['activity_2'] + np.float32(1)}
+
+
+class LaterTest(absltest.TestCase):
+  def test_reads_what_earlier_ones_add(self):
+    data = small()
+    log = EventLog.from_columns(data, schema(False))
+    everything = np.ones(len(log), bool)
+    fitted = features.fit((Activity((2,)), Shown()), log.events(), everything)
+    log = dataclasses.replace(log, schema=model_schema(log.schema, fitted, ()))
+    rows = make_rows(log, everything, RowConfig(), fitted)
+    *past, event = (
+      {k: v[i].item() for k, v in data.items()} for i in (0, 2, 4)
+    )
+    request = requests.make_row(
+      log.schema,
+      context=event,
+      history=past,
+      candidates=[event],
+      features=fitted,
+    )
+    for row in (*rows, request):
+      for found in (row.history, row.candidates):
+        np.testing.assert_array_equal(found['shown'], found['activity_2'] + 1)
+    self.assertGreater(request.candidates['shown'], 1)
+
+
 class RefusedTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    n = 8
-    self.data = {
-      **dict.fromkeys(('age', 'page', 'shop', 'rid'), np.zeros(n, np.int64)),
-      'uid': np.arange(n) % 2,
-      'ts': np.arange(n),
-      'item': np.arange(n),
-      'price': np.ones(n),
-      'stars': np.array([1, 5] * 4),
-      'click': np.zeros(n, np.int64),
-    }
+    self.data = small()
     self.log, self.fitted, _ = load(self.data, False, 0)
 
   def make(self, **change):
@@ -291,6 +332,10 @@ class RefusedTest(parameterized.TestCase):
     ):
       changed.save(folder)
     with self.assertRaisesRegex(ValueError, 'does not have its checksum'):
+      features.load(folder)
+    with mock.patch('histjax.features.fitted._VERSION', 0):
+      self.fitted.save(folder)
+    with self.assertRaisesRegex(ValueError, 'is of version 0, this library re'):
       features.load(folder)
 
 
