@@ -226,37 +226,43 @@ def small():
 
 @dataclasses.dataclass(frozen=True)
 class Shown(DerivedFeature):
-  """Reads of a candidate what a feature before it adds."""
+  """Reads of a candidate what was shown, and what an earlier one adds."""
+
+  of_view = True
 
   def features(self, schema, state):
     return (Dense('shown'),)
 
   def apply(self, events, impressions, state):
-    return {'shown': impressions.features['activity_2'] + np.float32(1)}
+    number = impressions.shown - impressions.begin
+    found = impressions.features['activity_2'] + number.astype(np.float32)
+    return {'shown': found}
 
 
-class LaterTest(absltest.TestCase):
-  def test_reads_what_earlier_ones_add(self):
+class OwnTest(absltest.TestCase):
+  def test_reads_all_that_impressions_have(self):
     data = small()
     log = EventLog.from_columns(data, schema(False))
     everything = np.ones(len(log), bool)
     fitted = features.fit((Activity((2,)), Shown()), log.events(), everything)
     log = dataclasses.replace(log, schema=model_schema(log.schema, fitted, ()))
-    rows = make_rows(log, everything, RowConfig(), fitted)
+    for row in make_rows(log, everything, RowConfig('snapshot'), fitted):
+      self.assertEqual(row.visible.tolist(), [0] * 4)
+      found = row.candidates['shown'] - row.candidates['activity_2']
+      np.testing.assert_array_equal(found, np.arange(4))
     *past, event = (
       {k: v[i].item() for k, v in data.items()} for i in (0, 2, 4)
     )
-    request = requests.make_row(
+    row = requests.make_row(
       log.schema,
       context=event,
       history=past,
       candidates=[event],
       features=fitted,
+      visible=1,
     )
-    for row in (*rows, request):
-      for found in (row.history, row.candidates):
-        np.testing.assert_array_equal(found['shown'], found['activity_2'] + 1)
-    self.assertGreater(request.candidates['shown'], 1)
+    for part, number in ((row.history, 0), (row.candidates, 2)):
+      np.testing.assert_array_equal(part['shown'] - part['activity_2'], number)
 
 
 class RefusedTest(parameterized.TestCase):
