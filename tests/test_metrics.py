@@ -84,7 +84,9 @@ class FunctionsTest(parameterized.TestCase):
     )
     # Scores that two users share are no tie.
     self.assertEqual(
-      metrics.gauc(np.zeros(4), np.array([1, 0, 1, 0]), np.array([0, 0, 1, 1])),
+      metrics.gauc(
+        np.zeros(5), np.array([1, 0, 1, 0, 0]), np.array([0, 0, 1, 1, 1])
+      ),
       0.5,
     )
     self.assertEqual(metrics.logloss(np.zeros(4), labels), math.log(2))
