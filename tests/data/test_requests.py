@@ -82,6 +82,22 @@ class MakeRowTest(parameterized.TestCase):
       self.assertEqual(row.visible.tolist(), [seen])
       self.assertLen(row.history['stars'], seen)
 
+  def test_as_of(self):
+    config = RowConfig('streaming', history_length=1, ties='strict')
+    early = {**SHOWN, 'ts': 2}
+    row = make_row(candidates=[early, SHOWN], config=config, as_of=True)
+    self.assertEqual(row.visible.tolist(), [1, 2])
+    history = [{**e, 'rid': i} for i, e in enumerate((*PAST, PAST[1]))]
+    row = requests.make_row(
+      logs.schema(request=True),
+      context={'user_age': 2, 'rid': 1},
+      history=history,
+      candidates=[{**early, 'ts': 0}, SHOWN],
+      config=RowConfig(ties='strict'),
+      as_of=True,
+    )
+    self.assertEqual(row.visible.tolist(), [0, 1])
+
   def test_history_of_the_length_that_may_be(self):
     config = RowConfig('pointwise', history_length=2, on_overflow='error')
     self.assertEqual(make_row(config=config).visible.tolist(), [2])
@@ -151,6 +167,19 @@ class MakeRowTest(parameterized.TestCase):
         history=[{'item_id': 4, 'price': 3.0, 'stars': 5}],
         candidates=[SHOWN],
         config=RowConfig(ties='strict'),
+      )
+
+  def test_derived_features_need_the_requests(self):
+    schema = dataclasses.replace(
+      logs.schema(request=True), derived=GAPS.derived
+    )
+    with self.assertRaisesRegex(ValueError, "'rid' is not in history"):
+      requests.make_row(
+        schema,
+        context={'user_age': 2},
+        history=PAST,
+        candidates=[SHOWN],
+        features=GAPS,
       )
 
   def test_features_of_another_model(self):

@@ -253,7 +253,8 @@ class RowsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ([0, 1, 2, 3], 30.0),  # Half a minute each.
-    (np.datetime64('2022-05-01') + 30 * np.arange(4, dtype='m8[s]'), 1.0),
+    # Timestamps have their own unit.
+    (np.datetime64('2022-05-01') + 30 * np.arange(4, dtype='m8[s]'), 1e-8),
   )
   def test_snapshots_are_taken_every_so_many_seconds(self, times, unit):
     log = EventLog.from_columns(
@@ -297,7 +298,7 @@ class RowsTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, "user 'b' has 2 events"):
       make_rows(
-        log, np.ones(4, bool), dataclasses.replace(config, history_length=1)
+        log, np.arange(4) == 3, dataclasses.replace(config, history_length=1)
       )
 
   def test_request_rows_without_column(self):

@@ -121,6 +121,13 @@ class BadInputTest(parameterized.TestCase):
     ):
       found = real(self.s.score_joint(other), batch)
       np.testing.assert_array_equal(found, expected)
+      checked = inputs.check_batch(support.SCHEMA, other)
+      for part, padding in (
+        (checked.history, beyond),
+        (checked.candidates, ~batch.candidates.mask),
+      ):
+        items = np.asarray(part.features['item'])
+        self.assertEqual(set(items[padding]), {0})
 
   @parameterized.parameters(3e38, -3e38)
   def test_a_value_that_the_network_cannot_take(self, value):
