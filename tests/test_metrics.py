@@ -82,6 +82,13 @@ class FunctionsTest(parameterized.TestCase):
       ),
       (1.0 * 2 + 0.5 * 3) / 5,
     )
+    # Scores that two users share are no tie.
+    self.assertEqual(
+      metrics.gauc(
+        np.zeros(5), np.array([1, 0, 1, 0, 0]), np.array([0, 0, 1, 1, 1])
+      ),
+      0.5,
+    )
     self.assertEqual(metrics.logloss(np.zeros(4), labels), math.log(2))
     self.assertEqual(metrics.normalized_entropy(np.zeros(4), labels), 1.0)
 
@@ -91,6 +98,7 @@ class FunctionsTest(parameterized.TestCase):
     self.assertEqual(metrics.auc(logits, labels), 1.0)
     self.assertEqual(metrics.logloss(logits, labels), 20.0)
     self.assertEqual(metrics.logloss(np.array([-1e4]), np.array([1])), 1e4)
+    self.assertEqual(metrics.logloss(np.array([1e4]), np.array([0])), 1e4)
 
   @parameterized.parameters([0], [1])
   def test_one_class_is_nan(self, label):
@@ -109,6 +117,11 @@ class FunctionsTest(parameterized.TestCase):
   def test_refuses_labels_other_than_0_and_1(self):
     with self.assertRaisesRegex(ValueError, 'label 0.5 must be 0 or 1'):
       metrics.logloss(np.zeros(2), np.array([0, 0.5]))
+
+  def test_refuses_other_shapes(self):
+    for shape, other in (((2,), (3,)), ((2, 2), (2, 2)), ((), ())):
+      with self.assertRaisesRegex(ValueError, 'one-dimensional and of one len'):
+        metrics.auc(np.zeros(shape), np.zeros(other))
 
   def test_refuses_another_number_of_groups(self):
     with self.assertRaisesRegex(ValueError, r'group has shape \(3,\)'):
@@ -186,8 +199,9 @@ class AccumulatorTest(parameterized.TestCase):
       )
     with pytest.raises(ValueError, match="labels of task 'y' are missing"):
       acc.update({'y': np.ones((1, 1))}, {}, None, np.zeros(1))
-    with pytest.raises(ValueError, match='cannot merge'):
-      acc.merge(metrics.RankingMetrics(['z']))
+    for tasks in (['z'], ['y', 'z']):
+      with pytest.raises(ValueError, match='cannot merge'):
+        acc.merge(metrics.RankingMetrics(tasks))
 
 
 if __name__ == '__main__':

@@ -55,6 +55,53 @@ class MakeRowTest(parameterized.TestCase):
     self.assertEqual(row.candidates['time_gap'].tolist(), [3, 3])
     self.assertEqual(row.visible.tolist(), [2, 2])
 
+  def test_a_candidate_s_own_time_comes_first(self):
+    row = make_row(context={'user_age': 2, 'ts': 500})
+    self.assertEqual(row.candidates['time_gap'].tolist(), [2])  # 5 s.
+
+  def test_request_may_be_the_context_s(self):
+    history = [{**e, 'rid': i} for i, e in enumerate(PAST)]
+    for context, shown, visible in (
+      ({'rid': 1}, SHOWN, 1),
+      ({'rid': 0}, SHOWN, 0),
+      ({'rid': 5}, SHOWN, 2),
+      ({'rid': 5}, {**SHOWN, 'rid': 1}, 1),
+    ):
+      row = requests.make_row(
+        logs.schema(request=True),
+        context={'user_age': 2, **context},
+        history=history,
+        candidates=[shown],
+      )
+      self.assertEqual(row.visible.tolist(), [visible])
+
+  @parameterized.parameters((0, 0), (1, 1), (2, 2), (None, 2))
+  def test_visible(self, visible, seen):
+    for config in (None, RowConfig('snapshot')):
+      row = make_row(visible=visible, config=config)
+      self.assertEqual(row.visible.tolist(), [seen])
+      self.assertLen(row.history['stars'], seen)
+
+  def test_as_of(self):
+    config = RowConfig('streaming', history_length=1, ties='strict')
+    early = {**SHOWN, 'ts': 2}
+    row = make_row(candidates=[early, SHOWN], config=config, as_of=True)
+    self.assertEqual(row.visible.tolist(), [1, 2])
+    history = [{**e, 'rid': i} for i, e in enumerate((*PAST, PAST[1]))]
+    row = requests.make_row(
+      logs.schema(request=True),
+      context={'user_age': 2, 'rid': 1},
+      history=history,
+      candidates=[{**early, 'ts': 0}, SHOWN],
+      config=RowConfig(ties='strict'),
+      as_of=True,
+    )
+    self.assertEqual(row.visible.tolist(), [0, 1])
+
+  def test_history_of_the_length_that_may_be(self):
+    config = RowConfig('pointwise', history_length=2, on_overflow='error')
+    self.assertEqual(make_row(config=config).visible.tolist(), [2])
+
   def test_iterators_are_columns_and_rows(self):
     wanted = make_row()
     columns = {name: iter([e[name] for e in PAST]) for name in PAST[0]}
@@ -113,6 +160,39 @@ class MakeRowTest(parameterized.TestCase):
     )
     self.assertEqual(row.visible.tolist(), [1])
     self.assertNotIn('time_gap', row.history)
+    with self.assertRaisesRegex(ValueError, "history lacks column 'ts'"):
+      requests.make_row(
+        logs.schema(),
+        context={'user_age': 2},
+        history=[{'item_id': 4, 'price': 3.0, 'stars': 5}],
+        candidates=[SHOWN],
+        config=RowConfig(ties='strict'),
+      )
+
+  def test_derived_features_need_the_requests(self):
+    schema = dataclasses.replace(
+      logs.schema(request=True), derived=GAPS.derived
+    )
+    with self.assertRaisesRegex(ValueError, "'rid' is not in history"):
+      requests.make_row(
+        schema,
+        context={'user_age': 2},
+        history=PAST,
+        candidates=[SHOWN],
+        features=GAPS,
+      )
+
+  def test_features_of_another_model(self):
+    other = logs.derive(_LOG, TimeGap(7))[1]
+    schema = dataclasses.replace(logs.schema(), derived=other.derived)
+    with self.assertRaisesRegex(ValueError, "'time_gap', which `features` do"):
+      requests.make_row(
+        schema,
+        context={'user_age': 2},
+        history=PAST,
+        candidates=[SHOWN],
+        features=GAPS,
+      )
 
   @parameterized.named_parameters(
     ('candidates', {'candidates': []}, 'candidates is empty'),
@@ -207,6 +287,12 @@ class MakeRowTest(parameterized.TestCase):
       {'candidates': {'ts': '12', 'item_id': [1], 'price': [1.0]}},
       "'ts' of candidates is '12', a str",
     ),
+    (
+      'one_text_of_bytes',
+      {'candidates': {'ts': b'12', 'item_id': [1], 'price': [1.0]}},
+      "'ts' of candidates is b'12', a bytes",
+    ),
+    ('negative_visible', {'visible': -1}, r'visible=-1 must be in \[0, 2\]'),
     (
       'lengths',
       {'candidates': {'ts': [9], 'item_id': [1, 2], 'price': [1.0]}},

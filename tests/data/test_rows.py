@@ -1,5 +1,6 @@
 """Rows show each candidate its past, all of it and nothing else."""
 
+import dataclasses
 import itertools
 import math
 
@@ -226,6 +227,49 @@ class RowsTest(parameterized.TestCase):
       [([10, 13], [0, 0]), ([11, 12], [1, 1]), ([14], [4])],
     )
 
+  def test_two_requests_of_one_time(self):
+    log = EventLog.from_columns(
+      {**self._data(), 'ts': [1, 1], 'rid': [7, 8]}, logs.schema(request=True)
+    )
+    rows = make_rows(log, np.ones(2, bool), RowConfig('request', ties='strict'))
+    self.assertEqual([r.candidates['item'].tolist() for r in rows], [[3], [4]])
+
+  def test_requests_stay_in_order(self):
+    size = 60  # Where a sort that is not stable mixes them.
+    zeros = np.zeros(size, np.int64)
+    log = EventLog.from_columns(
+      {
+        **dict.fromkeys(('uid', 'user_age', 'price', 'stars', 'click'), zeros),
+        'ts': np.arange(size),
+        'rid': np.arange(size) % 2,
+        'item_id': np.arange(size),
+      },
+      logs.schema(request=True),
+    )
+    rows = make_rows(log, np.ones(size, bool), RowConfig('request'))
+    for row, start in zip(rows, (0, 1), strict=True):
+      wanted = np.arange(start, size, 2)
+      np.testing.assert_array_equal(row.candidates['item'], wanted)
+
+  @parameterized.parameters(
+    ([0, 1, 2, 3], 30.0),  # Half a minute each.
+    # Timestamps have their own unit.
+    (np.datetime64('2022-05-01') + 30 * np.arange(4, dtype='m8[s]'), 1e-8),
+  )
+  def test_snapshots_are_taken_every_so_many_seconds(self, times, unit):
+    log = EventLog.from_columns(
+      {**self._data(4), 'ts': times},
+      dataclasses.replace(logs.schema(), time_unit=unit),
+    )
+    for every, taken in ((60.0, [0, 0, 2, 2]), (30.0, [0, 1, 2, 3])):
+      config = RowConfig('snapshot', snapshot_every=every)
+      rows = make_rows(log, np.ones(4, bool), config)
+      latest = np.zeros(4, np.int64)
+      for row in rows:
+        items = row.candidates['item'] - 3
+        latest[items] = np.maximum(latest[items], row.visible)
+      self.assertEqual(latest.tolist(), taken)
+
   def test_negative_index_and_slice(self):
     rows = self._rows(RowConfig('pointwise'))
     self.assertEqual(rows[-1].candidates['item'], rows[1].candidates['item'])
@@ -249,6 +293,13 @@ class RowsTest(parameterized.TestCase):
     self.assertLen(
       self._rows(RowConfig('streaming', 0, on_overflow='error')), 1
     )
+    log = EventLog.from_columns(
+      {**self._data(4), 'uid': ['a', 'b', 'b', 'b']}, logs.schema()
+    )
+    with self.assertRaisesRegex(ValueError, "user 'b' has 2 events"):
+      make_rows(
+        log, np.arange(4) == 3, dataclasses.replace(config, history_length=1)
+      )
 
   def test_request_rows_without_column(self):
     with self.assertRaisesRegex(ValueError, "ties='strict'"):
@@ -264,6 +315,17 @@ class RowsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "'age'.*'user_age'.*user 'a'"):
       make_rows(log, mask, RowConfig(kind))
     self.assertLen(make_rows(log, mask, RowConfig('pointwise')), 2)
+    log = EventLog.from_columns(
+      {
+        **self._data(4),
+        'uid': ['a', 'a', 'b', 'b'],
+        'user_age': [1, 1, 1, 2],
+        'rid': [1, 1, 2, 2],
+      },
+      logs.schema(request=True),
+    )
+    with self.assertRaisesRegex(ValueError, "'age'.*user 'b'"):
+      make_rows(log, np.ones(4, bool), RowConfig(kind))
 
   @parameterized.parameters(
     ({'kind': 'stream'}, "kind='stream' must be one of"),
@@ -295,19 +357,24 @@ class RowsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       collate(rows[:], **shape)
 
+  def test_collate_without_histories(self):
+    batch = collate(self._rows(RowConfig('pointwise', 0))[:])
+    self.assertEqual(batch.history.features['item'].shape, (2, 1))
+    self.assertEqual(batch.history.length.tolist(), [0, 0])
+
   def test_collate_of_nothing(self):
     with self.assertRaisesRegex(ValueError, 'rows is empty'):
       collate([], num_rows=1, num_events=1, num_candidates=1)
 
-  def _data(self):
+  def _data(self, size=2):
     return {
-      'uid': ['a', 'a'],
-      'ts': [0, 1],
-      'user_age': [1, 1],
-      'item_id': [3, 4],
-      'price': [0.0, 1.0],
-      'stars': [1, 5],
-      'click': [0, 1],
+      'uid': ['a'] * size,
+      'ts': list(range(size)),
+      'user_age': [1] * size,
+      'item_id': [3 + i for i in range(size)],
+      'price': [float(i) for i in range(size)],
+      'stars': [1, 5] * (size // 2),
+      'click': [0, 1] * (size // 2),
     }
 
   def _log(self):

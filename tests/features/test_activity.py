@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax.data import datasets
+from histjax.data import datasets, requests
 from histjax.data.events import EventLog
 from histjax.features import Activity
 from histjax.schema import Categorical, Schema, Task
@@ -41,7 +41,9 @@ class ActivityTest(parameterized.TestCase):
   def test_definition(self, ties, stamps, events):
     log = log_of(events, stamps)
     spans = (1, 4)
-    log, fitted = logs.derive(log, Activity(spans))
+    # The log's first time is that of all events.
+    later = log.time > log.time.min()
+    log, fitted = logs.derive(log, Activity(spans), train=later)
     found = fitted.of_events(log.events(ties), None)
     names = ['activity_1', 'activity_4', 'activity_since']
     self.assertEqual([f.name for f in log.schema.derived], names)
@@ -61,6 +63,32 @@ class ActivityTest(parameterized.TestCase):
       np.testing.assert_allclose(
         [found[n][i] for n in names], expected, atol=1e-5
       )
+
+  def test_spans_are_whole_nanoseconds(self):
+    # As floating-point numbers these times would be 256 ns apart.
+    start = np.datetime64('2022-05-01T00:00:00', 'ns')
+    zeros = np.zeros(3, np.int64)
+    log = EventLog.from_columns(
+      {
+        **dict.fromkeys(('user', 'item', 'click'), zeros),
+        'time': start + np.array([0, 10**9, 10**9 + 1]),
+      },
+      SCHEMA,
+    )
+    log, fitted = logs.derive(log, Activity((1,)))
+    found = fitted.of_events(log.events(), None)['activity_1']
+    np.testing.assert_allclose(np.expm1(found), [0, 1, 1], atol=1e-6)
+
+  def test_a_request_from_before_the_log(self):
+    log, fitted = logs.derive(log_of([(0, 10), (1, 20)]), Activity((1,)))
+    row = requests.make_row(
+      log.schema,
+      context={},
+      history=[],
+      candidates=[{'time': 3, 'item': 0}],
+      features=fitted,
+    )
+    self.assertEqual(row.candidates['activity_since'].tolist(), [0.0])
 
   @parameterized.parameters((0,), (-1, 2), (2, 2))
   def test_bad_spans(self, *spans):

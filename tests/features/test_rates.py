@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from histjax.data import datasets
 from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig, make_rows
 from histjax.features import Rates
 from histjax.schema import Categorical, Schema, Task
 from tests.data import logs
@@ -51,7 +52,7 @@ class RatesTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'are all the same'):
         logs.derive(log, Rates((rate,), prior), train=train)
       return
-    _, fitted = logs.derive(log, Rates((rate,), prior), train=train)
+    log, fitted = logs.derive(log, Rates((rate,), prior), train=train)
     name = 'rate_' + rate.replace('*', '_x_')
     self.assertEqual([f.name for f in fitted.derived], [name])
     trained = fitted.of_events(log.events(), None, train=train)[name]
@@ -80,6 +81,12 @@ class RatesTest(parameterized.TestCase):
     np.testing.assert_allclose(
       served, [expected(i, len(log)) for i in everything], atol=1e-6
     )
+    for found, of_train in ((trained, train), (served, None)):
+      rows = make_rows(log, train, RowConfig(), fitted, train=of_train)
+      for r, row in enumerate(rows):
+        np.testing.assert_array_equal(
+          row.candidates[name], found[rows.candidate_events(r)]
+        )
 
   def test_a_rate_does_not_tell_the_label(self):
     # One value, every event of another user, so that a mean over the others
@@ -106,6 +113,22 @@ class RatesTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, 'one of the categorical features'):
       logs.derive(log, Rates((rate,)))
+
+  def test_bad_fields(self):
+    for prior in (0.0, -1.0, math.nan):
+      with self.assertRaisesRegex(ValueError, 'prior=.* must be > 0'):
+        Rates(('item',), prior)
+    for by in ((), ('item', 'item')):
+      with self.assertRaisesRegex(ValueError, 'at least one, each once'):
+        Rates(by)
+
+  def test_crosses_fit_into_64_bits(self):
+    sizes = {'a': 2**31 - 1, 'b': 2**31 - 1, 'c': 2}
+    item = tuple(Categorical(name, size) for name, size in sizes.items())
+    schema = Schema(user='u', time='t', item=item, tasks=(Task('click'),))
+    Rates(('a*b', 'a*c')).check(schema)
+    with self.assertRaisesRegex(ValueError, r"'a\*b\*c', .* cross fewer"):
+      Rates(('a*b*c',)).check(schema)
 
   def test_of_a_dataset(self):
     small = datasets.Synthetic(num_users=20, requests_per_user=5)

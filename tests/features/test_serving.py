@@ -18,6 +18,8 @@ from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, make_rows
 from histjax.features import (
   Activity,
+  DerivedFeature,
+  FittedFeatures,
   HistoryRates,
   Rates,
   RecentRates,
@@ -208,19 +210,65 @@ class RequestTest(parameterized.TestCase):
       compare(a, b)
 
 
+def small():
+  """Eight events of two users, one after the other."""
+  n = 8
+  return {
+    **dict.fromkeys(('age', 'page', 'shop', 'rid'), np.zeros(n, np.int64)),
+    'uid': np.arange(n) % 2,
+    'ts': np.arange(n),
+    'item': np.arange(n),
+    'price': np.ones(n),
+    'stars': np.array([1, 5] * 4),
+    'click': np.zeros(n, np.int64),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown(DerivedFeature):
+  """Reads of a candidate what was shown, and what an earlier one adds."""
+
+  of_view = True
+
+  def features(self, schema, state):
+    return (Dense('shown'),)
+
+  def apply(self, events, impressions, state):
+    number = impressions.shown - impressions.begin
+    found = impressions.features['activity_2'] + number.astype(np.float32)
+    return {'shown': found}
+
+
+class OwnTest(absltest.TestCase):
+  def test_reads_all_that_impressions_have(self):
+    data = small()
+    log = EventLog.from_columns(data, schema(False))
+    everything = np.ones(len(log), bool)
+    fitted = features.fit((Activity((2,)), Shown()), log.events(), everything)
+    log = dataclasses.replace(log, schema=model_schema(log.schema, fitted, ()))
+    for row in make_rows(log, everything, RowConfig('snapshot'), fitted):
+      self.assertEqual(row.visible.tolist(), [0] * 4)
+      found = row.candidates['shown'] - row.candidates['activity_2']
+      np.testing.assert_array_equal(found, np.arange(4))
+    *past, event = (
+      {k: v[i].item() for k, v in data.items()} for i in (0, 2, 4)
+    )
+    row = requests.make_row(
+      log.schema,
+      context=event,
+      history=past,
+      candidates=[event],
+      features=fitted,
+      visible=1,
+    )
+    for part, number in ((row.history, 0), (row.candidates, 2)):
+      np.testing.assert_array_equal(part['shown'] - part['activity_2'], number)
+
+
 class RefusedTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    n = 8
-    self.data = {
-      **dict.fromkeys(('age', 'page', 'shop', 'rid'), np.zeros(n, np.int64)),
-      'uid': np.arange(n) % 2,
-      'ts': np.arange(n),
-      'item': np.arange(n),
-      'price': np.ones(n),
-      'stars': np.array([1, 5] * 4),
-      'click': np.zeros(n, np.int64),
-    }
+    self.data = small()
     self.log, self.fitted, _ = load(self.data, False, 0)
 
   def make(self, **change):
@@ -253,6 +301,23 @@ class RefusedTest(parameterized.TestCase):
       past = {k: v for k, v in event.items() if k != 'stars'}
       self.make(history=[past])
 
+  def test_a_feature_without_categories(self):
+    for config in (
+      Rates(('item*price',)),
+      HistoryRates(('price',)),
+      RecentShares(('price@2',)),
+    ):
+      with self.assertRaisesRegex(ValueError, "names 'price'; it must be one"):
+        config.check(self.log.schema)
+
+  def test_digest_knows_types_and_shapes(self):
+    zeros = np.zeros(4, np.int64)
+    digests = {
+      FittedFeatures((TimeGap(),), ({'x': x},), ((),)).digest()
+      for x in (zeros, zeros.view(np.float64), zeros.reshape(2, 2))
+    }
+    self.assertLen(digests, 3)
+
   def test_a_damaged_file(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     with self.assertRaisesRegex(FileNotFoundError, 'features.npz does not'):
@@ -273,6 +338,10 @@ class RefusedTest(parameterized.TestCase):
     ):
       changed.save(folder)
     with self.assertRaisesRegex(ValueError, 'does not have its checksum'):
+      features.load(folder)
+    with mock.patch('histjax.features.fitted._VERSION', 0):
+      self.fitted.save(folder)
+    with self.assertRaisesRegex(ValueError, 'is of version 0, this library re'):
       features.load(folder)
 
 

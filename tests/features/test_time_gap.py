@@ -2,7 +2,7 @@
 
 import numpy as np
 from absl.testing import absltest, parameterized
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from histjax.data.events import EventLog
@@ -51,6 +51,7 @@ class TimeGapTest(parameterized.TestCase):
     self.assertEqual(gaps([0, 0, 1, 4, 4], 'strict'), [0, 0, 0, 2, 2])
 
   @given(st.integers(0, 2**40))
+  @example(2**50 - 2)  # Its logarithm is 50 in float64.
   def test_bucket_is_the_floor_of_the_logarithm(self, gap):
     found = gaps([0, 0, 5, 5 + gap], buckets=64)
     self.assertEqual(found[3], (gap + 1).bit_length() - 1)

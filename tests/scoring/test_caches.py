@@ -30,6 +30,15 @@ class CacheTest(parameterized.TestCase):
     np.testing.assert_array_equal(info.length, self.batch.history.length)
     self.assertEqual(info.fingerprint, self.s.fingerprint)
 
+  def test_its_lengths_are_its_own(self):
+    history = self.batch.history
+    extended = self.s.extend(self.cache, history)
+    history.length[:] = 0  # Still the caller's to change.
+    self.assertGreater(self.cache.info.length.max(), 0)
+    for cache in (self.cache, extended):
+      with self.assertRaisesRegex(ValueError, 'read-only'):
+        cache.info.length[0] = 1
+
   def test_a_row_beyond_the_last_user(self):
     four = rows(self.batch, np.array([0, 1, 2, 0]))
     for method, argument, what in (

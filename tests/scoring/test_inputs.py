@@ -97,6 +97,38 @@ class BadInputTest(parameterized.TestCase):
       ):
         score()
 
+  def test_padding_of_device_arrays_is_not_read(self):
+    batch = support.batch(
+      np.random.default_rng(0), 4, 16, 16, shared_visible=True
+    )
+    batch = batch.replace(candidates=batch.candidates.replace(visible=None))
+    expected = real(self.s.score_joint(batch), batch)
+    beyond = np.arange(16) >= batch.history.length[:, None]
+
+    def poisoned(features, where):
+      items = np.where(where, -1, features['item'])
+      return jax.device_put({**features, 'item': items})
+
+    history = batch.history.replace(
+      features=poisoned(batch.history.features, beyond)
+    )
+    candidates = batch.candidates.replace(
+      features=poisoned(batch.candidates.features, ~batch.candidates.mask)
+    )
+    for other in (
+      batch.replace(history=history),
+      batch.replace(candidates=candidates),
+    ):
+      found = real(self.s.score_joint(other), batch)
+      np.testing.assert_array_equal(found, expected)
+      checked = inputs.check_batch(support.SCHEMA, other)
+      for part, padding in (
+        (checked.history, beyond),
+        (checked.candidates, ~batch.candidates.mask),
+      ):
+        items = np.asarray(part.features['item'])
+        self.assertEqual(set(items[padding]), {0})
+
   @parameterized.parameters(3e38, -3e38)
   def test_a_value_that_the_network_cannot_take(self, value):
     values = self.batch.candidates.features['duration'].copy()
@@ -258,6 +290,20 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
       inputs.check_batch(support.SCHEMA, self.batch, causal=False)
 
+  def test_inputs_are_copied(self):
+    # The device may read them when the caller has changed the arrays.
+    batch = support.batch(np.random.default_rng(0))
+    mask = np.ones((3, 5), bool)
+    candidates = batch.candidates.replace(mask=mask)
+    checked = inputs.check_batch(
+      support.SCHEMA, batch.replace(candidates=candidates)
+    )
+    for part in ('context', 'history', 'candidates'):
+      found = jax.tree.leaves(getattr(checked, part))
+      for array in jax.tree.leaves(getattr(batch, part)):
+        for copy in found:
+          self.assertFalse(np.shares_memory(copy, array))
+
   def test_nan_feature(self):
     values = np.full((3, 5), np.nan, np.float32)
     with self.assertRaisesRegex(ValueError, 'nan; expected a finite number'):
@@ -346,6 +392,7 @@ class BadInputTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'microbatch': 0}, 'microbatch=0 must be at least 1'),
+    ({'plain_microbatch': 0}, 'plain_microbatch=0 must be at least 1'),
     ({'history_buckets': (8, 4)}, 'strictly ascending'),
   )
   def test_options(self, options, message):

@@ -60,6 +60,9 @@ class ProgramsTest(parameterized.TestCase):
       batch = support.batch(
         rng, num_rows, num_events, num_candidates, shared_visible=True
       )
+      if num_candidates % 2:  # Which all of the history is.
+        visible_none = batch.candidates.replace(visible=None)
+        batch = batch.replace(candidates=visible_none)
       batch = batch.replace(
         context=like(batch.context),
         history=like(batch.history),
@@ -84,6 +87,8 @@ class ProgramsTest(parameterized.TestCase):
     for types in ({'i': np.int64, 'f': np.float64}, {'i': np.uint8}):
       use(3, 9, 5, functools.partial(cast, types))
     use(3, 9, 5, jax.device_put)
+    for size in (5, 16):
+      use(4, 16, size, lambda x: jax.device_put(cast({'i': np.uint8}, x)))
     self.assertEqual(self.compiled, compiled)
     self.assertEqual(s.num_compilations, 4)
     use(4, 17, 5)  # The next bucket of lengths: one program each.
@@ -102,6 +107,34 @@ class ProgramsTest(parameterized.TestCase):
       np.testing.assert_array_equal(
         longer.info.length, batch.history.length + number
       )
+
+  def test_every_axis_has_its_buckets(self):
+    s = self.new(
+      row_buckets=(5,),
+      history_buckets=(10,),
+      candidate_buckets=(7,),
+      plain_microbatch=3,
+    )
+    batch = support.batch(np.random.default_rng(0))
+    mask = np.ones((3, 5), bool)
+    mask[1, 2] = False
+    batch = batch.replace(candidates=batch.candidates.replace(mask=mask))
+    for name, columns in (('joint', 7), ('plain', 6)):
+      # What is no candidate may have any logit.
+      logits = np.zeros((5, columns), np.float32)
+      logits[1, 2] = logits[3:] = logits[:, 5:] = np.nan
+      with mock.patch.object(
+        s, f'_{name}', return_value={'click': logits}
+      ) as program:
+        getattr(s, f'score_{name}')(batch)
+      _, padded = program.call_args.args
+      self.assertEqual(padded.candidates.shape, (5, columns))
+      self.assertEqual(padded.history.features['item'].shape, (5, 10))
+      self.assertEqual(padded.context['user'].shape, (5,))
+    with self.assertRaisesRegex(ValueError, '6 rows do not fit the largest'):
+      s.score_joint(rows(batch, np.arange(6) % 3))
+    with self.assertRaisesRegex(ValueError, '8 candidates do not fit the lar'):
+      s.score_joint(support.batch(np.random.default_rng(0), num_candidates=8))
 
   def test_counts_its_own_compilations_alone(self):
     s = self.new()

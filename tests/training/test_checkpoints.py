@@ -27,7 +27,7 @@ def new_state(model=MODEL, tx=TX, seed=0):
   """A state of the right shapes, and random in all its numbers."""
   rng = np.random.default_rng(seed)
   shapes = jax.eval_shape(
-    lambda: state.create_state(model, tx, support.SCHEMA, 0)
+    lambda: state.create_state(model, tx, model.config.schema, 0)
   )
 
   def draw(x):
@@ -47,9 +47,9 @@ def at(current, step_number):
   return current.replace(step=np.asarray(step_number, np.int32))
 
 
-def save_some(workdir, steps, *, keep=2, best=None):
+def save_some(workdir, steps, *, best=None):
   """Saves states whose seed is their step; returns the last."""
-  with checkpoints.Checkpoints(workdir, keep=keep) as manager:
+  with checkpoints.Checkpoints(workdir) as manager:
     for s in steps:
       current = at(new_state(seed=s), s)
       manager.save(current, {**META, 'best_step': best, 'at': s})
@@ -108,6 +108,9 @@ class TestSaveAndRestore:
     chex.assert_trees_all_equal(params, last.params)
     assert config == META['config']
     params, _ = checkpoints.load_params(str(tmp_path), template=last.params)
+    chex.assert_trees_all_equal(params, new_state(seed=2).params)
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      params = manager.restore_params(2, last.params)
     chex.assert_trees_all_equal(params, new_state(seed=2).params)
 
   def test_bad_requests(self, tmp_path):

@@ -21,12 +21,17 @@ class TestMissing:
 
   def test_proofs(self, tmp_path):
     self.write(tmp_path)
-    (tmp_path / 'a' / 'b' / 'c').write_text('12')
-    assert integrity.missing(tmp_path) == 'a/b/c has 2 of 3 bytes'
+    for text in ('12', '1234'):
+      (tmp_path / 'a' / 'b' / 'c').write_text(text)
+      wanted = f'a/b/c has {len(text)} of 3 bytes'
+      assert integrity.missing(tmp_path) == wanted
     (tmp_path / 'a' / 'b' / 'c').unlink()
     assert integrity.missing(tmp_path) == 'a/b/c is missing'
     shutil.rmtree(tmp_path / 'a')
     assert integrity.missing(tmp_path) == 'a/b/c is missing'
+    self.write(tmp_path)
+    (tmp_path / 'mark').unlink()
+    assert integrity.missing(tmp_path) == 'mark is missing'
     (tmp_path / 'files.json').write_text('{"a/b/c": ')
     assert integrity.missing(tmp_path) == 'files.json was cut off'
     (tmp_path / 'files.json').unlink()
@@ -104,9 +109,10 @@ class TestTransientErrors:
     path.mkdir()
     self.check(tmp_path, 'of step 2, cannot be read')
 
-  def test_all_the_arrays_are_there_but_wrong(self, tmp_path):
+  @pytest.mark.parametrize('name', ['params/**/d/*', 'meta/metadata'])
+  def test_all_the_bytes_are_there_but_wrong(self, tmp_path, name):
     helpers.save_some(tmp_path, [1, 2])
-    for path in (tmp_path / 'checkpoints' / '2' / 'params').rglob('d/*'):
+    for path in (tmp_path / 'checkpoints' / '2').glob(name):
       path.write_bytes(bytes(path.stat().st_size))
     self.check(tmp_path, 'of step 2, cannot be read')
 
@@ -129,6 +135,12 @@ class TestTransientErrors:
 
 
 class TestOtherVersions:
+  @pytest.mark.parametrize('found', [None, 0, 2, '1'])
+  def test_one_format_is_known(self, found):
+    with pytest.raises(ValueError, match='written by another version of hist'):
+      integrity.check_format(pathlib.Path('run'), found)
+    integrity.check_format(pathlib.Path('run'), integrity.FORMAT)
+
   @pytest.mark.parametrize('found', [None, 0])
   def test_are_refused_and_left_alone(self, tmp_path, monkeypatch, found):
     with monkeypatch.context() as patch:
