@@ -92,7 +92,7 @@ def weighted_gauc(
 
       GAUC_r = sum_u w_ru n_u AUC_u / sum_u w_ru n_u
 
-  over users with both classes; see `training.metrics.gauc`.
+  over users with both classes; see `histjax.metrics.gauc`.
 
   Args:
     scores: finite.
