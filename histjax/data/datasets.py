@@ -51,8 +51,8 @@ class Synthetic(synthetic.SyntheticConfig, Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class Movielens(Source):
-  """MovieLens 1M, protocol `ml1m`.
+class OfficialFiles(Source):
+  """A public dataset, prepared once from the files that its authors offer.
 
   Attributes:
     data_dir: where prepared data is kept; TFDS's own default if empty.
@@ -62,6 +62,11 @@ class Movielens(Source):
 
   data_dir: str = ''
   manual_dir: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Movielens(OfficialFiles):
+  """MovieLens 1M, protocol `ml1m`."""
 
   def load(self, tasks: tuple[str, ...]) -> tuple[EventLog, Masks]:
     """See `Source.load`; without tasks, 'like'."""
@@ -72,17 +77,8 @@ class Movielens(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kuairand(Source):
-  """KuaiRand-Pure, protocol `kuairand`.
-
-  Attributes:
-    data_dir: where prepared data is kept; TFDS's own default if empty.
-    manual_dir: a folder with the official files; if empty, that of the
-      environment's HISTJAX_DATA_DIR; if that is not set, they are downloaded.
-  """
-
-  data_dir: str = ''
-  manual_dir: str = ''
+class Kuairand(OfficialFiles):
+  """KuaiRand-Pure, protocol `kuairand`."""
 
   def check(self, rows: RowConfig) -> None:
     """Raises ValueError unless ties are strict."""
