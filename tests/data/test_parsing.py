@@ -115,7 +115,7 @@ class TimeTest(parameterized.TestCase):
     (['2400-01-01'], 'between 1970 and 2262'),
     ([datetime.datetime(2400, 1, 1)], 'between 1970 and 2262'),
     (np.array(['2400-01-01'], 'datetime64[D]'), 'between 1970 and 2262'),
-    ([np.datetime64('NaT')], r'no value \(null\)'),
+    ([np.datetime64('NaT', 'ns')], r'no value \(null\)'),
     (np.array(['2022', 'NaT'], 'datetime64[ns]'), r'no value \(null\)'),
     ([datetime.datetime(2022, 5, 1), 5], 'row 1 holds 5, a int, and row 0'),
     ([datetime.timedelta(1)], 'a number is needed.*duration'),
