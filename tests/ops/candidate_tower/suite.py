@@ -275,7 +275,7 @@ def assert_equals_oracle(tower: Tower, call: Call) -> None:
   dtype = call.dtype if call.final_norm else 'float32'
   assert found.dtype == dtype, found.dtype
   np.testing.assert_array_equal(found[~call.counts], 0)
-  # A norm divides by the deviation, which is small more often over few channels.
+  # A norm divides by the deviation, which few channels may make small.
   narrow = max(1, 8 / found.shape[-1])
   np.testing.assert_allclose(
     found.astype(np.float64),
