@@ -47,7 +47,7 @@ hypothesis.settings.register_profile(
 )
 # Others in every run, and more; its seed is printed.
 hypothesis.settings.register_profile(
-  'random', max_examples=60, print_blob=True, **_COMMON
+  'random', max_examples=40, print_blob=True, **_COMMON
 )
 hypothesis.settings.load_profile('histjax')
 

@@ -207,7 +207,7 @@ def test_requests_of_a_published_model(tmp_path_factory):
   order = np.lexsort((columns['time_ms'], columns['user_id']))
   starts = np.searchsorted(columns['user_id'][order], rows.keys)
   stops = np.searchsorted(columns['user_id'][order], rows.keys, 'right')
-  for r in np.random.default_rng(0).integers(len(rows), size=300):
+  for r in np.random.default_rng(0).integers(len(rows), size=150):
     wanted = rows[r]
     mine = order[starts[wanted.group] : stops[wanted.group]]
     shown = mine[columns['date'][mine] >= kuairand.TEST_DATE]
