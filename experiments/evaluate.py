@@ -3,6 +3,8 @@
 python experiments/evaluate.py --workdir=/tmp/synthetic [--split=validation]
 """
 
+import importlib
+
 from absl import app, flags, logging
 
 from histjax import Ranker
@@ -26,10 +28,15 @@ _MANUAL_DIR = flags.DEFINE_string(
 _PATHS = flags.DEFINE_list(
   'paths', None, 'Files of the log, if not where training had them.'
 )
+_MODULES = flags.DEFINE_list(
+  'modules', [], 'Modules to import first, of derived features of your own.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
 
 
 def run():
+  for name in _MODULES.value:
+    importlib.import_module(name)
   output = None
   if _OUTPUT.value is not None:
     output = workdir.prepare_output(_OUTPUT.value, '--output')
@@ -60,7 +67,7 @@ def main(argv):
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
     run()
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, ImportError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
 
 

@@ -16,6 +16,7 @@ the user's first candidate). Written, best first: the user, the rank, the
 candidate's row in its file, and the score of each task, a probability.
 """
 
+import importlib
 import pathlib
 
 from absl import app, flags, logging
@@ -42,6 +43,9 @@ _USERS = flags.DEFINE_integer('users_per_batch', 64, 'Scored at once.', 1)
 _ALLOW_NEW_USERS = flags.DEFINE_bool(
   'allow_new_users', False, 'Rank even if no user at all is in the log.'
 )
+_MODULES = flags.DEFINE_list(
+  'modules', [], 'Modules to import first, of derived features of your own.'
+)
 _AS_OF = flags.DEFINE_bool(
   'as_of', False, 'Candidates see the events before them, and no later ones.'
 )
@@ -49,6 +53,8 @@ _AS_OF = flags.DEFINE_bool(
 
 def rank_file() -> None:
   """Reads, ranks, writes."""
+  for name in _MODULES.value:
+    importlib.import_module(name)
   output = pathlib.Path(_OUTPUT.value)
   ranking.check_path(output, [*_EVENTS.value, *_CANDIDATES.value])
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
@@ -88,7 +94,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   try:
     rank_file()
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, ImportError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -232,6 +233,26 @@ class TestBinaries:
     assert config['select'] == {'auc': 1.0, 'gauc': 0.3}
     assert config['pipeline']['history_buckets'] == [64, 128]
     assert metrics['step'] == 2
+
+  @pytest.mark.slow
+  def test_a_feature_of_ones_own(self, trained):
+    folder, _ = trained
+    (folder / 'my_features.py').write_text(
+      re.findall(
+        r'```python\n(# my_features.py.*?)```',
+        (ROOT / 'README.md').read_text(),
+        re.DOTALL,
+      )[0]
+    )
+    text = (folder / 'config.py').read_text()
+    text = text.replace("'time_gap', 'buckets': 24", "'weekday'")
+    (folder / 'own.py').write_text('import my_features\n' + text)
+    with_module = {'cwd': folder, 'PYTHONPATH': f'{ROOT}:{folder}'}
+    work = f'--workdir={folder}/own'
+    run('train', '--config=own.py', work, **with_module)
+    message = "type='weekday' must be one of .*; import the module of a class"
+    assert re.search(message, run('evaluate', work, expect=1, cwd=folder))
+    run('evaluate', work, '--modules=my_features', **with_module)
 
   def test_a_bad_config_file(self, trained):
     folder, _ = trained
