@@ -231,6 +231,7 @@ class TestResume:
     np.testing.assert_equal(runs.run(tmp_path / 'stopped', **changes), straight)
     runs.assert_same_run(tmp_path / 'straight', tmp_path / 'stopped')
 
+  @SLOW
   def test_a_process_that_gets_sigterm_exits_with_0(self, straight, tmp_path):
     code = textwrap.dedent(f"""
       import sys

@@ -120,6 +120,7 @@ def interrupt_in_step(monkeypatch, number):
   monkeypatch.setattr(step_lib, 'make_train_step', wrapped)
 
 
+@pytest.mark.slow
 class TestStudy:
   def test_every_cell_is_there(self, finished):
     workdir, lines = finished
@@ -267,6 +268,7 @@ class TestStudy:
     assert after['test'] == before['test']
 
 
+@pytest.mark.slow
 class TestReport:
   def test_summary(self, finished):
     workdir, _ = finished
