@@ -7,6 +7,7 @@ imported when it is asked for, with the packages that it needs.
 
 from typing import TYPE_CHECKING, Any
 
+from histjax.cache import HistoryCache, stack
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
 from histjax.nn.interaction import InteractionConfig
@@ -16,7 +17,6 @@ from histjax.scoring.scorer import Scorer, ScorerConfig
 from histjax.types import (
   Candidates,
   History,
-  HistoryCache,
   KeyRange,
   RankingBatch,
 )
@@ -65,4 +65,5 @@ __all__ = [
   'collate',
   'history_attention',
   'make_row',
+  'stack',
 ]

@@ -7,8 +7,6 @@ Events are ordered oldest first. All containers are pytrees.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import flax.struct
@@ -97,66 +95,3 @@ class RankingBatch(flax.struct.PyTreeNode):
   candidates: Candidates
   labels: dict[str, Float[Array, 'B C']]
   group: Int[Array, 'B']
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheInfo:
-  """What the host knows of a cache, so that no call waits for the device.
-
-  Attributes:
-    length: int32 `[users]`, the events of each user; further rows are padding.
-    fingerprint: of the model that made it, `Scorer.fingerprint`.
-  """
-
-  length: np.ndarray
-  fingerprint: str
-
-  @property
-  def num_users(self) -> int:
-    """The number of real rows."""
-    return len(self.length)
-
-
-@dataclasses.dataclass(frozen=True)
-class HistoryCache:
-  """Everything about a user that scoring a candidate needs.
-
-  A pytree of its arrays. `info` is no part of that: what comes out of `jax.jit`
-  or `jax.tree.map` has none, and no program is compiled once more for it.
-
-  Attributes:
-    keys: `[layers, B, L, N, H]`, per layer, rotated to absolute positions.
-    values: `[layers, B, L, N, H]`.
-    length: int32 `[B]`, the number of events encoded. `L` is the capacity.
-    context: `{name: [B, ...]}`, the part of the head that depends on the user
-      alone, already multiplied out.
-    info: of a cache that a `Scorer` made, for its checks; None: not known.
-  """
-
-  keys: Shaped[Array, 'layers B L N H']
-  values: Shaped[Array, 'layers B L N H']
-  length: Int[Array, 'B']
-  context: Mapping[str, Any]
-  info: CacheInfo | None = None
-
-  @property
-  def capacity(self) -> int:
-    """The number of events that fit, `L`."""
-    return self.keys.shape[2]
-
-  @property
-  def num_rows(self) -> int:
-    """The number of rows `B`, padding included."""
-    return self.keys.shape[1]
-
-  def replace(self, **fields: Any) -> HistoryCache:
-    """A copy with other values in some fields."""
-    return dataclasses.replace(self, **fields)
-
-
-jax.tree_util.register_dataclass(
-  HistoryCache,
-  data_fields=['keys', 'values', 'length', 'context'],
-  meta_fields=[],
-  drop_fields=['info'],
-)

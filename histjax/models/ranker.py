@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 
 from histjax import key_range as ranges
 from histjax import schema as schema_lib
+from histjax.cache import HistoryCache
 from histjax.nn import embedding, fusion, interaction
 from histjax.nn import encoder as encoder_lib
 from histjax.types import (
   Array,
   Candidates,
   History,
-  HistoryCache,
   RankingBatch,
 )
 
@@ -193,29 +193,23 @@ class Ranker(nn.Module):
       self.head.user_half(user), features, readout, train=train
     )
 
-  def encode(self, context: dict[str, Array], history: History) -> HistoryCache:
+  def encode(self, history: History) -> HistoryCache:
     """One pass over each history; see `histjax.Scorer.encode`.
 
     Args:
-      context: `{name: [B]}`.
       history: `[B, L]`.
     """
     self.config.require_amortizable()
     keys, values = self.fusion.encode(
       self._event_tokens(history), history.length
     )
-    user = self._user(context, history.length.shape[0])
-    return HistoryCache(
-      keys=keys,
-      values=values,
-      length=history.length,
-      context=self.head.user_half(user),
-    )
+    return HistoryCache(keys, values, history.length)
 
   def score(
     self,
     cache: HistoryCache,
     candidates: Candidates,
+    context: Mapping[str, Array],
     count: Int[Array, 'B'] | None = None,
   ) -> dict[str, Float[Array, 'B C']]:
     """Logits from a cached history; see `histjax.Scorer.score`.
@@ -223,6 +217,7 @@ class Ranker(nn.Module):
     Args:
       cache: of `encode` or `extend`.
       candidates: `[B, C]`; the mask is not read.
+      context: `{name: [B]}`, the request's.
       count: int32 `[B]`; logits of candidates from there on mean nothing, and
         need not be computed. None: all C count.
     """
@@ -237,7 +232,8 @@ class Ranker(nn.Module):
       candidates.visible,
       count=count,
     )
-    return self._logits(cache.context, features, readout)
+    user = self._user(context, cache.num_rows)
+    return self._logits(self.head.user_half(user), features, readout)
 
   def extend(self, cache: HistoryCache, events: History) -> HistoryCache:
     """Appends new events to a cache; see `histjax.Scorer.extend`."""
@@ -249,9 +245,7 @@ class Ranker(nn.Module):
       self._event_tokens(events),
       events.length,
     )
-    return cache.replace(
-      keys=keys, values=values, length=cache.length + events.length
-    )
+    return HistoryCache(keys, values, cache.length + events.length)
 
   def _event_tokens(self, history: History):
     schema = self.config.schema
@@ -267,7 +261,7 @@ class Ranker(nn.Module):
     )
     return features, self.tokens.candidates(features)
 
-  def _user(self, context: dict[str, Array], num_rows: int):
+  def _user(self, context: Mapping[str, Array], num_rows: int):
     if not self.config.schema.context:  # The head wants at least a channel.
       return jnp.zeros((num_rows, 1), self.config.dtype)
     return self.tables(context, self.config.schema.context)

@@ -1,15 +1,17 @@
 """Scoring: one pass over a history, then any number of candidates.
 
 `scorer` is the class that users hold, `programs` what it compiles, `inputs`
-what it checks and pads on the host before, `fingerprint` how it knows its own
-caches.
+what it checks on the host before. `layout`, `transport` and `weights` say how
+requests, logits and parameters come to a program and from it; `fingerprint` is
+how a scorer knows its own caches.
 """
 
 from histjax.scoring.programs import score_microbatched, score_plain
-from histjax.scoring.scorer import Logits, Scorer, ScorerConfig
+from histjax.scoring.scorer import Logits, Pending, Scorer, ScorerConfig
 
 __all__ = [
   'Logits',
+  'Pending',
   'Scorer',
   'ScorerConfig',
   'score_microbatched',

@@ -1,11 +1,10 @@
-"""Checks and pads what goes into a model, on the host, before any work.
+"""Checks what goes into a model, and writes it where the program reads it.
 
-Every complaint is a ValueError that names the field, the value and what it
-should be. Features may be anything that `np.asarray` makes an array of ids or
-numbers. They become int32 and float32 of the shape asked for, with zeros as
-padding, so that neither types nor sizes make new programs. A device array that
-has all of that already stays where it is, and its values are not looked at: to
-read it back would stall the device. Others are read, padded and sent again.
+All of it is on the host, before any work. Every complaint is a ValueError that
+names the field, the value and what it should be. Features may be anything that
+`np.asarray` makes an array of ids or numbers; a device array is read back,
+which stalls the device. They become int32 and float32 of the padded shape,
+zeros in the padding, so that neither types nor sizes make new programs.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from histjax import key_range
 from histjax import schema as schema_lib
+from histjax.scoring import layout as layout_lib
 from histjax.types import Candidates, History, RankingBatch
 
 
@@ -41,17 +40,32 @@ def check_batch(
       than the history has.
   """
   check_type(batch, RankingBatch, 'batch')
-  length = lengths(schema, batch.history)
+  length, (rows, events) = lengths(schema, batch.history)
   shape = candidates_shape(schema, batch.candidates)
-  num_rows = len(length)
-  check_rows(shape[0], num_rows)
-  num_events = _shape_of(batch.history.features)[1]
+  check_rows(shape[0], rows)
+  real = real_candidates(batch.candidates)
+  seen = visible(batch.candidates, length, real, causal)
+  layout = layout_lib.Layout(
+    (
+      layout_lib.features('context', schema.context, (rows,)),
+      layout_lib.features('history', schema.history_features, (rows, events)),
+      layout_lib.features('candidates', schema.item_features, shape),
+    )
+  )
+  views = layout.views(np.zeros(layout.size, np.int32))
+  context(schema, batch.context, rows, views['context'])
+  history(schema, batch.history, length, views['history'])
+  candidates(schema, batch.candidates, shape, real, views['candidates'])
+  if seen is not None and real is not None:
+    seen = np.where(real, seen, 0)
   return batch.replace(
-    context=context(schema, batch.context, num_rows, num_rows),
-    history=history(schema, batch.history, length, (num_rows, num_events)),
-    candidates=candidates(
-      schema, batch.candidates, length, shape, causal
-    ).replace(mask=real_candidates(batch.candidates)),
+    context=views['context'].features,
+    history=History(views['history'].features, length),
+    candidates=Candidates(
+      views['candidates'].features,
+      seen,
+      None if batch.candidates.mask is None else np.array(batch.candidates.mask),
+    ),
   )
 
 
@@ -68,16 +82,16 @@ def context(
   schema: schema_lib.Schema,
   features: Mapping[str, Any],
   num_rows: int,
-  padded_rows: int,
-) -> dict[str, Any]:
-  """The context `{name: [B]}`, checked, `[padded_rows]`."""
-  return _features(
-    'context', features, schema.context, (num_rows,), (padded_rows,)
-  )
+  view: layout_lib.View,
+) -> None:
+  """Writes the context `{name: [B]}`."""
+  _write('context', features, schema.context, (num_rows,), None, view)
 
 
-def lengths(schema: schema_lib.Schema, value: History) -> np.ndarray:
-  """int32 `[B]`, the length of each history, checked against its features."""
+def lengths(
+  schema: schema_lib.Schema, value: History
+) -> tuple[np.ndarray, tuple[int, int]]:
+  """int32 `[B]`, the length of each history, and the features' `(B, L)`."""
   check_type(value, History, 'history')
   _check_names('history.features', value.features, schema.history_features)
   shape = _shape_of(value.features)
@@ -95,35 +109,27 @@ def lengths(schema: schema_lib.Schema, value: History) -> np.ndarray:
     )
   length = length.astype(np.int32)
   length.setflags(write=False)  # It becomes the cache's.
-  return length
+  return length, shape
 
 
 def history(
   schema: schema_lib.Schema,
   value: History,
   length: np.ndarray,
-  padded: tuple[int, int],
-) -> History:
-  """The history, checked up to each length, of shape `padded`.
-
-  Args:
-    schema: names the features.
-    value: `[B, L]`.
-    length: `lengths` of it.
-    padded: rows and events; those beyond every length may be cut.
-  """
+  view: layout_lib.View,
+) -> None:
+  """Writes the events up to each length, `[B, L]`; others may be cut."""
   shape = _shape_of(value.features)
-  real = np.arange(shape[1])[None, :] < length[:, None]
-  return History(
-    features=_features(
-      'history.features',
-      value.features,
-      schema.history_features,
-      shape,
-      padded,
-      real,
-    ),
-    length=_fill(length, None, padded[:1]),
+  real = None
+  if shape[1] and length.min(initial=shape[1]) < shape[1]:
+    real = np.arange(shape[1])[None, :] < length[:, None]
+  _write(
+    'history.features',
+    value.features,
+    schema.history_features,
+    shape,
+    real,
+    view,
   )
 
 
@@ -157,147 +163,169 @@ def candidates_shape(
 
 def real_candidates(value: Candidates) -> np.ndarray | None:
   """bool `[B, C]`, False at padding; None: there is none."""
-  return None if value.mask is None else np.asarray(value.mask)
+  if value.mask is None:
+    return None
+  mask = np.asarray(value.mask)
+  return None if mask.all() else mask
 
 
 def candidates(
   schema: schema_lib.Schema,
   value: Candidates,
-  length: np.ndarray,
-  padded: tuple[int, int],
-  causal: bool,
-) -> Candidates:
-  """The candidates, checked where `mask` is True, of shape `padded`.
-
-  Args:
-    schema: names the features.
-    value: `[B, C]`.
-    length: int32 `[B]`, of the histories.
-    padded: rows and candidates.
-    causal: whether an event sees earlier ones alone, so that a candidate may
-      see a part of the history.
-
-  Returns:
-    Candidates without a mask; `visible` None where that is all of the history.
-  """
-  shape = _shape_of(value.features)
-  real = real_candidates(value)
-  features = _features(
+  shape: tuple[int, int],
+  real: np.ndarray | None,
+  view: layout_lib.View,
+) -> None:
+  """Writes the candidates `[B, C]`, checked where they are real."""
+  _write(
     'candidates.features',
     value.features,
     schema.item_features,
     shape,
-    padded,
     real,
+    view,
   )
-  visible = _visible(value, length, real, causal)
-  if visible is not None:
-    visible = _fill(visible, real, padded)
-  return Candidates(features, visible)
 
 
-def count(value: Candidates, shape: tuple[int, int], rows: int) -> np.ndarray:
-  """int32 `[rows]`, the candidates of each row up to its last real one."""
-  real = real_candidates(value)
-  found = np.zeros(rows, np.int32)
+def count(
+  shape: tuple[int, int], real: np.ndarray | None, view: layout_lib.View
+) -> None:
+  """Writes int32 `[B]`, the candidates of each row up to its last real one."""
+  out = view.features['count']
   if real is None:
-    found[: shape[0]] = shape[1]
+    out[: shape[0]] = shape[1]
   else:
     end = np.arange(1, shape[1] + 1)[None, :]
-    found[: shape[0]] = np.where(real, end, 0).max(axis=1, initial=0)
-  return found
+    out[: shape[0]] = np.where(real, end, 0).max(axis=1, initial=0)
+  out[shape[0] :] = 0
 
 
-def _visible(
+def numbers(value: np.ndarray, view: layout_lib.View) -> None:
+  """Writes integers, zeros behind them."""
+  out = view.features[view.part.name]
+  if value.shape != out.shape:
+    out.fill(0)
+  out[tuple(map(slice, value.shape))] = value
+
+
+def visible(
   value: Candidates,
   length: np.ndarray,
   real: np.ndarray | None,
   causal: bool,
 ) -> np.ndarray | None:
+  """int `[B, C]`, checked where candidates are real; None: all events.
+
+  Args:
+    value: the candidates.
+    length: int32 `[B]`, of the histories.
+    real: of `real_candidates`.
+    causal: whether an event sees earlier ones alone, so that a candidate may
+      see a part of the history.
+  """
   if value.visible is None:
     return None
-  visible = _host('candidates.visible', value.visible)
-  _check_integers('candidates.visible', visible)
-  limit = np.broadcast_to(length[:, None], visible.shape)
+  seen = _host('candidates.visible', value.visible)
+  _check_integers('candidates.visible', seen)
+  limit = np.broadcast_to(length[:, None], seen.shape)
   if real is not None:
-    visible = np.where(real, visible, limit)
-  bad = (visible < 0) | (visible > limit)
+    seen = np.where(real, seen, limit)
+  bad = (seen < 0) | (seen > limit)
   if bad.any():
     row, column = np.argwhere(bad)[0]
     raise ValueError(
-      f'candidates.visible[{row}, {column}]={visible[row, column]} is '
+      f'candidates.visible[{row}, {column}]={seen[row, column]} is '
       f"outside [0, {length[row]}], the row's history.length"
     )
   if not causal:
-    key_range.check_bidirectional(visible, length)
-  if np.array_equal(visible, limit):
+    key_range.check_bidirectional(seen, length)
+  if np.array_equal(seen, limit):
     return None
-  return visible
+  return seen
 
 
-def _features(
+def _write(
   field: str,
-  features: Mapping[str, Any],
+  given: Mapping[str, Any],
   spec: Sequence[schema_lib.Feature],
   shape: tuple[int, ...],
-  padded: tuple[int, ...],
-  real: np.ndarray | None = None,
-) -> dict[str, Any]:
-  """The features of `spec`, checked where `real`, of shape `padded`."""
-  _check_names(field, features, spec)
-  whole = shape == padded and (real is None or bool(real.all()))
-  found: dict[str, Any] = {}
-  for feature in spec:
-    name = f'{field}[{feature.name!r}]'
-    value: Any = features[feature.name]
-    if not isinstance(value, jax.Array):
-      value = _host(name, value)
-    if value.shape != shape:
-      raise ValueError(f'{name} has shape {value.shape}; expected {shape}')
-    is_id = isinstance(feature, schema_lib.Categorical)
-    if value.dtype.kind not in ('iu' if is_id else 'f'):
-      wanted = 'integer ids' if is_id else 'floating-point values'
-      dtype = 'int32' if is_id else 'float32'
-      raise ValueError(
-        f'{name} has dtype {value.dtype}, as in {_example(value)}; expected '
-        f'{wanted}: make it an array of np.{dtype}'
-      )
-    wanted_type = np.dtype(np.int32 if is_id else np.float32)
-    if isinstance(value, jax.Array):
-      if whole and value.dtype == wanted_type:
-        found[feature.name] = value
-        continue
-      value = np.asarray(value)
-    _check_values(name, value, feature, real)
-    found[feature.name] = _fill(value, real, padded, wanted_type)
-  return found
-
-
-def _check_values(
-  name: str,
-  value: np.ndarray,
-  feature: schema_lib.Feature,
   real: np.ndarray | None,
+  view: layout_lib.View,
 ) -> None:
-  if isinstance(feature, schema_lib.Categorical):
-    bad = (value < 0) | (value >= feature.size)
-    wanted = f'an id in [0, {feature.size})'
-  else:
+  """Writes the features of `spec`, of `shape`, checked where `real`.
+
+  The values of all features are checked at once, where they were written.
+  """
+  _check_names(field, given, spec)
+  if shape != view.part.shape:
+    view.ids.fill(0)
+    view.dense.fill(0)
+  part = tuple(map(slice, map(min, shape, view.part.shape)))
+  good = True
+  for feature in spec:
+    value = given[feature.name]
+    if not isinstance(value, np.ndarray):
+      value = _host(f'{field}[{feature.name!r}]', value)
+    is_id = isinstance(feature, schema_lib.Categorical)
+    if value.shape != shape or value.dtype.kind not in ('iu' if is_id else 'f'):
+      raise _malformed(field, feature, value, shape)
+    if real is not None:
+      value = np.where(real, value, 0)
+    if is_id and value.dtype != np.int32:  # It could wrap.
+      good &= not value.size or bool(
+        0 <= value.min() and value.max() < feature.size
+      )
     with np.errstate(over='ignore'):
-      bad = ~np.isfinite(value.astype(np.float32, copy=False))
-    wanted = 'a finite number in float32'
-  if real is not None:
-    bad &= real
-  if bad.any():
-    where = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise ValueError(
-      f'{name}{list(where)} is {value[where]}; expected {wanted}'
-    )
+      view.features[feature.name][part] = value[part]
+  if view.part.ids and view.ids.size:
+    axes = tuple(range(1, view.ids.ndim))
+    largest = np.maximum.reduce(view.ids, axis=axes)  # -1 is the largest.
+    good &= bool((largest < view.part.sizes).all())
+  if not (good and np.isfinite(view.dense).all()):
+    raise _bad_value(field, given, spec, real)
+
+
+def _malformed(field, feature, value, shape) -> ValueError:
+  name = f'{field}[{feature.name!r}]'
+  if value.shape != shape:
+    return ValueError(f'{name} has shape {value.shape}; expected {shape}')
+  is_id = isinstance(feature, schema_lib.Categorical)
+  wanted = 'integer ids' if is_id else 'floating-point values'
+  dtype = 'int32' if is_id else 'float32'
+  return ValueError(
+    f'{name} has dtype {value.dtype}, as in {_example(value)}; expected '
+    f'{wanted}: make it an array of np.{dtype}'
+  )
+
+
+def _bad_value(field, given, spec, real) -> ValueError:
+  """Finds the first value that must not be."""
+  for feature in spec:
+    value = np.asarray(given[feature.name])
+    if isinstance(feature, schema_lib.Categorical):
+      bad = (value < 0) | (value >= feature.size)
+      wanted = f'an id in [0, {feature.size})'
+    else:
+      with np.errstate(over='ignore'):
+        bad = ~np.isfinite(value.astype(np.float32, copy=False))
+      wanted = 'a finite number in float32'
+    if real is not None:
+      bad &= real
+    if bad.any():
+      where = tuple(int(i) for i in np.argwhere(bad)[0])
+      return ValueError(
+        f'{field}[{feature.name!r}]{list(where)} is {value[where]}; expected '
+        f'{wanted}'
+      )
+  raise AssertionError(f'{field}: no bad value in {given}')
 
 
 def _check_names(
   field: str, features: Mapping[str, Any], spec: Sequence[schema_lib.Feature]
 ) -> None:
+  if isinstance(features, Mapping):
+    if len(features) == len(spec) and all(f.name in features for f in spec):
+      return
   wanted = [f.name for f in spec]
   if not isinstance(features, Mapping):
     raise ValueError(
@@ -344,28 +372,10 @@ def _host(field: str, value: Any) -> np.ndarray:
 def _shape_of(features: Mapping[str, Any]) -> tuple[int, ...]:
   """The shape of the first feature, which all must have."""
   name, value = next(iter(features.items()))
-  if not isinstance(value, jax.Array):
+  if not isinstance(value, np.ndarray):
     value = _host(f'features[{name!r}]', value)
   return value.shape
 
 
 def _example(value: Any) -> str:
   return repr(np.asarray(value).reshape(-1)[:1].tolist())[1:-1] or 'nothing'
-
-
-def _fill(
-  value: np.ndarray,
-  real: np.ndarray | None,
-  padded: tuple[int, ...],
-  dtype: Any = np.int32,
-) -> np.ndarray:
-  """Zeros of shape `padded`, with the real values at the beginning.
-
-  Always a copy: the device may read it when the caller has changed the array.
-  """
-  if value.shape == padded and (real is None or real.all()):
-    return value.astype(dtype)
-  out = np.zeros(padded, dtype)
-  part = tuple(map(slice, map(min, value.shape, padded)))
-  out[part] = value[part] if real is None else np.where(real, value, 0)[part]
-  return out

@@ -1,23 +1,36 @@
-"""What a scorer compiles: pure functions of a model, variables and inputs."""
+"""What a scorer compiles: pure functions, one program for each bucket.
+
+`score_microbatched` and `score_plain` are functions of a model, variables and
+inputs. `program` makes what a `Scorer` calls: the same on a request that lies
+in one array, with parameters as arguments, kept for the process, so that a
+second scorer of a config compiles nothing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from histjax.models.ranker import Ranker
-from histjax.types import Candidates, History, HistoryCache, RankingBatch
+from histjax.cache import HistoryCache
+from histjax.models import ranker
+from histjax.ops import devices, dispatch
+from histjax.scoring import layout as layout_lib
+from histjax.scoring import transport, weights
+from histjax.types import Candidates, History, RankingBatch
 
 
 def score_microbatched(
-  model: Ranker,
+  model: ranker.Ranker,
   variables: Mapping[str, Any],
   cache: HistoryCache,
   candidates: Candidates,
+  context: Mapping[str, Array],
   count: Int[Array, 'B'] | None = None,
   *,
   microbatch: int,
@@ -32,6 +45,7 @@ def score_microbatched(
     variables: of `models.ranker.pack`, or its `{'params': ...}`.
     cache: of `model.encode`.
     candidates: `[B, C]`, C at most or a multiple of `microbatch`.
+    context: `{name: [B]}`.
     count: as `Ranker.score`.
     microbatch: candidates per row and step.
 
@@ -43,14 +57,16 @@ def score_microbatched(
     here = count
     if count is not None:
       here = jnp.clip(count - first, 0, chunk.shape[1])
-    logits: Any = model.apply(variables, cache, chunk, here, method='score')
+    logits: Any = model.apply(
+      variables, cache, chunk, context, here, method='score'
+    )
     return logits
 
   return _in_chunks(score, candidates, microbatch)
 
 
 def score_plain(
-  model: Ranker,
+  model: ranker.Ranker,
   variables: Mapping[str, Any],
   batch: RankingBatch,
   *,
@@ -95,21 +111,191 @@ def score_plain(
   return _in_chunks(score, batch.candidates, microbatch)
 
 
-def extend(
-  model: Ranker,
-  variables: Mapping[str, Any],
-  cache: HistoryCache,
-  events: History,
-  *,
-  capacity: int,
-) -> HistoryCache:
-  """`Ranker.extend` of a cache that is first padded to `capacity` events."""
-  width = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0), (0, 0)]
-  cache = cache.replace(
-    keys=jnp.pad(cache.keys, width), values=jnp.pad(cache.values, width)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What all programs of a scorer have in common.
+
+  Attributes:
+    config: of the model.
+    microbatch: as `ScorerConfig`.
+    plain_microbatch: likewise.
+    spec: how parameters are packed.
+    target: to trace for.
+    transport: how requests come and logits go.
+  """
+
+  config: ranker.RankerConfig
+  microbatch: int
+  plain_microbatch: int
+  spec: weights.Spec
+  target: devices.Target
+  transport: transport.Transport
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The bucket of a program.
+
+  Attributes:
+    rows: B.
+    events: L, of the history that is read or of the new events.
+    candidates: C.
+    visible: whether candidates say what they see.
+    capacity: of the cache that `extend` makes.
+    donate: whether `extend` writes into the cache that it is given.
+  """
+
+  rows: int
+  events: int = 0
+  candidates: int = 0
+  visible: bool = False
+  capacity: int = 0
+  donate: bool = False
+
+
+class Program:
+  """A function of a packed request, compiled when it is first called.
+
+  Attributes:
+    layout: of the request.
+    traced: the function as it is compiled: of packed weights (`weights.pack`),
+      the cache's keys and values unless it reads histories, and the request.
+      It returns logits `[B, C, T]`, or the cache's keys and values.
+    call: the same, compiled.
+  """
+
+  def __init__(self, plan: Plan, kind: str, sizes: Sizes):
+    schema, rows = plan.config.schema, sizes.rows
+    events = (rows, sizes.events)
+    shape = (rows, sizes.candidates)
+    length = layout_lib.numbers('length', (rows,))
+    history = layout_lib.features('history', schema.history_features, events)
+    context = layout_lib.features('context', schema.context, (rows,))
+    candidates = layout_lib.features('candidates', schema.item_features, shape)
+    visible = ()
+    if sizes.visible:
+      visible = (layout_lib.numbers('visible', shape),)
+    parts = {
+      'encode': (length, history),
+      'extend': (length, layout_lib.numbers('count', (rows,)), history),
+      'score': (
+        length,
+        layout_lib.numbers('count', (rows,)),
+        context,
+        candidates,
+        *visible,
+      ),
+      'joint': (length, context, history, candidates, *visible),
+      'plain': (length, context, history, candidates, *visible),
+    }
+    self.layout = layout_lib.Layout(parts[kind])
+    body: Callable = _BODIES[kind]
+
+    def traced(packed, *arguments):
+      *cached, request = arguments
+      with dispatch.on(plan.target):
+        return body(
+          plan,
+          sizes,
+          plan.spec.variables(packed),
+          *cached,
+          self.layout.unpack(plan.transport.read(request)),
+        )
+
+    traced.__name__ = f'{kind}'  # In profiles and logs.
+    self.traced = traced
+    options: dict[str, Any] = {}
+    if kind in ('score', 'joint', 'plain'):
+      options['out_shardings'] = plan.transport.output
+    if sizes.donate:
+      options['donate_argnums'] = (1, 2)
+    self.call = jax.jit(traced, **options)
+
+
+@functools.cache
+def program(
+  plan: Plan,
+  kind: Literal['encode', 'score', 'extend', 'joint', 'plain'],
+  sizes: Sizes,
+) -> Program:
+  """The one program of a kind and bucket in this process."""
+  return Program(plan, kind, sizes)
+
+
+def _encode(plan, sizes, variables, parts):
+  del sizes
+  history = History(parts['history'], parts['length'])
+  cache: Any = ranker.Ranker(plan.config).apply(
+    variables, history, method='encode'
   )
-  longer: Any = model.apply(variables, cache, events, method='extend')
-  return longer
+  return cache.keys, cache.values
+
+
+def _score(plan, sizes, variables, keys, values, parts):
+  del sizes
+  logits = score_microbatched(
+    ranker.Ranker(plan.config),
+    variables,
+    HistoryCache(keys, values, parts['length']),
+    Candidates(parts['candidates'], parts.get('visible')),
+    parts['context'],
+    parts['count'],
+    microbatch=plan.microbatch,
+  )
+  return _stacked(plan, logits)
+
+
+def _extend(plan, sizes, variables, keys, values, parts):
+  width = [(0, 0), (0, 0), (0, sizes.capacity - keys.shape[2]), (0, 0), (0, 0)]
+  longer: Any = ranker.Ranker(plan.config).apply(
+    variables,
+    HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), parts['length']),
+    History(parts['history'], parts['count']),
+    method='extend',
+  )
+  return longer.keys, longer.values
+
+
+def _batch(parts):
+  return RankingBatch(
+    context=parts['context'],
+    history=History(parts['history'], parts['length']),
+    candidates=Candidates(parts['candidates'], parts.get('visible')),
+    labels={},
+    group=jnp.zeros_like(parts['length']),
+  )
+
+
+def _joint(plan, sizes, variables, parts):
+  del sizes
+  logits: Any = ranker.Ranker(plan.config).apply(variables, _batch(parts))
+  return _stacked(plan, logits)
+
+
+def _plain(plan, sizes, variables, parts):
+  del sizes
+  logits = score_plain(
+    ranker.Ranker(plan.config),
+    {'params': variables['params']},
+    _batch(parts),
+    microbatch=plan.plain_microbatch,
+  )
+  return _stacked(plan, logits)
+
+
+_BODIES = {
+  'encode': _encode,
+  'score': _score,
+  'extend': _extend,
+  'joint': _joint,
+  'plain': _plain,
+}
+
+
+def _stacked(plan, logits):
+  """`[B, C, T]`."""
+  tasks = plan.config.schema.tasks
+  return jnp.stack([logits[task.name] for task in tasks], axis=-1)
 
 
 def _in_chunks(

@@ -2,16 +2,17 @@
 
     scorer = Scorer.from_workdir('/tmp/run')      # or Scorer(config, params)
     batch = collate([scorer.make_row(context=.., history=.., candidates=..)])
-    cache = scorer.encode(context, history)       # one pass over the history
-    logits = scorer.score(cache, candidates)      # {task: [B, C]}
+    cache = scorer.encode(history)                # one pass over the history
+    logits = scorer.score(cache, candidates, context)  # {task: [B, C]}
     cache = scorer.extend(cache, new_events)      # the user did something
     logits = scorer.score_joint(batch)            # both, in a single pass
     logits = scorer.score_plain(batch)            # one row per candidate
 
 The three ways to score give the same logits from the same parameters. Inputs
-are padded to buckets, so that a program is compiled once per bucket (twice with
-`visible` and without) and not once per length; scores do not depend on the
-padding.
+are padded to buckets, so that a program is compiled once per bucket and not
+once per length; scores do not depend on the padding. (Candidates that say by
+`visible` that they see less than the whole history take a program of their
+own: when serving, none does.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
@@ -28,17 +29,13 @@ from absl import logging
 from jaxtyping import Float
 
 from histjax import buckets
+from histjax import cache as cache_lib
+from histjax.cache import CacheInfo, HistoryCache
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
-from histjax.scoring import compilations, inputs, programs
+from histjax.scoring import compilations, inputs, programs, transport, weights
 from histjax.scoring import fingerprint as fingerprint_lib
-from histjax.types import (
-  CacheInfo,
-  Candidates,
-  History,
-  HistoryCache,
-  RankingBatch,
-)
+from histjax.types import Candidates, History, RankingBatch
 
 if TYPE_CHECKING:
   from histjax.data import requests, rows
@@ -81,14 +78,31 @@ class ScorerConfig:
       object.__setattr__(self, field, sizes)
 
 
+class Pending:
+  """Logits that are being computed; see `Scorer.score_async`."""
+
+  def __init__(self, finish):
+    self._finish = finish
+    self._logits: Logits | None = None
+
+  def result(self) -> Logits:
+    """The logits, waited for.
+
+    Raises:
+      ValueError: a logit is not finite.
+    """
+    if self._logits is None:
+      self._logits = self._finish()
+    return self._logits
+
+
 class Scorer:
   """Scores candidates with one parameter set in three equal ways.
 
   Inputs are ragged through `length` and `mask`. They are checked and padded on
   the host (see `scoring.inputs`), and the logits, which have the caller's
   shape, come back to the host and are checked as well: a value that is large
-  enough to overflow, or an id outside its table in a device array, is a
-  ValueError and never a NaN.
+  enough to overflow is a ValueError and never a NaN.
   """
 
   def __init__(
@@ -110,38 +124,22 @@ class Scorer:
     self._run: run_lib.Run | None = None
     self._compilations = compilations.Counter()
     self._logged: set[tuple[str, str]] = set()
-    params = jax.device_put(params)
-    leaf = jax.tree.leaves(params)[0]
-    target = devices.Target.of(
-      dispatch.device_of(leaf if leaf.committed else None)
+    self._params = jax.device_put(params)
+    leaf = jax.tree.leaves(self._params)[0]
+    device = dispatch.device_of(leaf if leaf.committed else None)
+    self._weights, spec = weights.pack(config, self._params)
+    several = len(leaf.sharding.device_set) > 1
+    self._transport = transport.of_device(None if several else device)
+    self._plan = programs.Plan(
+      config,
+      self.options.microbatch,
+      self.options.plain_microbatch,
+      spec,
+      devices.Target.of(device),
+      self._transport,
     )
-    pack = jax.jit(functools.partial(ranker.pack, config))
-    self._params = {'params': params}
-    self._variables = {'params': params, **pack(params)}
-    model = ranker.Ranker(config)
-
-    def on_target(function: Callable, **options: Any) -> Callable:
-      """Of the model; traced for the device that will run it."""
-
-      def traced(variables, *args, **kwargs):
-        with dispatch.on(target):
-          return function(model, variables, *args, **options, **kwargs)
-
-      traced.__name__ = function.__name__  # In profiles and logs.
-      return traced
-
-    self._trace_score = on_target(
-      programs.score_microbatched, microbatch=self.options.microbatch
-    )
-    self._score = jax.jit(self._trace_score)
-    self._encode = jax.jit(on_target(_encode))
-    self._extend = jax.jit(
-      on_target(programs.extend), static_argnames='capacity'
-    )
-    self._joint = jax.jit(on_target(_joint))
-    self._plain = jax.jit(
-      on_target(programs.score_plain, microbatch=self.options.plain_microbatch)
-    )
+    # `programs.program` keeps them; to find one there is to hash a config.
+    self._programs: dict[tuple, programs.Program] = {}
 
   @classmethod
   def from_workdir(
@@ -220,15 +218,12 @@ class Scorer:
 
     A cache carries that of its maker, and another model refuses it.
     """
-    return fingerprint_lib.fingerprint(self.config, self._params['params'])
+    return fingerprint_lib.fingerprint(self.config, self._params)
 
-  def encode(
-    self, context: Mapping[str, Any], history: History
-  ) -> HistoryCache:
+  def encode(self, history: History) -> HistoryCache:
     """Reads each user's history once.
 
     Args:
-      context: `{name: [B]}`.
       history: `[B, L]`, real events first; `length` at most L.
 
     Returns:
@@ -238,22 +233,30 @@ class Scorer:
       ValueError: the fusion is not amortizable, or an input is malformed.
     """
     self.config.require_amortizable()
-    length = inputs.lengths(self.config.schema, history)
-    rows = self._rows(len(length))
-    padded_context = inputs.context(
-      self.config.schema, context, len(length), rows
-    )
-    padded = self._pad_history(history, length, rows)
-    with self._compilations.counting():
-      cache = self._encode(self._variables, padded_context, padded)
-    return cache.replace(info=CacheInfo(length, self.fingerprint))
+    schema = self.config.schema
+    length, _ = inputs.lengths(schema, history)
+    rows = buckets.fit(len(length), self.options.row_buckets, 'rows', 1)
+    events = self._history_bucket(int(length.max(initial=0)))
+    program = self._program('encode', programs.Sizes(rows, events))
+    slot = self._transport.slot(program.layout)
+    inputs.numbers(length, slot.views['length'])
+    inputs.history(schema, history, length, slot.views['history'])
+    keys, values = self._call(program, slot)
+    info = CacheInfo(length, self.fingerprint, self.options.row_buckets)
+    return HistoryCache.of_users(keys, values, info)
 
-  def score(self, cache: HistoryCache, candidates: Candidates) -> Logits:
+  def score(
+    self,
+    cache: HistoryCache,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+  ) -> Logits:
     """Scores candidates from a cache; cost does not include the history's.
 
     Args:
-      cache: of `encode` or `extend`.
+      cache: of `encode`, `extend`, `take` or `stack`.
       candidates: `[B, C]`; row b belongs to user b of the cache.
+      context: `{name: [B]}`, as it is at the time of the request.
 
     Returns:
       `{task: [B, C]}` float32; values at padding mean nothing.
@@ -263,15 +266,33 @@ class Scorer:
         `visible` beyond the history, another malformed input, or a logit that
         is not finite.
     """
-    shape, *arguments = self._score_arguments(cache, candidates)
-    with self._compilations.counting(), dispatch.record() as used:
-      logits = self._score(self._variables, *arguments)
+    return self.score_async(cache, candidates, context).result()
+
+  def score_async(
+    self,
+    cache: HistoryCache,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+  ) -> Pending:
+    """As `score`, but does not wait: several requests can be in flight.
+
+        pending = [scorer.score_async(*request) for request in requests]
+        logits = [x.result() for x in pending]
+
+    Inputs are checked and copied before it returns.
+    """
+    program, shape, slot = self._write_score(cache, candidates, context)
+    with dispatch.record() as used:
+      logits = self._call(program, slot, cache.keys, cache.values)
     if used:
       self._log(dispatch.names(used))
-    return _to_host(logits, shape, candidates)
+    return self._pending(program, slot, logits, shape, candidates)
 
   def backends(
-    self, cache: HistoryCache, candidates: Candidates
+    self,
+    cache: HistoryCache,
+    candidates: Candidates,
+    context: Mapping[str, Any],
   ) -> dict[str, str]:
     """What `score` would run: are the kernels used?
 
@@ -281,6 +302,7 @@ class Scorer:
     Args:
       cache: as `score`.
       candidates: likewise.
+      context: likewise.
 
     Returns:
       `{operation: implementation}`: `{'candidate_tower': 'pallas_tpu'}` is one
@@ -292,20 +314,29 @@ class Scorer:
       ValueError: as `score`.
       NotImplementedError: the named implementation cannot run here.
     """
-    _, *arguments = self._score_arguments(cache, candidates)
+    program, _, slot = self._write_score(cache, candidates, context)
     with dispatch.record() as used:
       # A new function: of one that it knows, JAX may keep the trace.
       jax.eval_shape(
-        lambda *x: self._trace_score(*x), self._variables, *arguments
+        lambda *x: program.traced(*x),
+        self._weights,
+        cache.keys,
+        cache.values,
+        slot.array,
       )
+    self._transport.release(program.layout, slot)
     return dispatch.names(used)
 
-  def extend(self, cache: HistoryCache, events: History) -> HistoryCache:
+  def extend(
+    self, cache: HistoryCache, events: History, *, donate: bool = True
+  ) -> HistoryCache:
     """Appends each user's new events; equals `encode` of the longer history.
 
     Args:
-      cache: of `encode` or `extend`.
+      cache: of `encode`, `extend`, `take` or `stack`.
       events: `[B, E]`, `length[b]` of them new for user b (0 for none).
+      donate: the events are written into the memory of `cache`, which must not
+        be used after; False: into a copy.
 
     Returns:
       A new cache; its capacity grows by buckets when a history outgrows it.
@@ -316,22 +347,32 @@ class Scorer:
         users, or the input is malformed.
     """
     self.config.require_extendable()
-    new = inputs.lengths(self.config.schema, events)
-    length = self._check_cache(cache, len(new), 'events').length.copy()
+    schema = self.config.schema
+    new, _ = inputs.lengths(schema, events)
+    info = self._check_cache(cache, len(new), 'events')
+    length = info.length.copy()
     length[: len(new)] += new
     length.setflags(write=False)
     longest = int(length.max(initial=0))
     capacity = cache.capacity
     if longest > capacity:
       capacity = self._history_bucket(longest)
-    # New events are few: buckets of their own, not the histories'.
-    num_events = buckets.bucket_size(int(new.max(initial=0)), 1)
-    padded = inputs.history(
-      self.config.schema, events, new, (cache.num_rows, num_events)
+    sizes = programs.Sizes(
+      cache.num_rows,
+      # New events are few: buckets of their own, not the histories'.
+      buckets.bucket_size(int(new.max(initial=0)), 1),
+      capacity=capacity,
+      donate=donate and capacity == cache.capacity,
     )
-    with self._compilations.counting():
-      longer = self._extend(self._params, cache, padded, capacity=capacity)
-    return longer.replace(info=CacheInfo(length, self.fingerprint))
+    program = self._program('extend', sizes)
+    slot = self._transport.slot(program.layout)
+    inputs.numbers(cache.length, slot.views['length'])
+    inputs.numbers(new, slot.views['count'])
+    inputs.history(schema, events, new, slot.views['history'])
+    keys, values = self._call(program, slot, cache.keys, cache.values)
+    return HistoryCache.of_users(
+      keys, values, dataclasses.replace(info, length=length)
+    )
 
   def score_joint(self, batch: RankingBatch) -> Logits:
     """Scores in one pass whose queries are the history and the candidates.
@@ -345,10 +386,7 @@ class Scorer:
     Raises:
       ValueError: an input is malformed, or a logit is not finite.
     """
-    shape, padded = self._pad_batch(batch, self.options.microbatch)
-    with self._compilations.counting():
-      logits = self._joint(self._variables, padded)
-    return _to_host(logits, shape, batch.candidates)
+    return self._score_batch('joint', batch, self.options.microbatch)
 
   def score_plain(self, batch: RankingBatch) -> Logits:
     """Scores each candidate as a row of its own; any fusion.
@@ -362,83 +400,100 @@ class Scorer:
     Raises:
       ValueError: an input is malformed, or a logit is not finite.
     """
-    shape, padded = self._pad_batch(batch, self.options.plain_microbatch)
-    with self._compilations.counting():
-      logits = self._plain(self._params, padded)
-    return _to_host(logits, shape, batch.candidates)
+    return self._score_batch('plain', batch, self.options.plain_microbatch)
 
-  def _score_arguments(self, cache: HistoryCache, candidates: Candidates):
-    """`(B, C)`, and what the program of `score` takes after the variables."""
+  def _score_batch(
+    self, kind: Literal['joint', 'plain'], batch: RankingBatch, multiple: int
+  ) -> Logits:
+    schema = self.config.schema
+    inputs.check_type(batch, RankingBatch, 'batch')
+    length, _ = inputs.lengths(schema, batch.history)
+    shape = inputs.candidates_shape(schema, batch.candidates)
+    inputs.check_rows(shape[0], len(length))
+    real = inputs.real_candidates(batch.candidates)
+    visible = inputs.visible(
+      batch.candidates, length, real, self.config.encoder.causal
+    )
+    sizes = programs.Sizes(
+      buckets.fit(shape[0], self.options.row_buckets, 'rows', 1),
+      self._history_bucket(int(length.max(initial=0))),
+      self._columns(shape[1], multiple),
+      visible is not None,
+    )
+    program = self._program(kind, sizes)
+    slot = self._transport.slot(program.layout)
+    views = slot.views
+    inputs.numbers(length, views['length'])
+    inputs.context(schema, batch.context, shape[0], views['context'])
+    inputs.history(schema, batch.history, length, views['history'])
+    inputs.candidates(schema, batch.candidates, shape, real, views['candidates'])
+    if visible is not None:
+      inputs.numbers(visible, views['visible'])
+    logits = self._call(program, slot)
+    return self._pending(
+      program, slot, logits, shape, batch.candidates
+    ).result()
+
+  def _write_score(
+    self,
+    cache: HistoryCache,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+  ) -> tuple[programs.Program, tuple[int, int], transport.Slot]:
+    """The program of `score`, `(B, C)`, and the request as written."""
     self.config.require_amortizable()
     schema = self.config.schema
     shape = inputs.candidates_shape(schema, candidates)
     info = self._check_cache(cache, shape[0], 'candidates')
-    columns = self._columns(shape[1], self.options.microbatch)
-    padded = inputs.candidates(
-      schema,
-      candidates,
-      info.length[: shape[0]],
-      (cache.num_rows, columns),
-      self.config.encoder.causal,
+    real = inputs.real_candidates(candidates)
+    visible = inputs.visible(
+      candidates, info.length[: shape[0]], real, self.config.encoder.causal
     )
-    count = inputs.count(candidates, shape, cache.num_rows)
-    return shape, cache, padded, count
+    sizes = programs.Sizes(
+      cache.num_rows,
+      cache.capacity,
+      self._columns(shape[1], self.options.microbatch),
+      visible is not None,
+    )
+    program = self._program('score', sizes)
+    slot = self._transport.slot(program.layout)
+    views = slot.views
+    inputs.numbers(cache.length, views['length'])
+    inputs.count(shape, real, views['count'])
+    inputs.context(schema, context, shape[0], views['context'])
+    inputs.candidates(schema, candidates, shape, real, views['candidates'])
+    if visible is not None:
+      inputs.numbers(visible, views['visible'])
+    return program, shape, slot
+
+  def _program(self, kind: Any, sizes: programs.Sizes) -> programs.Program:
+    key = (kind, sizes)
+    if key not in self._programs:
+      self._programs[key] = programs.program(self._plan, kind, sizes)
+    return self._programs[key]
+
+  def _call(
+    self, program: programs.Program, slot: transport.Slot, *cached: Any
+  ) -> Any:
+    with self._compilations.counting():
+      return program.call(self._weights, *cached, slot.array)
 
   def _check_cache(
     self, cache: HistoryCache, num_rows: int, what: str
   ) -> CacheInfo:
-    if not isinstance(cache, HistoryCache) or cache.info is None:
+    info = cache_lib.info_of(cache)
+    if info.fingerprint != self.fingerprint:
       raise ValueError(
-        f'cache is a {type(cache).__name__} that no Scorer made, or what a '
-        'transformation of JAX made of one; take it as encode or extend '
-        'returned it'
-      )
-    if cache.info.fingerprint != self.fingerprint:
-      raise ValueError(
-        f'cache was made by the model {cache.info.fingerprint[:12]}, and this '
+        f'cache was made by the model {info.fingerprint[:12]}, and this '
         f'scorer has {self.fingerprint[:12]}: another config or other '
         'parameters; encode the history again'
       )
-    if num_rows > cache.info.num_users:
+    if num_rows > info.num_users:
       raise ValueError(
-        f'{what} have {num_rows} rows, the cache {cache.info.num_users}; '
+        f'{what} have {num_rows} rows, the cache {info.num_users}; '
         'encode every user first'
       )
-    return cache.info
-
-  def _pad_batch(self, batch: RankingBatch, multiple: int):
-    """`(B, C)` and the batch, checked and padded."""
-    schema = self.config.schema
-    inputs.check_type(batch, RankingBatch, 'batch')
-    length = inputs.lengths(schema, batch.history)
-    shape = inputs.candidates_shape(schema, batch.candidates)
-    inputs.check_rows(shape[0], len(length))
-    rows = self._rows(shape[0])
-    padded = RankingBatch(
-      context=inputs.context(schema, batch.context, shape[0], rows),
-      history=self._pad_history(batch.history, length, rows),
-      candidates=inputs.candidates(
-        schema,
-        batch.candidates,
-        length,
-        (rows, self._columns(shape[1], multiple)),
-        self.config.encoder.causal,
-      ),
-      labels={},
-      group=np.zeros(rows, np.int32),
-    )
-    return shape, padded
-
-  def _pad_history(
-    self, history: History, length: np.ndarray, rows: int
-  ) -> History:
-    num_events = self._history_bucket(int(length.max(initial=0)))
-    return inputs.history(
-      self.config.schema, history, length, (rows, num_events)
-    )
-
-  def _rows(self, number: int) -> int:
-    return buckets.fit(number, self.options.row_buckets, 'rows', 1)
+    return info
 
   def _history_bucket(self, number: int) -> int:
     return buckets.fit(
@@ -463,35 +518,33 @@ class Scorer:
         self._logged.add(line)
         logging.info('%s runs as %r', *line)
 
+  def _pending(
+    self,
+    program: programs.Program,
+    slot: transport.Slot,
+    logits: jax.Array,
+    shape: tuple[int, int],
+    candidates: Candidates,
+  ) -> Pending:
+    def finish() -> Logits:
+      found = self._transport.fetch(logits)[: shape[0], : shape[1]]
+      self._transport.release(program.layout, slot)
+      if not np.isfinite(found).all():
+        self._check_finite(found, candidates)
+      tasks = self.config.schema.tasks
+      return {task.name: found[..., i] for i, task in enumerate(tasks)}
 
-def _encode(model, variables, context, history):
-  return model.apply(variables, context, history, method='encode')
+    return Pending(finish)
 
-
-def _joint(model, variables, batch):
-  return model.apply(variables, batch)
-
-
-def _to_host(
-  logits: Mapping[str, jax.Array],
-  shape: tuple[int, int],
-  candidates: Candidates,
-) -> Logits:
-  """Logits without padding; cut here, so that no size is a program."""
-  found = {}
-  for task, padded in jax.device_get(logits).items():
-    value = padded[: shape[0], : shape[1]]
-    bad = ~np.isfinite(value)
+  def _check_finite(self, found: np.ndarray, candidates: Candidates) -> None:
+    bad = ~np.isfinite(found)
+    real = inputs.real_candidates(candidates)
+    if real is not None:
+      bad &= real[..., None]
     if bad.any():
-      real = inputs.real_candidates(candidates)
-      bad = bad if real is None else bad & real
-    if bad.any():
-      row, column = np.argwhere(bad)[0]
+      row, column, i = np.argwhere(bad)[0]
       raise ValueError(
-        f'the logit {task!r} of row {row}, candidate {column} is '
-        f'{value[row, column]}: a dense value is too large for the network, an '
-        'id in a device array is outside its table, or a parameter is not '
-        'finite; check these'
+        f'the logit {self.config.schema.tasks[i].name!r} of row {row}, '
+        f'candidate {column} is {found[row, column, i]}: a dense value is too '
+        'large for the network, or a parameter is not finite; check these'
       )
-    found[task] = value
-  return found

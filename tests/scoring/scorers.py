@@ -64,7 +64,7 @@ def real(logits, batch):
 
 
 def cached(s, batch):
-  return s.score(s.encode(batch.context, batch.history), batch.candidates)
+  return s.score(s.encode(batch.history), batch.candidates, batch.context)
 
 
 def rows(tree, index):

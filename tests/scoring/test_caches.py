@@ -5,7 +5,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from histjax import scoring
-from histjax.types import CacheInfo
+from histjax.cache import CacheInfo
 from tests import support
 from tests.scoring.scorers import TOLERANCE, real, rows, scorer
 

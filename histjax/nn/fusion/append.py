@@ -47,19 +47,22 @@ class _SharedHistory(base.Transformer):
       values.append(value)
       if i + 1 == len(self.blocks):  # Nothing reads the last layer's events.
         break
-      if tower is None:
-        x = block(x, position, key, value, key_range, train=train)
-      else:
-        x = self._tower(
-          x,
-          position,
-          key[None],
-          value[None],
-          key_range,
-          tower.layer(i),
-          final_norm=False,
-        )
+      x = self._layer(i, tower, x, position, key, value, key_range, train=train)
     return jnp.stack(keys), jnp.stack(values)
+
+  def _layer(self, i, tower, x, position, key, value, key_range, *, train=False):
+    """Events after layer `i`, by the tower's kernel if it is not None."""
+    if tower is None:
+      return self.blocks[i](x, position, key, value, key_range, train=train)
+    return self._tower(
+      x,
+      position,
+      key[None],
+      value[None],
+      key_range,
+      tower.layer(i),
+      final_norm=False,
+    )
 
   def _tower(self, x, position, keys, values, key_range, weights, **options):
     """`ops.candidate_tower`; the residual stream between layers is float32."""
@@ -126,17 +129,16 @@ class _SharedHistory(base.Transformer):
       jnp.minimum(position, (length + count)[:, None] - 1) + 1,
       window=self.config.window,
     )
+    tower = self._packed(history=True)
     x = events
-    new_keys, new_values = [], []
     for i, block in enumerate(self.blocks):
       key, value = block.keys_values(x, position)
-      key = _written(keys[i], row, slot, key)
-      value = _written(values[i], row, slot, value)
-      new_keys.append(key)
-      new_values.append(value)
+      # One scatter into all layers: a donated cache is not copied.
+      keys = _written(keys, i, row, slot, key)
+      values = _written(values, i, row, slot, value)
       if i + 1 < len(self.blocks):
-        x = block(x, position, key, value, key_range)
-    return jnp.stack(new_keys), jnp.stack(new_values)
+        x = self._layer(i, tower, x, position, keys[i], values[i], key_range)
+    return keys, values
 
   def _candidates_see(self, length, visible, num_candidates):
     """The candidates' key ranges and their positions, behind what they see."""
@@ -147,9 +149,11 @@ class _SharedHistory(base.Transformer):
     return key_range, position
 
 
-def _written(cached, row, slot, new):
-  """The cache with new events; a slot outside of it is dropped."""
-  return cached.at[row, slot].set(new, mode='drop', wrap_negative_indices=False)
+def _written(cached, layer, row, slot, new):
+  """The cache with a layer's new events; a slot outside of it is dropped."""
+  return cached.at[layer, row, slot].set(
+    new, mode='drop', wrap_negative_indices=False
+  )
 
 
 class AppendCross(_SharedHistory):

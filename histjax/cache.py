@@ -1,0 +1,199 @@
+"""What scoring keeps of users: the keys and values of their histories.
+
+Users' states are values: `take` picks some, `stack` joins those of several
+caches, and both are padded to buckets, so that they compile little.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from histjax import buckets
+from histjax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheInfo:
+  """What the host knows of a cache, so that no call waits for the device.
+
+  Attributes:
+    length: int32 `[users]`, the events of each user; further rows are padding.
+    fingerprint: of the model that made it, `Scorer.fingerprint`.
+    row_buckets: `ScorerConfig.row_buckets`, that rows are padded to.
+  """
+
+  length: np.ndarray
+  fingerprint: str
+  row_buckets: tuple[int, ...] = ()
+
+  @property
+  def num_users(self) -> int:
+    """The number of real rows."""
+    return len(self.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryCache:
+  """Everything that scoring a candidate needs of a user's history.
+
+  Nothing of the request is in it. A pytree of its arrays. `info` is no part of
+  that: what comes out of `jax.jit` or `jax.tree.map` has none, and no program
+  is compiled once more for it.
+
+  Attributes:
+    keys: `[layers, B, L, N, H]`, per layer, rotated to absolute positions.
+    values: `[layers, B, L, N, H]`.
+    length: int32 `[B]`, the number of events encoded, in host memory if a
+      `Scorer` made it. `L` is the capacity.
+    info: of a cache that a `Scorer` made, for its checks; None: not known.
+  """
+
+  keys: Shaped[Array, 'layers B L N H']
+  values: Shaped[Array, 'layers B L N H']
+  length: Int[Array, 'B']
+  info: CacheInfo | None = None
+
+  @classmethod
+  def of_users(cls, keys: Array, values: Array, info: CacheInfo) -> HistoryCache:
+    """The cache whose `length` is that of `info`, 0 for padding."""
+    length = np.zeros(keys.shape[1], np.int32)
+    length[: info.num_users] = info.length
+    return cls(keys, values, length, info)
+
+  @property
+  def capacity(self) -> int:
+    """The number of events that fit, `L`."""
+    return self.keys.shape[2]
+
+  @property
+  def num_rows(self) -> int:
+    """The number of rows `B`, padding included."""
+    return self.keys.shape[1]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of device memory."""
+    return self.keys.nbytes + self.values.nbytes
+
+  def replace(self, **fields: Any) -> HistoryCache:
+    """A copy with other values in some fields."""
+    return dataclasses.replace(self, **fields)
+
+  def take(self, rows: Sequence[int]) -> HistoryCache:
+    """The states of some users, in this order; one may come twice.
+
+    Args:
+      rows: each in `[0, users)`; at least one.
+
+    Raises:
+      ValueError: a row is no user's, or no `Scorer` made the cache.
+    """
+    return stack([self], [rows])
+
+
+def stack(
+  caches: Sequence[HistoryCache], rows: Sequence[Sequence[int]] | None = None
+) -> HistoryCache:
+  """The states of all users of several caches, one after another.
+
+  One program for each number of caches and their shapes; of caches that are
+  all of one shape, one for each power of two.
+
+  Args:
+    caches: at least one, all of one model.
+    rows: of each cache, the users to take; None: all.
+
+  Returns:
+    A cache with the largest capacity of them, its rows padded to a bucket.
+
+  Raises:
+    ValueError: no caches, one that no `Scorer` made or that is of another
+      model than the first, or a row that is no user's.
+  """
+  if not caches:
+    raise ValueError('stack was given no caches; give at least one')
+  infos = [info_of(x) for x in caches]
+  first = infos[0]
+  for i, info in enumerate(infos):
+    if info.fingerprint != first.fingerprint:
+      raise ValueError(
+        f'caches[{i}] was made by the model {info.fingerprint[:12]}, caches[0] '
+        f'by {first.fingerprint[:12]}; stack those of one model'
+      )
+  if rows is None:
+    rows = [range(x.num_users) for x in infos]
+  if len(rows) != len(caches):
+    raise ValueError(f'{len(rows)} rows for {len(caches)} caches; give as many')
+  offset, index = 0, []
+  for i, (cache, info, part) in enumerate(
+    zip(caches, infos, rows, strict=True)
+  ):
+    for row in part:
+      if not 0 <= operator.index(row) < info.num_users:
+        raise ValueError(
+          f'row {row} of caches[{i}] is no user: it has {info.num_users}'
+        )
+      index.append(offset + operator.index(row))
+    offset += cache.num_rows
+  if not index:
+    raise ValueError('rows name no user; name at least one')
+  size = buckets.fit(len(index), first.row_buckets, 'rows', 1)
+  padded = np.zeros(size, np.int32)  # Padding is a copy that nobody sees.
+  padded[: len(index)] = index
+  arrays = [(x.keys, x.values) for x in caches]
+  if len({x.keys.shape for x in caches}) == 1:
+    arrays += [arrays[0]] * (buckets.bucket_size(len(arrays), 1) - len(arrays))
+  keys, values = _stack(*zip(*arrays, strict=True), padded)
+  length = np.concatenate(
+    [x.length[list(part)] for x, part in zip(infos, rows, strict=True)]
+  )
+  length.setflags(write=False)
+  return HistoryCache.of_users(
+    keys, values, dataclasses.replace(first, length=length)
+  )
+
+
+def info_of(cache: Any) -> CacheInfo:
+  """What the host knows of a cache; ValueError if that is nothing."""
+  if not isinstance(cache, HistoryCache) or cache.info is None:
+    raise ValueError(
+      f'cache is a {type(cache).__name__} that no Scorer made, or what a '
+      'transformation of JAX made of one; take it as encode or extend returned '
+      'it'
+    )
+  if isinstance(cache.keys, jax.Array) and cache.keys.is_deleted():
+    raise ValueError(
+      'cache was given to extend, which wrote the new events into its memory; '
+      'use the cache that extend returned, or extend with donate=False'
+    )
+  return cache.info
+
+
+@jax.jit
+def _stack(keys, values, index):
+  capacity = max(x.shape[2] for x in keys)
+
+  def join(parts):
+    parts = [
+      jnp.pad(x, [(0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0), (0, 0)])
+      for x in parts
+    ]
+    return jnp.concatenate(parts, axis=1)[:, index]
+
+  return join(keys), join(values)
+
+
+jax.tree_util.register_dataclass(
+  HistoryCache,
+  data_fields=['keys', 'values', 'length'],
+  meta_fields=[],
+  drop_fields=['info'],
+)

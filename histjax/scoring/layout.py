@@ -1,0 +1,124 @@
+"""Where the parts of a request lie in one array.
+
+A program that takes a request as one int32 array and gives its logits as one
+float32 array moves two buffers, where one of a feature each would cost as much
+as the model does. Dense values travel as their bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from histjax import schema as schema_lib
+
+
+class Part(NamedTuple):
+  """Features of one shape, one after another: ids, then dense values.
+
+  Attributes:
+    name: of the part, 'candidates' for example.
+    shape: of each feature, as padded.
+    ids: names of the categorical features.
+    dense: names of the others.
+    sizes: int `[ids]`, of their tables; None: any int32 will do.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  ids: tuple[str, ...] = ()
+  dense: tuple[str, ...] = ()
+  sizes: np.ndarray | None = None
+
+  @property
+  def size(self) -> int:
+    """The number of its values."""
+    return (len(self.ids) + len(self.dense)) * math.prod(self.shape)
+
+
+def features(
+  name: str, spec: Sequence[schema_lib.Feature], shape: tuple[int, ...]
+) -> Part:
+  """The part that holds the features of `spec`."""
+  ids = schema_lib.categorical(spec)
+  return Part(
+    name,
+    shape,
+    tuple(f.name for f in ids),
+    tuple(f.name for f in schema_lib.dense(spec)),
+    np.array([f.size for f in ids], np.int64),
+  )
+
+
+def numbers(name: str, shape: tuple[int, ...]) -> Part:
+  """The part that holds one array of integers, by the part's own name."""
+  return Part(name, shape, (name,))
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """A part within a buffer in host memory, to write to.
+
+  Attributes:
+    part: which.
+    features: `{name: int32 or float32, part.shape}`.
+    ids: uint32 `[ids, ..]`, all ids: one comparison finds a bad one.
+    dense: float32 `[dense, ..]`, all dense values.
+  """
+
+  part: Part
+  features: dict[str, np.ndarray]
+  ids: np.ndarray
+  dense: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+  """The parts of a request, one after another."""
+
+  parts: tuple[Part, ...]
+
+  @property
+  def size(self) -> int:
+    """The number of int32 values of a buffer."""
+    return sum(part.size for part in self.parts)
+
+  def views(self, buffer: np.ndarray) -> dict[str, View]:
+    """The parts of a buffer, int32 `[size]`, by name."""
+    found, offset = {}, 0
+    for part in self.parts:
+      here = buffer[offset : offset + part.size].reshape(-1, *part.shape)
+      ids, dense = here[: len(part.ids)], here[len(part.ids) :]
+      dense = dense.view(np.float32)
+      by_name = dict(zip(part.ids, ids, strict=True))
+      by_name |= dict(zip(part.dense, dense, strict=True))
+      found[part.name] = View(part, by_name, ids.view(np.uint32), dense)
+      offset += part.size
+    return found
+
+  def unpack(self, request: jax.Array) -> dict[str, Any]:
+    """What `views` were written to, in a program.
+
+    Args:
+      request: int32 `[size]`.
+
+    Returns:
+      By part, `{feature: array}`; of `numbers`, the array.
+    """
+    found: dict[str, Any] = {}
+    offset = 0
+    for part in self.parts:
+      here = request[offset : offset + part.size].reshape(-1, *part.shape)
+      by_name = {name: here[i] for i, name in enumerate(part.ids)}
+      for i, name in enumerate(part.dense, len(part.ids)):
+        by_name[name] = jax.lax.bitcast_convert_type(here[i], jnp.float32)
+      only = part.ids == (part.name,) and part.sizes is None
+      found[part.name] = by_name[part.name] if only else by_name
+      offset += part.size
+    return found

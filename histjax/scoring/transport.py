@@ -1,0 +1,102 @@
+"""How requests reach the device and logits come back.
+
+On a GPU both lie in pinned host memory that the program itself copies from and
+to, and the host looks whether it is done instead of going to sleep. On other
+platforms they are NumPy arrays, handed over and fetched.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import dataclasses
+import functools
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from histjax.scoring import layout as layout_lib
+
+_SPIN = 2e-3  # Seconds; to be woken up takes up to 50 microseconds.
+_yield = getattr(os, 'sched_yield', lambda: None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slot:
+  """Room for one request.
+
+  Attributes:
+    array: the program's argument, int32 `[layout.size]`.
+    views: where to write it.
+  """
+
+  array: Any
+  views: dict[str, layout_lib.View]
+
+
+@functools.cache
+def of_device(device: jax.Device | None) -> Transport:
+  """The one transport of a device; None: programs are spread over several."""
+  return Transport(device)
+
+
+class Transport:
+  """To and from one device, or several; see `of_device`."""
+
+  def __init__(self, device: jax.Device | None):
+    self._pinned = self._device = None
+    if device is not None and device.platform == 'gpu':
+      kinds = [m.kind for m in device.addressable_memories()]
+      if 'pinned_host' in kinds:
+        self._pinned = jax.sharding.SingleDeviceSharding(
+          device, memory_kind='pinned_host'
+        )
+        self._device = jax.sharding.SingleDeviceSharding(device)
+    # Of each layout, those that no request in flight holds. A slot that is not
+    # given back is garbage when its program has read it.
+    self._free: dict[layout_lib.Layout, collections.deque[Slot]] = (
+      collections.defaultdict(collections.deque)
+    )
+
+  @property
+  def output(self) -> Any:
+    """`out_shardings` of what is fetched."""
+    return self._pinned
+
+  def read(self, request: Any) -> Any:
+    """The request on the device; in a program."""
+    if self._pinned is None:
+      return request
+    return jax.device_put(request, self._device)
+
+  def slot(self, layout: layout_lib.Layout) -> Slot:
+    """A free slot. What it holds is left over."""
+    if self._pinned is None:  # A new one: the device may read it for long.
+      buffer = np.zeros(layout.size, np.int32)
+      return Slot(buffer, layout.views(buffer))
+    try:
+      return self._free[layout].pop()
+    except IndexError:
+      pass
+    array = jax.device_put(np.zeros(layout.size, np.int32), self._pinned)
+    array.block_until_ready()
+    memory = (ctypes.c_int32 * layout.size).from_address(
+      array.unsafe_buffer_pointer()
+    )
+    return Slot(array, layout.views(np.frombuffer(memory, np.int32)))
+
+  def release(self, layout: layout_lib.Layout, slot: Slot) -> None:
+    """Takes back a slot that its program has read."""
+    if self._pinned is not None:
+      self._free[layout].append(slot)
+
+  def fetch(self, array: jax.Array) -> np.ndarray:
+    """The array in host memory, waited for."""
+    if self._pinned is not None:
+      limit = time.perf_counter() + _SPIN
+      while not array.is_ready() and time.perf_counter() < limit:
+        _yield()  # To other threads.
+    return np.asarray(array)

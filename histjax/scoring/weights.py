@@ -1,0 +1,83 @@
+"""Parameters as a program's arguments, as few as pays.
+
+To start a program costs up to a microsecond an argument, which for the dozens
+of small matrices of a head is as long as they take to multiply. So the small
+ones are kept in one array, which the program cuts; XLA reads them in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from histjax.models import ranker
+
+_SMALL = 2**16
+"""Elements; a slice of a larger one that had to be copied would be felt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """How to get parameters back; equal for all parameters of a config.
+
+  Attributes:
+    tree: of the parameters.
+    shapes: of each leaf, in the tree's order.
+    small: whether each is kept in the one array.
+  """
+
+  tree: Any
+  shapes: tuple[tuple[int, ...], ...]
+  small: tuple[bool, ...]
+
+  def variables(self, packed: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a `Ranker` of what `pack` made; in a program."""
+    offset, large, leaves = 0, iter(packed['large']), []
+    for shape, small in zip(self.shapes, self.small, strict=True):
+      if not small:
+        leaves.append(next(large))
+        continue
+      size = math.prod(shape)
+      leaves.append(packed['small'][offset : offset + size].reshape(shape))
+      offset += size
+    params = jax.tree.unflatten(self.tree, leaves)
+    return {'params': params, **packed['collections']}
+
+
+def pack(
+  config: ranker.RankerConfig, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], Spec]:
+  """What to score with, and how programs read it.
+
+  Args:
+    config: of the model.
+    params: its parameters, on a device.
+
+  Returns:
+    `{'small': float32 [P], 'large': the other parameters, 'collections': of
+    models.ranker.pack}`, and how to read it.
+  """
+  paths, tree = jax.tree_util.tree_flatten_with_path(params)
+  leaves = [x for _, x in paths]
+  small = tuple(
+    x.size <= _SMALL and x.dtype == jnp.float32 and 'tables' not in str(path[0])
+    for path, x in paths
+  )
+  spec = Spec(tree, tuple(x.shape for x in leaves), small)
+  collections, joined = _prepare(config, spec, params)
+  large = [x for x, s in zip(leaves, small, strict=True) if not s]
+  return {'small': joined, 'large': large, 'collections': collections}, spec
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepare(config, spec, params):
+  leaves = jax.tree.leaves(params)
+  chosen = [x.reshape(-1) for x, s in zip(leaves, spec.small, strict=True) if s]
+  joined = jnp.concatenate(chosen) if chosen else jnp.zeros(0, jnp.float32)
+  return ranker.pack(config, params), joined
