@@ -183,8 +183,8 @@ def score(
       _row(join, log, shown, users[shown.codes[part[0]]], part) for part in some
     ]
     batch = rows.collate(made)
-    cache = scorer.encode(batch.context, batch.history)
-    for name, values in scorer.score(cache, batch.candidates).items():
+    cache = scorer.encode(batch.history)
+    for name, values in scorer.score(cache, batch.candidates, batch.context).items():
       logits = np.asarray(values, np.float32)
       for b, part in enumerate(some):
         own = logits[b, : len(part)]

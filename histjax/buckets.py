@@ -52,6 +52,11 @@ def fit(n: int, sizes: tuple[int, ...], what: str, smallest: int) -> int:
   )
 
 
+def of_new_events(n: int) -> int:
+  """What the events given to `extend` are padded to: few, so closely."""
+  return bucket_size(n, 1)
+
+
 def of_data(sizes: np.ndarray, limit: int) -> tuple[int, ...]:
   """Up to `limit` buckets for sizes that are all known, the last the longest's.
 

@@ -62,7 +62,9 @@ class HistoryCache:
   info: CacheInfo | None = None
 
   @classmethod
-  def of_users(cls, keys: Array, values: Array, info: CacheInfo) -> HistoryCache:
+  def of_users(
+    cls, keys: Array, values: Array, info: CacheInfo
+  ) -> HistoryCache:
     """The cache whose `length` is that of `info`, 0 for padding."""
     length = np.zeros(keys.shape[1], np.int32)
     length[: info.num_users] = info.length

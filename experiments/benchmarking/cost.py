@@ -183,7 +183,7 @@ def fusions(
     )
     way, call = 'joint', functools.partial(scorer.score_joint, batch)
     if scorer.config.amortizable:
-      cache = scorer.encode(batch.context, batch.history)
+      cache = scorer.encode(batch.history)
       way = 'cached'
       call = functools.partial(scorer.score, cache, batch.candidates)
     timing = timing_lib.measure(call, seconds=seconds)

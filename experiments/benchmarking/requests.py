@@ -151,14 +151,14 @@ def _request_calls(workload: workloads.Request, implementation):
     params,
     scoring.ScorerConfig(microbatch=max(1024, workload.num_candidates)),
   )
-  cache = scorer.encode(batch.context, batch.history)
+  cache = scorer.encode(batch.history)
 
   def encode():
-    return scorer.encode(batch.context, batch.history)
+    return scorer.encode(batch.history)
 
   calls: Calls = {
     'encode': encode,
-    'score': lambda: scorer.score(cache, batch.candidates),
+    'score': lambda: scorer.score(cache, batch.candidates, batch.context),
     'encode and score': lambda: scorer.score(encode(), batch.candidates),
     'joint': lambda: scorer.score_joint(batch),
   }

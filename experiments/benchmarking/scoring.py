@@ -112,12 +112,12 @@ def time_ways(
   scorer: scoring.Scorer, batch: RankingBatch, ceiling: float, seconds: float
 ) -> dict[str, Any]:
   """One entry of the `results` of `scoring_suite`."""
-  cache = scorer.encode(batch.context, batch.history)
+  cache = scorer.encode(batch.history)
   ways: dict[str, Callable] = {
     'plain': lambda: scorer.score_plain(batch),
     'joint': lambda: scorer.score_joint(batch),
-    'encode': lambda: scorer.encode(batch.context, batch.history),
-    'cached': lambda: scorer.score(cache, batch.candidates),
+    'encode': lambda: scorer.encode(batch.history),
+    'cached': lambda: scorer.score(cache, batch.candidates, batch.context),
   }
   counted = flops(scorer.config, batch)
   plain = ways['plain']()

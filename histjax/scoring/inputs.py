@@ -64,7 +64,9 @@ def check_batch(
     candidates=Candidates(
       views['candidates'].features,
       seen,
-      None if batch.candidates.mask is None else np.array(batch.candidates.mask),
+      None
+      if batch.candidates.mask is None
+      else np.array(batch.candidates.mask),
     ),
   )
 
@@ -275,8 +277,14 @@ def _write(
       good &= not value.size or bool(
         0 <= value.min() and value.max() < feature.size
       )
-    with np.errstate(over='ignore'):
-      view.features[feature.name][part] = value[part]
+    out = view.features[feature.name]
+    if shape != view.part.shape:
+      out, value = out[part], value[part]
+    if value.dtype.itemsize > 4:  # What overflows is found below.
+      with np.errstate(over='ignore'):
+        out[...] = value
+    else:
+      out[...] = value
   if view.part.ids and view.ids.size:
     axes = tuple(range(1, view.ids.ndim))
     largest = np.maximum.reduce(view.ids, axis=axes)  # -1 is the largest.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +132,7 @@ class Plan:
   transport: transport.Transport
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
   """The bucket of a program.
 
   Attributes:
@@ -160,7 +159,8 @@ class Program:
     layout: of the request.
     traced: the function as it is compiled: of packed weights (`weights.pack`),
       the cache's keys and values unless it reads histories, and the request.
-      It returns logits `[B, C, T]`, or the cache's keys and values.
+      It returns logits `[B, C, T]`; or the cache's keys and values, and a
+      number that is there when the request has been read.
     call: the same, compiled.
   """
 
@@ -228,7 +228,7 @@ def _encode(plan, sizes, variables, parts):
   cache: Any = ranker.Ranker(plan.config).apply(
     variables, history, method='encode'
   )
-  return cache.keys, cache.values
+  return cache.keys, cache.values, parts['length'][:1]
 
 
 def _score(plan, sizes, variables, keys, values, parts):
@@ -253,7 +253,7 @@ def _extend(plan, sizes, variables, keys, values, parts):
     History(parts['history'], parts['count']),
     method='extend',
   )
-  return longer.keys, longer.values
+  return longer.keys, longer.values, parts['length'][:1]
 
 
 def _batch(parts):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -33,7 +34,14 @@ from histjax import cache as cache_lib
 from histjax.cache import CacheInfo, HistoryCache
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
-from histjax.scoring import compilations, inputs, programs, transport, weights
+from histjax.scoring import (
+  ahead,
+  compilations,
+  inputs,
+  programs,
+  transport,
+  weights,
+)
 from histjax.scoring import fingerprint as fingerprint_lib
 from histjax.types import Candidates, History, RankingBatch
 
@@ -235,13 +243,14 @@ class Scorer:
     self.config.require_amortizable()
     schema = self.config.schema
     length, _ = inputs.lengths(schema, history)
-    rows = buckets.fit(len(length), self.options.row_buckets, 'rows', 1)
+    rows = self._rows(len(length))
     events = self._history_bucket(int(length.max(initial=0)))
     program = self._program('encode', programs.Sizes(rows, events))
     slot = self._transport.slot(program.layout)
     inputs.numbers(length, slot.views['length'])
     inputs.history(schema, history, length, slot.views['history'])
-    keys, values = self._call(program, slot)
+    keys, values, done = self._call(program, slot)
+    self._transport.release(program.layout, slot, done)
     info = CacheInfo(length, self.fingerprint, self.options.row_buckets)
     return HistoryCache.of_users(keys, values, info)
 
@@ -359,8 +368,7 @@ class Scorer:
       capacity = self._history_bucket(longest)
     sizes = programs.Sizes(
       cache.num_rows,
-      # New events are few: buckets of their own, not the histories'.
-      buckets.bucket_size(int(new.max(initial=0)), 1),
+      buckets.of_new_events(int(new.max(initial=0))),
       capacity=capacity,
       donate=donate and capacity == cache.capacity,
     )
@@ -369,9 +377,101 @@ class Scorer:
     inputs.numbers(cache.length, slot.views['length'])
     inputs.numbers(new, slot.views['count'])
     inputs.history(schema, events, new, slot.views['history'])
-    keys, values = self._call(program, slot, cache.keys, cache.values)
+    keys, values, done = self._call(program, slot, cache.keys, cache.values)
+    self._transport.release(program.layout, slot, done)
     return HistoryCache.of_users(
       keys, values, dataclasses.replace(info, length=length)
+    )
+
+  def warm_up(
+    self,
+    *,
+    rows: int,
+    events: int,
+    candidates: int,
+    new_events: int = 0,
+    visible: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+  ) -> ahead.WarmUp:
+    """Compiles ahead of time what requests up to these sizes will need.
+
+    After it none of `encode`, `score` and `extend` compiles, whatever the
+    sizes up to these. There is a program for each combination of buckets, so
+    name few of them in `ScorerConfig`.
+
+    Args:
+      rows: users at once.
+      events: of a history, new ones included.
+      candidates: of a user.
+      new_events: given to `extend` at once; 0: it is not used.
+      visible: whether candidates may say what they see.
+      cache_dir: JAX's persistent compilation cache, from now on and for the
+        whole process: the next process reads there what this one compiled.
+        None: as JAX is configured.
+
+    Returns:
+      How many programs there are, and how long they took.
+
+    Raises:
+      ValueError: the fusion is not amortizable or not extendable, a size is
+        not positive or beyond the largest bucket.
+    """
+    for name, size in (
+      ('rows', rows),
+      ('events', events),
+      ('candidates', candidates),
+    ):
+      if size < 1:
+        raise ValueError(f'{name}={size} must be at least 1')
+    if new_events < 0:
+      raise ValueError(f'new_events={new_events} must be at least 0')
+    self.config.require_amortizable()
+    if new_events:
+      self.config.require_extendable()
+    if cache_dir is not None:
+      jax.config.update('jax_compilation_cache_dir', os.fspath(cache_dir))
+      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    todo = list(
+      ahead.jobs(
+        ahead.up_to(rows, self._rows),
+        ahead.up_to(events, self._history_bucket),
+        ahead.up_to(
+          candidates, lambda n: self._columns(n, self.options.microbatch)
+        ),
+        new_events,
+        visible,
+      )
+    )
+    start = said = time.perf_counter()
+    before = self.num_compilations
+    logging.info('%d programs to compile; %s', len(todo), self.fingerprint[:12])
+    for i, job in enumerate(todo):
+      cached = ()
+      if job.capacity:  # A new one: the last may have been donated.
+        sizes = programs.Sizes(job.sizes.rows, job.capacity)
+        encode = self._program('encode', sizes)
+        slot = self._transport.slot(encode.layout)
+        *cached, done = self._call(encode, slot)
+        self._transport.release(encode.layout, slot, done)
+      program = self._program(job.kind, job.sizes)
+      slot = self._transport.slot(program.layout)
+      jax.block_until_ready(self._call(program, slot, *cached))
+      self._transport.release(program.layout, slot)
+      now = time.perf_counter()
+      if now > said + 10 or i + 1 == len(todo):
+        said = now
+        left = (now - start) / (i + 1) * (len(todo) - i - 1)
+        logging.info(
+          '%d of %d programs, %.0f s, %.0f s left',
+          i + 1,
+          len(todo),
+          now - start,
+          left,
+        )
+    return ahead.WarmUp(
+      len(todo),
+      self.num_compilations - before,
+      time.perf_counter() - start,
     )
 
   def score_joint(self, batch: RankingBatch) -> Logits:
@@ -415,7 +515,7 @@ class Scorer:
       batch.candidates, length, real, self.config.encoder.causal
     )
     sizes = programs.Sizes(
-      buckets.fit(shape[0], self.options.row_buckets, 'rows', 1),
+      self._rows(shape[0]),
       self._history_bucket(int(length.max(initial=0))),
       self._columns(shape[1], multiple),
       visible is not None,
@@ -426,7 +526,9 @@ class Scorer:
     inputs.numbers(length, views['length'])
     inputs.context(schema, batch.context, shape[0], views['context'])
     inputs.history(schema, batch.history, length, views['history'])
-    inputs.candidates(schema, batch.candidates, shape, real, views['candidates'])
+    inputs.candidates(
+      schema, batch.candidates, shape, real, views['candidates']
+    )
     if visible is not None:
       inputs.numbers(visible, views['visible'])
     logits = self._call(program, slot)
@@ -494,6 +596,9 @@ class Scorer:
         'encode every user first'
       )
     return info
+
+  def _rows(self, number: int) -> int:
+    return buckets.fit(number, self.options.row_buckets, 'rows', 1)
 
   def _history_bucket(self, number: int) -> int:
     return buckets.fit(

@@ -55,11 +55,15 @@ class Transport:
           device, memory_kind='pinned_host'
         )
         self._device = jax.sharding.SingleDeviceSharding(device)
-    # Of each layout, those that no request in flight holds. A slot that is not
-    # given back is garbage when its program has read it.
+    # Of each layout, the slots that no program will read any more, and those
+    # that one may still read, with a result of it. A slot that never comes back
+    # is garbage as soon as its program has read it.
     self._free: dict[layout_lib.Layout, collections.deque[Slot]] = (
       collections.defaultdict(collections.deque)
     )
+    self._lent: dict[
+      layout_lib.Layout, collections.deque[tuple[Slot, jax.Array]]
+    ] = collections.defaultdict(collections.deque)
 
   @property
   def output(self) -> Any:
@@ -74,24 +78,46 @@ class Transport:
 
   def slot(self, layout: layout_lib.Layout) -> Slot:
     """A free slot. What it holds is left over."""
-    if self._pinned is None:  # A new one: the device may read it for long.
-      buffer = np.zeros(layout.size, np.int32)
-      return Slot(buffer, layout.views(buffer))
     try:
       return self._free[layout].pop()
     except IndexError:
       pass
-    array = jax.device_put(np.zeros(layout.size, np.int32), self._pinned)
+    try:
+      slot, result = self._lent[layout].popleft()
+      if result.is_ready():
+        return slot
+      self._lent[layout].appendleft((slot, result))
+    except IndexError:
+      pass
+    buffer: Any = np.zeros(layout.size, np.int32)
+    if self._pinned is None:
+      return Slot(buffer, layout.views(buffer))
+    array = jax.device_put(buffer, self._pinned)
     array.block_until_ready()
+    # JAX has no other way to write where it reads. Nothing else does, and no
+    # program that reads it is running when a slot is free.
     memory = (ctypes.c_int32 * layout.size).from_address(
       array.unsafe_buffer_pointer()
     )
     return Slot(array, layout.views(np.frombuffer(memory, np.int32)))
 
-  def release(self, layout: layout_lib.Layout, slot: Slot) -> None:
-    """Takes back a slot that its program has read."""
-    if self._pinned is not None:
+  def release(
+    self,
+    layout: layout_lib.Layout,
+    slot: Slot,
+    result: jax.Array | None = None,
+  ) -> None:
+    """Takes a slot back.
+
+    Args:
+      layout: its.
+      slot: of `slot`.
+      result: of the program that reads it, to see when it has; None: it has.
+    """
+    if result is None:
       self._free[layout].append(slot)
+    else:
+      self._lent[layout].append((slot, result))
 
   def fetch(self, array: jax.Array) -> np.ndarray:
     """The array in host memory, waited for."""

@@ -15,7 +15,7 @@ class CacheTest(parameterized.TestCase):
     super().setUp()
     self.s = scorer()
     self.batch = support.batch(np.random.default_rng(0))
-    self.cache = self.s.encode(self.batch.context, self.batch.history)
+    self.cache = self.s.encode(self.batch.history)
 
   def other(self, params=None, **fields):
     config = support.config(**fields)

@@ -48,7 +48,7 @@ class BadInputTest(parameterized.TestCase):
     history = self.batch.history
     features = {k: v for k, v in history.features.items() if k != 'rating'}
     with self.assertRaisesRegex(ValueError, r"features\['rating'\] is missing"):
-      self.s.encode(self.batch.context, history.replace(features=features))
+      self.s.encode(history.replace(features=features))
 
   def test_id_outside_its_table(self):
     items = self.batch.candidates.features['item'].copy()
@@ -83,8 +83,8 @@ class BadInputTest(parameterized.TestCase):
 
     history = batch.history.replace(features=broken(batch.history.features))
     candidates = Candidates(broken(batch.candidates.features))
-    good = self.s.encode(batch.context, batch.history)
-    poisoned = self.s.encode(batch.context, history)
+    good = self.s.encode(batch.history)
+    poisoned = self.s.encode(history)
     broken_batch = batch.replace(candidates=candidates)
     for score, candidate in (
       (lambda: self.s.score(good, candidates), 3),
@@ -194,7 +194,7 @@ class BadInputTest(parameterized.TestCase):
   )
   def test_what_is_no_history(self, change, message):
     with self.assertRaisesRegex(ValueError, message):
-      self.s.encode(self.batch.context, self.batch.history.replace(**change))
+      self.s.encode(self.batch.history.replace(**change))
 
   @parameterized.parameters(
     ({'mask': np.ones((3, 5), np.int32)}, 'mask has dtype int32; expected bo'),
@@ -326,7 +326,7 @@ class BadInputTest(parameterized.TestCase):
     visible = candidates.visible.copy()
     visible[2, 0] = self.batch.history.length[2] + 1
     candidates = candidates.replace(visible=visible)
-    cache = self.s.encode(self.batch.context, self.batch.history)
+    cache = self.s.encode(self.batch.history)
     for score in (
       lambda: self.s.score_joint(self.batch.replace(candidates=candidates)),
       lambda: self.s.score(cache, candidates),
@@ -339,12 +339,12 @@ class BadInputTest(parameterized.TestCase):
   def test_length_beyond_the_features(self):
     history = self.batch.history.replace(length=np.array([1, 2, 10], np.int32))
     with self.assertRaisesRegex(ValueError, r'length spans \[1, 10\], outside'):
-      self.s.encode(self.batch.context, history)
+      self.s.encode(history)
 
   def test_history_beyond_the_largest_bucket(self):
     s = scorer(history_buckets=(4, 8))
     with self.assertRaisesRegex(ValueError, '9 events .* largest bucket, 8'):
-      s.encode(self.batch.context, self.batch.history)
+      s.encode(self.batch.history)
 
   def test_candidates_without_a_cached_user(self):
     cache = self.s.encode(
@@ -365,7 +365,7 @@ class BadInputTest(parameterized.TestCase):
   @parameterized.parameters('bidirectional', 'recency')
   def test_extend_what_new_events_would_change(self, variant):
     s = scorer(variant)
-    cache = s.encode(self.batch.context, self.batch.history)
+    cache = s.encode(self.batch.history)
     with self.assertRaisesRegex(ValueError, 'call encode on the longer'):
       s.extend(cache, self.batch.history)
 
@@ -383,7 +383,7 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, f"'{name}' cannot score from a cached.*{obstacle}.*append_cr"
     ):
-      s.encode(self.batch.context, self.batch.history)
+      s.encode(self.batch.history)
     np.testing.assert_allclose(  # It still scores, and equally.
       real(s.score_plain(self.batch), self.batch),
       real(s.score_joint(self.batch), self.batch),

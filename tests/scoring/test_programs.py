@@ -68,8 +68,8 @@ class ProgramsTest(parameterized.TestCase):
         history=like(batch.history),
         candidates=like(batch.candidates),
       )
-      cache = s.encode(batch.context, batch.history)
-      logits = s.score(cache, batch.candidates)
+      cache = s.encode(batch.history)
+      logits = s.score(cache, batch.candidates, batch.context)
       s.score_joint(batch)
       self.assertEqual(logits['click'].shape, (num_rows, num_candidates))
       self.assertIsInstance(logits['click'], np.ndarray)
@@ -97,7 +97,7 @@ class ProgramsTest(parameterized.TestCase):
   def test_new_events_have_small_buckets_of_their_own(self):
     s = self.new(history_buckets=(64,))
     batch = support.batch(np.random.default_rng(0), num_events=20)
-    cache = s.encode(batch.context, batch.history)
+    cache = s.encode(batch.history)
     for number, size in ((0, 1), (1, 1), (2, 2), (3, 4), (9, 16)):
       events = batch.history.replace(length=np.full(3, number, np.int32))
       with mock.patch.object(s, '_extend', return_value=cache) as extend:
@@ -150,7 +150,7 @@ class BackendsTest(parameterized.TestCase):
     batch = support.batch(
       np.random.default_rng(4), shared_visible=not s.config.encoder.causal
     )
-    cache = s.encode(batch.context, batch.history)
+    cache = s.encode(batch.history)
     visible = np.pad(
       batch.candidates.visible, ((0, cache.num_rows - 3), (0, 0))
     )
@@ -165,7 +165,7 @@ class BackendsTest(parameterized.TestCase):
       s._params, cache, candidates, method='score'
     )
     np.testing.assert_allclose(
-      real(s.score(cache, batch.candidates), batch),
+      real(s.score(cache, batch.candidates, batch.context), batch),
       real(rows(blocks, slice(0, 3)), batch),
       **TOLERANCE[s.config.dtype],
     )
@@ -175,13 +175,13 @@ class BackendsTest(parameterized.TestCase):
     _, params = support.init(config)
     s = scoring.Scorer(config, params)
     batch = support.batch(np.random.default_rng(0))
-    cache = s.encode(batch.context, batch.history)
+    cache = s.encode(batch.history)
     expected = s.backends(cache, batch.candidates)
     self.assertIn('candidate_tower', expected)
     self.assertEqual(s.num_compilations, 1)  # Of `encode` alone.
     with self.assertLogs('absl', level='INFO') as logs:
       for _ in range(2):
-        s.score(cache, batch.candidates)
+        s.score(cache, batch.candidates, batch.context)
     lines = [r.getMessage() for r in logs.records]
     self.assertEqual(lines, [f'{k} runs as {v!r}' for k, v in expected.items()])
     self.assertEqual(s.backends(cache, batch.candidates), expected)
@@ -191,11 +191,11 @@ class BackendsTest(parameterized.TestCase):
     expected = real(cached(scorer(), batch), batch)
     for name in ('numba_cpu', 'xla', 'reference'):
       s = scorer(candidate_tower=name)
-      cache = s.encode(batch.context, batch.history)
+      cache = s.encode(batch.history)
       used = s.backends(cache, batch.candidates)
       self.assertEqual(used['candidate_tower'], name)
       np.testing.assert_allclose(
-        real(s.score(cache, batch.candidates), batch),
+        real(s.score(cache, batch.candidates, batch.context), batch),
         expected,
         **TOLERANCE['float32'],
       )
@@ -212,7 +212,7 @@ class BackendsTest(parameterized.TestCase):
       mock.patch.object(ops, 'has_cpu_kernel', return_value=has),
       dispatch.record() as used,
     ):
-      s.encode(batch.context, batch.history)
+      s.encode(batch.history)
     name = 'numba_cpu' if kernel and dtype == 'float32' else None
     self.assertEqual(used.get('candidate_tower'), name and {name})
 
@@ -220,7 +220,7 @@ class BackendsTest(parameterized.TestCase):
     batch = support.batch(np.random.default_rng(0))
     config = support.config(encoder__attention='reference')
     s = scoring.Scorer(config, scorer()._params['params'])
-    cache = s.encode(batch.context, batch.history)
+    cache = s.encode(batch.history)
     self.assertEqual(
       s.backends(cache, batch.candidates), {'history_attention': 'reference'}
     )
@@ -253,7 +253,7 @@ class BackendsTest(parameterized.TestCase):
     device = jax.devices()[-1]
     s = scoring.Scorer(support.config(), jax.device_put(params, device))
     with ops.target_platform('tpu'):  # Of somebody else's program.
-      cache = s.encode(batch.context, batch.history)
+      cache = s.encode(batch.history)
       self.assertEqual(cache.keys.devices(), {device})
       used = s.backends(cache, batch.candidates)
     self.assertNotIn('pallas_tpu', used.values())
@@ -272,7 +272,7 @@ class BackendsTest(parameterized.TestCase):
   def test_an_unknown_backend(self):
     s = scorer(candidate_tower='cuda')
     batch = support.batch(np.random.default_rng(0))
-    cache = scorer().encode(batch.context, batch.history)
+    cache = scorer().encode(batch.history)
     for function, *arguments in (
       (s.encode, batch.context, batch.history),
       (s.score, cache, batch.candidates),
@@ -296,7 +296,7 @@ class BackendsTest(parameterized.TestCase):
       jax.debug.callback(lambda n: counts.append(n), count, ordered=True)
       return x
 
-    cache = s.encode(batch.context, batch.history)
+    cache = s.encode(batch.history)
     backend = dispatch.Backend(tower, dispatch.any_target)
     s = scoring.Scorer(s.config, s._params['params'], s.options)
     with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):

@@ -51,7 +51,7 @@ class EquivalenceTest(parameterized.TestCase):
     rng = np.random.default_rng(seed)
     batch = support.batch(rng, num_events=6)
     history = batch.history
-    cache = s.encode(batch.context, history.replace(length=0 * history.length))
+    cache = s.encode(history.replace(length=0 * history.length))
     for i in range(6):
       event = History(
         {k: v[:, i : i + 1] for k, v in history.features.items()},
@@ -60,7 +60,7 @@ class EquivalenceTest(parameterized.TestCase):
       cache = s.extend(cache, event)
     tolerance = TOLERANCE[s.config.dtype]
     np.testing.assert_allclose(
-      real(s.score(cache, batch.candidates), batch),
+      real(s.score(cache, batch.candidates, batch.context), batch),
       real(cached(s, batch), batch),
       **tolerance,
     )
@@ -81,10 +81,10 @@ class EquivalenceTest(parameterized.TestCase):
       },
       length - first,
     )
-    cache = s.extend(s.encode(batch.context, start), rest)
+    cache = s.extend(s.encode(start), rest)
     np.testing.assert_array_equal(np.asarray(cache.length)[:3], length)
     np.testing.assert_allclose(
-      real(s.score(cache, batch.candidates), batch),
+      real(s.score(cache, batch.candidates, batch.context), batch),
       real(cached(s, batch), batch),
       **TOLERANCE['float32'],
     )
@@ -96,7 +96,7 @@ class EquivalenceTest(parameterized.TestCase):
     batch = batch.replace(
       history=full, candidates=batch.candidates.replace(visible=None)
     )
-    cache = s.encode(batch.context, full.replace(length=full.length * 0 + 15))
+    cache = s.encode(full.replace(length=full.length * 0 + 15))
     self.assertEqual(cache.capacity, 16)
     tail = History(
       {k: v[:, 15:] for k, v in full.features.items()}, full.length - 15
@@ -104,7 +104,7 @@ class EquivalenceTest(parameterized.TestCase):
     cache = s.extend(cache, tail)
     self.assertEqual(cache.capacity, 64)
     np.testing.assert_allclose(
-      real(s.score(cache, batch.candidates), batch),
+      real(s.score(cache, batch.candidates, batch.context), batch),
       real(s.score_plain(batch), batch),
       **TOLERANCE['float32'],
     )

@@ -50,7 +50,9 @@ class _SharedHistory(base.Transformer):
       x = self._layer(i, tower, x, position, key, value, key_range, train=train)
     return jnp.stack(keys), jnp.stack(values)
 
-  def _layer(self, i, tower, x, position, key, value, key_range, *, train=False):
+  def _layer(
+    self, i, tower, x, position, key, value, key_range, *, train=False
+  ):
     """Events after layer `i`, by the tower's kernel if it is not None."""
     if tower is None:
       return self.blocks[i](x, position, key, value, key_range, train=train)

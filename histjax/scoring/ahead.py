@@ -1,0 +1,74 @@
+"""Which programs requests up to some sizes need, to compile them ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from histjax import buckets
+from histjax.scoring.programs import Sizes
+
+
+class WarmUp(NamedTuple):
+  """What `Scorer.warm_up` did.
+
+  Attributes:
+    num_programs: that are ready.
+    num_compilations: of them, those that were not ready before.
+    seconds: it took.
+  """
+
+  num_programs: int
+  num_compilations: int
+  seconds: float
+
+
+class Job(NamedTuple):
+  """A program, and the cache's capacity that it is given (0: it has none)."""
+
+  kind: Literal['encode', 'score', 'extend']
+  sizes: Sizes
+  capacity: int
+
+
+def jobs(
+  rows: Sequence[int],
+  lengths: Sequence[int],
+  columns: Sequence[int],
+  num_new: int,
+  visible: bool,
+) -> Iterator[Job]:
+  """The programs, those that make a cache before those that take it.
+
+  Args:
+    rows: buckets of rows.
+    lengths: buckets of histories, ascending.
+    columns: buckets of candidates.
+    num_new: the most events that `extend` is given at once; 0: none.
+    visible: whether candidates may say what they see.
+  """
+  news = up_to(num_new, buckets.of_new_events)
+  for number in rows:
+    for i, length in enumerate(lengths):
+      yield Job('encode', Sizes(number, length), 0)
+      for count in columns:
+        for seen in (False, True)[: 1 + visible]:
+          yield Job('score', Sizes(number, length, count, seen), length)
+      for new in news:
+        for donate in (True, False):
+          sizes = Sizes(number, new, capacity=length, donate=donate)
+          yield Job('extend', sizes, length)
+        # A cache of this capacity becomes one of a larger bucket if that needs
+        # no more new events than these.
+        for before, longer in zip(lengths[i:], lengths[i + 1 :], strict=False):
+          if before + 1 - length <= min(new, num_new):
+            yield Job('extend', Sizes(number, new, capacity=longer), length)
+
+
+def up_to(number: int, fit: Callable[[int], int]) -> list[int]:
+  """All that `fit`, which pads, makes of 1 to `number`."""
+  found, n = [], 1
+  while n <= number:
+    found.append(fit(n))
+    n = found[-1] + 1
+  return found
