@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias
 
 import flax.struct
-import jax
-import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 Array: TypeAlias = Any
