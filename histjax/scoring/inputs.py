@@ -268,15 +268,13 @@ def _write(
     value = given[feature.name]
     if not isinstance(value, np.ndarray):
       value = _host(f'{field}[{feature.name!r}]', value)
-    is_id = isinstance(feature, schema_lib.Categorical)
-    if value.shape != shape or value.dtype.kind not in ('iu' if is_id else 'f'):
+    table = feature.size if isinstance(feature, schema_lib.Categorical) else 0
+    if value.shape != shape or value.dtype.kind not in ('iu' if table else 'f'):
       raise _malformed(field, feature, value, shape)
     if real is not None:
       value = np.where(real, value, 0)
-    if is_id and value.dtype != np.int32:  # It could wrap.
-      good &= not value.size or bool(
-        0 <= value.min() and value.max() < feature.size
-      )
+    if table and value.dtype != np.int32:  # It could wrap.
+      good &= not value.size or bool(0 <= value.min() and value.max() < table)
     out = view.features[feature.name]
     if shape != view.part.shape:
       out, value = out[part], value[part]

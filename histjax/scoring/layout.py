@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,7 @@ class Part(NamedTuple):
 
 
 def features(
-  name: str, spec: Sequence[schema_lib.Feature], shape: tuple[int, ...]
+  name: str, spec: tuple[schema_lib.Feature, ...], shape: tuple[int, ...]
 ) -> Part:
   """The part that holds the features of `spec`."""
   ids = schema_lib.categorical(spec)
