@@ -167,7 +167,7 @@ def real_candidates(value: Candidates) -> np.ndarray | None:
   """bool `[B, C]`, False at padding; None: there is none."""
   if value.mask is None:
     return None
-  mask = np.asarray(value.mask)
+  mask = np.array(value.mask)  # Its own: it is read again with the logits.
   return None if mask.all() else mask
 
 
