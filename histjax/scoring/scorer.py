@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import Float
 
 from histjax import buckets
@@ -432,6 +433,7 @@ class Scorer:
     if cache_dir is not None:
       jax.config.update('jax_compilation_cache_dir', os.fspath(cache_dir))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+      compilation_cache.reset_cache()  # Or JAX keeps to the folder it opened.
     todo = list(
       ahead.jobs(
         ahead.up_to(rows, self._rows),
@@ -439,8 +441,8 @@ class Scorer:
         ahead.up_to(
           candidates, lambda n: self._columns(n, self.options.microbatch)
         ),
-        new_events,
-        visible,
+        min(new_events, events),
+        visible and self.config.encoder.causal,
       )
     )
     start = said = time.perf_counter()
