@@ -56,8 +56,8 @@ def check_batch(
   context(schema, batch.context, rows, views['context'])
   history(schema, batch.history, length, views['history'])
   candidates(schema, batch.candidates, shape, real, views['candidates'])
-  if seen is not None and real is not None:
-    seen = np.where(real, seen, 0)
+  if seen is not None:
+    seen = np.where(True if real is None else real, seen, 0).astype(np.int32)
   return batch.replace(
     context=views['context'].features,
     history=History(views['history'].features, length),
