@@ -184,7 +184,8 @@ def score(
     ]
     batch = rows.collate(made)
     cache = scorer.encode(batch.history)
-    for name, values in scorer.score(cache, batch.candidates, batch.context).items():
+    found = scorer.score(cache, batch.candidates, batch.context)
+    for name, values in found.items():
       logits = np.asarray(values, np.float32)
       for b, part in enumerate(some):
         own = logits[b, : len(part)]

@@ -32,7 +32,7 @@ def test_quickstart(tmp_path):
   assert found['cache'].info.length.tolist() == [2]
   scorer, cache, batch = (found[n] for n in ('scorer', 'cache', 'batch'))
   before = scorer.encode(batch.history)
-  again = scorer.score(before, batch.candidates)['click']
+  again = scorer.score(before, batch.candidates, batch.context)['click']
   np.testing.assert_allclose(again, found['logits']['click'], atol=1e-5)
   # Attention averages: of two equal events it reads what one says.
   twice = scorer.score(cache, batch.candidates, batch.context)['click']

@@ -227,13 +227,18 @@ class RankerTest(CompileTestCase):
   def test_cached_scoring(self, topology):
     cache = self.eval_shape(
       lambda params, batch: MODEL.apply(
-        {'params': params}, batch.context, batch.history, method='encode'
+        {'params': params}, batch.history, method='encode'
       ),
       self.params,
       self.batch,
     )
     program = self.program(
-      topology, 'score', self.params, cache, self.batch.candidates
+      topology,
+      'score',
+      self.params,
+      cache,
+      self.batch.candidates,
+      self.batch.context,
     )
     self.assert_kernels(program, **{FORWARD: 2})
 
@@ -256,12 +261,10 @@ class RankerTest(CompileTestCase):
     encode = functools.partial(MODEL.apply, method='encode')
     arguments: tuple = (batch,)
     if method == 'encode':
-      arguments = (batch.context, batch.history)
+      arguments = (batch.history,)
     elif method == 'score':
-      cache = self.eval_shape(
-        encode, {'params': self.params}, batch.context, batch.history
-      )
-      arguments = (cache, batch.candidates)
+      cache = self.eval_shape(encode, {'params': self.params}, batch.history)
+      arguments = (cache, batch.candidates, batch.context)
     where = jax.sharding.SingleDeviceSharding(devices(topology)[0])
     program = self.compile(
       topology,

@@ -126,9 +126,7 @@ def run(
     progress(f'{name}\n{scoring_suite.HEADER}')
     for n, m in sorted(points):
       batch = random_batch(config.schema, num_rows, n, m)
-      entry = scoring_suite.time_ways(
-        scorer, jax.device_put(batch), ceiling, seconds
-      )
+      entry = scoring_suite.time_ways(scorer, batch, ceiling, seconds)
       progress(scoring_suite.line(entry))
       counted = {w: num_rows * _formula(w, n, m, model) for w in _DRAWN}
       results.append({'fusion': name, **entry, 'formula': counted})
@@ -178,14 +176,14 @@ def fusions(
   results = []
   for name in fusion_lib.FUSIONS:
     scorer = _scorer(config, name)
-    batch = jax.device_put(
-      random_batch(config.schema, num_rows, num_events, num_candidates)
-    )
+    batch = random_batch(config.schema, num_rows, num_events, num_candidates)
     way, call = 'joint', functools.partial(scorer.score_joint, batch)
     if scorer.config.amortizable:
       cache = scorer.encode(batch.history)
       way = 'cached'
-      call = functools.partial(scorer.score, cache, batch.candidates)
+      call = functools.partial(
+        scorer.score, cache, batch.candidates, batch.context
+      )
     timing = timing_lib.measure(call, seconds=seconds)
     found[name] = 1e3 * timing.median
     results.append({'fusion': name, 'way': way, **dataclasses.asdict(timing)})

@@ -42,10 +42,12 @@ def flops(config: RankerConfig, batch: RankingBatch) -> dict[str, float]:
     return float(cost['flops'])
 
   def encode(variables, batch):
-    return model.apply(variables, batch.context, batch.history, method='encode')
+    return model.apply(variables, batch.history, method='encode')
 
-  def score(variables, cache, candidates):
-    return model.apply(variables, cache, candidates, method='score')
+  def score(variables, cache, batch):
+    return model.apply(
+      variables, cache, batch.candidates, batch.context, method='score'
+    )
 
   single = batch.replace(
     candidates=jax.tree.map(lambda x: x[:, :1], batch.candidates)
@@ -56,7 +58,7 @@ def flops(config: RankerConfig, batch: RankingBatch) -> dict[str, float]:
     'plain': num_candidates * count(model.apply, params, single),
     'joint': count(model.apply, params, batch),
     'encode': count(encode, params, batch),
-    'cached': count(score, params, cache, batch.candidates),
+    'cached': count(score, params, cache, batch),
   }
 
 
@@ -93,7 +95,6 @@ def scoring_suite(
   for num_events in lengths:
     for num_candidates in candidates:
       batch = random_batch(config.schema, num_rows, num_events, num_candidates)
-      batch = jax.device_put(batch)
       results.append(time_ways(scorer, batch, ceiling, seconds))
       progress(line(results[-1]))
   return {

@@ -44,29 +44,34 @@ def jobs(
     rows: buckets of rows.
     lengths: buckets of histories, ascending.
     columns: buckets of candidates.
-    num_new: the most events that `extend` is given at once; 0: none.
+    num_new: the most events that `extend` is given at once; 0: none. No more
+      than a history may have.
     visible: whether candidates may say what they see.
   """
   news = up_to(num_new, buckets.of_new_events)
+  fewest = [1, *(size + 1 for size in news)]
   for number in rows:
     for i, length in enumerate(lengths):
       yield Job('encode', Sizes(number, length), 0)
       for count in columns:
         for seen in (False, True)[: 1 + visible]:
           yield Job('score', Sizes(number, length, count, seen), length)
-      for new in news:
-        for donate in (True, False):
-          sizes = Sizes(number, new, capacity=length, donate=donate)
-          yield Job('extend', sizes, length)
+      for new, least in zip(news, fewest, strict=False):
+        if least <= length:
+          for donate in (True, False):
+            sizes = Sizes(number, new, capacity=length, donate=donate)
+            yield Job('extend', sizes, length)
         # A cache of this capacity becomes one of a larger bucket if that needs
-        # no more new events than these.
+        # no more new events than these, and holds them.
         for before, longer in zip(lengths[i:], lengths[i + 1 :], strict=False):
-          if before + 1 - length <= min(new, num_new):
+          if before + 1 - length <= min(new, num_new) and least <= longer:
             yield Job('extend', Sizes(number, new, capacity=longer), length)
 
 
 def up_to(number: int, fit: Callable[[int], int]) -> list[int]:
   """All that `fit`, which pads, makes of 1 to `number`."""
+  if number:
+    fit(number)  # Its error names this number, and not a smaller one.
   found, n = [], 1
   while n <= number:
     found.append(fit(n))

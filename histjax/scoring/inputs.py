@@ -56,8 +56,8 @@ def check_batch(
   context(schema, batch.context, rows, views['context'])
   history(schema, batch.history, length, views['history'])
   candidates(schema, batch.candidates, shape, real, views['candidates'])
-  if seen is not None and real is not None:
-    seen = np.where(real, seen, 0)
+  if seen is not None:
+    seen = np.where(True if real is None else real, seen, 0).astype(np.int32)
   return batch.replace(
     context=views['context'].features,
     history=History(views['history'].features, length),
@@ -167,7 +167,7 @@ def real_candidates(value: Candidates) -> np.ndarray | None:
   """bool `[B, C]`, False at padding; None: there is none."""
   if value.mask is None:
     return None
-  mask = np.asarray(value.mask)
+  mask = np.array(value.mask)  # Its own: it is read again with the logits.
   return None if mask.all() else mask
 
 
@@ -268,15 +268,13 @@ def _write(
     value = given[feature.name]
     if not isinstance(value, np.ndarray):
       value = _host(f'{field}[{feature.name!r}]', value)
-    is_id = isinstance(feature, schema_lib.Categorical)
-    if value.shape != shape or value.dtype.kind not in ('iu' if is_id else 'f'):
+    table = feature.size if isinstance(feature, schema_lib.Categorical) else 0
+    if value.shape != shape or value.dtype.kind not in ('iu' if table else 'f'):
       raise _malformed(field, feature, value, shape)
     if real is not None:
       value = np.where(real, value, 0)
-    if is_id and value.dtype != np.int32:  # It could wrap.
-      good &= not value.size or bool(
-        0 <= value.min() and value.max() < feature.size
-      )
+    if table and value.dtype != np.int32:  # It could wrap.
+      good &= not value.size or bool(0 <= value.min() and value.max() < table)
     out = view.features[feature.name]
     if shape != view.part.shape:
       out, value = out[part], value[part]

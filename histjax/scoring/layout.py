@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,13 +36,18 @@ class Part(NamedTuple):
   sizes: np.ndarray | None = None
 
   @property
+  def stacked(self) -> tuple[int, ...]:
+    """The shape of all of them."""
+    return (len(self.ids) + len(self.dense), *self.shape)
+
+  @property
   def size(self) -> int:
     """The number of its values."""
-    return (len(self.ids) + len(self.dense)) * math.prod(self.shape)
+    return math.prod(self.stacked)
 
 
 def features(
-  name: str, spec: Sequence[schema_lib.Feature], shape: tuple[int, ...]
+  name: str, spec: tuple[schema_lib.Feature, ...], shape: tuple[int, ...]
 ) -> Part:
   """The part that holds the features of `spec`."""
   ids = schema_lib.categorical(spec)
@@ -93,7 +97,7 @@ class Layout:
     """The parts of a buffer, int32 `[size]`, by name."""
     found, offset = {}, 0
     for part in self.parts:
-      here = buffer[offset : offset + part.size].reshape(-1, *part.shape)
+      here = buffer[offset : offset + part.size].reshape(part.stacked)
       ids, dense = here[: len(part.ids)], here[len(part.ids) :]
       dense = dense.view(np.float32)
       by_name = dict(zip(part.ids, ids, strict=True))
@@ -114,7 +118,7 @@ class Layout:
     found: dict[str, Any] = {}
     offset = 0
     for part in self.parts:
-      here = request[offset : offset + part.size].reshape(-1, *part.shape)
+      here = request[offset : offset + part.size].reshape(part.stacked)
       by_name = {name: here[i] for i, name in enumerate(part.ids)}
       for i, name in enumerate(part.dense, len(part.ids)):
         by_name[name] = jax.lax.bitcast_convert_type(here[i], jnp.float32)

@@ -172,7 +172,7 @@ class Program:
     history = layout_lib.features('history', schema.history_features, events)
     context = layout_lib.features('context', schema.context, (rows,))
     candidates = layout_lib.features('candidates', schema.item_features, shape)
-    visible = ()
+    visible: tuple[layout_lib.Part, ...] = ()
     if sizes.visible:
       visible = (layout_lib.numbers('visible', shape),)
     parts = {
@@ -189,7 +189,7 @@ class Program:
       'plain': (length, context, history, candidates, *visible),
     }
     self.layout = layout_lib.Layout(parts[kind])
-    body: Callable = _BODIES[kind]
+    body: Any = _BODIES[kind]
 
     def traced(packed, *arguments):
       *cached, request = arguments
@@ -202,7 +202,7 @@ class Program:
           self.layout.unpack(plan.transport.read(request)),
         )
 
-    traced.__name__ = f'{kind}'  # In profiles and logs.
+    traced.__name__ = kind  # In profiles and logs.
     self.traced = traced
     options: dict[str, Any] = {}
     if kind in ('score', 'joint', 'plain'):

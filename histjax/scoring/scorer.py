@@ -17,6 +17,7 @@ own: when serving, none does.)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import Float
 
 from histjax import buckets
@@ -290,12 +292,12 @@ class Scorer:
 
     Inputs are checked and copied before it returns.
     """
-    program, shape, slot = self._write_score(cache, candidates, context)
+    program, shape, real, slot = self._write_score(cache, candidates, context)
     with dispatch.record() as used:
       logits = self._call(program, slot, cache.keys, cache.values)
     if used:
       self._log(dispatch.names(used))
-    return self._pending(program, slot, logits, shape, candidates)
+    return self._pending(program, slot, logits, shape, real)
 
   def backends(
     self,
@@ -323,7 +325,7 @@ class Scorer:
       ValueError: as `score`.
       NotImplementedError: the named implementation cannot run here.
     """
-    program, _, slot = self._write_score(cache, candidates, context)
+    program, _, _, slot = self._write_score(cache, candidates, context)
     with dispatch.record() as used:
       # A new function: of one that it knows, JAX may keep the trace.
       jax.eval_shape(
@@ -431,6 +433,7 @@ class Scorer:
     if cache_dir is not None:
       jax.config.update('jax_compilation_cache_dir', os.fspath(cache_dir))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+      compilation_cache.reset_cache()  # Or JAX keeps to the folder it opened.
     todo = list(
       ahead.jobs(
         ahead.up_to(rows, self._rows),
@@ -438,8 +441,8 @@ class Scorer:
         ahead.up_to(
           candidates, lambda n: self._columns(n, self.options.microbatch)
         ),
-        new_events,
-        visible,
+        min(new_events, events),
+        visible and self.config.encoder.causal,
       )
     )
     start = said = time.perf_counter()
@@ -532,17 +535,17 @@ class Scorer:
     if visible is not None:
       inputs.numbers(visible, views['visible'])
     logits = self._call(program, slot)
-    return self._pending(
-      program, slot, logits, shape, batch.candidates
-    ).result()
+    return self._pending(program, slot, logits, shape, real).result()
 
   def _write_score(
     self,
     cache: HistoryCache,
     candidates: Candidates,
     context: Mapping[str, Any],
-  ) -> tuple[programs.Program, tuple[int, int], transport.Slot]:
-    """The program of `score`, `(B, C)`, and the request as written."""
+  ) -> tuple[
+    programs.Program, tuple[int, int], np.ndarray | None, transport.Slot
+  ]:
+    """The program of `score`, `(B, C)`, what is real, the written request."""
     self.config.require_amortizable()
     schema = self.config.schema
     shape = inputs.candidates_shape(schema, candidates)
@@ -566,7 +569,7 @@ class Scorer:
     inputs.candidates(schema, candidates, shape, real, views['candidates'])
     if visible is not None:
       inputs.numbers(visible, views['visible'])
-    return program, shape, slot
+    return program, shape, real, slot
 
   def _program(self, kind: Any, sizes: programs.Sizes) -> programs.Program:
     key = (kind, sizes)
@@ -629,21 +632,25 @@ class Scorer:
     slot: transport.Slot,
     logits: jax.Array,
     shape: tuple[int, int],
-    candidates: Candidates,
+    real: np.ndarray | None,
   ) -> Pending:
+    slots = [slot]
+
     def finish() -> Logits:
       found = self._transport.fetch(logits)[: shape[0], : shape[1]]
-      self._transport.release(program.layout, slot)
+      # Once, however often and from however many threads this is called: two
+      # requests in one slot would be mixed up.
+      with contextlib.suppress(IndexError):
+        self._transport.release(program.layout, slots.pop())
       if not np.isfinite(found).all():
-        self._check_finite(found, candidates)
+        self._check_finite(found, real)
       tasks = self.config.schema.tasks
       return {task.name: found[..., i] for i, task in enumerate(tasks)}
 
     return Pending(finish)
 
-  def _check_finite(self, found: np.ndarray, candidates: Candidates) -> None:
+  def _check_finite(self, found: np.ndarray, real: np.ndarray | None) -> None:
     bad = ~np.isfinite(found)
-    real = inputs.real_candidates(candidates)
     if real is not None:
       bad &= real[..., None]
     if bad.any():

@@ -63,9 +63,9 @@ class Transport:
     self._free: dict[layout_lib.Layout, collections.deque[Slot]] = (
       collections.defaultdict(collections.deque)
     )
-    self._lent: dict[
-      layout_lib.Layout, collections.deque[tuple[Slot, jax.Array]]
-    ] = collections.defaultdict(collections.deque)
+    self._lent: dict[layout_lib.Layout, collections.deque[tuple[Slot, Any]]] = (
+      collections.defaultdict(collections.deque)
+    )
 
   @property
   def output(self) -> Any:
@@ -98,7 +98,7 @@ class Transport:
     array.block_until_ready()
     # JAX has no other way to write where it reads. Nothing else does, and no
     # program that reads it is running when a slot is free.
-    memory = (ctypes.c_int32 * layout.size).from_address(
+    memory: Any = (ctypes.c_int32 * layout.size).from_address(
       array.unsafe_buffer_pointer()
     )
     return Slot(array, layout.views(np.frombuffer(memory, np.int32)))
@@ -107,7 +107,7 @@ class Transport:
     self,
     layout: layout_lib.Layout,
     slot: Slot,
-    result: jax.Array | None = None,
+    result: Any = None,
   ) -> None:
     """Takes a slot back.
 
@@ -121,7 +121,7 @@ class Transport:
     else:
       self._lent[layout].append((slot, result))
 
-  def fetch(self, array: jax.Array) -> np.ndarray:
+  def fetch(self, array: Any) -> np.ndarray:
     """The array in host memory, waited for."""
     if self._pinned is not None:
       limit = time.perf_counter() + _SPIN

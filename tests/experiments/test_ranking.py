@@ -191,8 +191,8 @@ def test_no_score_is_nan(trained, scores_of, monkeypatch):
   scorer, _ = trained
   whole = scorer.score
 
-  def broken(cache, candidates):
-    logits = whole(cache, candidates)
+  def broken(cache, candidates, context):
+    logits = whole(cache, candidates, context)
     bad = np.asarray(candidates.features['price']) == np.float32(0.4)
     return {k: np.where(bad, np.nan, v) for k, v in logits.items()}
 

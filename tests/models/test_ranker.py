@@ -181,7 +181,6 @@ class RankerTest(parameterized.TestCase):
     cached = jax.eval_shape(
       functools.partial(model.init, method='encode'),
       jax.random.key(0),
-      batch.context,
       batch.history,
     )
     # `encode` alone makes what it needs, and under the same names.
@@ -263,10 +262,10 @@ class RankerTest(parameterized.TestCase):
     history, candidates = broken(batch.history), broken(batch.candidates)
 
     def encode(history):
-      return apply(variables, batch.context, history, method='encode')
+      return apply(variables, history, method='encode')
 
     def score(cache, candidates):
-      return apply(variables, cache, candidates, method='score')
+      return apply(variables, cache, candidates, batch.context, method='score')
 
     good = encode(batch.history)
     for logits, expected in (
@@ -383,12 +382,12 @@ class CostTest(parameterized.TestCase):
   def cached(self, n, m):
     batch = self.rows(n, m)
     cache = jax.eval_shape(
-      lambda v, b: self.model.apply(v, b.context, b.history, method='encode'),
+      lambda v, b: self.model.apply(v, b.history, method='encode'),
       self.variables,
       batch,
     )
     return self.flops(
-      lambda v, c, x: self.model.apply(v, c, x, method='score'),
+      lambda v, c, x: self.model.apply(v, c, x, {}, method='score'),
       self.variables,
       cache,
       batch.candidates,

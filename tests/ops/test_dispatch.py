@@ -158,7 +158,8 @@ params = jax.jit(histjax.Ranker(config).init)(jax.random.key(0), batch)
 
 scorer = histjax.Scorer(config, params['params'])
 cache = scorer.encode(batch.history)
-assert np.isfinite(scorer.score(cache, batch.candidates, batch.context)['click']).all()
+logits = scorer.score(cache, batch.candidates, batch.context)
+assert np.isfinite(logits['click']).all()
 
 query = jax.ShapeDtypeStruct((1, 8, 1, 64), 'bfloat16')
 stop = jax.ShapeDtypeStruct((1, 8), 'int32')

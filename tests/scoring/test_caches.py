@@ -19,8 +19,12 @@ class CacheTest(parameterized.TestCase):
 
   def other(self, params=None, **fields):
     config = support.config(**fields)
-    params = self.s._params['params'] if params is None else params
+    params = self.s._params if params is None else params
     return scoring.Scorer(config, params)
+
+  def score(self, cache, s=None):
+    s = s or self.s
+    return s.score(cache, self.batch.candidates, self.batch.context)
 
   def test_carries_what_the_host_must_know(self):
     info = self.cache.info
@@ -41,20 +45,20 @@ class CacheTest(parameterized.TestCase):
 
   def test_a_row_beyond_the_last_user(self):
     four = rows(self.batch, np.array([0, 1, 2, 0]))
-    for method, argument, what in (
-      (self.s.score, four.candidates, 'candidates'),
-      (self.s.extend, four.history, 'events'),
-      (self.s.backends, four.candidates, 'candidates'),
+    for method, arguments, what in (
+      (self.s.score, (four.candidates, four.context), 'candidates'),
+      (self.s.extend, (four.history,), 'events'),
+      (self.s.backends, (four.candidates, four.context), 'candidates'),
     ):
       with self.assertRaisesRegex(
         ValueError, f'{what} have 4 rows, the cache 3; encode every user'
       ):
-        method(self.cache, argument)
+        method(self.cache, *arguments)
 
   def test_fewer_rows_than_users(self):
     two = rows(self.batch, slice(0, 2))
-    found = real(self.s.score(self.cache, two.candidates), two)
-    expected = self.s.score(self.cache, self.batch.candidates)
+    found = real(self.s.score(self.cache, two.candidates, two.context), two)
+    expected = self.score(self.cache)
     np.testing.assert_array_equal(found, real(rows(expected, slice(0, 2)), two))
     longer = self.s.extend(self.cache, two.history)
     length = self.batch.history.length.copy()
@@ -63,7 +67,7 @@ class CacheTest(parameterized.TestCase):
     np.testing.assert_array_equal(longer.length[:3], length)
 
   def test_one_of_another_model(self):
-    params = self.s._params['params']
+    params = self.s._params
     changed = jax.tree.map(lambda x: x, params)
     changed['tables']['item'] = changed['tables']['item'].at[39, 7].add(1e-6)
     for other in (
@@ -71,25 +75,26 @@ class CacheTest(parameterized.TestCase):
       self.other(encoder__window=4),
       self.other(encoder__positions='none'),
     ):
-      for method, argument in (
-        (other.score, self.batch.candidates),
-        (other.backends, self.batch.candidates),
-        (other.extend, self.batch.history),
+      request = (self.batch.candidates, self.batch.context)
+      for method, arguments in (
+        (other.score, request),
+        (other.backends, request),
+        (other.extend, (self.batch.history,)),
       ):
         with self.assertRaisesRegex(
           ValueError, 'cache was made by the model .*; encode the history again'
         ):
-          method(self.cache, argument)
+          method(self.cache, *arguments)
 
   def test_one_of_the_same_model(self):
     """In other containers, by other implementations."""
-    params = jax.tree.map(np.array, self.s._params['params'])
+    params = jax.tree.map(np.array, self.s._params)
     params = dict(reversed(params.items()))
     other = self.other(params, encoder__attention='reference')
     self.assertEqual(other.fingerprint, self.s.fingerprint)
     np.testing.assert_allclose(
-      real(other.score(self.cache, self.batch.candidates), self.batch),
-      real(self.s.score(self.cache, self.batch.candidates), self.batch),
+      real(self.score(self.cache, other), self.batch),
+      real(self.score(self.cache), self.batch),
       **TOLERANCE['float32'],
     )
 
@@ -98,7 +103,7 @@ class CacheTest(parameterized.TestCase):
     self.assertIsNone(mapped.info)
     for cache in (mapped, None, self.batch.history):
       with self.assertRaisesRegex(ValueError, 'that no Scorer made'):
-        self.s.score(cache, self.batch.candidates)
+        self.score(cache)
 
   def test_users_make_no_programs(self):
     traced = []

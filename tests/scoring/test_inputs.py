@@ -65,9 +65,8 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"\['item'\]\[1, 0\] is -1; exp"):
       self.s.score_joint(batch)
 
-  @parameterized.parameters(-1, -(2**31), 40, 2**31 - 1)
+  @parameterized.parameters(-1, -(2**31), 50, 2**31 - 1)
   def test_id_in_a_device_array_that_is_not(self, bad):
-    """It is not read, but no score comes of it."""
     batch = support.batch(
       np.random.default_rng(0), 4, 16, 16, shared_visible=True
     )
@@ -81,21 +80,27 @@ class BadInputTest(parameterized.TestCase):
       items[2, 3] = bad
       return {**features, 'item': jax.numpy.asarray(items)}
 
+    def replaced(candidates):
+      return batch.replace(candidates=candidates)
+
     history = batch.history.replace(features=broken(batch.history.features))
     candidates = Candidates(broken(batch.candidates.features))
-    good = self.s.encode(batch.history)
-    poisoned = self.s.encode(history)
-    broken_batch = batch.replace(candidates=candidates)
-    for score, candidate in (
-      (lambda: self.s.score(good, candidates), 3),
-      (lambda: self.s.score(poisoned, batch.candidates), 0),
-      (lambda: self.s.score_joint(broken_batch), 3),
-      (lambda: self.s.score_plain(broken_batch), 3),
+    context = {**batch.context, 'user': batch.context['user'].copy()}
+    context['user'][2] = bad
+    context = jax.device_put(context)
+    cache = self.s.encode(batch.history)
+    for field, call in (
+      ('candidates', lambda: self.s.score(cache, candidates, batch.context)),
+      ('candidates', lambda: self.s.backends(cache, candidates, batch.context)),
+      ('context', lambda: self.s.score(cache, batch.candidates, context)),
+      ('history', lambda: self.s.encode(history)),
+      ('history', lambda: self.s.extend(cache, history)),
+      ('candidates', lambda: self.s.score_joint(replaced(candidates))),
+      ('candidates', lambda: self.s.score_plain(replaced(candidates))),
     ):
-      with self.assertRaisesRegex(
-        ValueError, f"'click' of row 2, candidate {candidate} is nan"
-      ):
-        score()
+      at = {'context': r"\['user'\]\[2\]"}.get(field, r"\['item'\]\[2, 3\]")
+      with self.assertRaisesRegex(ValueError, rf'^{field}.*{at} is {bad}; exp'):
+        call()
 
   def test_padding_of_device_arrays_is_not_read(self):
     batch = support.batch(
@@ -213,24 +218,32 @@ class BadInputTest(parameterized.TestCase):
   def test_what_is_of_another_class(self):
     s, batch = self.s, self.batch
     two = rows(batch.candidates, slice(0, 2))
+    cache = s.encode(batch.history)
+
+    def score(context):
+      return s.score(cache, batch.candidates, context)
+
     for function, arguments, message in (
-      (s.encode, (None, batch.history), 'context is a NoneType; expected a d'),
+      (score, (None,), 'context is a NoneType; expected a dict'),
+      (s.encode, ({},), 'history is a dict; expected a histjax.History'),
+      (s.extend, (cache, {}), 'history is a dict; expected a histjax.History'),
       (
-        s.encode,
-        (batch.context, {}),
-        'history is a dict; expected a histjax.H',
+        s.score,
+        (cache, {}, batch.context),
+        'candidates is a dict; expected a histjax.Candidates',
       ),
       (s.score_joint, (None,), 'batch is a NoneType; expected a histjax.Rank'),
       (s.score_plain, (batch.replace(candidates={}),), 'candidates is a dict'),
       (
-        s.encode,
-        ({**batch.context, 'x': 1}, batch.history),
+        score,
+        ({**batch.context, 'x': 1},),
         r"context\['x'\] is not in the schema.*leave it out",
       ),
+      (score, ({'user': [1, 2, 3]},), r"context\['age'\] is missing"),
       (
-        s.encode,
-        ({'user': [1, 2, 3]}, batch.history),
-        r"context\['age'\] is missing",
+        score,
+        (rows(batch.context, slice(0, 2)),),
+        r"context\['user'\] has shape \(2,\); expected \(3,\)",
       ),
       (
         s.score_joint,
@@ -290,6 +303,15 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
       inputs.check_batch(support.SCHEMA, self.batch, causal=False)
 
+  def test_check_batch_of_nothing(self):
+    empty = support.batch(np.random.default_rng(0), num_events=0)
+    candidates = jax.tree.map(lambda x: x[:, :0], empty.candidates)
+    checked = inputs.check_batch(
+      support.SCHEMA, empty.replace(candidates=candidates)
+    )
+    self.assertEqual(checked.history.features['rating'].shape, (3, 0))
+    self.assertEqual(checked.candidates.shape, (3, 0))
+
   def test_inputs_are_copied(self):
     # The device may read them when the caller has changed the arrays.
     batch = support.batch(np.random.default_rng(0))
@@ -329,7 +351,7 @@ class BadInputTest(parameterized.TestCase):
     cache = self.s.encode(self.batch.history)
     for score in (
       lambda: self.s.score_joint(self.batch.replace(candidates=candidates)),
-      lambda: self.s.score(cache, candidates),
+      lambda: self.s.score(cache, candidates, self.batch.context),
     ):
       with self.assertRaisesRegex(
         ValueError, r'visible\[2, 0\].* is outside \[0, \d\]'
@@ -347,12 +369,9 @@ class BadInputTest(parameterized.TestCase):
       s.encode(self.batch.history)
 
   def test_candidates_without_a_cached_user(self):
-    cache = self.s.encode(
-      rows(self.batch.context, slice(0, 1)),
-      rows(self.batch.history, slice(0, 1)),
-    )
+    cache = self.s.encode(rows(self.batch.history, slice(0, 1)))
     with self.assertRaisesRegex(ValueError, '3 rows, the cache 1'):
-      self.s.score(cache, self.batch.candidates)
+      self.s.score(cache, self.batch.candidates, self.batch.context)
 
   def test_bidirectional_history_with_candidates_in_its_middle(self):
     s = scorer('bidirectional')
@@ -360,7 +379,7 @@ class BadInputTest(parameterized.TestCase):
       s.score_joint(self.batch)
     model = ranker.Ranker(s.config)
     with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
-      model.apply(s._variables, self.batch)
+      model.apply({'params': s._params}, self.batch)
 
   @parameterized.parameters('bidirectional', 'recency')
   def test_extend_what_new_events_would_change(self, variant):

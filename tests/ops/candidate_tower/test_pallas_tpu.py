@@ -219,19 +219,17 @@ class CompileTest(parameterized.TestCase):
     model, params = support.init(config)
     batch = support.batch(np.random.default_rng(0), 4, 300, 200)
     cache = jax.eval_shape(
-      lambda: model.apply(
-        {'params': params}, batch.context, batch.history, method='encode'
-      )
+      lambda: model.apply({'params': params}, batch.history, method='encode')
     )
 
-    def score(params, cache, candidates):
+    def score(params, cache, candidates, context):
       variables = {'params': params, **ranker.pack(config, params)}
       return scoring.score_microbatched(
-        model, variables, cache, candidates, microbatch=256
+        model, variables, cache, candidates, context, microbatch=256
       )
 
     device = devices('v5e:2x2')[0]
-    self.compile(device, score, params, cache, batch.candidates)
+    self.compile(device, score, params, cache, batch.candidates, batch.context)
 
 
 if __name__ == '__main__':
