@@ -57,6 +57,11 @@ def of_new_events(n: int) -> int:
   return bucket_size(n, 1)
 
 
+def of_requests(n: int) -> int:
+  """What requests that are scored at once are padded to in number."""
+  return bucket_size(n, 1)
+
+
 def of_data(sizes: np.ndarray, limit: int) -> tuple[int, ...]:
   """Up to `limit` buckets for sizes that are all known, the last the longest's.
 

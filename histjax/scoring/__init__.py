@@ -6,8 +6,9 @@ requests, logits and parameters come to a program and from it; `fingerprint` is
 how a scorer knows its own caches.
 """
 
+from histjax.scoring.flight import Logits, Pending
 from histjax.scoring.programs import score_microbatched, score_plain
-from histjax.scoring.scorer import Logits, Pending, Scorer, ScorerConfig
+from histjax.scoring.scorer import Scorer, ScorerConfig
 
 __all__ = [
   'Logits',

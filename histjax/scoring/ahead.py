@@ -37,6 +37,7 @@ def jobs(
   columns: Sequence[int],
   num_new: int,
   visible: bool,
+  requests: int = 1,
 ) -> Iterator[Job]:
   """The programs, those that make a cache before those that take it.
 
@@ -47,7 +48,9 @@ def jobs(
     num_new: the most events that `extend` is given at once; 0: none. No more
       than a history may have.
     visible: whether candidates may say what they see.
+    requests: the most that `score_many` is given of one bucket.
   """
+  together = up_to(requests, buckets.of_requests)
   news = up_to(num_new, buckets.of_new_events)
   fewest = [1, *(size + 1 for size in news)]
   for number in rows:
@@ -55,7 +58,9 @@ def jobs(
       yield Job('encode', Sizes(number, length), 0)
       for count in columns:
         for seen in (False, True)[: 1 + visible]:
-          yield Job('score', Sizes(number, length, count, seen), length)
+          for many in together:
+            sizes = Sizes(number, length, count, seen, requests=many)
+            yield Job('score', sizes, length)
       for new, least in zip(news, fewest, strict=False):
         if least <= length:
           for donate in (True, False):

@@ -81,12 +81,29 @@ class View:
   ids: np.ndarray
   dense: np.ndarray
 
+  def rows(self, index: int, number: int) -> View:
+    """One of `number` equal parts of the rows."""
+    size = self.part.shape[0] // number
+    here = slice(index * size, (index + 1) * size)
+    return View(
+      self.part._replace(shape=(size, *self.part.shape[1:])),
+      {name: x[here] for name, x in self.features.items()},
+      self.ids[:, here],
+      self.dense[:, here],
+    )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-  """The parts of a request, one after another."""
+  """The parts of a request, or of several at once, one after another.
+
+  Attributes:
+    parts: of all rows.
+    requests: that share the rows, each as many of them.
+  """
 
   parts: tuple[Part, ...]
+  requests: int = 1
 
   @property
   def size(self) -> int:
@@ -105,6 +122,15 @@ class Layout:
       found[part.name] = View(part, by_name, ids.view(np.uint32), dense)
       offset += part.size
     return found
+
+  def split(self, views: dict[str, View]) -> list[dict[str, View]]:
+    """The views of each request's rows."""
+    if self.requests == 1:
+      return [views]
+    return [
+      {name: view.rows(i, self.requests) for name, view in views.items()}
+      for i in range(self.requests)
+    ]
 
   def unpack(self, request: jax.Array) -> dict[str, Any]:
     """What `views` were written to, in a program.

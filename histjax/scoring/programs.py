@@ -142,6 +142,7 @@ class Sizes(NamedTuple):
     visible: whether candidates say what they see.
     capacity: of the cache that `extend` makes.
     donate: whether `extend` writes into the cache that it is given.
+    requests: scored at once, each with its own cache of `rows`.
   """
 
   rows: int
@@ -150,6 +151,7 @@ class Sizes(NamedTuple):
   visible: bool = False
   capacity: int = 0
   donate: bool = False
+  requests: int = 1
 
 
 class Program:
@@ -158,14 +160,15 @@ class Program:
   Attributes:
     layout: of the request.
     traced: the function as it is compiled: of packed weights (`weights.pack`),
-      the cache's keys and values unless it reads histories, and the request.
+      the cache's keys and values unless it reads histories (tuples of them if
+      there are several requests), and the request.
       It returns logits `[B, C, T]`; or the cache's keys and values, and a
       number that is there when the request has been read.
     call: the same, compiled.
   """
 
   def __init__(self, plan: Plan, kind: str, sizes: Sizes):
-    schema, rows = plan.config.schema, sizes.rows
+    schema, rows = plan.config.schema, sizes.rows * sizes.requests
     events = (rows, sizes.events)
     shape = (rows, sizes.candidates)
     length = layout_lib.numbers('length', (rows,))
@@ -188,7 +191,7 @@ class Program:
       'joint': (length, context, history, candidates, *visible),
       'plain': (length, context, history, candidates, *visible),
     }
-    self.layout = layout_lib.Layout(parts[kind])
+    self.layout = layout_lib.Layout(parts[kind], sizes.requests)
     body: Any = _BODIES[kind]
 
     def traced(packed, *arguments):
@@ -232,7 +235,8 @@ def _encode(plan, sizes, variables, parts):
 
 
 def _score(plan, sizes, variables, keys, values, parts):
-  del sizes
+  if sizes.requests > 1:
+    keys, values = (jnp.concatenate(x, axis=1) for x in (keys, values))
   logits = score_microbatched(
     ranker.Ranker(plan.config),
     variables,

@@ -17,19 +17,17 @@ own: when serving, none does.)
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
-from jaxtyping import Float
 
 from histjax import buckets
 from histjax import cache as cache_lib
@@ -39,20 +37,19 @@ from histjax.ops import devices, dispatch
 from histjax.scoring import (
   ahead,
   compilations,
+  flight,
   inputs,
   programs,
   transport,
   weights,
 )
 from histjax.scoring import fingerprint as fingerprint_lib
+from histjax.scoring.flight import Logits, Pending
 from histjax.types import Candidates, History, RankingBatch
 
 if TYPE_CHECKING:
   from histjax.data import requests, rows
   from histjax.training import run as run_lib
-
-Logits: TypeAlias = dict[str, Float[np.ndarray, 'B C']]
-"""`{task: [B, C]}`, float32 in host memory; at padding they mean nothing."""
 
 _SMALLEST_HISTORY = 16
 _SMALLEST_CANDIDATES = 16
@@ -86,24 +83,6 @@ class ScorerConfig:
     for field in ('history_buckets', 'candidate_buckets', 'row_buckets'):
       sizes = buckets.check(field, getattr(self, field))
       object.__setattr__(self, field, sizes)
-
-
-class Pending:
-  """Logits that are being computed; see `Scorer.score_async`."""
-
-  def __init__(self, finish):
-    self._finish = finish
-    self._logits: Logits | None = None
-
-  def result(self) -> Logits:
-    """The logits, waited for.
-
-    Raises:
-      ValueError: a logit is not finite.
-    """
-    if self._logits is None:
-      self._logits = self._finish()
-    return self._logits
 
 
 class Scorer:
@@ -292,12 +271,45 @@ class Scorer:
 
     Inputs are checked and copied before it returns.
     """
-    program, shape, real, slot = self._write_score(cache, candidates, context)
-    with dispatch.record() as used:
-      logits = self._call(program, slot, cache.keys, cache.values)
-    if used:
-      self._log(dispatch.names(used))
-    return self._pending(program, slot, logits, shape, real)
+    request = self._check_request(cache, candidates, context)
+    return self._fly([request])[0]
+
+  def score_many(
+    self,
+    requests: Sequence[tuple[HistoryCache, Candidates, Mapping[str, Any]]],
+  ) -> list[Logits]:
+    """Scores several requests as one: what waits at a server.
+
+    Requests whose caches have the same rows and capacity run in one program,
+    for each power of two of their number one; so many cost little more than
+    one.
+
+    Args:
+      requests: `(cache, candidates, context)` of each, as in `score`.
+
+    Returns:
+      The logits of each.
+
+    Raises:
+      ValueError: as `score`; then none is scored.
+    """
+    return [x.result() for x in self.score_many_async(requests)]
+
+  def score_many_async(
+    self,
+    requests: Sequence[tuple[HistoryCache, Candidates, Mapping[str, Any]]],
+  ) -> list[Pending]:
+    """As `score_many`, but does not wait."""
+    checked = [self._check_request(*request) for request in requests]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, request in enumerate(checked):
+      bucket = request.cache.num_rows, request.cache.capacity
+      groups.setdefault(bucket, []).append(i)
+    found: dict[int, Pending] = {}
+    for group in groups.values():
+      pending = self._fly([checked[i] for i in group])
+      found |= dict(zip(group, pending, strict=True))
+    return [found[i] for i in range(len(checked))]
 
   def backends(
     self,
@@ -325,7 +337,8 @@ class Scorer:
       ValueError: as `score`.
       NotImplementedError: the named implementation cannot run here.
     """
-    program, _, _, slot = self._write_score(cache, candidates, context)
+    request = self._check_request(cache, candidates, context)
+    program, slot = self._write([request])
     with dispatch.record() as used:
       # A new function: of one that it knows, JAX may keep the trace.
       jax.eval_shape(
@@ -392,12 +405,13 @@ class Scorer:
     events: int,
     candidates: int,
     new_events: int = 0,
+    requests: int = 1,
     visible: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
   ) -> ahead.WarmUp:
     """Compiles ahead of time what requests up to these sizes will need.
 
-    After it none of `encode`, `score` and `extend` compiles, whatever the
+    After it none of `encode`, `score`, `score_many` and `extend` compiles, whatever the
     sizes up to these. There is a program for each combination of buckets, so
     name few of them in `ScorerConfig`.
 
@@ -406,6 +420,7 @@ class Scorer:
       events: of a history, new ones included.
       candidates: of a user.
       new_events: given to `extend` at once; 0: it is not used.
+      requests: given to `score_many` at once.
       visible: whether candidates may say what they see.
       cache_dir: JAX's persistent compilation cache, from now on and for the
         whole process: the next process reads there what this one compiled.
@@ -422,6 +437,7 @@ class Scorer:
       ('rows', rows),
       ('events', events),
       ('candidates', candidates),
+      ('requests', requests),
     ):
       if size < 1:
         raise ValueError(f'{name}={size} must be at least 1')
@@ -443,6 +459,7 @@ class Scorer:
         ),
         min(new_events, events),
         visible and self.config.encoder.causal,
+        requests,
       )
     )
     start = said = time.perf_counter()
@@ -456,6 +473,8 @@ class Scorer:
         slot = self._transport.slot(encode.layout)
         *cached, done = self._call(encode, slot)
         self._transport.release(encode.layout, slot, done)
+        if (more := job.sizes.requests) > 1:
+          cached = [(x,) * more for x in cached]
       program = self._program(job.kind, job.sizes)
       slot = self._transport.slot(program.layout)
       jax.block_until_ready(self._call(program, slot, *cached))
@@ -535,41 +554,62 @@ class Scorer:
     if visible is not None:
       inputs.numbers(visible, views['visible'])
     logits = self._call(program, slot)
-    return self._pending(program, slot, logits, shape, real).result()
+    return self._pending(program, slot, logits, [(shape, real)])[0].result()
 
-  def _write_score(
+  def _check_request(
     self,
     cache: HistoryCache,
     candidates: Candidates,
     context: Mapping[str, Any],
-  ) -> tuple[
-    programs.Program, tuple[int, int], np.ndarray | None, transport.Slot
-  ]:
-    """The program of `score`, `(B, C)`, what is real, the written request."""
+  ) -> flight.Checked:
     self.config.require_amortizable()
-    schema = self.config.schema
-    shape = inputs.candidates_shape(schema, candidates)
+    shape = inputs.candidates_shape(self.config.schema, candidates)
     info = self._check_cache(cache, shape[0], 'candidates')
     real = inputs.real_candidates(candidates)
     visible = inputs.visible(
       candidates, info.length[: shape[0]], real, self.config.encoder.causal
     )
+    return flight.Checked(cache, candidates, context, shape, real, visible)
+
+  def _write(
+    self, requests: Sequence[flight.Checked]
+  ) -> tuple[programs.Program, transport.Slot]:
+    """The program of requests of one bucket, and what it is to read."""
+    first = requests[0].cache
     sizes = programs.Sizes(
-      cache.num_rows,
-      cache.capacity,
-      self._columns(shape[1], self.options.microbatch),
-      visible is not None,
+      first.num_rows,
+      first.capacity,
+      self._columns(max(x.shape[1] for x in requests), self.options.microbatch),
+      any(x.visible is not None for x in requests),
+      requests=buckets.of_requests(len(requests)),
     )
     program = self._program('score', sizes)
     slot = self._transport.slot(program.layout)
-    views = slot.views
-    inputs.numbers(cache.length, views['length'])
-    inputs.count(shape, real, views['count'])
-    inputs.context(schema, context, shape[0], views['context'])
-    inputs.candidates(schema, candidates, shape, real, views['candidates'])
-    if visible is not None:
-      inputs.numbers(visible, views['visible'])
-    return program, shape, real, slot
+    for views, request in zip(slot.requests, requests, strict=False):
+      request.write(self.config.schema, views)
+    for views in slot.requests[len(requests) :]:  # Of nobody.
+      views['length'].ids.fill(0)
+      views['count'].ids.fill(0)
+    return program, slot
+
+  def _fly(self, requests: Sequence[flight.Checked]) -> list[Pending]:
+    """Scores requests of one bucket."""
+    program, slot = self._write(requests)
+    first = requests[0].cache
+    keys: Any = first.keys
+    values: Any = first.values
+    if (more := len(slot.requests)) > 1:
+      caches = [x.cache for x in requests]
+      caches += [first] * (more - len(caches))
+      keys = tuple(x.keys for x in caches)
+      values = tuple(x.values for x in caches)
+    with dispatch.record() as used:
+      logits = self._call(program, slot, keys, values)
+    if used:
+      self._log(dispatch.names(used))
+    return self._pending(
+      program, slot, logits, [(x.shape, x.real) for x in requests]
+    )
 
   def _program(self, kind: Any, sizes: programs.Sizes) -> programs.Program:
     key = (kind, sizes)
@@ -631,32 +671,11 @@ class Scorer:
     program: programs.Program,
     slot: transport.Slot,
     logits: jax.Array,
-    shape: tuple[int, int],
-    real: np.ndarray | None,
-  ) -> Pending:
-    slots = [slot]
-
-    def finish() -> Logits:
-      found = self._transport.fetch(logits)[: shape[0], : shape[1]]
-      # Once, however often and from however many threads this is called: two
-      # requests in one slot would be mixed up.
-      with contextlib.suppress(IndexError):
-        self._transport.release(program.layout, slots.pop())
-      if not np.isfinite(found).all():
-        self._check_finite(found, real)
-      tasks = self.config.schema.tasks
-      return {task.name: found[..., i] for i, task in enumerate(tasks)}
-
-    return Pending(finish)
-
-  def _check_finite(self, found: np.ndarray, real: np.ndarray | None) -> None:
-    bad = ~np.isfinite(found)
-    if real is not None:
-      bad &= real[..., None]
-    if bad.any():
-      row, column, i = np.argwhere(bad)[0]
-      raise ValueError(
-        f'the logit {self.config.schema.tasks[i].name!r} of row {row}, '
-        f'candidate {column} is {found[row, column, i]}: a dense value is too '
-        'large for the network, or a parameter is not finite; check these'
-      )
+    requests: Sequence[tuple[tuple[int, int], np.ndarray | None]],
+  ) -> list[Pending]:
+    at_work = flight.Flight(program, slot, logits, self._transport)
+    rows = logits.shape[0] // len(slot.requests)
+    return [
+      Pending(at_work, i * rows, shape, real, self.config.schema.tasks)
+      for i, (shape, real) in enumerate(requests)
+    ]

@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from histjax.ops import devices
 from histjax.scoring import layout as layout_lib
 
+_CUDA = 2  # kDLCUDA.
 _SPIN = 3e-4
 """Seconds to look for a result before going to sleep, which is waking up late.
 
@@ -33,10 +35,46 @@ class Slot:
   Attributes:
     array: the program's argument, int32 `[layout.size]`.
     views: where to write it.
+    requests: the same, by the requests that share it.
+    memory: what `views` lie in, if `array` does not own it.
   """
 
   array: Any
   views: dict[str, layout_lib.View]
+  requests: list[dict[str, layout_lib.View]]
+  memory: Any = None
+
+
+class _OnGpu:
+  """A NumPy array in pinned memory, which an NVIDIA GPU reads as its own."""
+
+  def __init__(self, array: np.ndarray, device: jax.Device):
+    self._array = array
+    self._device = (_CUDA, device.local_hardware_id or 0)
+
+  def __dlpack_device__(self) -> tuple[int, int]:
+    return self._device
+
+  def __dlpack__(self, **options: Any) -> Any:
+    del options  # There is no stream to wait for, and nothing to copy.
+    capsule = self._array.__dlpack__()
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = (
+      ctypes.c_void_p,
+      [ctypes.py_object, ctypes.c_char_p],
+    )
+    # DLTensor is {void* data; {int32 device_type; int32 device_id}; ..}.
+    address = pointer(capsule, b'dltensor') + ctypes.sizeof(ctypes.c_void_p)
+    (ctypes.c_int32 * 2).from_address(address)[:] = self._device
+    return capsule
+
+
+def _on_gpu(array: np.ndarray, device: jax.Device) -> jax.Array:
+  """The array for programs, which read it where it is, over the bus.
+
+  It is a few kB that are read once: to copy them first takes longer.
+  """
+  return jax.dlpack.from_dlpack(_OnGpu(array, device))
 
 
 @functools.cache
@@ -49,7 +87,7 @@ class Transport:
   """To and from one device, or several; see `of_device`."""
 
   def __init__(self, device: jax.Device | None):
-    self._pinned = self._device = None
+    self._pinned = self._device = self._mapped = None
     if device is not None and device.platform == 'gpu':
       kinds = [m.kind for m in device.addressable_memories()]
       if 'pinned_host' in kinds:
@@ -57,6 +95,8 @@ class Transport:
           device, memory_kind='pinned_host'
         )
         self._device = jax.sharding.SingleDeviceSharding(device)
+        if devices.Target.of(device).platform == 'cuda':
+          self._mapped = functools.partial(_on_gpu, device=device)
     # Of each layout, the slots that no program will read any more, and those
     # that one may still read, with a result of it. A slot that never comes back
     # is garbage as soon as its program has read it.
@@ -74,7 +114,7 @@ class Transport:
 
   def read(self, request: Any) -> Any:
     """The request on the device; in a program."""
-    if self._pinned is None:
+    if self._pinned is None or self._mapped is not None:
       return request
     return jax.device_put(request, self._device)
 
@@ -91,17 +131,21 @@ class Transport:
       self._lent[layout].appendleft((slot, result))
     except IndexError:
       pass
-    buffer: Any = np.zeros(layout.size, np.int32)
+    buffer = np.zeros(layout.size, np.int32)
     if self._pinned is None:
-      return Slot(buffer, layout.views(buffer))
-    array = jax.device_put(buffer, self._pinned)
-    array.block_until_ready()
+      views = layout.views(buffer)
+      return Slot(buffer, views, layout.split(views))
+    pinned = jax.device_put(buffer, self._pinned)
+    pinned.block_until_ready()
     # JAX has no other way to write where it reads. Nothing else does, and no
     # program that reads it is running when a slot is free.
     memory: Any = (ctypes.c_int32 * layout.size).from_address(
-      array.unsafe_buffer_pointer()
+      pinned.unsafe_buffer_pointer()
     )
-    return Slot(array, layout.views(np.frombuffer(memory, np.int32)))
+    buffer = np.frombuffer(memory, np.int32)
+    views = layout.views(buffer)
+    array = pinned if self._mapped is None else self._mapped(buffer)
+    return Slot(array, views, layout.split(views), pinned)
 
   def release(
     self,

@@ -1,0 +1,125 @@
+"""Requests that were checked, and logits that are being computed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from histjax import schema as schema_lib
+from histjax.cache import HistoryCache
+from histjax.scoring import inputs, programs, transport
+from histjax.scoring import layout as layout_lib
+from histjax.types import Candidates
+
+Logits: TypeAlias = dict[str, Float[np.ndarray, 'B C']]
+"""`{task: [B, C]}`, float32 in host memory; at padding they mean nothing."""
+
+
+class Checked(NamedTuple):
+  """A request to score from a cache, whose shapes are right.
+
+  Attributes:
+    cache: of its users.
+    candidates: as given.
+    context: likewise.
+    shape: `(B, C)`.
+    real: bool `[B, C]`, False at padding; None: there is none.
+    visible: int `[B, C]`; None: all events.
+  """
+
+  cache: HistoryCache
+  candidates: Candidates
+  context: Mapping[str, Any]
+  shape: tuple[int, int]
+  real: np.ndarray | None
+  visible: np.ndarray | None
+
+  def write(
+    self, schema: schema_lib.Schema, views: Mapping[str, layout_lib.View]
+  ) -> None:
+    """Writes it where the program reads it; checks its values."""
+    inputs.numbers(self.cache.length, views['length'])
+    inputs.count(self.shape, self.real, views['count'])
+    inputs.context(schema, self.context, self.shape[0], views['context'])
+    inputs.candidates(
+      schema, self.candidates, self.shape, self.real, views['candidates']
+    )
+    if 'visible' in views:
+      visible = self.visible
+      if visible is None:
+        length = self.cache.length[: self.shape[0], None]
+        visible = np.broadcast_to(length, self.shape)
+      inputs.numbers(visible, views['visible'])
+
+
+class Flight:
+  """One program at work, for one request or several."""
+
+  def __init__(
+    self,
+    program: programs.Program,
+    slot: transport.Slot,
+    logits: jax.Array,
+    carrier: transport.Transport,
+  ):
+    self._program, self._slot = program, slot
+    self._logits: Any = logits
+    self._carrier = carrier
+    self._lock = threading.Lock()
+    self._fetched: np.ndarray | None = None
+
+  def fetch(self) -> np.ndarray:
+    """The logits `[B, C, T]` of all requests, waited for."""
+    with self._lock:
+      if self._fetched is None:
+        self._fetched = self._carrier.fetch(self._logits)
+        # Once: two requests in one slot would be mixed up.
+        self._carrier.release(self._program.layout, self._slot)
+        self._logits = self._slot = None  # type: ignore[assignment]
+      return self._fetched
+
+
+class Pending:
+  """Logits that are being computed; see `Scorer.score_async`."""
+
+  def __init__(
+    self,
+    flight: Flight,
+    first_row: int,
+    shape: tuple[int, int],
+    real: np.ndarray | None,
+    tasks: Sequence[schema_lib.Task],
+  ):
+    self._flight = flight
+    self._first_row = first_row
+    self._shape, self._real, self._tasks = shape, real, tasks
+
+  def result(self) -> Logits:
+    """The logits, waited for.
+
+    Raises:
+      ValueError: a logit is not finite.
+    """
+    rows, columns = self._shape
+    first = self._first_row
+    found = self._flight.fetch()[first : first + rows, :columns]
+    if not np.isfinite(found).all():
+      self._check(found)
+    return {task.name: found[..., i] for i, task in enumerate(self._tasks)}
+
+  def _check(self, found: np.ndarray) -> None:
+    bad = ~np.isfinite(found)
+    if self._real is not None:
+      bad &= self._real[..., None]
+    if bad.any():
+      row, column, i = np.argwhere(bad)[0]
+      raise ValueError(
+        f'the logit {self._tasks[i].name!r} of row {row}, candidate {column} '
+        f'is {found[row, column, i]}: a dense value is too large for the '
+        'network, or a parameter is not finite; check these'
+      )
