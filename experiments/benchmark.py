@@ -25,7 +25,6 @@ import benchmarking
 from benchmarking import cost, requests, suites, train_steps, workloads
 from benchmarking import report as report_lib
 from histjax import EncoderConfig, Ranker, RankerConfig, testing
-from histjax.data import synthetic
 from histjax.training import workdir
 
 _SUITES = {
@@ -72,6 +71,8 @@ def one_model(suite):
     params, values = checkpoints.load_params(_WORKDIR.value)
     config = identity.of_run(values, _WORKDIR.value).model
   else:
+    from histjax.data import synthetic  # Likewise.
+
     config = RankerConfig(
       schema=synthetic.schema(synthetic.SyntheticConfig()),
       encoder=EncoderConfig(

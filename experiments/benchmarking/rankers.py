@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarking.workloads import Request
@@ -99,55 +98,68 @@ def old_events(history: History) -> History:
 
 
 def params(workload: Request) -> dict[str, Any]:
-  """float32; tables and vectors are drawn as wide as those of trained models.
+  """float32 NumPy arrays, drawn as wide as those of trained models.
 
-  At first tables are small and biases zero: candidates would differ little, and
-  who forgot a bias would be right.
+  As initialized tables are small and biases zero: candidates would differ
+  little, and who forgot a bias would be right.
   """
   model = Ranker(config(workload))
-  found: Any = jax.jit(model.init)(jax.random.key(0), batch(workload, 0))
+  shapes: Any = jax.eval_shape(
+    model.init, jax.random.key(0), batch(workload, 0)
+  )
   rng = np.random.default_rng(0)
 
-  def widen(path, leaf):
-    if path[0].key == 'tables':
-      return 10 * leaf
-    if leaf.ndim == 1:
-      return leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
-    return leaf
+  def draw(path, leaf):
+    kind = 'table' if path[0].key == 'tables' else path[-1].key
+    scale = {'table': 0.5, 'kernel': leaf.shape[0] ** -0.5}.get(kind, 0.1)
+    found = rng.standard_normal(leaf.shape, np.float32) * np.float32(scale)
+    return found + np.float32(kind == 'scale')
 
-  return jax.tree_util.tree_map_with_path(widen, found['params'])
+  return jax.tree_util.tree_map_with_path(draw, shapes['params'])
 
 
 def expected(
   workload: Request,
   parameters: Mapping[str, Any],
-  requests: list[Inputs],
-  call: str,
-  index: int,
-) -> Logits:
-  """What a call must give: the joint pass in float32, layer by layer."""
-  request, first = requests[index], requests[0].history
-  history = request.history
-  if call == 'score':
-    history = first
-  elif call == 'extend and score':
-    history = jax.tree.map(
-      np.copy, dataclasses.replace(first, features=dict(first.features))
-    )
-    for name, new in request.new_events.features.items():
-      history.features[name][:, -NEW_EVENTS:] = new
+  requests: Sequence[Inputs],
+  indices: Sequence[int],
+) -> dict[str, list[Logits]]:
+  """What calls must give: the joint pass in float32, layer by layer.
+
+  Args:
+    workload: of the model.
+    parameters: of `params`.
+    requests: all of them.
+    indices: which ones of them to score.
+
+  Returns:
+    By call, the logits of each index.
+  """
   plain = dataclasses.replace(
     config(workload, attention='xla'), dtype='float32'
   )
-  rows = RankingBatch(
-    request.context,
-    history,
-    request.candidates,
-    {},
-    np.zeros(workload.num_rows, np.int32),
-  )
-  with jax.default_matmul_precision('highest'):
-    return jax.device_get(_joint(plain)({'params': parameters}, rows))
+  joint = jax.jit(Ranker(plain).apply)
+  variables = jax.device_put({'params': dict(parameters)})
+  first = requests[0].history
+  found: dict[str, list[Logits]] = {}
+  for call in CALLS:
+    found[call] = []
+    for request in (requests[i] for i in indices):
+      history = {
+        'score': first,
+        'new user': request.history,
+        'extend and score': _extended(first, request.new_events),
+      }[call]
+      rows = RankingBatch(
+        request.context,
+        history,
+        request.candidates,
+        {},
+        np.zeros(workload.num_rows, np.int32),
+      )
+      with jax.default_matmul_precision('highest'):
+        found[call].append(jax.device_get(joint(variables, rows)))
+  return found
 
 
 def difference(found: Logits, wanted: Logits) -> float:
@@ -168,5 +180,10 @@ def _events(history: History, part: slice) -> History:
   return History(features, np.full(shape[0], shape[1], np.int32))
 
 
-def _joint(plain: RankerConfig):
-  return jax.jit(Ranker(plain).apply)
+def _extended(history: History, new: History) -> History:
+  """`old_events` of a history and new ones."""
+  features = {
+    k: np.concatenate([v[:, :-NEW_EVENTS], new.features[k]], axis=1)
+    for k, v in history.features.items()
+  }
+  return History(features, history.length)

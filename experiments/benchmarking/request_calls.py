@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -218,7 +219,7 @@ class Floor:
     del depth
     packed = self._packed['score']
     for kind, program in self._programs.items():
-      yield kind, lambda i, f=program: _Fetch(f(packed[i % len(packed)]))
+      yield kind, functools.partial(_fetch, program, packed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +232,12 @@ class _Fetch:
     return {t.name: found[i] for i, t in enumerate(rankers.SCHEMA.tasks)}
 
 
+def _fetch(program, packed, index: int) -> _Fetch:
+  return _Fetch(program(packed[index % len(packed)]))
+
+
 def _floor_call(program, packed) -> Call:
-  return Call(lambda index, _: _Fetch(program(packed[index])).result())
+  return Call(lambda index, _: _fetch(program, packed, index).result())
 
 
 def _seconds(call: Call, index: int) -> float:

@@ -92,12 +92,7 @@ class _Times:
 def _compare(name, workload, contenders, times, progress) -> dict[str, Any]:
   params = rankers.params(workload)
   requests = [rankers.inputs(workload, seed) for seed in range(_RING)]
-  expected = {
-    call: [
-      rankers.expected(workload, params, requests, call, i) for i in _CHECKED
-    ]
-    for call in rankers.CALLS
-  }
+  expected = rankers.expected(workload, params, requests, _CHECKED)
   rows: dict[str, dict[str, Any]] = {}
   calls: dict[tuple[str, str], Call] = {}
   flights: dict[tuple[str, int, str], Submit] = {}
@@ -150,8 +145,8 @@ def _told(error: Exception) -> str:
 def _check(call: Call, expected: list[rankers.Logits], bound: float):
   """The relative error of the first requests, and whether it is too large."""
   error = max(
-    rankers.difference(call.run(i, call.prepare(i)), expected[i])
-    for i in _CHECKED
+    rankers.difference(call.run(i, call.prepare(i)), logits)
+    for i, logits in zip(_CHECKED, expected, strict=True)
   )
   row: dict[str, Any] = {}
   if np.isfinite(bound):

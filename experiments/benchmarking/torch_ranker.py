@@ -45,7 +45,10 @@ class Ranker(nn.Module):
     super().__init__()
     self.schema, self.num_heads = config.schema, config.encoder.num_heads
     self.num_events = num_events
-    self.options = {'device': device, 'dtype': getattr(torch, config.dtype)}
+    self.options: Any = {
+      'device': device,
+      'dtype': getattr(torch, config.dtype),
+    }
     tokens, fusion = params['tokens'], params['fusion']
     self.tables = nn.ParameterDict(
       {k: self._parameter(v) for k, v in params['tables'].items()}
@@ -57,7 +60,7 @@ class Ranker(nn.Module):
     self.candidate = self._linear(
       item['kernel'], item['bias'] + tokens['undecided']
     )
-    self.layers = nn.ModuleList(
+    self.layers: Any = nn.ModuleList(
       _Layer(self, fusion[f'blocks_{i}'])
       for i in range(config.encoder.num_layers)
     )
@@ -67,10 +70,10 @@ class Ranker(nn.Module):
     angle = np.outer(
       np.arange(num_events + 1), 1e4 ** -(np.arange(half) / half)
     )
-    for name, turn in (('cos', np.cos), ('sin', np.sin)):
-      self.register_buffer(
-        name, torch.tensor(turn(angle), dtype=torch.float32, device=device)
-      )
+    self.cos, self.sin = (
+      torch.tensor(f(angle), dtype=torch.float32, device=device)
+      for f in (np.cos, np.sin)
+    )
 
   def score(
     self,
@@ -187,14 +190,16 @@ class Ranker(nn.Module):
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return turned.to(x.dtype)
 
-  def _parameter(self, x, dtype=None):
+  def _parameter(self, x) -> nn.Parameter:
     x = torch.from_numpy(np.array(x, np.float32)).to(**self.options)
     return nn.Parameter(x, requires_grad=False)
 
   def _linear(self, kernel, bias=None) -> nn.Linear:
     """Of a kernel `[in, out]`, both padded with zeros."""
     kernel = np.pad(kernel, [(0, -n % _ALIGNMENT) for n in kernel.shape])
-    linear = nn.Linear(*kernel.shape, bias=bias is not None, device='meta')
+    linear = nn.Linear(
+      kernel.shape[0], kernel.shape[1], bias=bias is not None, device='meta'
+    )
     linear.weight = self._parameter(kernel.T)
     if bias is not None:
       bias = np.pad(bias, (0, kernel.shape[1] - len(bias)))
