@@ -48,7 +48,7 @@ _CONTENDERS = flags.DEFINE_list(
   'contenders', None, 'Names; None: all for here.'
 )
 _CALLS = flags.DEFINE_integer(
-  'calls', None, 'Of request: least calls of each kind, within 20 --seconds.'
+  'calls', None, "Of request: the least of 'score', within 20 x --seconds."
 )
 _REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
 # Of the suites scoring, cost and fusions.

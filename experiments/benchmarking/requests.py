@@ -49,8 +49,8 @@ def run(
       and 'floor'. A contender or a call of it that fails is reported so.
     repeats: rounds, in which contenders take turns.
     seconds: the least time spent on each call, over all rounds.
-    calls: the least number of each call, within 20 times `seconds`; None:
-      10,000 on accelerators, 1 on a CPU.
+    calls: the least number of 'score', within 20 times `seconds`, and a tenth
+      of it of the other calls; None: 10,000 on accelerators, 1 on a CPU.
     progress: called with a line at a time.
 
   Returns:
@@ -192,7 +192,9 @@ def _time(rows, calls, flights, times: _Times) -> None:
   rates: dict[Any, list[float]] = {key: [] for key in flights}
   for turn in range(1, times.repeats + 1):
     for key, call in calls.items():
-      _sample(call, seconds[key], turn / times.repeats, times)
+      least = times.calls if key[1] == 'score' else times.calls / 10
+      share = turn / times.repeats
+      _sample(call, seconds[key], share * times.seconds, share * least)
     for key, submit in flights.items():
       each = float(np.median(seconds[key[0], 'score']))
       number = max(2 * key[1], int(times.seconds / times.repeats / each))
@@ -214,15 +216,14 @@ def _time(rows, calls, flights, times: _Times) -> None:
 
 
 def _sample(
-  call: Call, found: list[float], share: float, times: _Times
+  call: Call, found: list[float], seconds: float, calls: float
 ) -> None:
-  """Adds samples until there is a share of all calls and seconds."""
+  """Adds at least a sample, until there are so many seconds and calls."""
   for i in range(2):  # On a CPU, threads of the one before still spin a while.
     call.run(i, call.prepare(i))
   total, first = sum(found), True
   while first or (
-    total < _PATIENCE * share * times.seconds
-    and (total < share * times.seconds or len(found) < share * times.calls)
+    total < _PATIENCE * seconds and (total < seconds or len(found) < calls)
   ):
     index = len(found) % _RING
     prepared = call.prepare(index)
