@@ -262,7 +262,7 @@ class _Adapter:
 
   def __init__(self, config, params, options):
     self._scorer = scoring.Scorer(config, params, options)
-    self._params, self.backends = params, self._scorer.backends
+    self._params, self.backends = jax.device_put(params), self._scorer.backends
     self._half = jax.jit(
       lambda params, context: Ranker(config).apply(
         {'params': params},
