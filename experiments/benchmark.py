@@ -3,7 +3,7 @@
   python experiments/benchmark.py --workdir=/tmp/synthetic --output=/tmp/scoring
   python experiments/benchmark.py --suite=attention --output=/tmp/attention
   python experiments/benchmark.py --suite=tower --workloads=batch_128,ragged_128
-  python experiments/benchmark.py --suite=request --contenders=histjax
+  python experiments/benchmark.py --suite=request --output=/tmp/request
   python experiments/benchmark.py --suite=train_step
 
 'scoring' compares plain, joint and cached scoring of one model, that of a
@@ -11,8 +11,8 @@ training run or one of random parameters; 'cost' says with which powers of L
 and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
 all fusions at one L and C, for `study.py --cost`. The other suites time the
 named workloads of `benchmarking.workloads` against rivals that are
-installed. Prints tables; writes <output>.json and, but for 'fusions', requests
-and updates, the plot <output>.png.
+installed. Prints tables; writes <output>.json and, but for 'fusions' and
+'train_step', the plot <output>.png.
 """
 
 import dataclasses
@@ -22,17 +22,21 @@ import jax
 from absl import app, flags, logging
 
 import benchmarking
-from benchmarking import cost, requests, suites, workloads
+from benchmarking import cost, requests, suites, train_steps, workloads
 from benchmarking import report as report_lib
 from histjax import EncoderConfig, Ranker, RankerConfig, testing
-from histjax.data import synthetic
 from histjax.training import workdir
 
+_SUITES = {
+  name: module
+  for module in (suites, requests, train_steps)
+  for name in module.SUITES
+}
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, *suites.SUITES, *requests.SUITES],
+  [*_OF_ONE_MODEL, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -42,6 +46,9 @@ _SECONDS = flags.DEFINE_float(
 _WORKLOADS = flags.DEFINE_list('workloads', None, 'Names; None: all for here.')
 _CONTENDERS = flags.DEFINE_list(
   'contenders', None, 'Names; None: all for here.'
+)
+_CALLS = flags.DEFINE_integer(
+  'calls', None, "Of request: the least of 'score', within 20 x --seconds."
 )
 _REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
 # Of the suites scoring, cost and fusions.
@@ -64,6 +71,8 @@ def one_model(suite):
     params, values = checkpoints.load_params(_WORKDIR.value)
     config = identity.of_run(values, _WORKDIR.value).model
   else:
+    from histjax.data import synthetic  # Likewise.
+
     config = RankerConfig(
       schema=synthetic.schema(synthetic.SyntheticConfig()),
       encoder=EncoderConfig(
@@ -101,8 +110,14 @@ def one_model(suite):
 
 
 def named_suite(name):
-  module = suites if name in suites.SUITES else requests
-  options = {} if _SECONDS.value is None else {'seconds': _SECONDS.value}
+  module: Any = _SUITES[name]
+  options: dict[str, Any] = {}
+  if _SECONDS.value is not None:
+    options['seconds'] = _SECONDS.value
+  if _CALLS.value is not None:
+    if module is not requests:
+      raise app.UsageError(f'--calls is of --suite=request, not of {name}')
+    options['calls'] = _CALLS.value
   return module.run(
     name,
     workloads.select(

@@ -110,7 +110,7 @@ class ImportTest(absltest.TestCase):
 
   def test_serving_needs_no_data_or_training_package(self):
     code = (
-      'import sys, histjax;'
+      'import sys, histjax, histjax.training.workdir;'
       'print([m for m in ("grain", "tensorflow_datasets", "pyarrow",'
       ' "orbax", "optax", "tensorflow") if m in sys.modules])'
     )

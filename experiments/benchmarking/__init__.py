@@ -1,8 +1,9 @@
 """Timing: of ways to score, of operations against rivals, of whole requests.
 
 `scoring` compares the ways to score, `cost` says how they grow. `workloads`
-names what is timed, `suites` and `requests` time it, `contenders`
-and `torch_rivals` are who is compared, `machine` what the device can do.
+names what is timed; `suites`, `requests` and `train_steps` time it.
+`contenders`, `request_calls` and their rivals are who is compared, `machine` is
+what the device can do.
 """
 
 from benchmarking.machine import environment, matmul_ceiling

@@ -21,6 +21,7 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
   plots = {
     'attention': roofline,
     'tower': roofline,
+    'request': requests_plot,
     'scoring': scoring.plot,
     'cost': cost.plot,
   }
@@ -37,14 +38,23 @@ def broken(report: Mapping[str, Any]) -> list[str]:
   A rival that fails is a result; the library's own code must not.
   """
   return [
-    f'{entry["name"]} {name}: {row["failed"]}'
+    f'{entry["name"]} {" ".join([name, *call])}: {part["failed"]}'
     for entry in report['results']
     for name, row in entry.get('contenders', {}).items()
     if name.startswith('histjax')
-    and not row.get('failed', 'NotImplementedError').startswith(
+    for call, part in _parts(row)
+    if not part.get('failed', 'NotImplementedError').startswith(
       'NotImplementedError'
     )
   ]
+
+
+def _parts(row: Mapping[str, Any]):
+  """The row, and of it what is one call's."""
+  yield (), row
+  for call, part in row.items():
+    if isinstance(part, Mapping):
+      yield (call,), part
 
 
 def ceilings_line(report: Mapping[str, Any]) -> str:
@@ -93,20 +103,91 @@ def table(entry: Mapping[str, Any]) -> str:
 
 
 def request_table(entry: Mapping[str, Any]) -> str:
-  """One workload's calls by contender, in milliseconds."""
+  """One workload's calls by contender: milliseconds, and requests a second."""
   lines = [f'{entry["name"]}: {entry["workload"]}']
   for name, row in entry['contenders'].items():
     if 'failed' in row:
       lines.append(f'  {name:22} failed: {row["failed"]}')
       continue
     for call, times in row.items():
-      if call != 'runs':
+      head = f'  {name:22} {call:18} '
+      if 'failed' in times:
+        lines.append(f'{head}failed: {times["failed"]}')
+      elif 'p50' in times:
         lines.append(
-          f'  {name:22} {call:18} p50 {1e3 * times["p50"]:9.3f} ms   '
+          f'{head}p50 {1e3 * times["p50"]:9.3f} ms   '
           f'p99 {1e3 * times["p99"]:9.3f} ms   ({times["calls"]} calls)'
         )
+      elif call == 'in_flight':
+        rates = (f'{k}: {rate:.5g}' for k, rate in times.items())
+        lines.append(f'{head}requests/s  {"   ".join(rates)}')
     lines.append(f'  {name:22} runs {row["runs"]}')
+  for name, ratios in entry.get('ratios', {}).items():
+    told = [
+      f'{call} {part["p50"]:.2f} (p99 {part["p99"]:.2f})'
+      for call, part in ratios.items()
+      if isinstance(part, dict) and 'p50' in part
+    ]
+    told += [f'{k} in flight {x:.2f}' for k, x in ratios['in_flight'].items()]
+    if told:
+      lines.append(f'  {name}, times as fast as PyTorch: {", ".join(told)}')
+    for call, ratio in ratios.items():
+      if not isinstance(ratio, dict):
+        lines.append(f'  {name}, {call}: {ratio:.2f}')
   return '\n'.join(lines)
+
+
+def requests_plot(report: Mapping[str, Any]):
+  """Bars of p50 with whiskers to p99, and requests a second by their number.
+
+  Returns:
+    A matplotlib figure, a row of two panels for each workload, logarithmic:
+    the floor is far below on a CPU.
+  """
+  from matplotlib import figure as figure_lib
+
+  results = report['results']
+  figure = figure_lib.Figure(
+    figsize=(9, 2.8 * len(results) + 0.4), layout='constrained'
+  )
+  axes = figure.subplots(len(results), 2, squeeze=False)
+  for entry, (bars, rates) in zip(results, axes, strict=True):
+    calls: list[str] = []
+    rows = {k: v for k, v in entry['contenders'].items() if 'failed' not in v}
+    for number, (name, row) in enumerate(rows.items()):
+      timed = {k: v for k, v in row.items() if 'p50' in v}
+      calls += [call for call in timed if call not in calls]
+      width = 0.8 / len(rows)
+      p50 = np.array([1e3 * x['p50'] for x in timed.values()])
+      p99 = np.array([1e3 * x['p99'] for x in timed.values()])
+      bars.bar(
+        [calls.index(call) + (number + 0.5) * width - 0.4 for call in timed],
+        p50,
+        width,
+        yerr=[0 * p50, p99 - p50],
+        capsize=2,
+        color=f'C{number}',
+        label=name,
+      )
+      flight = row.get('in_flight', {})
+      if flight and 'failed' not in flight:
+        depths = [int(depth) for depth in flight]
+        rates.plot(
+          depths, list(flight.values()), marker='o', color=f'C{number}'
+        )
+        rates.set_xticks(depths)
+    bars.set_xticks(range(len(calls)), calls)
+    bars.set(ylabel='ms, p50 and p99', title=entry['name'], yscale='log')
+    rates.set(xlabel='in flight', ylabel='score, requests/s', yscale='log')
+    for axis in (bars, rates):
+      axis.grid(alpha=0.3)
+    if rows:
+      bars.legend(fontsize=7)
+  figure.suptitle(
+    f'{report["suite"]}, {report["environment"]["device"]}, host to host',
+    fontsize=10,
+  )
+  return figure
 
 
 def roofline(report: Mapping[str, Any]):

@@ -326,11 +326,14 @@ TOWER: dict[str, Tower] = {
 }
 
 REQUEST: dict[str, Request] = {
-  'batch_128': Request(32, 512, 512, 128),
-  'batch_256': Request(32, 1024, 1024, 256),
   'single_128': Request(1, 512, 512, 128),
   'single_256': Request(1, 2048, 1024, 256),
-  'cpu': Request(1, 512, 512, 128, num_layers=2, dtype='float32'),
+  'batch_128': Request(32, 512, 512, 128),
+  'single_64': Request(1, 512, 256, 64, num_layers=2),
+  'batch_512': Request(8, 1024, 1024, 512, num_heads=8),
+  'cpu_128': Request(1, 512, 512, 128, dtype='float32'),
+  # Of the size of the models that this repository publishes.
+  'cpu_64': Request(1, 512, 256, 64, num_layers=2, dtype='float32'),
 }
 
 TRAIN_STEP: dict[str, Request] = {

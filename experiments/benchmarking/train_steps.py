@@ -1,0 +1,129 @@
+"""The suite `train_step`: updates of whole models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarking import contenders as contenders_lib
+from benchmarking import machine, rankers, report, timing, workloads
+from histjax.models.ranker import Ranker
+
+SUITES: dict[str, dict[str, workloads.Request]] = {
+  'train_step': workloads.TRAIN_STEP,
+}
+
+
+def run(
+  suite: str,
+  named: Mapping[str, workloads.Request],
+  contenders: Sequence[str] | None = None,
+  *,
+  repeats: int = 15,
+  seconds: float = 1.0,
+  progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Times updates that are waited for, batches copied from the host included.
+
+  Args:
+    suite: 'train_step'.
+    named: workloads by name.
+    contenders: 'histjax', which picks implementations by itself, or
+      'histjax:<name>', one of `ops.history_attention`. None: the first and
+      'histjax:xla'. One that cannot run here is reported with its error.
+    repeats: rounds, in which contenders take turns.
+    seconds: the least time spent on each call, over all rounds.
+    progress: called with a line at a time.
+
+  Returns:
+    A JSON-able report: `suite`, `environment` and `results`, one per
+    workload: `name`, `workload` and `contenders`, by name `runs`, the
+    implementations used, and of the call `update` `p50`, `p99` and `calls`, or
+    `failed`.
+  """
+  results = []
+  for name, workload in named.items():
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for contender in contenders or ('histjax', 'histjax:xla'):
+      try:
+        implementation = contender.partition(':')[2] or None
+        update, runs = _update(workload, implementation)
+        jax.block_until_ready(update())  # Compiles.
+      except NotImplementedError as e:
+        rows[contender] = {'failed': f'NotImplementedError: {e}'}
+        continue
+      rows[contender] = {'runs': runs}
+      calls[contender] = update
+    for contender, row in _in_turns(calls, repeats, seconds).items():
+      rows[contender]['update'] = row
+    results.append(
+      {
+        'name': name,
+        'workload': dataclasses.asdict(workload),
+        'contenders': rows,
+      }
+    )
+    progress(report.request_table(results[-1]))
+  return {
+    'suite': suite,
+    'environment': machine.environment() | machine.clocks(),
+    'results': results,
+  }
+
+
+def _in_turns(calls, repeats: int, seconds: float) -> dict[Any, dict]:
+  times: dict[Any, list[float]] = {k: [] for k in calls}
+  for _ in range(repeats):
+    for key, call in calls.items():
+      times[key].extend(timing.samples(call, seconds / repeats))
+  return {
+    key: {
+      'p50': float(np.percentile(values, 50)),
+      'p99': float(np.percentile(values, 99)),
+      'calls': len(values),
+    }
+    for key, values in times.items()
+  }
+
+
+def _update(workload: workloads.Request, implementation):
+  """One `update` by Adam; its state is the one before's result."""
+  import optax
+
+  from histjax.training import state as state_lib
+  from histjax.training import step as step_lib
+
+  config = rankers.config(workload, attention=implementation)
+  model, optimizer = Ranker(config), optax.adam(1e-3)
+  state = state_lib.create_state(model, optimizer, rankers.SCHEMA, seed=0)
+  step = step_lib.make_train_step(model, optimizer)
+  rng = np.random.default_rng(0)
+  shape = (workload.num_rows, workload.num_candidates)
+  batch = rankers.batch(workload, 0).replace(
+    labels={
+      task.name: rng.integers(0, 2, shape).astype(np.float32)
+      for task in rankers.SCHEMA.tasks
+    }
+  )
+
+  def update():
+    nonlocal state
+    state = step(state, batch)
+    return state.window.loss
+
+  attention = workloads.Attention(
+    workload.num_rows,
+    workload.num_events + workload.num_candidates,
+    workload.num_events,
+    workload.width // workload.num_heads,
+    'causal',
+    num_heads=workload.num_heads,
+    dtype=workload.dtype,
+  )
+  backend = contenders_lib.attention_backend(attention, implementation)
+  return update, {'history_attention': backend}
