@@ -411,9 +411,9 @@ class Scorer:
   ) -> ahead.WarmUp:
     """Compiles ahead of time what requests up to these sizes will need.
 
-    After it none of `encode`, `score`, `score_many` and `extend` compiles, whatever the
-    sizes up to these. There is a program for each combination of buckets, so
-    name few of them in `ScorerConfig`.
+    After it none of `encode`, `score`, `score_many` and `extend` compiles,
+    whatever the sizes up to these. There is a program for each combination of
+    buckets, so name few of them in `ScorerConfig`.
 
     Args:
       rows: users at once.
