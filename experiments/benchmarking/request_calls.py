@@ -104,7 +104,7 @@ class Ours:
   ):
     """Caches the first request's history; see `make`."""
     self._requests = requests
-    self._scorer = scoring.Scorer(
+    self._scorer: Any = scoring.Scorer(
       rankers.config(workload, candidate_tower=implementation),
       params,
       scoring.ScorerConfig(microbatch=max(1024, workload.num_candidates)),
@@ -155,11 +155,11 @@ class Ours:
 
     yield 'score_async', lambda index: self._scorer.score_async(*request(index))
     for size in sorted({depth // 2, depth} - {0, 1}):
-      group = _Group(self._scorer, size)
-      yield (
-        f'score_many of {size}',
-        lambda index, group=group: group.submit(request(index)),
-      )
+      yield f'score_many of {size}', self._grouped(size, request)
+
+  def _grouped(self, size, request) -> Callable[[int], Pending]:
+    group = _Group(self._scorer, size)
+    return lambda index: group.submit(request(index))
 
 
 class _Group:

@@ -466,7 +466,7 @@ class Scorer:
     before = self.num_compilations
     logging.info('%d programs to compile; %s', len(todo), self.fingerprint[:12])
     for i, job in enumerate(todo):
-      cached = ()
+      cached: list[Any] = []
       if job.capacity:  # A new one: the last may have been donated.
         sizes = programs.Sizes(job.sizes.rows, job.capacity)
         encode = self._program('encode', sizes)

@@ -65,7 +65,7 @@ class _OnGpu:
     )
     # DLTensor is {void* data; {int32 device_type; int32 device_id}; ..}.
     address = pointer(capsule, b'dltensor') + ctypes.sizeof(ctypes.c_void_p)
-    (ctypes.c_int32 * 2).from_address(address)[:] = self._device
+    (ctypes.c_int32 * 2).from_address(address)[:] = list(self._device)
     return capsule
 
 
