@@ -477,7 +477,10 @@ class Scorer:
           cached = [(x,) * more for x in cached]
       program = self._program(job.kind, job.sizes)
       slot = self._transport.slot(program.layout)
-      jax.block_until_ready(self._call(program, slot, *cached))
+      with dispatch.record() as used:
+        jax.block_until_ready(self._call(program, slot, *cached))
+      if used and job.kind == 'score':
+        self._log(dispatch.names(used))
       self._transport.release(program.layout, slot)
       now = time.perf_counter()
       if now > said + 10 or i + 1 == len(todo):

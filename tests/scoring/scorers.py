@@ -1,5 +1,7 @@
 """Scorers of small models, one of each for all tests of a process."""
 
+import contextlib
+
 import jax
 import numpy as np
 
@@ -55,6 +57,23 @@ def scorer(variant='causal', **options) -> scoring.Scorer:
       config, params, scoring.ScorerConfig(**options)
     )
   return _SCORERS[key]
+
+
+@contextlib.contextmanager
+def count_compilations():
+  """A list that grows by one for each program that XLA compiles."""
+  found = []
+
+  def on_event(name, duration, **kwargs):
+    del duration, kwargs
+    if name == '/jax/core/compile/backend_compile_duration':
+      found.append(name)
+
+  jax.monitoring.register_event_duration_secs_listener(on_event)
+  try:
+    yield found
+  finally:
+    jax.monitoring.unregister_event_duration_listener(on_event)
 
 
 def real(logits, batch):

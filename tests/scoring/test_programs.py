@@ -12,12 +12,14 @@ from histjax import ops, scoring
 from histjax.models import ranker
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api
+from histjax.scoring import programs
 from histjax.types import Candidates
 from tests import support
 from tests.scoring.scorers import (
   TOLERANCE,
   VARIANTS,
   cached,
+  count_compilations,
   real,
   rows,
   scorer,
@@ -31,23 +33,26 @@ def cast(types, tree):
   )
 
 
+def own_programs():
+  """For scorers that are made and used within: nobody compiled them before."""
+  return mock.patch.object(programs, 'program', programs.Program)
+
+
 class ProgramsTest(parameterized.TestCase):
   """What is compiled, as XLA counts it."""
 
   def setUp(self):
     super().setUp()
-    self.compiled = 0
+    self.enter_context(own_programs())
+    self.compilations = self.enter_context(count_compilations())
 
-    def on_event(event, duration, **kwargs):
-      del duration, kwargs
-      self.compiled += event == '/jax/core/compile/backend_compile_duration'
+  @property
+  def compiled(self):
+    return len(self.compilations)
 
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    self.addCleanup(jax.monitoring.unregister_event_duration_listener, on_event)
-
-  def new(self, **options):
+  def new(self, seed=0, **options):
     config = support.config(encoder__num_layers=1)
-    _, params = support.init(config)
+    _, params = support.init(config, seed)
     return scoring.Scorer(config, params, scoring.ScorerConfig(**options))
 
   @pytest.mark.filterwarnings('error')
@@ -98,15 +103,16 @@ class ProgramsTest(parameterized.TestCase):
     s = self.new(history_buckets=(64,))
     batch = support.batch(np.random.default_rng(0), num_events=20)
     cache = s.encode(batch.history)
-    for number, size in ((0, 1), (1, 1), (2, 2), (3, 4), (9, 16)):
+    found = []
+    for number in (0, 1, 2, 3, 4, 9):
       events = batch.history.replace(length=np.full(3, number, np.int32))
-      with mock.patch.object(s, '_extend', return_value=cache) as extend:
-        longer = s.extend(cache, events)
-      padded = extend.call_args.args[2]
-      self.assertEqual(padded.features['item'].shape, (4, size))
+      longer = s.extend(cache, events, donate=False)
       np.testing.assert_array_equal(
         longer.info.length, batch.history.length + number
       )
+      found.append(s.num_compilations)
+    # Of 1, 2, 4 and 16 events.
+    self.assertEqual(found, [2, 2, 3, 4, 4, 5])
 
   def test_every_axis_has_its_buckets(self):
     s = self.new(
@@ -119,18 +125,27 @@ class ProgramsTest(parameterized.TestCase):
     mask = np.ones((3, 5), bool)
     mask[1, 2] = False
     batch = batch.replace(candidates=batch.candidates.replace(mask=mask))
-    for name, columns in (('joint', 7), ('plain', 6)):
+    cache = s.encode(batch.history)
+    for name, columns in (('joint', 7), ('plain', 6), ('score', 7)):
       # What is no candidate may have any logit.
-      logits = np.zeros((5, columns), np.float32)
+      logits = np.zeros((5, columns, 2), np.float32)
       logits[1, 2] = logits[3:] = logits[:, 5:] = np.nan
-      with mock.patch.object(
-        s, f'_{name}', return_value={'click': logits}
-      ) as program:
-        getattr(s, f'score_{name}')(batch)
-      _, padded = program.call_args.args
-      self.assertEqual(padded.candidates.shape, (5, columns))
-      self.assertEqual(padded.history.features['item'].shape, (5, 10))
-      self.assertEqual(padded.context['user'].shape, (5,))
+      made = []
+
+      def program(plan, kind, sizes, made=made, logits=logits):
+        made.append(programs.Program(plan, kind, sizes))
+        made[0].call = lambda *arguments: jax.numpy.asarray(logits)
+        return made[0]
+
+      with mock.patch.object(programs, 'program', program):
+        if name == 'score':
+          s.score(cache, batch.candidates, batch.context)
+        else:
+          getattr(s, f'score_{name}')(batch)
+      shapes = {part.name: part.shape for part in made[0].layout.parts}
+      self.assertEqual(shapes['candidates'], (5, columns))
+      self.assertEqual(shapes.get('history', (5, 10)), (5, 10))
+      self.assertEqual(shapes['context'], (5,))
     with self.assertRaisesRegex(ValueError, '6 rows do not fit the largest'):
       s.score_joint(rows(batch, np.arange(6) % 3))
     with self.assertRaisesRegex(ValueError, '8 candidates do not fit the lar'):
@@ -162,7 +177,11 @@ class BackendsTest(parameterized.TestCase):
       visible,
     )
     blocks = ranker.Ranker(s.config).apply(
-      s._params, cache, candidates, method='score'
+      {'params': s._params},
+      cache,
+      candidates,
+      {k: np.pad(v, (0, cache.num_rows - 3)) for k, v in batch.context.items()},
+      method='score',
     )
     np.testing.assert_allclose(
       real(s.score(cache, batch.candidates, batch.context), batch),
@@ -171,12 +190,13 @@ class BackendsTest(parameterized.TestCase):
     )
 
   def test_says_what_runs_and_logs_it_once(self):
+    self.enter_context(own_programs())
     config = support.config()
     _, params = support.init(config)
     s = scoring.Scorer(config, params)
     batch = support.batch(np.random.default_rng(0))
     cache = s.encode(batch.history)
-    expected = s.backends(cache, batch.candidates)
+    expected = s.backends(cache, batch.candidates, batch.context)
     self.assertIn('candidate_tower', expected)
     self.assertEqual(s.num_compilations, 1)  # Of `encode` alone.
     with self.assertLogs('absl', level='INFO') as logs:
@@ -184,7 +204,9 @@ class BackendsTest(parameterized.TestCase):
         s.score(cache, batch.candidates, batch.context)
     lines = [r.getMessage() for r in logs.records]
     self.assertEqual(lines, [f'{k} runs as {v!r}' for k, v in expected.items()])
-    self.assertEqual(s.backends(cache, batch.candidates), expected)
+    self.assertEqual(
+      s.backends(cache, batch.candidates, batch.context), expected
+    )
 
   def test_a_named_backend_runs(self):
     batch = support.batch(np.random.default_rng(0))
@@ -192,7 +214,7 @@ class BackendsTest(parameterized.TestCase):
     for name in ('numba_cpu', 'xla', 'reference'):
       s = scorer(candidate_tower=name)
       cache = s.encode(batch.history)
-      used = s.backends(cache, batch.candidates)
+      used = s.backends(cache, batch.candidates, batch.context)
       self.assertEqual(used['candidate_tower'], name)
       np.testing.assert_allclose(
         real(s.score(cache, batch.candidates, batch.context), batch),
@@ -210,6 +232,7 @@ class BackendsTest(parameterized.TestCase):
     has = ops.has_cpu_kernel(dtype) and kernel
     with (
       mock.patch.object(ops, 'has_cpu_kernel', return_value=has),
+      own_programs(),
       dispatch.record() as used,
     ):
       s.encode(batch.history)
@@ -219,10 +242,11 @@ class BackendsTest(parameterized.TestCase):
   def test_a_named_attention_runs(self):
     batch = support.batch(np.random.default_rng(0))
     config = support.config(encoder__attention='reference')
-    s = scoring.Scorer(config, scorer()._params['params'])
+    s = scoring.Scorer(config, scorer()._params)
     cache = s.encode(batch.history)
     self.assertEqual(
-      s.backends(cache, batch.candidates), {'history_attention': 'reference'}
+      s.backends(cache, batch.candidates, batch.context),
+      {'history_attention': 'reference'},
     )
 
   def test_a_program_for_another_platform_has_its_kernel(self):
@@ -255,7 +279,7 @@ class BackendsTest(parameterized.TestCase):
     with ops.target_platform('tpu'):  # Of somebody else's program.
       cache = s.encode(batch.history)
       self.assertEqual(cache.keys.devices(), {device})
-      used = s.backends(cache, batch.candidates)
+      used = s.backends(cache, batch.candidates, batch.context)
     self.assertNotIn('pallas_tpu', used.values())
 
   def test_a_tower_does_not_train(self):
@@ -263,7 +287,7 @@ class BackendsTest(parameterized.TestCase):
     batch = support.batch(np.random.default_rng(0))
     with self.assertRaisesRegex(ValueError, "'tower' is for scoring"):
       ranker.Ranker(s.config).apply(
-        s._variables,
+        {'params': s._params, **ranker.pack(s.config, s._params)},
         batch,
         train=True,
         rngs={'dropout': jax.random.key(0)},
@@ -274,9 +298,9 @@ class BackendsTest(parameterized.TestCase):
     batch = support.batch(np.random.default_rng(0))
     cache = scorer().encode(batch.history)
     for function, *arguments in (
-      (s.encode, batch.context, batch.history),
-      (s.score, cache, batch.candidates),
-      (s.backends, cache, batch.candidates),
+      (s.encode, batch.history),
+      (s.score, cache, batch.candidates, batch.context),
+      (s.backends, cache, batch.candidates, batch.context),
       (s.score_joint, batch),
     ):
       with self.assertRaisesRegex(ValueError, "'cuda' is unknown; use one of"):
@@ -298,8 +322,11 @@ class BackendsTest(parameterized.TestCase):
 
     cache = s.encode(batch.history)
     backend = dispatch.Backend(tower, dispatch.any_target)
-    s = scoring.Scorer(s.config, s._params['params'], s.options)
-    with mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True):
-      s.score(cache, candidates)
+    s = scoring.Scorer(s.config, s._params, s.options)
+    with (
+      mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True),
+      own_programs(),
+    ):
+      s.score(cache, candidates, batch.context)
     jax.effects_barrier()
     np.testing.assert_array_equal(sum(counts), [2, 0, 5, 0])
