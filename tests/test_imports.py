@@ -16,7 +16,7 @@ MODULES = {
 }
 # A module may import from its own layer and from those before it.
 LAYERS = (
-  ('buckets', 'config', 'types', 'schema', 'key_range', 'metrics'),
+  ('buckets', 'config', 'types', 'schema', 'key_range', 'metrics', 'cache'),
   ('testing',),
   ('ops',),
   ('features',),
