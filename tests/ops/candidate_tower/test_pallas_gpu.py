@@ -23,6 +23,7 @@ Config = pallas_gpu.Config
 # As the defaults, but with as little of the MLP as makes its buffers wrap.
 LOADER = Config(slot=4096, park='shared')
 WIDE_HEADS = Config(park='shared')
+NARROW = Config(slot=4096, group=2)  # D 64; the others are of 128 and 256.
 LOADERLESS = Config(buffers=1, park='device', loader=False)
 CLUSTER = Config(tiles=1, workers=1, buffers=1)
 TWO_BLOCKS = dataclasses.replace(CLUSTER, workers=2, blocks=2)
@@ -99,6 +100,26 @@ class InterpretedTest(_Interpreted):
   @pytest.mark.slow
   def test_residual_stream_without_loader(self):
     self.check((1, 70, 70, 4, 64), LOADERLESS, num_layers=1, residual=True)
+
+  @parameterized.parameters((4, 16), (2, 32))
+  @pytest.mark.slow
+  def test_narrow(self, *heads):
+    self.slow(0, 1)
+    self.check((1, 130, 150, *heads), NARROW, ragged=True, rotate=False)
+
+  @parameterized.parameters((4, 16), (2, 32))
+  @pytest.mark.slow
+  def test_narrow_residual_stream(self, *heads):
+    shape = (2, 70, 70, *heads)
+    self.check(
+      shape, NARROW, causal=True, structure='prefix', num_layers=1, residual=True
+    )
+
+  @parameterized.parameters((4, 16), (2, 32))
+  def test_narrow_with_a_worker_for_each_head(self, *heads):
+    self.slow(1)
+    config = pallas_gpu.default_config(1, 70, 64, 256, heads[0])
+    self.check((1, 70, 140, *heads), config, num_layers=2)
 
   def test_cluster_of_two(self):
     self.check((1, 9, 70, 4, 64), TWO_BLOCKS, mlp_width=512, rotate=False)
@@ -248,6 +269,16 @@ class LoweringTest(parameterized.TestCase):
     in_layers = not few and heads[0] * heads[1] == 256
     self.assertEqual(text.count('@mosaic_gpu_v2('), 4 if in_layers else 1)
 
+  @parameterized.product(heads=((4, 16), (2, 32)), few=(True, False))
+  def test_narrow(self, heads, few):
+    text = lower(
+      (1 if few else 32, 999, 333, *heads),
+      'prefix' if few else 'any',
+      ragged=few,
+      rotate=not few,
+    )
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
   @parameterized.parameters(256, 7168)
   def test_mlp_in_layers(self, mlp_width):
     shape = (32, 999, 333, 4, 64)
@@ -293,6 +324,16 @@ class ConfigTest(parameterized.TestCase):
     self.assertEqual((config.tiles, config.workers, config.blocks), expected)
     self.assertTrue(pallas_gpu._Plan(config, 4, *call[2:], 4).fits())
 
+  @parameterized.product(
+    heads=(2, 4), candidates=(64, 512), hidden=(64, 192, 256, 512, 2048)
+  )
+  def test_narrow(self, heads, candidates, hidden):
+    config = pallas_gpu.default_config(32, candidates, 64, hidden, heads)
+    self.assertTrue(pallas_gpu._Plan(config, 4, 64, hidden, heads).fits())
+    # Few candidates: a worker for each head; many: two tiles share a block.
+    workers, tiles = (heads, 1) if candidates == 64 else (2, 2)
+    self.assertEqual((config.workers, config.tiles), (workers, tiles))
+
   @parameterized.parameters(
     ((32, 1024, 256, 1024), True),
     ((67, 1, 256, 1024), True),
@@ -308,7 +349,11 @@ class ConfigTest(parameterized.TestCase):
 
 class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(
-    ({'shape': (1, 2, 3, 2, 32)}, 'H 32 or 64 and F .* not D=64, N=2, H=32'),
+    ({'shape': (1, 2, 3, 1, 64)}, 'takes D 64 with H 16 .* D=64, N=1, H=64'),
+    ({'shape': (1, 2, 3, 8, 16)}, 'H 32 or 64, and F .* not D=128, N=8, H=16'),
+    ({'shape': (1, 2, 3, 2, 16)}, 'not D=32, N=2, H=16'),
+    ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 96}, 'of D, .* F=96'),
+    ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 4096}, 'no plan for .* F=4096'),
     ({'shape': (1, 2, 3, 1, 128)}, 'not D=128, N=1, H=128'),
     ({'mlp_width': 192}, 'F a multiple of D, .* F=192'),
     ({'mlp_width': 128, 'shape': (1, 2, 3, 2, 64)}, 'no plan for .* F=128'),
