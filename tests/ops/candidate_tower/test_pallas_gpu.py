@@ -112,7 +112,12 @@ class InterpretedTest(_Interpreted):
   def test_narrow_residual_stream(self, *heads):
     shape = (2, 70, 70, *heads)
     self.check(
-      shape, NARROW, causal=True, structure='prefix', num_layers=1, residual=True
+      shape,
+      NARROW,
+      causal=True,
+      structure='prefix',
+      num_layers=1,
+      residual=True,
     )
 
   @parameterized.parameters((4, 16), (2, 32))
