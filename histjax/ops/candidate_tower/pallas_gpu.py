@@ -88,7 +88,7 @@ def default_config(
   if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden):
     return 'layers'
   if width == 64:
-    return _narrow_config(tiles, hidden, num_heads)
+    return _narrow_config(tiles, num_candidates, hidden, num_heads)
   choices = []
   if tiles < LAYERS_FROM and num_heads == 4:
     change = functools.partial(
@@ -115,21 +115,22 @@ def default_config(
   return choices[-1]
 
 
-def _narrow_config(tiles, hidden, num_heads) -> Config:
-  """Of D = 64, where what a block does alone is as fast as a cluster."""
+def _narrow_config(tiles, num_candidates, hidden, num_heads) -> Config:
+  """Of D = 64."""
   groups = hidden // 64
   group = next(n for n in (4, 2, 1) if not groups % n)
-  if tiles <= MULTIPROCESSORS:  # A worker for each head.
-    most = {2: 232, 4: 112}[num_heads]
-    return Config(
-      tiles=1,
-      workers=num_heads,
-      slot=64 * 2 * (64 // num_heads),
-      group=group,
-      buffers=min(2, groups // group),
-      registers=(most, 24),
-    )
-  return Config(slot=4096, group=group, buffers=min(2, groups // group))
+  change = functools.partial(
+    Config,
+    slot=2 * STEP * (64 // num_heads),  # More takes registers.
+    group=group,
+    buffers=min(2, groups // group),
+  )
+  if tiles <= MULTIPROCESSORS or num_candidates <= ROWS:
+    most = 112 if num_heads > 2 else 232
+    few = change(tiles=1, workers=num_heads, registers=(most, 24))
+    if _Plan(few, 1, 64, hidden, num_heads).fits():
+      return few
+  return change()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,12 +23,16 @@ Config = pallas_gpu.Config
 # As the defaults, but with as little of the MLP as makes its buffers wrap.
 LOADER = Config(slot=4096, park='shared')
 WIDE_HEADS = Config(park='shared')
-NARROW = Config(slot=4096, group=2)  # D 64; the others are of 128 and 256.
 LOADERLESS = Config(buffers=1, park='device', loader=False)
 CLUSTER = Config(tiles=1, workers=1, buffers=1)
 TWO_BLOCKS = dataclasses.replace(CLUSTER, workers=2, blocks=2)
 FOUR_BLOCKS = dataclasses.replace(CLUSTER, blocks=4, slot=4096)
 TWO_TILES = dataclasses.replace(CLUSTER, tiles=2, blocks=2)
+
+
+def narrow(rows, heads):
+  """The default of D 64 for so many rows of some candidates."""
+  return pallas_gpu.default_config(rows, 70, 64, 256, heads[0])
 
 
 def tower(call, config=None):
@@ -105,15 +109,15 @@ class InterpretedTest(_Interpreted):
   @pytest.mark.slow
   def test_narrow(self, *heads):
     self.slow(0, 1)
-    self.check((1, 130, 150, *heads), NARROW, ragged=True, rotate=False)
+    config = dataclasses.replace(narrow(300, heads), group=2, buffers=2)
+    self.check((1, 130, 150, *heads), config, ragged=True, rotate=False)
 
   @parameterized.parameters((4, 16), (2, 32))
   @pytest.mark.slow
   def test_narrow_residual_stream(self, *heads):
-    shape = (2, 70, 70, *heads)
     self.check(
-      shape,
-      NARROW,
+      (2, 70, 70, *heads),
+      narrow(300, heads),
       causal=True,
       structure='prefix',
       num_layers=1,
@@ -123,7 +127,7 @@ class InterpretedTest(_Interpreted):
   @parameterized.parameters((4, 16), (2, 32))
   def test_narrow_with_a_worker_for_each_head(self, *heads):
     self.slow(1)
-    config = pallas_gpu.default_config(1, 70, 64, 256, heads[0])
+    config = narrow(1, heads)
     self.check((1, 70, 140, *heads), config, num_layers=2)
 
   def test_cluster_of_two(self):
@@ -330,14 +334,21 @@ class ConfigTest(parameterized.TestCase):
     self.assertTrue(pallas_gpu._Plan(config, 4, *call[2:], 4).fits())
 
   @parameterized.product(
-    heads=(2, 4), candidates=(64, 512), hidden=(64, 192, 256, 512, 2048)
+    heads=(2, 4),
+    rows_candidates_tiles=((16, 512, 1), (32, 512, 2), (512, 64, 1)),
+    hidden=(64, 192, 256, 512, 2048),
   )
-  def test_narrow(self, heads, candidates, hidden):
-    config = pallas_gpu.default_config(32, candidates, 64, hidden, heads)
+  def test_narrow(self, heads, rows_candidates_tiles, hidden):
+    *call, tiles = rows_candidates_tiles
+    config = pallas_gpu.default_config(*call, 64, hidden, heads)
     self.assertTrue(pallas_gpu._Plan(config, 4, 64, hidden, heads).fits())
-    # Few candidates: a worker for each head; many: two tiles share a block.
-    workers, tiles = (heads, 1) if candidates == 64 else (2, 2)
-    self.assertEqual((config.workers, config.tiles), (workers, tiles))
+    workers = heads if tiles == 1 else 2
+    self.assertEqual((config.tiles, config.workers), (tiles, workers))
+
+  def test_narrow_with_many_hidden_channels(self):
+    config = pallas_gpu.default_config(1, 64, 64, 4096, 4)
+    self.assertEqual((config.tiles, config.workers), (2, 2))
+    self.assertTrue(pallas_gpu._Plan(config, 4, 64, 4096, 4).fits())
 
   @parameterized.parameters(
     ((32, 1024, 256, 1024), True),
@@ -358,7 +369,7 @@ class RefusalTest(parameterized.TestCase):
     ({'shape': (1, 2, 3, 8, 16)}, 'H 32 or 64, and F .* not D=128, N=8, H=16'),
     ({'shape': (1, 2, 3, 2, 16)}, 'not D=32, N=2, H=16'),
     ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 96}, 'of D, .* F=96'),
-    ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 4096}, 'no plan for .* F=4096'),
+    ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 8064}, 'no plan for .* F=8064'),
     ({'shape': (1, 2, 3, 1, 128)}, 'not D=128, N=1, H=128'),
     ({'mlp_width': 192}, 'F a multiple of D, .* F=192'),
     ({'mlp_width': 128, 'shape': (1, 2, 3, 2, 64)}, 'no plan for .* F=128'),
