@@ -41,8 +41,10 @@ NEVER = -1e30  # Less than any score; finite, so that NEVER - NEVER = 0.
 META = 8  # int32 fields of a block of work.
 MULTIPROCESSORS = 132
 CLUSTERS_OF_FOUR = 28  # That run at once; 30 on the H200 that was tried.
+CLUSTERS_OF_TWO = 66
 LAYERS_FROM = 67  # Tiles; fewer are computed in clusters.
-SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less barriers.
+SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less what sums take.
+ALIGNED = 1024  # Where an array in it begins.
 BARRIERS = 32  # At most, in one array.
 MOST_COPIED = 256  # Rows of what the copy engine moves at once.
 
@@ -116,7 +118,7 @@ def default_config(
 
 
 def _narrow_config(tiles, num_candidates, hidden, num_heads) -> Config:
-  """Of D = 64."""
+  """Of D = 64: a worker for each head where multiprocessors would be idle."""
   groups = hidden // 64
   group = next(n for n in (4, 2, 1) if not groups % n)
   change = functools.partial(
@@ -125,12 +127,19 @@ def _narrow_config(tiles, num_candidates, hidden, num_heads) -> Config:
     group=group,
     buffers=min(2, groups // group),
   )
-  if tiles <= MULTIPROCESSORS or num_candidates <= ROWS:
-    most = 112 if num_heads > 2 else 232
-    few = change(tiles=1, workers=num_heads, registers=(most, 24))
-    if _Plan(few, 1, 64, hidden, num_heads).fits():
-      return few
-  return change()
+  alone = functools.partial(change, tiles=1, registers=(232, 24))
+  choices = []
+  if tiles <= CLUSTERS_OF_FOUR and num_heads == 4:
+    choices.append(alone(workers=1, blocks=4))
+  elif tiles <= CLUSTERS_OF_TWO:
+    choices.append(alone(workers=num_heads // 2, blocks=2))
+  elif tiles <= MULTIPROCESSORS or num_candidates <= ROWS:
+    choices.append(alone(workers=2))
+  choices.append(change())
+  for choice in choices:
+    if _Plan(choice, 1, 64, hidden, num_heads).fits():
+      return choice
+  return choices[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +273,13 @@ class _Plan:
     used = 2 * config.tiles * ROWS * self.width
     used += config.tiles * ROWS * self.mid_bytes
     used += 4 * config.tiles * self.all_workers * ROWS * 8
-    used += 2 * 4 * (3 * self.width + self.hidden)
-    room = (SHARED_MEMORY - used) // (2 * config.slot)
+    used += pl.cdiv(2 * 4 * (3 * self.width + self.hidden), ALIGNED) * ALIGNED
+    barriers = config.tiles * (config.workers + 1) + 4
+    if config.blocks > 1:
+      used += ALIGNED  # The barriers that count what peers send.
+      barriers += config.tiles
+    # A slot has three.
+    room = (SHARED_MEMORY - used - 8 * barriers) // (2 * config.slot + 3 * 8)
     return min(room, BARRIERS) // config.workers
 
   @property

@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from histjax.ops.candidate_tower import api, pallas_gpu, pallas_gpu_layers
 from histjax.ops.history_attention import pallas_gpu as attention
+from tests import marks
 from tests.ops import gpu_interpreter
 from tests.ops.candidate_tower import suite
 
@@ -124,11 +125,18 @@ class InterpretedTest(_Interpreted):
       residual=True,
     )
 
-  @parameterized.parameters((4, 16), (2, 32))
-  def test_narrow_with_a_worker_for_each_head(self, *heads):
+  @marks.slow_unless(lambda rows, num_heads, head_dim: num_heads == 2)
+  @parameterized.parameters((1, 2, 32), (1, 4, 16), (20, 4, 16))
+  def test_narrow_in_a_cluster(self, rows, *heads):
+    config = narrow(rows, heads)
+    self.assertEqual(config.workers * config.blocks, heads[0])
+    self.check((1, 70, 140, *heads), config, num_layers=2, ragged=True)
+
+  @pytest.mark.slow
+  def test_narrow_with_one_tile_to_a_block(self):
+    config = narrow(60, (4, 16))
     self.slow(1)
-    config = narrow(1, heads)
-    self.check((1, 70, 140, *heads), config, num_layers=2)
+    self.check((1, 70, 140, 4, 16), config, num_layers=2)
 
   def test_cluster_of_two(self):
     self.check((1, 9, 70, 4, 64), TWO_BLOCKS, mlp_width=512, rotate=False)
@@ -288,6 +296,18 @@ class LoweringTest(parameterized.TestCase):
     )
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
 
+  @parameterized.parameters(((32, 4, 32), 768), ((1, 4, 64), 256))
+  def test_mlp_that_fills_shared_memory(self, sizes, mlp_width):
+    num_rows, *heads = sizes
+    text = lower(
+      (num_rows, 1000, 333, *heads),
+      'prefix',
+      mlp_width=mlp_width,
+      ragged=False,
+      rotate=True,
+    )
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
   @parameterized.parameters(256, 7168)
   def test_mlp_in_layers(self, mlp_width):
     shape = (32, 999, 333, 4, 64)
@@ -334,16 +354,22 @@ class ConfigTest(parameterized.TestCase):
     self.assertTrue(pallas_gpu._Plan(config, 4, *call[2:], 4).fits())
 
   @parameterized.product(
-    heads=(2, 4),
-    rows_candidates_tiles=((16, 512, 1), (32, 512, 2), (512, 64, 1)),
+    call=(
+      ((1, 512), (1, 1, 4), (1, 1, 2)),
+      ((8, 512), (1, 2, 2), (1, 1, 2)),
+      ((16, 512), (1, 2, 1), (1, 2, 1)),
+      ((512, 64), (1, 2, 1), (1, 2, 1)),  # Two tiles would be half empty.
+      ((32, 512), (2, 2, 1), (2, 2, 1)),
+    ),
+    heads=(4, 2),
     hidden=(64, 192, 256, 512, 2048),
   )
-  def test_narrow(self, heads, rows_candidates_tiles, hidden):
-    *call, tiles = rows_candidates_tiles
-    config = pallas_gpu.default_config(*call, 64, hidden, heads)
+  def test_narrow(self, call, heads, hidden):
+    sizes, of_four, of_two = call
+    config = pallas_gpu.default_config(*sizes, 64, hidden, heads)
     self.assertTrue(pallas_gpu._Plan(config, 4, 64, hidden, heads).fits())
-    workers = heads if tiles == 1 else 2
-    self.assertEqual((config.tiles, config.workers), (tiles, workers))
+    expected = of_four if heads == 4 else of_two
+    self.assertEqual((config.tiles, config.workers, config.blocks), expected)
 
   def test_narrow_with_many_hidden_channels(self):
     config = pallas_gpu.default_config(1, 64, 64, 4096, 4)
