@@ -35,13 +35,18 @@ from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.types import KeyRange
 
 ROWS = hopper.ROWS  # Candidates of a tile.
+HEAD_DIMS = {64: (16, 32), 128: (32, 64), 256: (32, 64)}  # H, by D.
 STEP = 64  # Keys whose scores are held at once.
 NEVER = -1e30  # Less than any score; finite, so that NEVER - NEVER = 0.
 META = 8  # int32 fields of a block of work.
 MULTIPROCESSORS = 132
 CLUSTERS_OF_FOUR = 28  # That run at once; 30 on the H200 that was tried.
+CLUSTERS_OF_TWO = 66
 LAYERS_FROM = 67  # Tiles; fewer are computed in clusters.
-SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less barriers.
+SHARED_MEMORY = 232_448 - 2048  # Bytes of a block, less what sums take.
+ALIGNED = 1024  # Where an array in it begins.
+BARRIERS = 32  # At most, in one array.
+MOST_COPIED = 256  # Rows of what the copy engine moves at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Config:
     tiles: of 64 candidates in a block.
     workers: warpgroups of a block that share each tile.
     blocks: of a cluster that share each tile, 1, 2 or 4.
-    slot: elements of a slot of a ring.
+    slot: elements of a slot of a ring; a matrix may leave some unused.
     group: chunks of the MLP's hidden layer between two meetings of workers.
     buffers: groups in shared memory, 1 or 2.
     park: where the residual stream waits during attention: in 'registers',
@@ -84,6 +89,8 @@ def default_config(
   wide = width // num_heads == 64
   if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden):
     return 'layers'
+  if width == 64:
+    return _narrow_config(tiles, num_candidates, hidden, num_heads)
   choices = []
   if tiles < LAYERS_FROM and num_heads == 4:
     change = functools.partial(
@@ -106,6 +113,31 @@ def default_config(
     choices.append(Config(buffers=1, park='device', loader=False))
   for choice in choices:
     if _Plan(choice, 1, width, hidden, num_heads).fits():
+      return choice
+  return choices[-1]
+
+
+def _narrow_config(tiles, num_candidates, hidden, num_heads) -> Config:
+  """Of D = 64: a worker for each head where multiprocessors would be idle."""
+  groups = hidden // 64
+  group = next(n for n in (4, 2, 1) if not groups % n)
+  change = functools.partial(
+    Config,
+    slot=2 * STEP * (64 // num_heads),  # More takes registers.
+    group=group,
+    buffers=min(2, groups // group),
+  )
+  alone = functools.partial(change, tiles=1, registers=(232, 24))
+  choices = []
+  if tiles <= CLUSTERS_OF_FOUR and num_heads == 4:
+    choices.append(alone(workers=1, blocks=4))
+  elif tiles <= CLUSTERS_OF_TWO:
+    choices.append(alone(workers=num_heads // 2, blocks=2))
+  elif tiles <= MULTIPROCESSORS or num_candidates <= ROWS:
+    choices.append(alone(workers=2))
+  choices.append(change())
+  for choice in choices:
+    if _Plan(choice, 1, 64, hidden, num_heads).fits():
       return choice
   return choices[-1]
 
@@ -165,6 +197,10 @@ class _Plan:
     """Rows of a matrix `[rows, columns]` that one slot holds."""
     return min(rows, self.config.slot // columns)
 
+  def view(self, columns: int) -> tuple[int, int]:
+    """A slot as a matrix of so many columns."""
+    return self.config.slot // columns, columns
+
   @property
   def query_rows(self) -> int:
     return self.tile_rows(self.width, self.columns)
@@ -203,6 +239,11 @@ class _Plan:
     return at * self.near + lax.rem(index, jnp.int32(self.near))
 
   @property
+  def num_bias(self) -> int:
+    """Blocks of a layer's biases."""
+    return (3 * self.width + self.hidden) // self.wide
+
+  @property
   def query_in_act(self) -> bool:
     """Whether a head's queries fit a block of columns."""
     return self.wide == self.head_dim
@@ -224,13 +265,22 @@ class _Plan:
 
   @property
   def slots(self) -> int:
-    """Of each worker's ring: all the shared memory that is left."""
+    """Of each worker's ring: all the shared memory that is left.
+
+    But no more than there may be barriers of a kind.
+    """
     config = self.config
     used = 2 * config.tiles * ROWS * self.width
     used += config.tiles * ROWS * self.mid_bytes
     used += 4 * config.tiles * self.all_workers * ROWS * 8
-    used += 2 * 4 * (3 * self.width + self.hidden)
-    return (SHARED_MEMORY - used) // (2 * config.slot) // config.workers
+    used += pl.cdiv(2 * 4 * (3 * self.width + self.hidden), ALIGNED) * ALIGNED
+    barriers = config.tiles * (config.workers + 1) + 4
+    if config.blocks > 1:
+      used += ALIGNED  # The barriers that count what peers send.
+      barriers += config.tiles
+    # A slot has three.
+    room = (SHARED_MEMORY - used - 8 * barriers) // (2 * config.slot + 3 * 8)
+    return min(room, BARRIERS) // config.workers
 
   @property
   def mid_bytes(self) -> int:
@@ -257,10 +307,9 @@ class _Plan:
       and not self.width % self.in_rows
       and not self.chunk % self.out_rows
       and not self.query_rows % self.wide
-      and self.query_rows * self.columns == config.slot
-      and self.in_rows * self.sub == config.slot
-      and self.out_rows * self.columns == config.slot
       and not self.keys % STEP
+      and self.num_bias <= MOST_COPIED
+      and (config.park != 'shared' or not self.columns % 32)
       and self.slots >= 2
       and (config.blocks == 1 or (self.heads == 1 and self.query_in_act))
       and config.buffers <= self.num_groups
@@ -404,13 +453,13 @@ def _check(candidates, keys, weights, num_heads):
   width, head_dim = candidates.shape[2], keys.shape[4]
   hidden = weights.mlp_in.shape[2]
   if (
-    width not in (128, 256)
-    or head_dim not in (32, 64)
+    head_dim not in HEAD_DIMS.get(width, ())
     or num_heads * head_dim != width
     or hidden % width
   ):
     raise NotImplementedError(
-      'pallas_gpu takes D 128 or 256, H 32 or 64 and F a multiple of D, not '
+      'pallas_gpu takes D 64 with H 16 or 32, D 128 or 256 with H 32 or 64, '
+      'and F a multiple of D, not '
       f'D={width}, N={num_heads}, H={head_dim}, F={hidden}'
     )
   if keys.dtype != jnp.bfloat16:
@@ -495,12 +544,11 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
   ]
   ring = workers * slots
   views = [
-    swizzled((ring, 2 * plan.keys, head_dim), columns=head_dim),
-    swizzled((ring, plan.query_rows, plan.columns)),
-    swizzled((ring, plan.in_rows, plan.sub)),
-    swizzled((ring, plan.out_rows, plan.columns)),
+    swizzled((ring, *plan.view(head_dim)), columns=head_dim),
+    swizzled((ring, *plan.view(plan.columns))),
+    swizzled((ring, *plan.view(plan.sub))),
+    swizzled((ring, *plan.view(plan.columns))),
   ]
-  num_bias = (3 * plan.width + plan.hidden) // wide
   grouped, peers = {}, {}
   if config.blocks > 1:
     grouped = dict(cluster=(config.blocks,), cluster_names=('part',))
@@ -515,7 +563,7 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
     mid=plgpu.RefUnion(*mid),
     ring=plgpu.RefUnion(*views),
     stats=swizzled((tiles, plan.all_workers, ROWS, 8), jnp.float32, 8),
-    bias_smem=plgpu.SMEM((2, num_bias, wide), jnp.float32),
+    bias_smem=plgpu.SMEM((2, plan.num_bias, wide), jnp.float32),
     x_full=plgpu.Barrier(
       num_arrivals=plan.columns // wide, num_barriers=tiles * workers
     ),
@@ -788,11 +836,10 @@ class _Context:
     def _():
       plgpu.barrier_wait(self.free.at[slot])
 
-    def weight(ref, view, row, column):
-      rows, columns = view.shape[1:]
+    def weight(ref, view, row, rows, column):
       plgpu.copy_gmem_to_smem(
-        ref.at[layer, pl.ds(row, rows), pl.ds(column, columns)],
-        view.at[slot],
+        ref.at[layer, pl.ds(row, rows), pl.ds(column, view.shape[2])],
+        view.at[slot, pl.ds(0, rows)],
         self.full.at[slot],
       )
 
@@ -800,7 +847,7 @@ class _Context:
       @pl.when((item >= first) & (item < first + deep))
       def _():
         row = plan.rows_of(self.part, item - first) * plan.query_rows
-        weight(ref, q_view, row, mine * plan.columns)
+        weight(ref, q_view, row, plan.query_rows, mine * plan.columns)
 
     cached = plan.heads * self.steps
     query_or_output(wq_ref, 0)
@@ -835,14 +882,14 @@ class _Context:
       def _():
         chunk = turn * group + lax.div(index, jnp.int32(n1))
         row = plan.rows_of(self.part, lax.rem(index, jnp.int32(n1)))
-        row *= plan.in_rows
-        weight(w1_ref, in_view, row, chunk * plan.chunk + mine * plan.sub)
+        column = chunk * plan.chunk + mine * plan.sub
+        weight(w1_ref, in_view, row * plan.in_rows, plan.in_rows, column)
 
       @pl.when(index >= group * n1)
       def _():
         row = plan.rows_of(self.part, index - group * n1, group)
         row = turn * group * plan.chunk + row * plan.out_rows
-        weight(w2_ref, out_view, row, mine * plan.columns)
+        weight(w2_ref, out_view, row, plan.out_rows, mine * plan.columns)
 
 
 class _Worker(hopper.Warpgroup):
@@ -857,7 +904,10 @@ class _Worker(hopper.Warpgroup):
     self.place = place
     self.limits, self.park_ref, self.park_at = limits, park_ref, park_at
     self.per = plan.columns // plan.wide
-    self.kv, self.wq, self.w1, self.w2 = context.ring
+    self.kv, *views = context.ring
+    rows = plan.query_rows, plan.in_rows, plan.out_rows
+    # Of each matrix the view of the ring, and how many of its rows are used.
+    self.wq, self.w1, self.w2 = zip(views, rows, strict=True)
     self.layer = jnp.int32(0)
     self.locate(tile, worker, mine)
 
@@ -990,8 +1040,8 @@ class _Worker(hopper.Warpgroup):
     mean = x.sum(axis=1) * (1 / columns)
     mean = lax.optimization_barrier(mean)
     square = 0.0
-    for piece in self.split(x, 32):
-      gap = piece - self.down(mean, 32)
+    for piece in self.split(x, min(32, columns)):
+      gap = piece - self.down(mean, piece.shape[1])
       square += (gap * gap).sum(axis=1)
     left = self.iota((ROWS, 8), 1) < 4
     both = jnp.where(left, self.down(mean, 8), self.down(square, 8))
@@ -1074,13 +1124,14 @@ class _Worker(hopper.Warpgroup):
       over = (number >= context.per_layer).astype(jnp.int32)
       context.fetch(over, number - over * context.per_layer, self.worker)
 
-  def product(self, acc, left, view, number, tiles, groups=1, far=None):
+  def product(self, acc, left, matrix, number, tiles, groups=1, far=None):
     """acc += left @ tiles, of which `far` waits for those that peers compute.
 
     `groups`: see `rows_of`.
     """
     plgpu, plan = self.plgpu, self.plan
-    per = view.shape[1] // plan.wide
+    view, rows = matrix
+    per = rows // plan.wide
     # A slot's products run on into the next one's where there are registers.
     lag = int(plan.config.loader)
 

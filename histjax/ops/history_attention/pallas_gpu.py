@@ -35,7 +35,7 @@ from histjax.types import KeyRange
 plgpu: Any = mosaic_gpu  # Its types are those of one JAX version.
 mosaic_utils: Any = utils
 _MIN_JAX = (0, 11, 0)
-_HEAD_DIMS = (32, 64, 128)  # Others are padded with zeros.
+_HEAD_DIMS = (16, 32, 64, 128)  # Others are padded with zeros.
 MAX_GRID = 65535  # Blocks along all axes of a grid but one.
 _ROWS = 64  # What a warpgroup's matrix product yields.
 _FAR = 1 << 30  # Beyond any key.
@@ -114,7 +114,7 @@ def of_layer(
   keys and values before or after all ranges of a row may hold anything.
   What queries `count` and beyond give is undefined, and mostly not computed. At
   most `MAX_GRID` rows; multiples of 8 queries and keys, of which `num_keys`
-  are no padding; H 32, 64 or 128.
+  are no padding; H 16, 32, 64 or 128.
   """
   call = _Call(
     query.shape[3] ** -0.5, key_range.structure, num_keys, clean=True
@@ -172,7 +172,7 @@ def config(
     # An overlap would take the registers of a fourth warpgroup at 32.
     d_key = Backward(1, 64, overlap=head_dim > 32)
     choice = Config(1, 64, d_key=d_key)
-  elif head_dim == 32 or tiles < 132:  # Larger tiles would leave cores idle.
+  elif head_dim <= 32 or tiles < 132:  # Larger tiles would leave cores idle.
     choice = Config(1, 64 if head_dim == 128 else 128)
   elif head_dim == 64:
     # Two warpgroups halve what is read; in parts the weights take fewer
@@ -183,7 +183,7 @@ def config(
   if head_dim == 128:
     # Two warpgroups run whether they take 168 registers or 255.
     return choice._replace(d_query=Backward(2, 64, stages=3, overlap=True))
-  return choice._replace(d_query=Backward(1 if head_dim == 32 else 2, 64))
+  return choice._replace(d_query=Backward(1 if head_dim <= 32 else 2, 64))
 
 
 class _Call(NamedTuple):

@@ -173,6 +173,25 @@ class KernelTest(parameterized.TestCase):
   )
   def test_in_layers(self, shape, **fields):
     """What 'pallas_gpu' does with many candidates, here with few."""
+    self.check_config('layers', shape, **fields)
+
+  @marks.slow_unless(
+    lambda ragged, rotate, residual, **fields: rotate and ragged != residual
+  )
+  @parameterized.product(
+    shape=((3, 203, 333, 4, 16), (2, 131, 79, 2, 32), (1, 2, 1, 4, 16)),
+    structure=('any', 'prefix'),
+    ragged=(False, True),
+    rotate=(False, True),
+    residual=(False, True),
+    rows=(1, 20, 60, 300),  # Each is cut in another way.
+  )
+  def test_narrow(self, shape, rows, **fields):
+    config = pallas_gpu.default_config(rows, 70, 64, 256, num_heads=shape[3])
+    self.check_config(config, shape, **fields)
+
+  def check_config(self, config, shape, **fields):
+    """'pallas_gpu' cut in that way."""
     call = suite.make_call(0, shape, num_layers=3, dtype='bfloat16', **fields)
     call = suite.poisoned(call, np.nan)
 
@@ -182,7 +201,7 @@ class KernelTest(parameterized.TestCase):
         num_heads=call.num_heads,
         count=None if call.count is None else jnp.asarray(call.count),
         final_norm=call.final_norm,
-        config='layers',
+        config=config,
       )
       return np.asarray(out)
 

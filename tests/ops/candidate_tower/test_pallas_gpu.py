@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from histjax.ops.candidate_tower import api, pallas_gpu, pallas_gpu_layers
 from histjax.ops.history_attention import pallas_gpu as attention
+from tests import marks
 from tests.ops import gpu_interpreter
 from tests.ops.candidate_tower import suite
 
@@ -28,6 +29,11 @@ CLUSTER = Config(tiles=1, workers=1, buffers=1)
 TWO_BLOCKS = dataclasses.replace(CLUSTER, workers=2, blocks=2)
 FOUR_BLOCKS = dataclasses.replace(CLUSTER, blocks=4, slot=4096)
 TWO_TILES = dataclasses.replace(CLUSTER, tiles=2, blocks=2)
+
+
+def narrow(rows, heads):
+  """The default of D 64 for so many rows of some candidates."""
+  return pallas_gpu.default_config(rows, 70, 64, 256, heads[0])
 
 
 def tower(call, config=None):
@@ -99,6 +105,38 @@ class InterpretedTest(_Interpreted):
   @pytest.mark.slow
   def test_residual_stream_without_loader(self):
     self.check((1, 70, 70, 4, 64), LOADERLESS, num_layers=1, residual=True)
+
+  @parameterized.parameters((4, 16), (2, 32))
+  @pytest.mark.slow
+  def test_narrow(self, *heads):
+    self.slow(0, 1)
+    config = dataclasses.replace(narrow(300, heads), group=2, buffers=2)
+    self.check((1, 130, 150, *heads), config, ragged=True, rotate=False)
+
+  @parameterized.parameters((4, 16), (2, 32))
+  @pytest.mark.slow
+  def test_narrow_residual_stream(self, *heads):
+    self.check(
+      (2, 70, 70, *heads),
+      narrow(300, heads),
+      causal=True,
+      structure='prefix',
+      num_layers=1,
+      residual=True,
+    )
+
+  @marks.slow_unless(lambda rows, num_heads, head_dim: num_heads == 2)
+  @parameterized.parameters((1, 2, 32), (1, 4, 16), (20, 4, 16))
+  def test_narrow_in_a_cluster(self, rows, *heads):
+    config = narrow(rows, heads)
+    self.assertEqual(config.workers * config.blocks, heads[0])
+    self.check((1, 70, 140, *heads), config, num_layers=2, ragged=True)
+
+  @pytest.mark.slow
+  def test_narrow_with_one_tile_to_a_block(self):
+    config = narrow(60, (4, 16))
+    self.slow(1)
+    self.check((1, 70, 140, 4, 16), config, num_layers=2)
 
   def test_cluster_of_two(self):
     self.check((1, 9, 70, 4, 64), TWO_BLOCKS, mlp_width=512, rotate=False)
@@ -248,6 +286,28 @@ class LoweringTest(parameterized.TestCase):
     in_layers = not few and heads[0] * heads[1] == 256
     self.assertEqual(text.count('@mosaic_gpu_v2('), 4 if in_layers else 1)
 
+  @parameterized.product(heads=((4, 16), (2, 32)), few=(True, False))
+  def test_narrow(self, heads, few):
+    text = lower(
+      (1 if few else 32, 999, 333, *heads),
+      'prefix' if few else 'any',
+      ragged=few,
+      rotate=not few,
+    )
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
+  @parameterized.parameters(((32, 4, 32), 768), ((1, 4, 64), 256))
+  def test_mlp_that_fills_shared_memory(self, sizes, mlp_width):
+    num_rows, *heads = sizes
+    text = lower(
+      (num_rows, 1000, 333, *heads),
+      'prefix',
+      mlp_width=mlp_width,
+      ragged=False,
+      rotate=True,
+    )
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
   @parameterized.parameters(256, 7168)
   def test_mlp_in_layers(self, mlp_width):
     shape = (32, 999, 333, 4, 64)
@@ -293,6 +353,29 @@ class ConfigTest(parameterized.TestCase):
     self.assertEqual((config.tiles, config.workers, config.blocks), expected)
     self.assertTrue(pallas_gpu._Plan(config, 4, *call[2:], 4).fits())
 
+  @parameterized.product(
+    call=(
+      ((1, 512), (1, 1, 4), (1, 1, 2)),
+      ((8, 512), (1, 2, 2), (1, 1, 2)),
+      ((16, 512), (1, 2, 1), (1, 2, 1)),
+      ((512, 64), (1, 2, 1), (1, 2, 1)),  # Two tiles would be half empty.
+      ((32, 512), (2, 2, 1), (2, 2, 1)),
+    ),
+    heads=(4, 2),
+    hidden=(64, 192, 256, 512, 2048),
+  )
+  def test_narrow(self, call, heads, hidden):
+    sizes, of_four, of_two = call
+    config = pallas_gpu.default_config(*sizes, 64, hidden, heads)
+    self.assertTrue(pallas_gpu._Plan(config, 4, 64, hidden, heads).fits())
+    expected = of_four if heads == 4 else of_two
+    self.assertEqual((config.tiles, config.workers, config.blocks), expected)
+
+  def test_narrow_with_many_hidden_channels(self):
+    config = pallas_gpu.default_config(1, 64, 64, 4096, 4)
+    self.assertEqual((config.tiles, config.workers), (2, 2))
+    self.assertTrue(pallas_gpu._Plan(config, 4, 64, 4096, 4).fits())
+
   @parameterized.parameters(
     ((32, 1024, 256, 1024), True),
     ((67, 1, 256, 1024), True),
@@ -308,7 +391,11 @@ class ConfigTest(parameterized.TestCase):
 
 class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(
-    ({'shape': (1, 2, 3, 2, 32)}, 'H 32 or 64 and F .* not D=64, N=2, H=32'),
+    ({'shape': (1, 2, 3, 1, 64)}, 'takes D 64 with H 16 .* D=64, N=1, H=64'),
+    ({'shape': (1, 2, 3, 8, 16)}, 'H 32 or 64, and F .* not D=128, N=8, H=16'),
+    ({'shape': (1, 2, 3, 2, 16)}, 'not D=32, N=2, H=16'),
+    ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 96}, 'of D, .* F=96'),
+    ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 8064}, 'no plan for .* F=8064'),
     ({'shape': (1, 2, 3, 1, 128)}, 'not D=128, N=1, H=128'),
     ({'mlp_width': 192}, 'F a multiple of D, .* F=192'),
     ({'mlp_width': 128, 'shape': (1, 2, 3, 2, 64)}, 'no plan for .* F=128'),

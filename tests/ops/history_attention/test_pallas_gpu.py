@@ -64,6 +64,7 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
 
   @parameterized.parameters(
     ('any', (1, 70, 150, 1, 32), 'bfloat16'),
+    ('causal', (1, 70, 70, 2, 16), 'bfloat16'),
     ('prefix', (2, 70, 150, 1, 64), 'float16'),
     ('causal', (2, 150, 70, 1, 128), 'bfloat16'),
     ('any', (2, 1, 3, 2, 8), 'bfloat16'),
@@ -134,6 +135,7 @@ class LoweringTest(parameterized.TestCase):
     structure=suite.STRUCTURES,
     shape=(
       (32, 512, 512, 4, 32),
+      (32, 512, 512, 4, 16),
       (1, 2048, 1024, 4, 64),
       (32, 1001, 999, 4, 64),
       (16, 1024, 1024, 4, 128),
