@@ -1,0 +1,567 @@
+"""The candidate tower as Hopper kernels of one product each, for D >= 512.
+
+A layer is the attention of `history_attention` and three products, of which
+each finishes what belongs to it while its sums are in registers:
+
+    query      rotated(norm(x) W_q + b_q)
+    residual   x + attended W_o + b_o, and the moments of its rows
+    hidden     gelu(norm(x) W_1 + b_1)
+    residual   x + hidden W_2 + b_2, likewise
+
+At this width neither a row of sums nor a layer's weights fit a multiprocessor,
+and what passes between kernels stays in L2. A norm costs no pass over x: with
+the moments m and v of a row, `norm(x) W = (x W - m sum(W)) / sqrt(v)`, where
+`sum` is over W's rows. So that x in bfloat16 is as good a factor as its norm,
+each layer subtracts the mean before from x, which no norm can see. What
+bfloat16 leaves of x is a second array beside it, read by 'residual' alone.
+
+A block has two computing warpgroups of 64 candidates by 256 columns and one
+that streams factors; clusters of two share the weights. NOTES.md has the
+measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from histjax.ops.candidate_tower import hopper, reference
+from histjax.types import KeyRange
+
+ROWS = hopper.ROWS
+WORKERS = 2  # Computing warpgroups of a block.
+TILE = ROWS * WORKERS  # Candidates of a block.
+COLUMNS = 256  # Of a product.
+STEP = 64  # Rows of the weights in a slot of the ring.
+SLOTS = 4
+BLOCKS = 2  # Of a cluster.
+MULTIPROCESSORS = 132
+REGISTERS = (240, 24)  # Of a thread that computes and of one that loads.
+PIECE = 64  # Columns that are finished at once.
+
+
+class _Kind(NamedTuple):
+  """What a kernel computes.
+
+  Attributes:
+    then: what is done with the product; see the module.
+    rows: candidates of all users.
+    width: D.
+    depth: rows of the weights.
+    columns: of the weights.
+    head_dim: H.
+    bias: where the product's bias begins.
+  """
+
+  then: Literal['query', 'hidden', 'residual']
+  rows: int
+  width: int
+  depth: int
+  columns: int
+  head_dim: int
+  bias: int
+
+  @property
+  def blocks(self) -> int:
+    """Of a cluster."""
+    return BLOCKS
+
+  @property
+  def num_tiles(self) -> int:
+    """Of the candidates of a cluster."""
+    return pl.cdiv(self.rows, TILE * self.blocks)
+
+  @property
+  def parts(self) -> int:
+    """Tiles of columns."""
+    return self.columns // COLUMNS
+
+  @property
+  def grid(self) -> int:
+    return min(self.num_tiles * self.parts, MULTIPROCESSORS // self.blocks)
+
+
+class _Stream(NamedTuple):
+  """A residual stream.
+
+  Attributes:
+    high: bfloat16 `[rows, D]`.
+    low: bfloat16 `[rows, D]`, what `high` lacks.
+    moments: float32 `[parts, 2, rows]`, padded: the mean and the sum of squared
+      deviations over each 256 columns.
+  """
+
+  high: Any
+  low: Any
+  moments: Any
+
+
+def fits(width: int, hidden: int, head_dim: int) -> bool:
+  """Whether there are kernels of these sizes."""
+  return (
+    width >= 512
+    and not width % COLUMNS
+    and not hidden % COLUMNS
+    and head_dim in (64, 128)
+  )
+
+
+def candidate_tower(
+  plgpu: Any,
+  attention: Callable[..., jax.Array],
+  candidates: Float[Array, 'B C D'],
+  position: Int[Array, 'B C'] | None,
+  keys: Float[Array, 'layers*B L N H'],
+  values: Float[Array, 'layers*B L N H'],
+  key_range: KeyRange,
+  weights: reference.TowerWeights,
+  *,
+  count: Int[Array, 'B'] | None,
+  final_norm: bool,
+) -> Float[Array, 'B C D']:
+  """As `pallas_gpu_layers.candidate_tower`, of sizes that fit."""
+  num_rows, num_candidates, width = candidates.shape
+  num_layers, _, hidden = weights.mlp_in.shape
+  num_heads, head_dim = keys.shape[2:]
+  rows = num_rows * num_candidates
+  place = None
+  if position is not None:  # Registers are loaded by whole tiles.
+    place = jnp.pad(position.reshape(rows), (0, -rows % (TILE * BLOCKS)))
+  live = None
+  if count is not None:
+    live = jnp.arange(num_candidates, dtype=jnp.int32)[None, :] < count[:, None]
+  tiles = _tiles(rows, live)
+  sums = [
+    x.astype(jnp.float32).sum(axis=1) for x in (weights.query, weights.mlp_in)
+  ]
+
+  def run(then, layer, left, right, x, bias, sums=None):
+    kind = _Kind(then, rows, width, *right.shape[1:], head_dim, bias)
+    residual = (x.high, x.low) if then == 'residual' else (None, None)
+    # Under jit, layers share what is built for one of them.
+    return jax.jit(_kernel(plgpu, kind))(
+      jnp.full((1,), layer, jnp.int32),
+      tiles,
+      left,
+      right,
+      weights.bias,
+      sums,
+      x.moments,
+      place if then == 'query' else None,
+      *residual,
+    )
+
+  x, mean = _begin(candidates.reshape(rows, width))
+  for layer in range(num_layers):
+    query = run('query', layer, x.high, weights.query, x, 0, sums[0])[0]
+    attended = attention(
+      query.reshape(num_rows, num_candidates, num_heads, head_dim),
+      keys,
+      values,
+      key_range,
+      jnp.full((1,), layer * num_rows, jnp.int32),
+      count,
+    ).reshape(rows, width)
+    mean += _mean(x)
+    x = _Stream(
+      *run('residual', layer, attended, weights.output, x, width)[1:]
+    )
+    u = run('hidden', layer, x.high, weights.mlp_in, x, 2 * width, sums[1])[0]
+    mean += _mean(x)
+    x = _Stream(
+      *run('residual', layer, u, weights.mlp_out, x, 2 * width + hidden)[1:]
+    )
+  out = _end(x, mean, weights, final_norm).reshape(candidates.shape)
+  return out if live is None else jnp.where(live[:, :, None], out, 0)
+
+
+def _begin(x):
+  """The stream of `x`, `[rows, D]`, and what was taken off its rows."""
+  rows, width = x.shape
+  x = x.astype(jnp.float32)
+  mean = x.mean(axis=1)
+  x = x - mean[:, None]
+  high = x.astype(jnp.bfloat16)
+  low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  parts = x.reshape(rows, width // COLUMNS, COLUMNS)
+  means = parts.mean(axis=2)
+  squares = jnp.square(parts - means[:, :, None]).sum(axis=2)
+  moments = jnp.stack([means.T, squares.T], axis=1)
+  moments = jnp.pad(moments, [(0, 0), (0, 0), (0, -rows % (TILE * BLOCKS))])
+  return _Stream(high, low, moments), mean
+
+
+def _mean(x: _Stream):
+  rows = x.high.shape[0]
+  return x.moments[:, 0, :rows].mean(axis=0)
+
+
+def _end(x: _Stream, mean, weights, final_norm):
+  """The last norm, or the residual stream with `mean` put back."""
+  rows, width = x.high.shape
+  y = x.high.astype(jnp.float32) + x.low.astype(jnp.float32)
+  if not final_norm:
+    return y + mean[:, None]
+  mean = _mean(x)
+  means, squares = x.moments[:, 0, :rows], x.moments[:, 1, :rows]
+  squares = squares + COLUMNS * jnp.square(means - mean[None])
+  scale = lax.rsqrt(squares.sum(axis=0) * (1 / width) + reference.EPSILON)
+  y = (y - mean[:, None]) * scale[:, None] * weights.final_scale[None]
+  return (y + weights.final_bias[None]).astype(jnp.bfloat16)
+
+
+def _tiles(rows, live):
+  """How many tiles there are, and which: all, or those with live candidates."""
+  tile = TILE * BLOCKS
+  number = pl.cdiv(rows, tile)
+  if live is None:
+    order = jnp.arange(number, dtype=jnp.int32)
+    return jnp.concatenate([jnp.full((1,), number, jnp.int32), order])
+  live = jnp.pad(live.reshape(rows), (0, number * tile - rows))
+  dead = jnp.logical_not(live.reshape(number, tile).any(axis=1))
+  alive = number - dead.sum(dtype=jnp.int32)
+  order = jnp.argsort(dead, stable=True).astype(jnp.int32)
+  return jnp.concatenate([alive[None], order])
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(plgpu, kind):
+  """Builds the call for static shapes."""
+  swizzled = functools.partial(hopper.swizzled, plgpu)
+  bf16, f32 = jnp.bfloat16, jnp.float32
+  out: tuple[Any, ...] = (
+    jax.ShapeDtypeStruct((kind.rows, kind.columns), bf16),
+    *[None] * 3,
+  )
+  residual = kind.then == 'residual'
+  if residual:
+    stream = jax.ShapeDtypeStruct((kind.rows, kind.width), bf16)
+    padded = kind.num_tiles * kind.blocks * TILE
+    moments = jax.ShapeDtypeStruct((kind.parts, 2, padded), f32)
+    out = (None, stream, stream, moments)
+  free = functools.partial(plgpu.Barrier)
+  grouped: dict[str, Any] = {}
+  if kind.blocks > 1:
+    grouped = dict(cluster=(kind.blocks,), cluster_names=('part',))
+    free = functools.partial(plgpu.ClusterBarrier, collective_axes=('part',))
+  return plgpu.kernel(
+    functools.partial(_body, plgpu=plgpu, kind=kind),
+    out_type=out,
+    scratch_types=dict(
+      left=swizzled((SLOTS, TILE, STEP)),
+      right=plgpu.RefUnion(
+        swizzled((SLOTS, STEP, COLUMNS)),  # Weights.
+        swizzled((SLOTS, 2, TILE, PIECE)),  # The residual stream's low half.
+      ),
+      out_smem=None if residual else swizzled((WORKERS, 2, ROWS, PIECE)),
+      moments_smem=plgpu.SMEM((WORKERS, 2, ROWS), f32) if residual else None,
+      bias_smem=plgpu.SMEM((2, COLUMNS), f32),
+      full=plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+      free=free(num_arrivals=WORKERS, num_barriers=SLOTS),
+      bias_full=plgpu.Barrier(num_arrivals=1 if residual else 2),
+      bias_free=plgpu.Barrier(num_arrivals=WORKERS),
+    ),
+    grid=(kind.grid,),
+    grid_names=('block',),
+    **grouped,
+    num_threads=WORKERS + 1,
+    thread_name='wg',
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+    kernel_name=f'candidate_{kind.then}',
+  )
+
+
+def _body(
+  layer_ref, tiles_ref, left_ref, right_ref, bias_ref, sums_ref, moments_ref,
+  place_ref, high_ref, low_ref, y_ref, high_out_ref, low_out_ref,
+  moments_out_ref,
+  *, plgpu, kind, left, right, out_smem, moments_smem, bias_smem, full, free,
+  bias_full, bias_free,
+):  # fmt: skip
+  """One block: some tiles, one after the other."""
+  block, wg = lax.axis_index('block'), lax.axis_index('wg')
+  peer = lax.axis_index('part') if kind.blocks > 1 else 0
+  grid, parts = jnp.int32(kind.grid), jnp.int32(kind.parts)
+  count = lax.div(tiles_ref[0] * parts - 1 - block + grid, grid)
+  layer = layer_ref[0]
+  ring = _Ring(plgpu, kind, left, right, full, free, count)
+
+  def at(i):
+    """The first candidate and the first column of a tile."""
+    number = block + i * grid
+    tile = tiles_ref[1 + lax.div(number, parts)]
+    return (
+      (tile * kind.blocks + peer) * TILE,
+      lax.rem(number, parts) * COLUMNS,
+    )
+
+  @pl.when(wg < WORKERS)
+  def _():
+    plgpu.set_max_registers(REGISTERS[0], action='increase')
+    worker = _Worker(ring, wg, bias_smem, bias_full, bias_free, moments_ref)
+
+    @pl.loop(0, count)
+    def _(i):
+      first, column = at(i)
+      first += wg * ROWS
+      if kind.then == 'residual':
+        worker.residual(
+          i * ring.per_tile,
+          first,
+          column,
+          moments_smem.at[wg],
+          (high_out_ref, low_out_ref, moments_out_ref),
+        )
+      else:
+        worker.activation(
+          i * ring.per_tile, first, column, out_smem.at[wg], place_ref, y_ref
+        )
+
+    plgpu.wait_smem_to_gmem(0)
+
+  @pl.when(wg == WORKERS)
+  def _():
+    plgpu.set_max_registers(REGISTERS[1], action='decrease')
+
+    @plgpu.warp_map
+    def _(warp):
+      @pl.when(warp == 0)
+      def _():
+        @pl.loop(0, count)
+        def _(i):
+          first, column = at(i)
+          rows = pl.ds(first, TILE)
+          number = i * ring.per_tile
+          ring.fill(number, rows, column, left_ref, right_ref.at[layer])
+
+          @pl.when(i > 0)
+          def _():
+            plgpu.barrier_wait(bias_free)
+
+          bias = pl.ds(kind.bias + column, COLUMNS)
+          plgpu.copy_gmem_to_smem(
+            bias_ref.at[layer, bias], bias_smem.at[0], bias_full
+          )
+          if sums_ref is not None:
+            plgpu.copy_gmem_to_smem(
+              sums_ref.at[layer, pl.ds(column, COLUMNS)],
+              bias_smem.at[1],
+              bias_full,
+            )
+          if kind.then == 'residual':
+            ring.fill_residual(number, rows, column, high_ref, low_ref)
+
+
+class _Ring:
+  """What a tile needs, in the order in which it is needed.
+
+  Slots have numbers that go on from tile to tile.
+  """
+
+  def __init__(self, plgpu, kind, left, right, full, free, count):
+    self.plgpu, self.kind = plgpu, kind
+    self.left, (self.right, self.low) = left, right
+    self.full, self.free = full, free
+    self.deep = kind.depth // STEP
+    self.per_tile = self.deep
+    if kind.then == 'residual':
+      self.per_tile += COLUMNS // PIECE
+    self.total = count * self.per_tile
+
+  def slot(self, number):
+    return lax.rem(number, jnp.int32(SLOTS))
+
+  def wait(self, number):
+    """The slot, once it is full."""
+    slot = self.slot(number)
+    self.plgpu.barrier_wait(self.full.at[slot])
+    return slot
+
+  def release(self, number):
+    """Says that this warpgroup has read the slot."""
+
+    # A block that nobody tells anything may end before its peer.
+    @pl.when(number + SLOTS < self.total)
+    def _():
+      self.plgpu.barrier_arrive(self.free.at[self.slot(number)])
+
+  def claim(self, number):
+    """The slot, once all have read what was in it before."""
+    slot = self.slot(number)
+
+    @pl.when(number >= SLOTS)
+    def _():
+      self.plgpu.barrier_wait(self.free.at[slot])
+
+    return slot, self.full.at[slot]
+
+  def fill(self, number, rows, column, left_ref, right):
+    """Starts the copies of a tile's factors."""
+    shared = {'collective_axes': 'part'} if self.kind.blocks > 1 else {}
+
+    @pl.loop(0, self.deep)
+    def _(k):
+      slot, full = self.claim(number + k)
+      depth = pl.ds(k * STEP, STEP)
+      self.plgpu.copy_gmem_to_smem(
+        right.at[depth, pl.ds(column, COLUMNS)],
+        self.right.at[slot],
+        full,
+        **shared,
+      )
+      self.plgpu.copy_gmem_to_smem(
+        left_ref.at[rows, depth], self.left.at[slot], full
+      )
+
+  def fill_residual(self, number, rows, column, high_ref, low_ref):
+    """Starts the copies of a tile's residual stream."""
+
+    @pl.loop(0, COLUMNS // PIECE)
+    def _(n):
+      slot, full = self.claim(number + self.deep + n)
+      at = rows, pl.ds(column + n * PIECE, PIECE)
+      copy = self.plgpu.copy_gmem_to_smem
+      copy(high_ref.at[at], self.left.at[slot], full)
+      copy(low_ref.at[at], self.low.at[slot, 0], full)
+
+
+class _Worker(hopper.Warpgroup):
+  """A computing warpgroup: 64 candidates of a tile."""
+
+  def __init__(self, ring, wg, bias_smem, bias_full, bias_free, moments_ref):
+    super().__init__(ring.plgpu)
+    self.kind, self.ring, self.wg = ring.kind, ring, wg
+    self.bias_smem, self.moments_ref = bias_smem, moments_ref
+    self.bias_full, self.bias_free = bias_full, bias_free
+
+  def row(self, which, n):
+    """Of piece `n`, the bias (0) or the sums of weights (1) in each row."""
+    ref = self.bias_smem.at[which, pl.ds(n * PIECE, PIECE)]
+    load = functools.partial(self.plgpu.load, layout=self.column_layout)
+    return self.across(load(ref, optimized=False))
+
+  def moments(self, first):
+    """The means of 64 candidates and one over their deviations."""
+    load = functools.partial(
+      self.plgpu.load, layout=self.row_layout, optimized=False
+    )
+    rows, width = pl.ds(first, ROWS), self.kind.width
+    parts = range(width // COLUMNS)
+    means = [load(self.moments_ref.at[p, 0, rows]) for p in parts]
+    mean = sum(means[1:], means[0]) * (COLUMNS / width)
+    square = 0.0
+    for p in parts:
+      gap = means[p] - mean
+      square += load(self.moments_ref.at[p, 1, rows]) + COLUMNS * (gap * gap)
+    return mean, lax.rsqrt(square * (1 / width) + reference.EPSILON)
+
+  def product(self, number):
+    """The factors' product `[64, 256]`."""
+    plgpu, ring = self.plgpu, self.ring
+    rows = pl.ds(self.wg * ROWS, ROWS)
+
+    def run(acc):
+      @pl.loop(0, ring.deep)
+      def _(k):
+        slot = ring.wait(number + k)
+        plgpu.wgmma(acc, ring.left.at[slot, rows], ring.right.at[slot])
+        plgpu.wgmma_wait(1)  # All but this one have been read.
+
+        @pl.when(k > 0)
+        def _():
+          ring.release(number + k - 1)
+
+      plgpu.wgmma_wait(0)
+      ring.release(number + ring.deep - 1)
+      return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+
+  def activation(self, number, first, column, out_smem, place_ref, y_ref):
+    """Puts queries or hidden channels of the norm into `y_ref`."""
+    plgpu, kind = self.plgpu, self.kind
+    rows = pl.ds(first, ROWS)
+    mean, scale = self.moments(first)
+    place = None
+    if place_ref is not None:
+      place = plgpu.load(
+        place_ref.at[rows], layout=self.row_layout, optimized=False
+      ).astype(jnp.float32)
+    x = self.product(number)
+    plgpu.barrier_wait(self.bias_full)
+    per = 1 if kind.then == 'hidden' else max(kind.head_dim, PIECE) // PIECE
+    for m in range(0, COLUMNS // PIECE, per):
+      pieces = []
+      for n in range(m, m + per):
+        y = x[:, n * PIECE : (n + 1) * PIECE]
+        y = y - self.down(mean, PIECE) * self.row(1, n)
+        pieces.append(y * self.down(scale, PIECE) + self.row(0, n))
+      if kind.then == 'hidden':
+        y = hopper.gelu(pieces[0]).astype(jnp.bfloat16)
+      else:
+        y = hopper.join(
+          self.rotated(hopper.join(pieces), place, kind.head_dim)
+        )
+      for n in range(m, m + per):
+        out = out_smem.at[n % 2]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        out[...] = y[:, (n - m) * PIECE : (n - m + 1) * PIECE]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+          out, y_ref.at[rows, pl.ds(column + n * PIECE, PIECE)]
+        )
+    plgpu.barrier_arrive(self.bias_free)
+
+  def residual(self, number, first, column, moments_smem, out_refs):
+    """Adds the product to the residual stream, less its mean."""
+    plgpu, ring = self.plgpu, self.ring
+    rows = pl.ds(first, ROWS)
+    mine = pl.ds(self.wg * ROWS, ROWS)
+    high_ref, low_ref, moments_ref = out_refs
+    mean, _ = self.moments(first)
+    x = self.product(number)
+    plgpu.barrier_wait(self.bias_full)
+    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)
+    pieces = []
+    for n in range(COLUMNS // PIECE):
+      at = number + ring.deep + n
+      slot = ring.wait(at)
+      refs = ring.left.at[slot, mine], ring.low.at[slot, 0, mine]
+      high, low = (load(ref).astype(jnp.float32) for ref in refs)
+      y = x[:, n * PIECE : (n + 1) * PIECE] + self.row(0, n)
+      y = y + (high + low) - self.down(mean, PIECE)
+      plgpu.commit_smem()  # All have loaded before anybody stores.
+      high = y.astype(jnp.bfloat16)
+      refs[0][...] = high
+      refs[1][...] = (y - high.astype(jnp.float32)).astype(jnp.bfloat16)
+      plgpu.commit_smem()
+      columns = pl.ds(column + n * PIECE, PIECE)
+      for ref, out in zip(refs, (high_ref, low_ref), strict=True):
+        plgpu.copy_smem_to_gmem(ref, out.at[rows, columns], commit_group=False)
+      plgpu.commit_smem_to_gmem_group()
+      if n:
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        ring.release(at - 1)
+      pieces.append(y)
+    plgpu.barrier_arrive(self.bias_free)
+    mean = sum(piece.sum(axis=1) for piece in pieces) * (1 / COLUMNS)
+    square = 0.0
+    for piece in pieces:
+      gap = piece - self.down(mean, PIECE)
+      square += (gap * gap).sum(axis=1)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    ring.release(at)
+    moments_smem.at[0][...] = mean
+    moments_smem.at[1][...] = square
+    plgpu.commit_smem()
+    part = lax.div(column, jnp.int32(COLUMNS))
+    plgpu.copy_smem_to_gmem(moments_smem, moments_ref.at[part, :, rows])
