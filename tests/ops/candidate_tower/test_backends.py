@@ -164,15 +164,26 @@ class KernelTest(parameterized.TestCase):
       suite.run(call, implementation), suite.run(call, implementation)
     )
 
+  @marks.slow_unless(
+    lambda shape, rotate, residual, **fields: shape[3] * shape[4] < 512
+    or (rotate and not residual)
+  )
   @parameterized.product(
-    shape=((3, 205, 331, 4, 64), (2, 131, 79, 8, 32), (1, 2, 1, 4, 64)),
+    shape=(
+      (3, 205, 331, 4, 64),
+      (2, 131, 79, 8, 32),
+      (1, 2, 1, 4, 64),
+      (3, 205, 331, 8, 64),
+      (2, 131, 79, 4, 128),
+      (1, 2, 1, 12, 64),
+    ),
     structure=('any', 'prefix'),
     ragged=(False, True),
     rotate=(False, True),
     residual=(False, True),
   )
   def test_in_layers(self, shape, **fields):
-    """What 'pallas_gpu' does with many candidates, here with few."""
+    """What 'pallas_gpu' does with many or wide candidates, here with few."""
     call = suite.make_call(0, shape, num_layers=3, dtype='bfloat16', **fields)
     call = suite.poisoned(call, np.nan)
 
@@ -182,7 +193,7 @@ class KernelTest(parameterized.TestCase):
         num_heads=call.num_heads,
         count=None if call.count is None else jnp.asarray(call.count),
         final_norm=call.final_norm,
-        config='layers',
+        config='layers' if shape[3] * shape[4] == 256 else 'products',
       )
       return np.asarray(out)
 
