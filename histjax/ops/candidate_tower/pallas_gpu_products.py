@@ -185,15 +185,19 @@ def candidate_tower(
 def _begin(x):
   """The stream of `x`, `[rows, D]`, and what was taken off its rows."""
   rows, width = x.shape
-  x = x.astype(jnp.float32)
-  mean = x.mean(axis=1)
-  x = x - mean[:, None]
-  high = x.astype(jnp.bfloat16)
-  low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-  parts = x.reshape(rows, width // COLUMNS, COLUMNS)
-  means = parts.mean(axis=2)
-  squares = jnp.square(parts - means[:, :, None]).sum(axis=2)
-  moments = jnp.stack([means.T, squares.T], axis=1)
+  high, low, mean = x, jnp.zeros_like(x), jnp.zeros((rows,), jnp.float32)
+  if x.dtype != jnp.bfloat16:
+    mean = x.mean(axis=1)
+    x = x - mean[:, None]
+    high = x.astype(jnp.bfloat16)
+    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  # Both moments in one pass, about a value that is among the others.
+  x = x.astype(jnp.float32).reshape(rows, width // COLUMNS, COLUMNS)
+  pivot = x[:, :, :1]
+  gap = x - pivot
+  means = gap.mean(axis=2)
+  squares = jnp.square(gap).sum(axis=2) - COLUMNS * jnp.square(means)
+  moments = jnp.stack([(means + pivot[:, :, 0]).T, squares.T], axis=1)
   moments = jnp.pad(moments, [(0, 0), (0, 0), (0, -rows % (TILE * BLOCKS))])
   return _Stream(high, low, moments), mean
 
