@@ -45,6 +45,7 @@ BLOCKS = 2  # Of a cluster.
 MULTIPROCESSORS = 132
 REGISTERS = (240, 24)  # Of a thread that computes and of one that loads.
 PIECE = 64  # Columns that are finished at once.
+CHUNK = 128  # Columns of a product beside which another is finished.
 
 
 class _Kind(NamedTuple):
@@ -79,9 +80,21 @@ class _Kind(NamedTuple):
     return pl.cdiv(self.rows, TILE * self.blocks)
 
   @property
+  def resident(self) -> bool:
+    """Whether the candidates of a tile stay in shared memory."""
+    return self.then == 'hidden' and self.width == 512
+
+  @property
+  def span(self) -> int:
+    """Columns of a tile."""
+    if not self.resident:
+      return COLUMNS
+    return next(n for n in (1024, 512, 256) if not self.columns % n)
+
+  @property
   def parts(self) -> int:
     """Tiles of columns."""
-    return self.columns // COLUMNS
+    return self.columns // self.span
 
   @property
   def grid(self) -> int:
@@ -255,21 +268,39 @@ def _kernel(plgpu, kind):
   if kind.blocks > 1:
     grouped = dict(cluster=(kind.blocks,), cluster_names=('part',))
     free = functools.partial(plgpu.ClusterBarrier, collective_axes=('part',))
-  return plgpu.kernel(
-    functools.partial(_body, plgpu=plgpu, kind=kind),
-    out_type=out,
-    scratch_types=dict(
+  if kind.resident:
+    memory = dict(
+      left=swizzled((kind.width // STEP, TILE, STEP)),
+      right=swizzled((SLOTS, STEP, CHUNK)),
+      out_smem=swizzled((WORKERS, ROWS, PIECE)),
+      left_full=plgpu.Barrier(num_barriers=kind.width // STEP),
+      left_free=plgpu.Barrier(num_arrivals=WORKERS),
+    )
+  else:
+    memory = dict(
       left=swizzled((SLOTS, TILE, STEP)),
       right=plgpu.RefUnion(
         swizzled((SLOTS, STEP, COLUMNS)),  # Weights.
         swizzled((SLOTS, 2, TILE, PIECE)),  # The residual stream's low half.
       ),
       out_smem=None if residual else swizzled((WORKERS, 2, ROWS, PIECE)),
+      left_full=None,
+      left_free=None,
+    )
+  return plgpu.kernel(
+    functools.partial(_body, plgpu=plgpu, kind=kind),
+    out_type=out,
+    scratch_types=dict(
+      **memory,
       moments_smem=plgpu.SMEM((WORKERS, 2, ROWS), f32) if residual else None,
-      bias_smem=plgpu.SMEM((2, COLUMNS), f32),
-      full=plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+      bias_smem=plgpu.SMEM((2, kind.span), f32),
+      full=plgpu.Barrier(
+        num_arrivals=1 if kind.resident else 2, num_barriers=SLOTS
+      ),
       free=free(num_arrivals=WORKERS, num_barriers=SLOTS),
-      bias_full=plgpu.Barrier(num_arrivals=1 if residual else 2),
+      bias_full=plgpu.Barrier(
+        num_arrivals=(1 if residual else 2) * kind.span // COLUMNS
+      ),
       bias_free=plgpu.Barrier(num_arrivals=WORKERS),
     ),
     grid=(kind.grid,),
@@ -289,7 +320,7 @@ def _body(
   place_ref, high_ref, low_ref, y_ref, high_out_ref, low_out_ref,
   moments_out_ref,
   *, plgpu, kind, left, right, out_smem, moments_smem, bias_smem, full, free,
-  bias_full, bias_free,
+  bias_full, bias_free, left_full, left_free,
 ):  # fmt: skip
   """One block: some tiles, one after the other."""
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
@@ -297,7 +328,9 @@ def _body(
   grid, parts = jnp.int32(kind.grid), jnp.int32(kind.parts)
   count = lax.div(tiles_ref[0] * parts - 1 - block + grid, grid)
   layer = layer_ref[0]
-  ring = _Ring(plgpu, kind, left, right, full, free, count)
+  ring = _Ring(
+    plgpu, kind, left, right, full, free, left_full, left_free, count
+  )
 
   def at(i):
     """The first candidate and the first column of a tile."""
@@ -305,7 +338,7 @@ def _body(
     tile = tiles_ref[1 + lax.div(number, parts)]
     return (
       (tile * kind.blocks + peer) * TILE,
-      lax.rem(number, parts) * COLUMNS,
+      lax.rem(number, parts) * kind.span,
     )
 
   @pl.when(wg < WORKERS)
@@ -324,6 +357,10 @@ def _body(
           column,
           moments_smem.at[wg],
           (high_out_ref, low_out_ref, moments_out_ref),
+        )
+      elif kind.resident:
+        worker.hidden(
+          i * ring.per_tile, first, column, out_smem.at[wg], y_ref
         )
       else:
         worker.activation(
@@ -345,22 +382,30 @@ def _body(
           first, column = at(i)
           rows = pl.ds(first, TILE)
           number = i * ring.per_tile
-          ring.fill(number, rows, column, left_ref, right_ref.at[layer])
 
-          @pl.when(i > 0)
-          def _():
-            plgpu.barrier_wait(bias_free)
+          def fill_bias():
+            @pl.when(i > 0)
+            def _():
+              plgpu.barrier_wait(bias_free)
 
-          bias = pl.ds(kind.bias + column, COLUMNS)
-          plgpu.copy_gmem_to_smem(
-            bias_ref.at[layer, bias], bias_smem.at[0], bias_full
-          )
-          if sums_ref is not None:
-            plgpu.copy_gmem_to_smem(
-              sums_ref.at[layer, pl.ds(column, COLUMNS)],
-              bias_smem.at[1],
-              bias_full,
-            )
+            for n in range(0, kind.span, COLUMNS):
+              put = functools.partial(
+                plgpu.copy_gmem_to_smem, barrier=bias_full
+              )
+              here = pl.ds(n, COLUMNS)
+              there = pl.ds(kind.bias + column + n, COLUMNS)
+              put(bias_ref.at[layer, there], bias_smem.at[0, here])
+              if sums_ref is not None:
+                there = pl.ds(column + n, COLUMNS)
+                put(sums_ref.at[layer, there], bias_smem.at[1, here])
+
+          if kind.resident:
+            ring.fill_resident(i, rows, left_ref)
+            fill_bias()
+            ring.fill_chunks(number, column, right_ref.at[layer])
+          else:
+            ring.fill(number, rows, column, left_ref, right_ref.at[layer])
+            fill_bias()
           if kind.then == 'residual':
             ring.fill_residual(number, rows, column, high_ref, low_ref)
 
@@ -371,14 +416,21 @@ class _Ring:
   Slots have numbers that go on from tile to tile.
   """
 
-  def __init__(self, plgpu, kind, left, right, full, free, count):
+  def __init__(
+    self, plgpu, kind, left, right, full, free, left_full, left_free, count
+  ):
     self.plgpu, self.kind = plgpu, kind
-    self.left, (self.right, self.low) = left, right
+    self.left, self.right = left, right
+    if not kind.resident:
+      self.right, self.low = right
     self.full, self.free = full, free
+    self.left_full, self.left_free = left_full, left_free
     self.deep = kind.depth // STEP
     self.per_tile = self.deep
     if kind.then == 'residual':
       self.per_tile += COLUMNS // PIECE
+    if kind.resident:
+      self.per_tile *= kind.span // CHUNK
     self.total = count * self.per_tile
 
   def slot(self, number):
@@ -426,6 +478,36 @@ class _Ring:
         left_ref.at[rows, depth], self.left.at[slot], full
       )
 
+  def fill_resident(self, i, rows, left_ref):
+    """Starts the copies of a tile's candidates, as its `i`th."""
+
+    @pl.when(i > 0)
+    def _():
+      self.plgpu.barrier_wait(self.left_free)
+
+    for k in range(self.deep):
+      self.plgpu.copy_gmem_to_smem(
+        left_ref.at[rows, pl.ds(k * STEP, STEP)],
+        self.left.at[k],
+        self.left_full.at[k],
+      )
+
+  def fill_chunks(self, number, column, right):
+    """Starts the copies of a tile's weights, some columns after others."""
+    shared = {'collective_axes': 'part'} if self.kind.blocks > 1 else {}
+
+    @pl.loop(0, self.per_tile)
+    def _(n):
+      slot, full = self.claim(number + n)
+      depth = lax.rem(n, jnp.int32(self.deep)) * STEP
+      at = column + lax.div(n, jnp.int32(self.deep)) * CHUNK
+      self.plgpu.copy_gmem_to_smem(
+        right.at[pl.ds(depth, STEP), pl.ds(at, CHUNK)],
+        self.right.at[slot],
+        full,
+        **shared,
+      )
+
   def fill_residual(self, number, rows, column, high_ref, low_ref):
     """Starts the copies of a tile's residual stream."""
 
@@ -447,9 +529,9 @@ class _Worker(hopper.Warpgroup):
     self.bias_smem, self.moments_ref = bias_smem, moments_ref
     self.bias_full, self.bias_free = bias_full, bias_free
 
-  def row(self, which, n):
+  def row(self, which, n, size=PIECE):
     """Of piece `n`, the bias (0) or the sums of weights (1) in each row."""
-    ref = self.bias_smem.at[which, pl.ds(n * PIECE, PIECE)]
+    ref = self.bias_smem.at[which, pl.ds(n * size, size)]
     load = functools.partial(self.plgpu.load, layout=self.column_layout)
     return self.across(load(ref, optimized=False))
 
@@ -523,6 +605,70 @@ class _Worker(hopper.Warpgroup):
         plgpu.copy_smem_to_gmem(
           out, y_ref.at[rows, pl.ds(column + n * PIECE, PIECE)]
         )
+    plgpu.barrier_arrive(self.bias_free)
+
+  def hidden(self, number, first, column, out_smem, y_ref):
+    """Puts hidden channels of the norm into `y_ref`.
+
+    A chunk of them is finished, a bit after each product, beside the products
+    of the next.
+    """
+    plgpu, ring = self.plgpu, self.ring
+    rows = pl.ds(first, ROWS)
+    deep, chunks = ring.deep, self.kind.span // CHUNK
+    bit = CHUNK // deep
+    mean, scale = self.moments(first)
+    plgpu.barrier_wait(self.bias_full)
+
+    def finish(u, c, k, done):
+      """Columns `k * bit` and following of chunk `c`, `u`."""
+      n = c * deep + k
+      y = u[:, k * bit : (k + 1) * bit]
+      y = y - self.down(mean, bit) * self.row(1, n, bit)
+      y = y * self.down(scale, bit) + self.row(0, n, bit)
+      done.append(hopper.gelu(y).astype(jnp.bfloat16))
+      if (k + 1) * bit % PIECE:
+        return
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      out_smem[...] = hopper.join(done)
+      done.clear()
+      plgpu.commit_smem()
+      at = column + c * CHUNK + (k + 1) * bit - PIECE
+      plgpu.copy_smem_to_gmem(out_smem, y_ref.at[rows, pl.ds(at, PIECE)])
+
+    def chunk(c, u=None):
+      def run(acc):
+        # Hidden from the compiler, which would keep all addresses that follow.
+        at = lax.optimization_barrier(number + c * deep)
+        mine = pl.ds(lax.optimization_barrier(self.wg) * ROWS, ROWS)
+        done: list[Any] = []
+        for k in range(deep):
+          if u is None:
+            plgpu.barrier_wait(ring.left_full.at[k])
+          slot = ring.wait(at + k)
+          plgpu.wgmma(acc, ring.left.at[k, mine], ring.right.at[slot])
+          plgpu.wgmma_wait(1)  # All but this one have been read.
+          if k:
+            ring.release(at + k - 1)
+          if u is not None:
+            finish(u, c - 1, k, done)
+        plgpu.wgmma_wait(0)
+        ring.release(at + deep - 1)
+        return acc[...]
+
+      return pl.run_scoped(run, plgpu.ACC((ROWS, CHUNK), jnp.float32))
+
+    # By twos, or sums would move from one's registers to the other's, which
+    # serializes the products.
+    def pair(i, u):
+      return chunk(2 * i + 2, chunk(2 * i + 1, u))
+
+    u = lax.fori_loop(0, chunks // 2 - 1, pair, chunk(0))
+    u = chunk(chunks - 1, u)
+    plgpu.barrier_arrive(ring.left_free)
+    done: list[Any] = []
+    for k in range(deep):
+      finish(u, chunks - 1, k, done)
     plgpu.barrier_arrive(self.bias_free)
 
   def residual(self, number, first, column, moments_smem, out_refs):
