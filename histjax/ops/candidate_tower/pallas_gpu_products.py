@@ -86,10 +86,17 @@ class _Kind(NamedTuple):
 
   @property
   def span(self) -> int:
-    """Columns of a tile."""
+    """Columns of a tile: those with which the last block ends first."""
     if not self.resident:
       return COLUMNS
-    return next(n for n in (1024, 512, 256) if not self.columns % n)
+    clusters = MULTIPROCESSORS // self.blocks
+    # What begins and ends a tile takes as long as some columns.
+    return min(
+      (n for n in (1024, 512, 256) if not self.columns % n),
+      key=lambda n: (
+        pl.cdiv(self.num_tiles * self.columns // n, clusters) * (n + 96)
+      ),
+    )
 
   @property
   def parts(self) -> int:
