@@ -325,7 +325,7 @@ def candidate_tower(
   start, stop = key_range.start, key_range.stop
   if config is None:
     config = default_config(num_rows, num_candidates, width, hidden, num_heads)
-  if config in ('layers', 'products'):
+  if isinstance(config, str):
     in_layers: Any = pallas_gpu_layers
     computes = _layers_compute(num_rows, width, hidden)
     if config == 'products':

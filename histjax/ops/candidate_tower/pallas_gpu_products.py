@@ -163,7 +163,8 @@ def candidate_tower(
   ]
 
   def run(then, layer, left, right, x, bias, sums=None):
-    kind = _Kind(then, rows, width, *right.shape[1:], head_dim, bias)
+    depth, columns = right.shape[1:]
+    kind = _Kind(then, rows, width, depth, columns, head_dim, bias)
     residual = (x.high, x.low) if then == 'residual' else (None, None)
     # Under jit, layers share what is built for one of them.
     return jax.jit(_kernel(plgpu, kind))(
@@ -190,9 +191,7 @@ def candidate_tower(
       count,
     ).reshape(rows, width)
     mean += _mean(x)
-    x = _Stream(
-      *run('residual', layer, attended, weights.output, x, width)[1:]
-    )
+    x = _Stream(*run('residual', layer, attended, weights.output, x, width)[1:])
     u = run('hidden', layer, x.high, weights.mlp_in, x, 2 * width, sums[1])[0]
     mean += _mean(x)
     x = _Stream(
@@ -366,9 +365,7 @@ def _body(
           (high_out_ref, low_out_ref, moments_out_ref),
         )
       elif kind.resident:
-        worker.hidden(
-          i * ring.per_tile, first, column, out_smem.at[wg], y_ref
-        )
+        worker.hidden(i * ring.per_tile, first, column, out_smem.at[wg], y_ref)
       else:
         worker.activation(
           i * ring.per_tile, first, column, out_smem.at[wg], place_ref, y_ref
@@ -601,9 +598,7 @@ class _Worker(hopper.Warpgroup):
       if kind.then == 'hidden':
         y = hopper.gelu(pieces[0]).astype(jnp.bfloat16)
       else:
-        y = hopper.join(
-          self.rotated(hopper.join(pieces), place, kind.head_dim)
-        )
+        y = hopper.join(self.rotated(hopper.join(pieces), place, kind.head_dim))
       for n in range(m, m + per):
         out = out_smem.at[n % 2]
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)

@@ -165,8 +165,9 @@ class KernelTest(parameterized.TestCase):
     )
 
   @marks.slow_unless(
-    lambda shape, rotate, residual, **fields: shape[3] * shape[4] < 512
-    or (rotate and not residual)
+    lambda shape, rotate, residual, **fields: (
+      shape[3] * shape[4] < 512 or (rotate and not residual)
+    )
   )
   @parameterized.product(
     shape=(
