@@ -113,7 +113,8 @@ def candidate_tower(
       a kernel does not compute it. None: all C count.
     final_norm: False: the result is the residual stream, float32, to go on
       with; so a history is read layer by layer, its events as candidates.
-    implementation: 'pallas_gpu' (Hopper; bfloat16, D 128 or 256, H 32 or 64),
+    implementation: 'pallas_gpu' (Hopper; bfloat16; D 128 or 256 with H 32 or
+      64, or D and F multiples of 256 from D 512 on with H 64 or 128),
       'pallas_tpu' (bfloat16 or float32; D and F multiples of 128), 'numba_cpu'
       (float32; needs `histjax[cpu]`), 'xla' (everything, everywhere) or
       'reference' (float32, readable). None: the fastest that supports the call.

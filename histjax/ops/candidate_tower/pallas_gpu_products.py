@@ -45,7 +45,7 @@ BLOCKS = 2  # Of a cluster.
 MULTIPROCESSORS = 132
 REGISTERS = (240, 24)  # Of a thread that computes and of one that loads.
 PIECE = 64  # Columns that are finished at once.
-CHUNK = 128  # Columns of a product beside which another is finished.
+CHUNK = 128  # Columns of hidden channels that a warpgroup computes at once.
 
 
 class _Kind(NamedTuple):
@@ -59,6 +59,7 @@ class _Kind(NamedTuple):
     columns: of the weights.
     head_dim: H.
     bias: where the product's bias begins.
+    exact: whether the residual stream has no low half yet.
   """
 
   then: Literal['query', 'hidden', 'residual']
@@ -68,6 +69,7 @@ class _Kind(NamedTuple):
   columns: int
   head_dim: int
   bias: int
+  exact: bool
 
   @property
   def blocks(self) -> int:
@@ -113,7 +115,7 @@ class _Stream(NamedTuple):
 
   Attributes:
     high: bfloat16 `[rows, D]`.
-    low: bfloat16 `[rows, D]`, what `high` lacks.
+    low: bfloat16 `[rows, D]`, what `high` lacks; None: nothing.
     moments: float32 `[parts, 2, rows]`, padded: the mean and the sum of squared
       deviations over each 256 columns.
   """
@@ -164,8 +166,10 @@ def candidate_tower(
 
   def run(then, layer, left, right, x, bias, sums=None):
     depth, columns = right.shape[1:]
-    kind = _Kind(then, rows, width, depth, columns, head_dim, bias)
-    residual = (x.high, x.low) if then == 'residual' else (None, None)
+    residual = then == 'residual'
+    exact = residual and x.low is None
+    kind = _Kind(then, rows, width, depth, columns, head_dim, bias, exact)
+    low = x.high if exact else x.low  # Something must fill its place.
     # Under jit, layers share what is built for one of them.
     return jax.jit(_kernel(plgpu, kind))(
       jnp.full((1,), layer, jnp.int32),
@@ -176,7 +180,8 @@ def candidate_tower(
       sums,
       x.moments,
       place if then == 'query' else None,
-      *residual,
+      x.high if residual else None,
+      low if residual else None,
     )
 
   x, mean = _begin(candidates.reshape(rows, width))
@@ -204,7 +209,7 @@ def candidate_tower(
 def _begin(x):
   """The stream of `x`, `[rows, D]`, and what was taken off its rows."""
   rows, width = x.shape
-  high, low, mean = x, jnp.zeros_like(x), jnp.zeros((rows,), jnp.float32)
+  high, low, mean = x, None, jnp.zeros((rows,), jnp.float32)
   if x.dtype != jnp.bfloat16:
     mean = x.mean(axis=1)
     x = x - mean[:, None]
@@ -301,9 +306,12 @@ def _kernel(plgpu, kind):
       moments_smem=plgpu.SMEM((WORKERS, 2, ROWS), f32) if residual else None,
       bias_smem=plgpu.SMEM((2, kind.span), f32),
       full=plgpu.Barrier(
-        num_arrivals=1 if kind.resident else 2, num_barriers=SLOTS
+        num_arrivals=1 if kind.resident else 2,
+        num_barriers=SLOTS * (WORKERS if kind.resident else 1),
       ),
-      free=free(num_arrivals=WORKERS, num_barriers=SLOTS),
+      free=free(
+        num_arrivals=1 if kind.resident else WORKERS, num_barriers=SLOTS
+      ),
       bias_full=plgpu.Barrier(
         num_arrivals=(1 if residual else 2) * kind.span // COLUMNS
       ),
@@ -355,11 +363,10 @@ def _body(
     @pl.loop(0, count)
     def _(i):
       first, column = at(i)
-      first += wg * ROWS
       if kind.then == 'residual':
         worker.residual(
           i * ring.per_tile,
-          first,
+          first + wg * ROWS,
           column,
           moments_smem.at[wg],
           (high_out_ref, low_out_ref, moments_out_ref),
@@ -368,7 +375,12 @@ def _body(
         worker.hidden(i * ring.per_tile, first, column, out_smem.at[wg], y_ref)
       else:
         worker.activation(
-          i * ring.per_tile, first, column, out_smem.at[wg], place_ref, y_ref
+          i * ring.per_tile,
+          first + wg * ROWS,
+          column,
+          out_smem.at[wg],
+          place_ref,
+          y_ref,
         )
 
     plgpu.wait_smem_to_gmem(0)
@@ -440,10 +452,10 @@ class _Ring:
   def slot(self, number):
     return lax.rem(number, jnp.int32(SLOTS))
 
-  def wait(self, number):
-    """The slot, once it is full."""
+  def wait(self, number, who=0):
+    """The slot, once it is full; `who` is the warpgroup that it is for."""
     slot = self.slot(number)
-    self.plgpu.barrier_wait(self.full.at[slot])
+    self.plgpu.barrier_wait(self.full.at[slot + SLOTS * who])
     return slot
 
   def release(self, number):
@@ -454,15 +466,15 @@ class _Ring:
     def _():
       self.plgpu.barrier_arrive(self.free.at[self.slot(number)])
 
-  def claim(self, number):
-    """The slot, once all have read what was in it before."""
+  def claim(self, number, who=0):
+    """The slot, once all have read what was in it before; `who` as above."""
     slot = self.slot(number)
 
     @pl.when(number >= SLOTS)
     def _():
       self.plgpu.barrier_wait(self.free.at[slot])
 
-    return slot, self.full.at[slot]
+    return slot, self.full.at[slot + SLOTS * who]
 
   def fill(self, number, rows, column, left_ref, right):
     """Starts the copies of a tile's factors."""
@@ -502,9 +514,10 @@ class _Ring:
 
     @pl.loop(0, self.per_tile)
     def _(n):
-      slot, full = self.claim(number + n)
-      depth = lax.rem(n, jnp.int32(self.deep)) * STEP
-      at = column + lax.div(n, jnp.int32(self.deep)) * CHUNK
+      chunk = lax.div(n, jnp.int32(self.deep))
+      slot, full = self.claim(number + n, lax.rem(chunk, jnp.int32(WORKERS)))
+      depth = (n - chunk * self.deep) * STEP
+      at = column + chunk * CHUNK
       self.plgpu.copy_gmem_to_smem(
         right.at[pl.ds(depth, STEP), pl.ds(at, CHUNK)],
         self.right.at[slot],
@@ -612,65 +625,58 @@ class _Worker(hopper.Warpgroup):
   def hidden(self, number, first, column, out_smem, y_ref):
     """Puts hidden channels of the norm into `y_ref`.
 
-    A chunk of them is finished, a bit after each product, beside the products
-    of the next.
+    Of a tile's chunks of 128 columns each warpgroup computes every other one,
+    so that one multiplies while the other finishes its chunk.
     """
     plgpu, ring = self.plgpu, self.ring
-    rows = pl.ds(first, ROWS)
-    deep, chunks = ring.deep, self.kind.span // CHUNK
-    bit = CHUNK // deep
-    mean, scale = self.moments(first)
+    deep, halves = ring.deep, range(WORKERS)
+    moments = [self.moments(first + h * ROWS) for h in halves]
     plgpu.barrier_wait(self.bias_full)
 
-    def finish(u, c, k, done):
-      """Columns `k * bit` and following of chunk `c`, `u`."""
-      n = c * deep + k
-      y = u[:, k * bit : (k + 1) * bit]
-      y = y - self.down(mean, bit) * self.row(1, n, bit)
-      y = y * self.down(scale, bit) + self.row(0, n, bit)
-      done.append(hopper.gelu(y).astype(jnp.bfloat16))
-      if (k + 1) * bit % PIECE:
-        return
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      out_smem[...] = hopper.join(done)
-      done.clear()
-      plgpu.commit_smem()
-      at = column + c * CHUNK + (k + 1) * bit - PIECE
-      plgpu.copy_smem_to_gmem(out_smem, y_ref.at[rows, pl.ds(at, PIECE)])
+    @pl.loop(0, self.kind.span // (CHUNK * WORKERS))
+    def _(i):
+      # Hidden from the compiler, which would keep all addresses that follow.
+      c = i * WORKERS + lax.optimization_barrier(self.wg)
+      at = lax.optimization_barrier(number + c * deep)
 
-    def chunk(c, u=None):
-      def run(acc):
-        # Hidden from the compiler, which would keep all addresses that follow.
-        at = lax.optimization_barrier(number + c * deep)
-        mine = pl.ds(lax.optimization_barrier(self.wg) * ROWS, ROWS)
-        done: list[Any] = []
-        for k in range(deep):
-          if u is None:
+      def run(*accs):
+        @pl.loop(0, deep)
+        def _(k):
+          @pl.when(i == 0)
+          def _():
             plgpu.barrier_wait(ring.left_full.at[k])
-          slot = ring.wait(at + k)
-          plgpu.wgmma(acc, ring.left.at[k, mine], ring.right.at[slot])
-          plgpu.wgmma_wait(1)  # All but this one have been read.
-          if k:
+
+          slot = ring.wait(at + k, self.wg)
+          for h, acc in enumerate(accs):
+            rows = pl.ds(h * ROWS, ROWS)
+            plgpu.wgmma(acc, ring.left.at[k, rows], ring.right.at[slot])
+          plgpu.wgmma_wait(WORKERS)  # All but these have been read.
+
+          @pl.when(k > 0)
+          def _():
             ring.release(at + k - 1)
-          if u is not None:
-            finish(u, c - 1, k, done)
+
         plgpu.wgmma_wait(0)
         ring.release(at + deep - 1)
-        return acc[...]
+        return tuple(acc[...] for acc in accs)
 
-      return pl.run_scoped(run, plgpu.ACC((ROWS, CHUNK), jnp.float32))
+      acc = plgpu.ACC((ROWS, CHUNK), jnp.float32)
+      x = pl.run_scoped(run, *[acc] * WORKERS)
+      for n in range(CHUNK // PIECE):
+        m = c * (CHUNK // PIECE) + n
+        sums, bias = self.row(1, m), self.row(0, m)
+        for h, (mean, scale) in enumerate(moments):
+          y = x[h][:, n * PIECE : (n + 1) * PIECE]
+          y = y - self.down(mean, PIECE) * sums
+          y = hopper.gelu(y * self.down(scale, PIECE) + bias)
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          out_smem[...] = y.astype(jnp.bfloat16)
+          plgpu.commit_smem()
+          rows = pl.ds(first + h * ROWS, ROWS)
+          columns = pl.ds(column + m * PIECE, PIECE)
+          plgpu.copy_smem_to_gmem(out_smem, y_ref.at[rows, columns])
 
-    # By twos, or sums would move from one's registers to the other's, which
-    # serializes the products.
-    def pair(i, u):
-      return chunk(2 * i + 2, chunk(2 * i + 1, u))
-
-    u = lax.fori_loop(0, chunks // 2 - 1, pair, chunk(0))
-    u = chunk(chunks - 1, u)
     plgpu.barrier_arrive(ring.left_free)
-    done: list[Any] = []
-    for k in range(deep):
-      finish(u, chunks - 1, k, done)
     plgpu.barrier_arrive(self.bias_free)
 
   def residual(self, number, first, column, moments_smem, out_refs):
@@ -688,9 +694,11 @@ class _Worker(hopper.Warpgroup):
       at = number + ring.deep + n
       slot = ring.wait(at)
       refs = ring.left.at[slot, mine], ring.low.at[slot, 0, mine]
-      high, low = (load(ref).astype(jnp.float32) for ref in refs)
+      old = load(refs[0]).astype(jnp.float32)
+      if not self.kind.exact:
+        old += load(refs[1]).astype(jnp.float32)
       y = x[:, n * PIECE : (n + 1) * PIECE] + self.row(0, n)
-      y = y + (high + low) - self.down(mean, PIECE)
+      y = y + old - self.down(mean, PIECE)
       plgpu.commit_smem()  # All have loaded before anybody stores.
       high = y.astype(jnp.bfloat16)
       refs[0][...] = high
