@@ -83,7 +83,7 @@ def default_config(
 ) -> Config | Literal['layers', 'products']:
   """The fastest measured on an H200 for 4 heads; NOTES.md has the numbers."""
   tiles = num_rows * pl.cdiv(num_candidates, ROWS)
-  if width > 256:
+  if width >= hopper.WIDE:
     return 'products'
   wide = width // num_heads == 64
   if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden):

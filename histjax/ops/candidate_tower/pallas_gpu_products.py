@@ -128,7 +128,7 @@ class _Stream(NamedTuple):
 def fits(width: int, hidden: int, head_dim: int) -> bool:
   """Whether there are kernels of these sizes."""
   return (
-    width >= 512
+    width >= hopper.WIDE
     and not width % COLUMNS
     and not hidden % COLUMNS
     and head_dim in (64, 128)
