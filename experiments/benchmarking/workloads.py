@@ -314,11 +314,14 @@ ATTENTION: dict[str, Attention] = _forward_and_backward(
 TOWER: dict[str, Tower] = {
   'batch_128': Tower(32, 512, 512, 128),
   'batch_256': Tower(32, 1024, 1024, 256),
+  'batch_512': Tower(8, 1024, 1024, 512, num_heads=8),
+  'batch_512_4_heads': Tower(8, 1024, 1024, 512),
   'single_128': Tower(1, 512, 512, 128),
   'single_256': Tower(1, 2048, 1024, 256),
   'ragged_128': Tower(64, 1024, 1024, 128, ragged=True),
   'joint_batch_128': Tower(32, 512, 512, 128, joint=True),
   'joint_batch_256': Tower(32, 1024, 1024, 256, joint=True),
+  'joint_batch_512': Tower(8, 1024, 1024, 512, joint=True, num_heads=8),
   'cpu_cached': Tower(1, 512, 512, 128, num_layers=2, dtype='float32'),
   'cpu_joint': Tower(
     1, 512, 512, 128, joint=True, num_layers=2, dtype='float32'

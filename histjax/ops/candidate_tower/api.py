@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from histjax.ops import devices, dispatch, partition
-from histjax.ops.candidate_tower import numba_cpu, reference, xla
+from histjax.ops.candidate_tower import hopper, numba_cpu, reference, xla
 from histjax.types import KeyRange
 
 
@@ -45,7 +45,7 @@ def _lazy(name: str):
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    _over_rows(_lazy('pallas_gpu')), devices.check_hopper
+    _over_rows(_lazy('pallas_gpu')), devices.check_hopper, hopper.suits
   ),
   'pallas_tpu': dispatch.Backend(
     _over_rows(_lazy('pallas_tpu'), mesh_in_context=True),
@@ -113,11 +113,12 @@ def candidate_tower(
       a kernel does not compute it. None: all C count.
     final_norm: False: the result is the residual stream, float32, to go on
       with; so a history is read layer by layer, its events as candidates.
-    implementation: 'pallas_gpu' (Hopper; bfloat16, D 64 with H 16 or 32 and D
-      128 or 256 with H 32 or 64, F a multiple of D), 'pallas_tpu' (bfloat16 or
-      float32; D and F multiples of 128), 'numba_cpu' (float32; needs
-      `histjax[cpu]`), 'xla' (everything, everywhere) or 'reference' (float32,
-      readable). None: the fastest that supports the call.
+    implementation: 'pallas_gpu' (Hopper; bfloat16; D 64 with H 16 or 32 or D
+      128 or 256 with H 32 or 64, F a multiple of D; D and F multiples of 256
+      from D 512 on, with H 64 or 128), 'pallas_tpu' (bfloat16 or float32; D and
+      F multiples of 128), 'numba_cpu' (float32; needs `histjax[cpu]`), 'xla'
+      (everything, everywhere) or 'reference' (float32, readable). None: the
+      fastest that supports the call.
 
   Returns:
     `[B, C, D]`, of the matrices' type, or float32 without `final_norm`.

@@ -1,6 +1,7 @@
 """The candidate tower in one Hopper kernel: Pallas Mosaic GPU, wgmma, TMA.
 
-Many candidates of D = 256 go the way of `pallas_gpu_layers`. Here a tile of 64
+Many candidates of D = 256 go the way of `pallas_gpu_layers`, D >= 512 that of
+`pallas_gpu_products`. Here a tile of 64
 candidates is shared by workers, warpgroups that own the same rows and
 different columns: a worker keeps its columns of the float32 residual stream in
 registers through all layers, computes its own heads, and reads what the others
@@ -29,6 +30,7 @@ from histjax.ops.candidate_tower import (
   cluster,
   hopper,
   pallas_gpu_layers,
+  pallas_gpu_products,
   reference,
 )
 from histjax.ops.history_attention import pallas_gpu as attention
@@ -83,9 +85,11 @@ class Config:
 
 def default_config(
   num_rows: int, num_candidates: int, width: int, hidden: int, num_heads: int
-) -> Config | Literal['layers']:
+) -> Config | Literal['layers', 'products']:
   """The fastest measured on an H200 for 4 heads; NOTES.md has the numbers."""
   tiles = num_rows * pl.cdiv(num_candidates, ROWS)
+  if width >= hopper.WIDE:
+    return 'products'
   wide = width // num_heads == 64
   if tiles >= LAYERS_FROM and _layers_compute(num_rows, width, hidden):
     return 'layers'
@@ -340,11 +344,11 @@ def candidate_tower(
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
   final_norm: bool = True,
-  config: Config | Literal['layers'] | None = None,
+  config: Config | Literal['layers', 'products'] | None = None,
 ) -> Float[Array, 'B C D']:
   """See `api.candidate_tower`; `config` is for measurements.
 
-  'layers': as `pallas_gpu_layers` says.
+  'layers', 'products': as `pallas_gpu_layers`, `pallas_gpu_products` say.
   """
   plgpu = _mosaic_gpu()
   num_layers, num_rows, num_keys = keys.shape[:3]
@@ -370,13 +374,19 @@ def candidate_tower(
   start, stop = key_range.start, key_range.stop
   if config is None:
     config = default_config(num_rows, num_candidates, width, hidden, num_heads)
-  if config == 'layers':
-    if not _layers_compute(num_rows, width, hidden):
+  if isinstance(config, str):
+    in_layers: Any = pallas_gpu_layers
+    computes = _layers_compute(num_rows, width, hidden)
+    if config == 'products':
+      in_layers = pallas_gpu_products
+      computes = _products_compute(num_rows, width, hidden, num_heads)
+    if not computes:
       raise NotImplementedError(
-        f'no kernels in layers for B={num_rows}, D={width}, F={hidden}'
+        f'no kernels in {config} for B={num_rows}, D={width}, N={num_heads}, '
+        f'F={hidden}'
       )
     start, stop = (pad(y, copied, 'edge') for y in (start, stop))
-    out = pallas_gpu_layers.candidate_tower(
+    out = in_layers.candidate_tower(
       plgpu,
       functools.partial(attention.of_layer, num_keys=num_keys),
       pad(candidates, copied),
@@ -448,18 +458,25 @@ def _layers_compute(num_rows, width, hidden):
   return fits and num_rows <= attention.MAX_GRID
 
 
+def _products_compute(num_rows, width, hidden, num_heads):
+  """Whether `pallas_gpu_products` computes such a call."""
+  fits = pallas_gpu_products.fits(width, hidden, width // num_heads)
+  return fits and num_rows <= attention.MAX_GRID
+
+
 def _check(candidates, keys, weights, num_heads):
   """Raises NotImplementedError at a call that the kernel cannot compute."""
   width, head_dim = candidates.shape[2], keys.shape[4]
   hidden = weights.mlp_in.shape[2]
-  if (
+  if not pallas_gpu_products.fits(width, hidden, head_dim) and (
     head_dim not in HEAD_DIMS.get(width, ())
     or num_heads * head_dim != width
     or hidden % width
   ):
     raise NotImplementedError(
       'pallas_gpu takes D 64 with H 16 or 32, D 128 or 256 with H 32 or 64, '
-      'and F a multiple of D, not '
+      'and F a multiple of D, or D and F multiples of 256, H 64 or 128 and '
+      'D >= 512, not '
       f'D={width}, N={num_heads}, H={head_dim}, F={hidden}'
     )
   if keys.dtype != jnp.bfloat16:

@@ -164,16 +164,29 @@ class KernelTest(parameterized.TestCase):
       suite.run(call, implementation), suite.run(call, implementation)
     )
 
+  @marks.slow_unless(
+    lambda shape, rotate, residual, **fields: (
+      shape[3] * shape[4] < 512 or (rotate and not residual)
+    )
+  )
   @parameterized.product(
-    shape=((3, 205, 331, 4, 64), (2, 131, 79, 8, 32), (1, 2, 1, 4, 64)),
+    shape=(
+      (3, 205, 331, 4, 64),
+      (2, 131, 79, 8, 32),
+      (1, 2, 1, 4, 64),
+      (3, 205, 331, 8, 64),
+      (2, 131, 79, 4, 128),
+      (1, 2, 1, 12, 64),
+    ),
     structure=('any', 'prefix'),
     ragged=(False, True),
     rotate=(False, True),
     residual=(False, True),
   )
   def test_in_layers(self, shape, **fields):
-    """What 'pallas_gpu' does with many candidates, here with few."""
-    self.check_config('layers', shape, **fields)
+    """What 'pallas_gpu' does with many or wide candidates, here with few."""
+    layers = shape[3] * shape[4] == 256
+    self.check_config('layers' if layers else 'products', shape, **fields)
 
   @marks.slow_unless(
     lambda ragged, rotate, residual, **fields: rotate and ragged != residual

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from histjax.ops.candidate_tower import api, pallas_gpu, pallas_gpu_layers
+from histjax.ops.candidate_tower import (
+  api,
+  pallas_gpu,
+  pallas_gpu_layers,
+  pallas_gpu_products,
+)
 from histjax.ops.history_attention import pallas_gpu as attention
 from tests import marks
 from tests.ops import gpu_interpreter
@@ -182,20 +187,22 @@ class InterpretedTest(_Interpreted):
     self.assertTrue(self.races_found())
 
 
-class InterpretedLayersTest(_Interpreted):
-  """The kernels of `pallas_gpu_layers` and the attention between them."""
-
-  module = pallas_gpu_layers
+class _InterpretedInLayers(_Interpreted):
+  """Kernels with the attention between them."""
 
   def setUp(self):
     super().setUp()
     for name, value in (
       ('plgpu', self.plgpu),
-      ('pl', pallas_gpu_layers.pl),
+      ('pl', self.module.pl),
       ('_zero_rows', gpu_interpreter.zero_rows),
       ('of_layer', attention.of_layer.__wrapped__),  # Not another test's.
     ):
       self.enter_context(mock.patch.object(attention, name, value))
+
+
+class InterpretedLayersTest(_InterpretedInLayers):
+  module = pallas_gpu_layers
 
   @parameterized.parameters(0, 1)
   @pytest.mark.slow
@@ -235,6 +242,63 @@ class InterpretedLayersTest(_Interpreted):
     )
     with mock.patch.object(self.plgpu, name, lambda *n: None):
       jax.block_until_ready(tower(call, 'layers'))
+    self.assertTrue(self.races_found())
+
+
+class InterpretedProductsTest(_InterpretedInLayers):
+  module = pallas_gpu_products
+
+  def test_one_layer(self):
+    self.check((1, 9, 9, 8, 64), 'products', num_layers=1)
+
+  @parameterized.parameters(0, 1)
+  @pytest.mark.slow
+  def test_one_warpgroup_drifts(self, warpgroup):
+    self.slow(warpgroup)
+    self.check((1, 150, 70, 4, 128), 'products', num_layers=2, rotate=False)
+
+  @pytest.mark.slow
+  def test_counts(self):
+    # The last tile of 256 has no live candidate.
+    self.check((3, 150, 70, 4, 128), 'products', num_layers=2, ragged=True)
+
+  @pytest.mark.slow
+  def test_history_by_several_tiles_of_a_block(self):
+    self.enter_context(
+      mock.patch.object(pallas_gpu_products, 'MULTIPROCESSORS', 2)
+    )
+    self.check(
+      (3, 130, 40, 8, 64),
+      'products',
+      causal=True,
+      num_layers=1,
+      mlp_width=512,
+      residual=True,
+      structure='prefix',
+    )
+
+  @pytest.mark.slow
+  def test_wide(self):
+    self.check((1, 9, 9, 12, 64), 'products', num_layers=1)
+
+  def test_mean_that_drowns_the_deviations(self):
+    """A norm does not see what a row's channels have in common."""
+    call = suite.make_call(
+      0, (2, 5, 9, 8, 64), num_layers=1, dtype='bfloat16', mlp_width=256
+    )
+    shift = np.array([100.0, -1000.0], np.float32)[:, None, None]
+    call = call.replace(candidates=call.candidates.astype(np.float32))
+    found = tower(call.replace(candidates=call.candidates + shift), 'products')
+    suite.assert_same(found, suite.oracle(call), call)
+
+  @parameterized.parameters('commit_smem', 'wgmma_wait')
+  @pytest.mark.slow
+  def test_the_test(self, name):
+    call = suite.make_call(
+      0, (1, 70, 9, 8, 64), num_layers=1, dtype='bfloat16', mlp_width=256
+    )
+    with mock.patch.object(self.plgpu, name, lambda *n: None):
+      jax.block_until_ready(tower(call, 'products'))
     self.assertTrue(self.races_found())
 
 
@@ -307,6 +371,12 @@ class LoweringTest(parameterized.TestCase):
       rotate=True,
     )
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
+  @parameterized.parameters(((8, 64), 'any'), ((6, 128), 'prefix'))
+  def test_products(self, heads, structure):
+    text = lower((3, 999, 333, *heads), structure, ragged=True, rotate=True)
+    # The attention and four products.
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 5)
 
   @parameterized.parameters(256, 7168)
   def test_mlp_in_layers(self, mlp_width):
@@ -397,6 +467,8 @@ class RefusalTest(parameterized.TestCase):
     ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 96}, 'of D, .* F=96'),
     ({'shape': (1, 2, 3, 4, 16), 'mlp_width': 8064}, 'no plan for .* F=8064'),
     ({'shape': (1, 2, 3, 1, 128)}, 'not D=128, N=1, H=128'),
+    ({'shape': (1, 2, 3, 16, 32)}, 'D >= 512, not D=512, N=16, H=32'),
+    ({'shape': (1, 2, 3, 10, 64)}, 'D and F multiples of 256, .* D=640'),
     ({'mlp_width': 192}, 'F a multiple of D, .* F=192'),
     ({'mlp_width': 128, 'shape': (1, 2, 3, 2, 64)}, 'no plan for .* F=128'),
     ({'dtype': 'float32'}, 'takes bfloat16 keys, .* not float32'),
@@ -408,13 +480,18 @@ class RefusalTest(parameterized.TestCase):
       tower(call)
 
   @parameterized.parameters(
-    ({'shape': (1, 2, 3, 4, 32)}, 'in layers for B=1, D=128, F=512'),
+    ({'shape': (1, 2, 3, 4, 32)}, 'in layers for B=1, D=128, N=4, F=512'),
     ({'shape': (1, 2, 3, 4, 64), 'mlp_width': 7680}, 'F=7680'),
   )
   def test_layers(self, fields, message):
     call = suite.make_call(0, fields.pop('shape'), dtype='bfloat16', **fields)
     with self.assertRaisesRegex(NotImplementedError, message):
       tower(call, 'layers')
+
+  def test_products(self):
+    call = suite.make_call(0, (1, 2, 3, 4, 64), dtype='bfloat16')
+    with self.assertRaisesRegex(NotImplementedError, 'in products .* D=256'):
+      tower(call, 'products')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,727 @@
+"""The candidate tower as Hopper kernels of one product each, for D >= 512.
+
+A layer is the attention of `history_attention` and three products, of which
+each finishes what belongs to it while its sums are in registers:
+
+    query      rotated(norm(x) W_q + b_q)
+    residual   x + attended W_o + b_o, and the moments of its rows
+    hidden     gelu(norm(x) W_1 + b_1)
+    residual   x + hidden W_2 + b_2, likewise
+
+At this width neither a row of sums nor a layer's weights fit a multiprocessor,
+and what passes between kernels stays in L2. A norm costs no pass over x: with
+the moments m and v of a row, `norm(x) W = (x W - m sum(W)) / sqrt(v)`, where
+`sum` is over W's rows. So that x in bfloat16 is as good a factor as its norm,
+each layer subtracts the mean before from x, which no norm can see. What
+bfloat16 leaves of x is a second array beside it, read by 'residual' alone.
+
+A block has two computing warpgroups of 64 candidates by 256 columns and one
+that streams factors; clusters of two share the weights. NOTES.md has the
+measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from histjax.ops.candidate_tower import hopper, reference
+from histjax.types import KeyRange
+
+ROWS = hopper.ROWS
+WORKERS = 2  # Computing warpgroups of a block.
+TILE = ROWS * WORKERS  # Candidates of a block.
+COLUMNS = 256  # Of a product.
+STEP = 64  # Rows of the weights in a slot of the ring.
+SLOTS = 4
+BLOCKS = 2  # Of a cluster.
+MULTIPROCESSORS = 132
+REGISTERS = (240, 24)  # Of a thread that computes and of one that loads.
+PIECE = 64  # Columns that are finished at once.
+CHUNK = 128  # Columns of hidden channels that a warpgroup computes at once.
+
+
+class _Kind(NamedTuple):
+  """What a kernel computes.
+
+  Attributes:
+    then: what is done with the product; see the module.
+    rows: candidates of all users.
+    width: D.
+    depth: rows of the weights.
+    columns: of the weights.
+    head_dim: H.
+    bias: where the product's bias begins.
+    exact: whether the residual stream has no low half yet.
+  """
+
+  then: Literal['query', 'hidden', 'residual']
+  rows: int
+  width: int
+  depth: int
+  columns: int
+  head_dim: int
+  bias: int
+  exact: bool
+
+  @property
+  def blocks(self) -> int:
+    """Of a cluster."""
+    return BLOCKS
+
+  @property
+  def num_tiles(self) -> int:
+    """Of the candidates of a cluster."""
+    return pl.cdiv(self.rows, TILE * self.blocks)
+
+  @property
+  def resident(self) -> bool:
+    """Whether the candidates of a tile stay in shared memory."""
+    return self.then == 'hidden' and self.width == 512
+
+  @property
+  def span(self) -> int:
+    """Columns of a tile: those with which the last block ends first."""
+    if not self.resident:
+      return COLUMNS
+    clusters = MULTIPROCESSORS // self.blocks
+    # What begins and ends a tile takes as long as some columns.
+    return min(
+      (n for n in (1024, 512, 256) if not self.columns % n),
+      key=lambda n: (
+        pl.cdiv(self.num_tiles * self.columns // n, clusters) * (n + 96)
+      ),
+    )
+
+  @property
+  def parts(self) -> int:
+    """Tiles of columns."""
+    return self.columns // self.span
+
+  @property
+  def grid(self) -> int:
+    return min(self.num_tiles * self.parts, MULTIPROCESSORS // self.blocks)
+
+
+class _Stream(NamedTuple):
+  """A residual stream.
+
+  Attributes:
+    high: bfloat16 `[rows, D]`.
+    low: bfloat16 `[rows, D]`, what `high` lacks; None: nothing.
+    moments: float32 `[parts, 2, rows]`, padded: the mean and the sum of squared
+      deviations over each 256 columns.
+  """
+
+  high: Any
+  low: Any
+  moments: Any
+
+
+def fits(width: int, hidden: int, head_dim: int) -> bool:
+  """Whether there are kernels of these sizes."""
+  return (
+    width >= hopper.WIDE
+    and not width % COLUMNS
+    and not hidden % COLUMNS
+    and head_dim in (64, 128)
+  )
+
+
+def candidate_tower(
+  plgpu: Any,
+  attention: Callable[..., jax.Array],
+  candidates: Float[Array, 'B C D'],
+  position: Int[Array, 'B C'] | None,
+  keys: Float[Array, 'layers*B L N H'],
+  values: Float[Array, 'layers*B L N H'],
+  key_range: KeyRange,
+  weights: reference.TowerWeights,
+  *,
+  count: Int[Array, 'B'] | None,
+  final_norm: bool,
+) -> Float[Array, 'B C D']:
+  """As `pallas_gpu_layers.candidate_tower`, of sizes that fit."""
+  num_rows, num_candidates, width = candidates.shape
+  num_layers, _, hidden = weights.mlp_in.shape
+  num_heads, head_dim = keys.shape[2:]
+  rows = num_rows * num_candidates
+  place = None
+  if position is not None:  # Registers are loaded by whole tiles.
+    place = jnp.pad(position.reshape(rows), (0, -rows % (TILE * BLOCKS)))
+  live = None
+  if count is not None:
+    live = jnp.arange(num_candidates, dtype=jnp.int32)[None, :] < count[:, None]
+  tiles = _tiles(rows, live)
+  sums = [
+    x.astype(jnp.float32).sum(axis=1) for x in (weights.query, weights.mlp_in)
+  ]
+
+  def run(then, layer, left, right, x, bias, sums=None):
+    depth, columns = right.shape[1:]
+    residual = then == 'residual'
+    exact = residual and x.low is None
+    kind = _Kind(then, rows, width, depth, columns, head_dim, bias, exact)
+    low = x.high if exact else x.low  # Something must fill its place.
+    # Under jit, layers share what is built for one of them.
+    return jax.jit(_kernel(plgpu, kind))(
+      jnp.full((1,), layer, jnp.int32),
+      tiles,
+      left,
+      right,
+      weights.bias,
+      sums,
+      x.moments,
+      place if then == 'query' else None,
+      x.high if residual else None,
+      low if residual else None,
+    )
+
+  x, mean = _begin(candidates.reshape(rows, width))
+  for layer in range(num_layers):
+    query = run('query', layer, x.high, weights.query, x, 0, sums[0])[0]
+    attended = attention(
+      query.reshape(num_rows, num_candidates, num_heads, head_dim),
+      keys,
+      values,
+      key_range,
+      jnp.full((1,), layer * num_rows, jnp.int32),
+      count,
+    ).reshape(rows, width)
+    mean += _mean(x)
+    x = _Stream(*run('residual', layer, attended, weights.output, x, width)[1:])
+    u = run('hidden', layer, x.high, weights.mlp_in, x, 2 * width, sums[1])[0]
+    mean += _mean(x)
+    x = _Stream(
+      *run('residual', layer, u, weights.mlp_out, x, 2 * width + hidden)[1:]
+    )
+  out = _end(x, mean, weights, final_norm).reshape(candidates.shape)
+  return out if live is None else jnp.where(live[:, :, None], out, 0)
+
+
+def _begin(x):
+  """The stream of `x`, `[rows, D]`, and what was taken off its rows."""
+  rows, width = x.shape
+  high, low, mean = x, None, jnp.zeros((rows,), jnp.float32)
+  if x.dtype != jnp.bfloat16:
+    mean = x.mean(axis=1)
+    x = x - mean[:, None]
+    high = x.astype(jnp.bfloat16)
+    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  # Both moments in one pass, about a value that is among the others.
+  x = x.astype(jnp.float32).reshape(rows, width // COLUMNS, COLUMNS)
+  pivot = x[:, :, :1]
+  gap = x - pivot
+  means = gap.mean(axis=2)
+  squares = jnp.square(gap).sum(axis=2) - COLUMNS * jnp.square(means)
+  moments = jnp.stack([(means + pivot[:, :, 0]).T, squares.T], axis=1)
+  moments = jnp.pad(moments, [(0, 0), (0, 0), (0, -rows % (TILE * BLOCKS))])
+  return _Stream(high, low, moments), mean
+
+
+def _mean(x: _Stream):
+  rows = x.high.shape[0]
+  return x.moments[:, 0, :rows].mean(axis=0)
+
+
+def _end(x: _Stream, mean, weights, final_norm):
+  """The last norm, or the residual stream with `mean` put back."""
+  rows, width = x.high.shape
+  y = x.high.astype(jnp.float32) + x.low.astype(jnp.float32)
+  if not final_norm:
+    return y + mean[:, None]
+  mean = _mean(x)
+  means, squares = x.moments[:, 0, :rows], x.moments[:, 1, :rows]
+  squares = squares + COLUMNS * jnp.square(means - mean[None])
+  scale = lax.rsqrt(squares.sum(axis=0) * (1 / width) + reference.EPSILON)
+  y = (y - mean[:, None]) * scale[:, None] * weights.final_scale[None]
+  return (y + weights.final_bias[None]).astype(jnp.bfloat16)
+
+
+def _tiles(rows, live):
+  """How many tiles there are, and which: all, or those with live candidates."""
+  tile = TILE * BLOCKS
+  number = pl.cdiv(rows, tile)
+  if live is None:
+    order = jnp.arange(number, dtype=jnp.int32)
+    return jnp.concatenate([jnp.full((1,), number, jnp.int32), order])
+  live = jnp.pad(live.reshape(rows), (0, number * tile - rows))
+  dead = jnp.logical_not(live.reshape(number, tile).any(axis=1))
+  alive = number - dead.sum(dtype=jnp.int32)
+  order = jnp.argsort(dead, stable=True).astype(jnp.int32)
+  return jnp.concatenate([alive[None], order])
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(plgpu, kind):
+  """Builds the call for static shapes."""
+  swizzled = functools.partial(hopper.swizzled, plgpu)
+  bf16, f32 = jnp.bfloat16, jnp.float32
+  out: tuple[Any, ...] = (
+    jax.ShapeDtypeStruct((kind.rows, kind.columns), bf16),
+    *[None] * 3,
+  )
+  residual = kind.then == 'residual'
+  if residual:
+    stream = jax.ShapeDtypeStruct((kind.rows, kind.width), bf16)
+    padded = kind.num_tiles * kind.blocks * TILE
+    moments = jax.ShapeDtypeStruct((kind.parts, 2, padded), f32)
+    out = (None, stream, stream, moments)
+  free = functools.partial(plgpu.Barrier)
+  grouped: dict[str, Any] = {}
+  if kind.blocks > 1:
+    grouped = dict(cluster=(kind.blocks,), cluster_names=('part',))
+    free = functools.partial(plgpu.ClusterBarrier, collective_axes=('part',))
+  if kind.resident:
+    memory = dict(
+      left=swizzled((kind.width // STEP, TILE, STEP)),
+      right=swizzled((SLOTS, STEP, CHUNK)),
+      out_smem=swizzled((WORKERS, ROWS, PIECE)),
+      left_full=plgpu.Barrier(num_barriers=kind.width // STEP),
+      left_free=plgpu.Barrier(num_arrivals=WORKERS),
+    )
+  else:
+    memory = dict(
+      left=swizzled((SLOTS, TILE, STEP)),
+      right=plgpu.RefUnion(
+        swizzled((SLOTS, STEP, COLUMNS)),  # Weights.
+        swizzled((SLOTS, 2, TILE, PIECE)),  # The residual stream's low half.
+      ),
+      out_smem=None if residual else swizzled((WORKERS, 2, ROWS, PIECE)),
+      left_full=None,
+      left_free=None,
+    )
+  return plgpu.kernel(
+    functools.partial(_body, plgpu=plgpu, kind=kind),
+    out_type=out,
+    scratch_types=dict(
+      **memory,
+      moments_smem=plgpu.SMEM((WORKERS, 2, ROWS), f32) if residual else None,
+      bias_smem=plgpu.SMEM((2, kind.span), f32),
+      full=plgpu.Barrier(
+        num_arrivals=1 if kind.resident else 2,
+        num_barriers=SLOTS * (WORKERS if kind.resident else 1),
+      ),
+      free=free(
+        num_arrivals=1 if kind.resident else WORKERS, num_barriers=SLOTS
+      ),
+      bias_full=plgpu.Barrier(
+        num_arrivals=(1 if residual else 2) * kind.span // COLUMNS
+      ),
+      bias_free=plgpu.Barrier(num_arrivals=WORKERS),
+    ),
+    grid=(kind.grid,),
+    grid_names=('block',),
+    **grouped,
+    num_threads=WORKERS + 1,
+    thread_name='wg',
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+    kernel_name=f'candidate_{kind.then}',
+  )
+
+
+def _body(
+  layer_ref, tiles_ref, left_ref, right_ref, bias_ref, sums_ref, moments_ref,
+  place_ref, high_ref, low_ref, y_ref, high_out_ref, low_out_ref,
+  moments_out_ref,
+  *, plgpu, kind, left, right, out_smem, moments_smem, bias_smem, full, free,
+  bias_full, bias_free, left_full, left_free,
+):  # fmt: skip
+  """One block: some tiles, one after the other."""
+  block, wg = lax.axis_index('block'), lax.axis_index('wg')
+  peer = lax.axis_index('part') if kind.blocks > 1 else 0
+  grid, parts = jnp.int32(kind.grid), jnp.int32(kind.parts)
+  count = lax.div(tiles_ref[0] * parts - 1 - block + grid, grid)
+  layer = layer_ref[0]
+  ring = _Ring(
+    plgpu, kind, left, right, full, free, left_full, left_free, count
+  )
+
+  def at(i):
+    """The first candidate and the first column of a tile."""
+    number = block + i * grid
+    tile = tiles_ref[1 + lax.div(number, parts)]
+    return (
+      (tile * kind.blocks + peer) * TILE,
+      lax.rem(number, parts) * kind.span,
+    )
+
+  @pl.when(wg < WORKERS)
+  def _():
+    plgpu.set_max_registers(REGISTERS[0], action='increase')
+    worker = _Worker(ring, wg, bias_smem, bias_full, bias_free, moments_ref)
+
+    @pl.loop(0, count)
+    def _(i):
+      first, column = at(i)
+      if kind.then == 'residual':
+        worker.residual(
+          i * ring.per_tile,
+          first + wg * ROWS,
+          column,
+          moments_smem.at[wg],
+          (high_out_ref, low_out_ref, moments_out_ref),
+        )
+      elif kind.resident:
+        worker.hidden(i * ring.per_tile, first, column, out_smem.at[wg], y_ref)
+      else:
+        worker.activation(
+          i * ring.per_tile,
+          first + wg * ROWS,
+          column,
+          out_smem.at[wg],
+          place_ref,
+          y_ref,
+        )
+
+    plgpu.wait_smem_to_gmem(0)
+
+  @pl.when(wg == WORKERS)
+  def _():
+    plgpu.set_max_registers(REGISTERS[1], action='decrease')
+
+    @plgpu.warp_map
+    def _(warp):
+      @pl.when(warp == 0)
+      def _():
+        @pl.loop(0, count)
+        def _(i):
+          first, column = at(i)
+          rows = pl.ds(first, TILE)
+          number = i * ring.per_tile
+
+          def fill_bias():
+            @pl.when(i > 0)
+            def _():
+              plgpu.barrier_wait(bias_free)
+
+            for n in range(0, kind.span, COLUMNS):
+              put = functools.partial(
+                plgpu.copy_gmem_to_smem, barrier=bias_full
+              )
+              here = pl.ds(n, COLUMNS)
+              there = pl.ds(kind.bias + column + n, COLUMNS)
+              put(bias_ref.at[layer, there], bias_smem.at[0, here])
+              if sums_ref is not None:
+                there = pl.ds(column + n, COLUMNS)
+                put(sums_ref.at[layer, there], bias_smem.at[1, here])
+
+          if kind.resident:
+            ring.fill_resident(i, rows, left_ref)
+            fill_bias()
+            ring.fill_chunks(number, column, right_ref.at[layer])
+          else:
+            ring.fill(number, rows, column, left_ref, right_ref.at[layer])
+            fill_bias()
+          if kind.then == 'residual':
+            ring.fill_residual(number, rows, column, high_ref, low_ref)
+
+
+class _Ring:
+  """What a tile needs, in the order in which it is needed.
+
+  Slots have numbers that go on from tile to tile.
+  """
+
+  def __init__(
+    self, plgpu, kind, left, right, full, free, left_full, left_free, count
+  ):
+    self.plgpu, self.kind = plgpu, kind
+    self.left, self.right = left, right
+    if not kind.resident:
+      self.right, self.low = right
+    self.full, self.free = full, free
+    self.left_full, self.left_free = left_full, left_free
+    self.deep = kind.depth // STEP
+    self.per_tile = self.deep
+    if kind.then == 'residual':
+      self.per_tile += COLUMNS // PIECE
+    if kind.resident:
+      self.per_tile *= kind.span // CHUNK
+    self.total = count * self.per_tile
+
+  def slot(self, number):
+    return lax.rem(number, jnp.int32(SLOTS))
+
+  def wait(self, number, who=0):
+    """The slot, once it is full; `who` is the warpgroup that it is for."""
+    slot = self.slot(number)
+    self.plgpu.barrier_wait(self.full.at[slot + SLOTS * who])
+    return slot
+
+  def release(self, number):
+    """Says that this warpgroup has read the slot."""
+
+    # A block that nobody tells anything may end before its peer.
+    @pl.when(number + SLOTS < self.total)
+    def _():
+      self.plgpu.barrier_arrive(self.free.at[self.slot(number)])
+
+  def claim(self, number, who=0):
+    """The slot, once all have read what was in it before; `who` as above."""
+    slot = self.slot(number)
+
+    @pl.when(number >= SLOTS)
+    def _():
+      self.plgpu.barrier_wait(self.free.at[slot])
+
+    return slot, self.full.at[slot + SLOTS * who]
+
+  def fill(self, number, rows, column, left_ref, right):
+    """Starts the copies of a tile's factors."""
+    shared = {'collective_axes': 'part'} if self.kind.blocks > 1 else {}
+
+    @pl.loop(0, self.deep)
+    def _(k):
+      slot, full = self.claim(number + k)
+      depth = pl.ds(k * STEP, STEP)
+      self.plgpu.copy_gmem_to_smem(
+        right.at[depth, pl.ds(column, COLUMNS)],
+        self.right.at[slot],
+        full,
+        **shared,
+      )
+      self.plgpu.copy_gmem_to_smem(
+        left_ref.at[rows, depth], self.left.at[slot], full
+      )
+
+  def fill_resident(self, i, rows, left_ref):
+    """Starts the copies of a tile's candidates, as its `i`th."""
+
+    @pl.when(i > 0)
+    def _():
+      self.plgpu.barrier_wait(self.left_free)
+
+    for k in range(self.deep):
+      self.plgpu.copy_gmem_to_smem(
+        left_ref.at[rows, pl.ds(k * STEP, STEP)],
+        self.left.at[k],
+        self.left_full.at[k],
+      )
+
+  def fill_chunks(self, number, column, right):
+    """Starts the copies of a tile's weights, some columns after others."""
+    shared = {'collective_axes': 'part'} if self.kind.blocks > 1 else {}
+
+    @pl.loop(0, self.per_tile)
+    def _(n):
+      chunk = lax.div(n, jnp.int32(self.deep))
+      slot, full = self.claim(number + n, lax.rem(chunk, jnp.int32(WORKERS)))
+      depth = (n - chunk * self.deep) * STEP
+      at = column + chunk * CHUNK
+      self.plgpu.copy_gmem_to_smem(
+        right.at[pl.ds(depth, STEP), pl.ds(at, CHUNK)],
+        self.right.at[slot],
+        full,
+        **shared,
+      )
+
+  def fill_residual(self, number, rows, column, high_ref, low_ref):
+    """Starts the copies of a tile's residual stream."""
+
+    @pl.loop(0, COLUMNS // PIECE)
+    def _(n):
+      slot, full = self.claim(number + self.deep + n)
+      at = rows, pl.ds(column + n * PIECE, PIECE)
+      copy = self.plgpu.copy_gmem_to_smem
+      copy(high_ref.at[at], self.left.at[slot], full)
+      copy(low_ref.at[at], self.low.at[slot, 0], full)
+
+
+class _Worker(hopper.Warpgroup):
+  """A computing warpgroup: 64 candidates of a tile."""
+
+  def __init__(self, ring, wg, bias_smem, bias_full, bias_free, moments_ref):
+    super().__init__(ring.plgpu)
+    self.kind, self.ring, self.wg = ring.kind, ring, wg
+    self.bias_smem, self.moments_ref = bias_smem, moments_ref
+    self.bias_full, self.bias_free = bias_full, bias_free
+
+  def row(self, which, n, size=PIECE):
+    """Of piece `n`, the bias (0) or the sums of weights (1) in each row."""
+    ref = self.bias_smem.at[which, pl.ds(n * size, size)]
+    load = functools.partial(self.plgpu.load, layout=self.column_layout)
+    return self.across(load(ref, optimized=False))
+
+  def moments(self, first):
+    """The means of 64 candidates and one over their deviations."""
+    load = functools.partial(
+      self.plgpu.load, layout=self.row_layout, optimized=False
+    )
+    rows, width = pl.ds(first, ROWS), self.kind.width
+    parts = range(width // COLUMNS)
+    means = [load(self.moments_ref.at[p, 0, rows]) for p in parts]
+    mean = sum(means[1:], means[0]) * (COLUMNS / width)
+    square = 0.0
+    for p in parts:
+      gap = means[p] - mean
+      square += load(self.moments_ref.at[p, 1, rows]) + COLUMNS * (gap * gap)
+    return mean, lax.rsqrt(square * (1 / width) + reference.EPSILON)
+
+  def product(self, number):
+    """The factors' product `[64, 256]`."""
+    plgpu, ring = self.plgpu, self.ring
+    rows = pl.ds(self.wg * ROWS, ROWS)
+
+    def run(acc):
+      @pl.loop(0, ring.deep)
+      def _(k):
+        slot = ring.wait(number + k)
+        plgpu.wgmma(acc, ring.left.at[slot, rows], ring.right.at[slot])
+        plgpu.wgmma_wait(1)  # All but this one have been read.
+
+        @pl.when(k > 0)
+        def _():
+          ring.release(number + k - 1)
+
+      plgpu.wgmma_wait(0)
+      ring.release(number + ring.deep - 1)
+      return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+
+  def activation(self, number, first, column, out_smem, place_ref, y_ref):
+    """Puts queries or hidden channels of the norm into `y_ref`."""
+    plgpu, kind = self.plgpu, self.kind
+    rows = pl.ds(first, ROWS)
+    mean, scale = self.moments(first)
+    place = None
+    if place_ref is not None:
+      place = plgpu.load(
+        place_ref.at[rows], layout=self.row_layout, optimized=False
+      ).astype(jnp.float32)
+    x = self.product(number)
+    plgpu.barrier_wait(self.bias_full)
+    per = 1 if kind.then == 'hidden' else max(kind.head_dim, PIECE) // PIECE
+    for m in range(0, COLUMNS // PIECE, per):
+      pieces = []
+      for n in range(m, m + per):
+        y = x[:, n * PIECE : (n + 1) * PIECE]
+        y = y - self.down(mean, PIECE) * self.row(1, n)
+        pieces.append(y * self.down(scale, PIECE) + self.row(0, n))
+      if kind.then == 'hidden':
+        y = hopper.gelu(pieces[0]).astype(jnp.bfloat16)
+      else:
+        y = hopper.join(self.rotated(hopper.join(pieces), place, kind.head_dim))
+      for n in range(m, m + per):
+        out = out_smem.at[n % 2]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        out[...] = y[:, (n - m) * PIECE : (n - m + 1) * PIECE]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+          out, y_ref.at[rows, pl.ds(column + n * PIECE, PIECE)]
+        )
+    plgpu.barrier_arrive(self.bias_free)
+
+  def hidden(self, number, first, column, out_smem, y_ref):
+    """Puts hidden channels of the norm into `y_ref`.
+
+    Of a tile's chunks of 128 columns each warpgroup computes every other one,
+    so that one multiplies while the other finishes its chunk.
+    """
+    plgpu, ring = self.plgpu, self.ring
+    deep, halves = ring.deep, range(WORKERS)
+    moments = [self.moments(first + h * ROWS) for h in halves]
+    plgpu.barrier_wait(self.bias_full)
+
+    @pl.loop(0, self.kind.span // (CHUNK * WORKERS))
+    def _(i):
+      # Hidden from the compiler, which would keep all addresses that follow.
+      c = i * WORKERS + lax.optimization_barrier(self.wg)
+      at = lax.optimization_barrier(number + c * deep)
+
+      def run(*accs):
+        @pl.loop(0, deep)
+        def _(k):
+          @pl.when(i == 0)
+          def _():
+            plgpu.barrier_wait(ring.left_full.at[k])
+
+          slot = ring.wait(at + k, self.wg)
+          for h, acc in enumerate(accs):
+            rows = pl.ds(h * ROWS, ROWS)
+            plgpu.wgmma(acc, ring.left.at[k, rows], ring.right.at[slot])
+          plgpu.wgmma_wait(WORKERS)  # All but these have been read.
+
+          @pl.when(k > 0)
+          def _():
+            ring.release(at + k - 1)
+
+        plgpu.wgmma_wait(0)
+        ring.release(at + deep - 1)
+        return tuple(acc[...] for acc in accs)
+
+      acc = plgpu.ACC((ROWS, CHUNK), jnp.float32)
+      x = pl.run_scoped(run, *[acc] * WORKERS)
+      for n in range(CHUNK // PIECE):
+        m = c * (CHUNK // PIECE) + n
+        sums, bias = self.row(1, m), self.row(0, m)
+        for h, (mean, scale) in enumerate(moments):
+          y = x[h][:, n * PIECE : (n + 1) * PIECE]
+          y = y - self.down(mean, PIECE) * sums
+          y = hopper.gelu(y * self.down(scale, PIECE) + bias)
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          out_smem[...] = y.astype(jnp.bfloat16)
+          plgpu.commit_smem()
+          rows = pl.ds(first + h * ROWS, ROWS)
+          columns = pl.ds(column + m * PIECE, PIECE)
+          plgpu.copy_smem_to_gmem(out_smem, y_ref.at[rows, columns])
+
+    plgpu.barrier_arrive(ring.left_free)
+    plgpu.barrier_arrive(self.bias_free)
+
+  def residual(self, number, first, column, moments_smem, out_refs):
+    """Adds the product to the residual stream, less its mean."""
+    plgpu, ring = self.plgpu, self.ring
+    rows = pl.ds(first, ROWS)
+    mine = pl.ds(self.wg * ROWS, ROWS)
+    high_ref, low_ref, moments_ref = out_refs
+    mean, _ = self.moments(first)
+    x = self.product(number)
+    plgpu.barrier_wait(self.bias_full)
+    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)
+    pieces = []
+    for n in range(COLUMNS // PIECE):
+      at = number + ring.deep + n
+      slot = ring.wait(at)
+      refs = ring.left.at[slot, mine], ring.low.at[slot, 0, mine]
+      old = load(refs[0]).astype(jnp.float32)
+      if not self.kind.exact:
+        old += load(refs[1]).astype(jnp.float32)
+      y = x[:, n * PIECE : (n + 1) * PIECE] + self.row(0, n)
+      y = y + old - self.down(mean, PIECE)
+      plgpu.commit_smem()  # All have loaded before anybody stores.
+      high = y.astype(jnp.bfloat16)
+      refs[0][...] = high
+      refs[1][...] = (y - high.astype(jnp.float32)).astype(jnp.bfloat16)
+      plgpu.commit_smem()
+      columns = pl.ds(column + n * PIECE, PIECE)
+      for ref, out in zip(refs, (high_ref, low_ref), strict=True):
+        plgpu.copy_smem_to_gmem(ref, out.at[rows, columns], commit_group=False)
+      plgpu.commit_smem_to_gmem_group()
+      if n:
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        ring.release(at - 1)
+      pieces.append(y)
+    plgpu.barrier_arrive(self.bias_free)
+    mean = sum(piece.sum(axis=1) for piece in pieces) * (1 / COLUMNS)
+    square = 0.0
+    for piece in pieces:
+      gap = piece - self.down(mean, PIECE)
+      square += (gap * gap).sum(axis=1)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    ring.release(at)
+    moments_smem.at[0][...] = mean
+    moments_smem.at[1][...] = square
+    plgpu.commit_smem()
+    part = lax.div(column, jnp.int32(COLUMNS))
+    plgpu.copy_smem_to_gmem(moments_smem, moments_ref.at[part, :, rows])
