@@ -12,7 +12,9 @@ candidates do not count: the index maps know so from prefetched scalars.
 Heads lie side by side in lanes, `[T, N H]`. Scores are held transposed, `[keys,
 candidates]`, so that ranges, maxima and sums are rows `[1, candidates]`. One
 head among those of 128 lanes is selected by zeroing the lanes of the others in
-one factor, whose cost on the matrix unit does not depend on it.
+one factor, whose cost on the matrix unit does not depend on it. A width that is
+no multiple of 128 leaves lanes of its last registers empty: blocks span the
+whole width, and the compiler masks what lies beyond in sums and products.
 
 Candidates and keys beyond the last are read from outside the arrays, so they
 may be anything; a candidate's do not meet another's, a key's are replaced.
@@ -146,24 +148,25 @@ def make_plan(
       'pallas_tpu computes in bfloat16 or float32, the types that a TPU '
       f'multiplies, and keys is {keys.dtype}'
     )
-  # A head fills whole registers, or a whole number of them fills one.
-  fits = head_dim % _LANES == 0 or (_LANES % head_dim == 0 and head_dim >= 16)
-  if width % _LANES or hidden % _LANES or not fits:
+  # A head fills whole registers, or a whole number of them fills one. Another
+  # would lie in parts of two.
+  if head_dim % _LANES and (_LANES % head_dim or head_dim < 4):
     raise NotImplementedError(
-      'pallas_tpu needs D and F that are multiples of 128, and H that is one '
-      'or one of 16, 32, 64; '
-      f'got D={width}, F={hidden}, H={head_dim}'
+      'pallas_tpu needs H = D / N that is a multiple of 128 or one of 4, 8, '
+      f'16, 32, 64; got D={width}, H={head_dim}'
     )
-  limit = max(_LANES, _MAX_TILE_BYTES // (4 * width) // _LANES * _LANES)
+  # What the D and F of an array take of vector memory, in whole registers.
+  lanes, hidden_lanes = (pl.cdiv(x, _LANES) * _LANES for x in (width, hidden))
+  limit = max(_LANES, _MAX_TILE_BYTES // (4 * lanes) // _LANES * _LANES)
   tile = _block(num_candidates, min(limit, _MAX_BLOCK))
   block = _block(keys.shape[2], min(limit, _MAX_BLOCK))
   itemsize = keys.dtype.itemsize
   out_type = keys.dtype if final_norm else jnp.dtype(jnp.float32)
   # Candidates and results, in units of the type of matrices.
   tokens = tile * (candidates.dtype.itemsize + out_type.itemsize) // itemsize
-  streamed = 2 * width * (width + hidden) + (2 * block + tokens) * width
-  scratch = 5 * tile * width + tile * width * itemsize // 4
-  temporary = 4 * tile * max(block, width, min(hidden, _MAX_BLOCK))
+  streamed = 2 * lanes * (lanes + hidden_lanes) + (2 * block + tokens) * lanes
+  scratch = 5 * tile * lanes + tile * lanes * itemsize // 4
+  temporary = 4 * tile * max(block, lanes, min(hidden_lanes, _MAX_BLOCK))
   vmem = 2 * streamed * itemsize + 4 * (scratch + temporary) + (2 << 20)
   if vmem > _MAX_VMEM:
     raise NotImplementedError(
@@ -399,8 +402,8 @@ def _make_queries(r: _Refs, plan: _Plan):
     lane = jax.lax.broadcasted_iota(jnp.int32, query.shape, 1)
     partner = jnp.where(
       lane % plan.head_dim < half,
-      pltpu.roll(query, width - half, 1),  # The channel H / 2 behind.
-      pltpu.roll(query, half, 1),
+      _roll(query, width - half),  # The channel H / 2 behind.
+      _roll(query, half),
     )
     query = query * r.cos[...] + partner * r.sin[...]
   r.query[...] = (plan.head_dim**-0.5 * query).astype(r.query.dtype)
@@ -453,21 +456,30 @@ def _linear(x, weight_ref, r: _Refs, begin: int):
   return tpu.dot(x, weight, _NN) + bias
 
 
+def _roll(x, shift: int):
+  """`[T, D]` rolled by `shift` channels."""
+  width = x.shape[1]
+  if width % _LANES == 0:
+    return pltpu.roll(x, shift, 1)
+  # That rolls whole registers.
+  return jnp.concatenate([x[:, width - shift :], x[:, : width - shift]], axis=1)
+
+
 def _head(h: int, plan: _Plan):
   """The channels of a head."""
   return slice(h * plan.head_dim, (h + 1) * plan.head_dim)
 
 
 def _lanes(h: int, plan: _Plan):
-  """The whole registers that hold the channels of a head."""
+  """The channels in the registers that hold those of a head."""
   width = max(_LANES, plan.head_dim)
   begin = h * plan.head_dim // width * width
-  return slice(begin, begin + width)
+  return slice(begin, min(begin + width, plan.width))
 
 
 def _only_head(x, h: int, plan: _Plan):
   """The lanes of `_lanes(h)`, with zeros in all but those of head `h`."""
-  if plan.head_dim >= _LANES:
+  if x.shape[1] == plan.head_dim:
     return x
   begin = h * plan.head_dim % _LANES
   lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
