@@ -114,8 +114,8 @@ def candidate_tower(
     final_norm: False: the result is the residual stream, float32, to go on
       with; so a history is read layer by layer, its events as candidates.
     implementation: 'pallas_gpu' (Hopper; bfloat16, D 128 or 256, H 32 or 64),
-      'pallas_tpu' (bfloat16 or float32; D and F multiples of 128), 'numba_cpu'
-      (float32; needs `histjax[cpu]`), 'xla' (everything, everywhere) or
+      'pallas_tpu' (bfloat16 or float32; H 4, 8, 16, 32, 64 or a multiple of
+      128), 'numba_cpu' (float32; needs `histjax[cpu]`), 'xla' (everything) or
       'reference' (float32, readable). None: the fastest that supports the call.
 
   Returns:
