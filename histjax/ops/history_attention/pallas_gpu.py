@@ -35,7 +35,8 @@ from histjax.types import KeyRange
 plgpu: Any = mosaic_gpu  # Its types are those of one JAX version.
 mosaic_utils: Any = utils
 _MIN_JAX = (0, 11, 0)
-_HEAD_DIMS = (32, 64, 128)  # Others are padded with zeros.
+# Others are padded with zeros, or some that make 32 lie side by side.
+_HEAD_DIMS = (32, 64, 128)
 MAX_GRID = 65535  # Blocks along all axes of a grid but one.
 _ROWS = 64  # What a warpgroup's matrix product yields.
 _FAR = 1 << 30  # Beyond any key.
@@ -82,6 +83,14 @@ def history_attention(
       f'pallas_gpu takes at most {MAX_GRID} rows and as many heads, not '
       f'B={query.shape[0]}, N={query.shape[2]}'
     )
+  heads = _HEAD_DIMS[0] // head_dim  # Side by side they are one head of 32.
+  if (
+    heads > 1
+    and heads * head_dim == _HEAD_DIMS[0]
+    and query.shape[2] % heads == 0
+    and key_range.structure != 'causal'  # Whose queries are numbered.
+  ):
+    return _side_by_side(query, key, value, key_range, scale, heads)
   num_queries, num_keys = query.shape[1], key.shape[1]
   call = _Call(scale, key_range.structure, num_keys)
   # The copy engine moves tiles of eight rows.
@@ -94,6 +103,31 @@ def history_attention(
   )
   out = _jitted(query, key, value, start, stop, call)
   return out[:, :num_queries, :, :head_dim]
+
+
+def _side_by_side(query, key, value, key_range, scale, heads: int):
+  """Attention of narrow heads, `heads` of which are one of the kernel's.
+
+  Keys and values are read as they lie, where padding would copy them. A query
+  becomes `heads` of them, with zeros in all channels but those of one head: as
+  many products as with padding.
+  """
+  num_rows, num_queries, num_heads, head_dim = query.shape
+  groups = num_heads // heads
+  own = jnp.eye(heads, dtype=bool)[None, None, :, None, :, None]
+  wide = query.reshape(num_rows, num_queries, 1, groups, heads, head_dim)
+  wide = jnp.where(own, wide, jnp.zeros_like(wide))
+  start, stop = (
+    jnp.repeat(x, heads, axis=1) for x in (key_range.start, key_range.stop)
+  )
+  out = history_attention(
+    wide.reshape(num_rows, num_queries * heads, groups, heads * head_dim),
+    *(x.reshape(*x.shape[:2], groups, heads * head_dim) for x in (key, value)),
+    KeyRange(start, stop, key_range.structure),
+    scale=scale,
+  ).reshape(num_rows, num_queries, heads, groups, heads, head_dim)
+  out = jnp.where(own, out, jnp.zeros_like(out)).sum(axis=2)
+  return out.reshape(query.shape)
 
 
 # Under jit, layers share what is built for one of them.

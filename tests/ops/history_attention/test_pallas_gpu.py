@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 from histjax.ops import dispatch, partition
 from histjax.ops.history_attention import api, pallas_gpu
 from histjax.types import KeyRange
+from tests import marks
 from tests.ops import gpu_interpreter
 from tests.ops.history_attention import suite
 
@@ -62,13 +63,16 @@ class InterpretedTest(gpu_interpreter.TestCase, suite.BackendTestCase):
     self.assert_close(out, expected, dtype)
     self.assert_close(gradients, expected_gradients, dtype, gradient=True)
 
+  @marks.slow_unless(lambda structure, shape, dtype: shape[-1] == 16)
   @parameterized.parameters(
     ('any', (1, 70, 150, 1, 32), 'bfloat16'),
     ('prefix', (2, 70, 150, 1, 64), 'float16'),
     ('causal', (2, 150, 70, 1, 128), 'bfloat16'),
     ('any', (2, 1, 3, 2, 8), 'bfloat16'),
+    ('any', (2, 35, 70, 4, 8), 'bfloat16'),  # Four heads side by side.
+    ('prefix', (2, 3, 9, 4, 16), 'float16'),  # Two.
+    ('causal', (1, 9, 5, 2, 24), 'bfloat16'),
   )
-  @pytest.mark.slow
   def test_shapes(self, structure, shape, dtype):
     self.check(suite.make_call(1, shape, structure, dtype))
 
