@@ -39,7 +39,7 @@ _LANES = 128
 # Candidates in a tile, keys in a block, columns of the MLP computed at once.
 # Not tuned: no TPU was at hand.
 _MAX_BLOCK = 512
-_MAX_TILE_BYTES = 1 << 19  # Of a tile's tokens in float32.
+_MAX_TILE_BYTES = 1 << 20  # Of a tile's tokens in float32.
 # Less than the smallest vector memory of v5e, v5p and v6e, 64 MiB.
 _MAX_VMEM = 48 << 20
 # The index maps' scalars live in scalar memory, 1 MiB on the smallest TPU.
@@ -155,24 +155,23 @@ def make_plan(
       'pallas_tpu needs H = D / N that is a multiple of 128 or one of 4, 8, '
       f'16, 32, 64; got D={width}, H={head_dim}'
     )
-  # What the D and F of an array take of vector memory, in whole registers.
-  lanes, hidden_lanes = (pl.cdiv(x, _LANES) * _LANES for x in (width, hidden))
-  limit = max(_LANES, _MAX_TILE_BYTES // (4 * lanes) // _LANES * _LANES)
-  tile = _block(num_candidates, min(limit, _MAX_BLOCK))
-  block = _block(keys.shape[2], min(limit, _MAX_BLOCK))
-  itemsize = keys.dtype.itemsize
   out_type = keys.dtype if final_norm else jnp.dtype(jnp.float32)
-  # Candidates and results, in units of the type of matrices.
-  tokens = tile * (candidates.dtype.itemsize + out_type.itemsize) // itemsize
-  streamed = 2 * lanes * (lanes + hidden_lanes) + (2 * block + tokens) * lanes
-  scratch = 5 * tile * lanes + tile * lanes * itemsize // 4
-  temporary = 4 * tile * max(block, lanes, min(hidden_lanes, _MAX_BLOCK))
-  vmem = 2 * streamed * itemsize + 4 * (scratch + temporary) + (2 << 20)
-  if vmem > _MAX_VMEM:
-    raise NotImplementedError(
-      f'pallas_tpu would need {vmem >> 20} MiB of vector memory for D={width}, '
-      f'F={hidden} in {keys.dtype}, and takes {_MAX_VMEM >> 20} at most'
-    )
+  types = (keys.dtype, candidates.dtype, out_type)
+  limit = _MAX_TILE_BYTES // (4 * _whole(width))
+  limit = max(_LANES, min(_MAX_BLOCK, limit // _LANES * _LANES))
+  while True:
+    tile = _block(num_candidates, limit)
+    block = _block(keys.shape[2], limit)
+    vmem = _vmem(tile, block, _whole(width), _whole(hidden), types)
+    if vmem <= _MAX_VMEM:
+      break
+    if limit == _LANES:
+      raise NotImplementedError(
+        f'pallas_tpu would need {vmem >> 20} MiB of vector memory for '
+        f'D={width}, F={hidden} in {keys.dtype}, and takes {_MAX_VMEM >> 20} '
+        'at most'
+      )
+    limit -= _LANES
   return _Plan(
     num_candidates=num_candidates,
     num_keys=keys.shape[2],
@@ -186,6 +185,22 @@ def make_plan(
     final_norm=final_norm,
     vmem=vmem,
   )
+
+
+def _vmem(tile: int, block: int, width: int, hidden: int, types) -> int:
+  """Bytes of vector memory for these many lanes of D and F, with a margin."""
+  dtype, in_type, out_type = types
+  # Candidates and results, in units of the type of matrices.
+  tokens = tile * (in_type.itemsize + out_type.itemsize) // dtype.itemsize
+  streamed = 2 * width * (width + hidden) + (2 * block + tokens) * width
+  scratch = 5 * tile * width + tile * width * dtype.itemsize // 4
+  temporary = 4 * tile * max(block, width, min(hidden, _MAX_BLOCK))
+  return 2 * streamed * dtype.itemsize + 4 * (scratch + temporary) + (2 << 20)
+
+
+def _whole(channels: int) -> int:
+  """The lanes of the registers that hold them."""
+  return pl.cdiv(channels, _LANES) * _LANES
 
 
 def _block(size: int, limit: int) -> int:

@@ -153,6 +153,12 @@ class LoweringTest(parameterized.TestCase):
     text = lower(shape, structure, jnp.float16, gradients=False)
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
 
+  @parameterized.parameters(('any', 8), ('prefix', 16))
+  def test_narrow_heads_are_not_padded(self, structure, head_dim):
+    text = lower((2, 16, 24, 4, head_dim), structure, gradients=False)
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+    self.assertNotIn('stablehlo.pad', text)
+
   @parameterized.product(structure=suite.STRUCTURES, axis=(1, 2))
   def test_memory_grows_linearly(self, structure, axis):
     shape = [1, 1024, 1024, 2, 32]
