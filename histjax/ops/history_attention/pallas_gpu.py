@@ -120,12 +120,17 @@ def _side_by_side(query, key, value, key_range, scale, heads: int):
   start, stop = (
     jnp.repeat(x, heads, axis=1) for x in (key_range.start, key_range.stop)
   )
+  key, value = (
+    x.reshape(*x.shape[:2], groups, heads * head_dim) for x in (key, value)
+  )
   out = history_attention(
     wide.reshape(num_rows, num_queries * heads, groups, heads * head_dim),
-    *(x.reshape(*x.shape[:2], groups, heads * head_dim) for x in (key, value)),
+    key,
+    value,
     KeyRange(start, stop, key_range.structure),
     scale=scale,
-  ).reshape(num_rows, num_queries, heads, groups, heads, head_dim)
+  )
+  out = out.reshape(num_rows, num_queries, heads, groups, heads, head_dim)
   out = jnp.where(own, out, jnp.zeros_like(out)).sum(axis=2)
   return out.reshape(query.shape)
 
