@@ -215,8 +215,11 @@ class RankerTest(CompileTestCase):
 
   @functools.cached_property
   def params(self):
+    return self.params_of(MODEL)
+
+  def params_of(self, model):
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return self.eval_shape(lambda k: MODEL.init(k, self.batch)['params'], key)
+    return self.eval_shape(lambda k: model.init(k, self.batch)['params'], key)
 
   @on_every_chip
   def test_joint_pass(self, topology):
@@ -243,33 +246,39 @@ class RankerTest(CompileTestCase):
     self.assert_kernels(program, **{FORWARD: 2})
 
   @marks.slow_unless(
-    lambda topology, method: topology == TOPOLOGIES[0] and method == 'score'
-  )
-  @parameterized.product(topology=TOPOLOGIES, method=(None, 'encode', 'score'))
-  def test_layers_in_one_kernel(self, topology, method):
-    """What `Scorer` runs on a TPU: each layer, or all of them, by the tower."""
-    encoder = dataclasses.replace(CONFIG.encoder, candidate_tower='pallas_tpu')
-    model = ranker.Ranker(dataclasses.replace(CONFIG, encoder=encoder))
-    packed = self.eval_shape(
-      lambda params: ranker.pack(CONFIG, params), self.params
+    lambda topology, width, method: (
+      topology == TOPOLOGIES[0] and width == 64 and method == 'score'
     )
+  )
+  @parameterized.product(
+    topology=TOPOLOGIES, width=(64, 128), method=(None, 'encode', 'score')
+  )
+  def test_layers_in_one_kernel(self, topology, width, method):
+    """What `Scorer` runs on a TPU: each layer, or all of them, by the tower."""
+    encoder = dataclasses.replace(
+      CONFIG.encoder, width=width, attention=None, candidate_tower=None
+    )
+    config = dataclasses.replace(CONFIG, encoder=encoder)
+    model = ranker.Ranker(config)
+    params = self.params_of(model)
+    packed = self.eval_shape(lambda p: ranker.pack(config, p), params)
     batch = self.batch
 
     def run(variables, *args):
       return model.apply(variables, *args, method=method)
 
-    encode = functools.partial(MODEL.apply, method='encode')
+    encode = functools.partial(model.apply, method='encode')
     arguments: tuple = (batch,)
     if method == 'encode':
       arguments = (batch.history,)
     elif method == 'score':
-      cache = self.eval_shape(encode, {'params': self.params}, batch.history)
+      cache = self.eval_shape(encode, {'params': params}, batch.history)
       arguments = (cache, batch.candidates, batch.context)
     where = jax.sharding.SingleDeviceSharding(devices(topology)[0])
     program = self.compile(
       topology,
       jax.jit(run),
-      *shapes(({'params': self.params, **packed}, *arguments), where),
+      *shapes(({'params': params, **packed}, *arguments), where),
     )
     calls = {None: 2, 'encode': 1, 'score': 1}[method]
     self.assert_kernels(program, candidate_tower=calls)

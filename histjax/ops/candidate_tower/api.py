@@ -115,10 +115,10 @@ def candidate_tower(
       with; so a history is read layer by layer, its events as candidates.
     implementation: 'pallas_gpu' (Hopper; bfloat16; D 64 with H 16 or 32 or D
       128 or 256 with H 32 or 64, F a multiple of D; D and F multiples of 256
-      from D 512 on, with H 64 or 128), 'pallas_tpu' (bfloat16 or float32; D and
-      F multiples of 128), 'numba_cpu' (float32; needs `histjax[cpu]`), 'xla'
-      (everything, everywhere) or 'reference' (float32, readable). None: the
-      fastest that supports the call.
+      from D 512 on, with H 64 or 128), 'pallas_tpu' (bfloat16 or float32; H 4,
+      8, 16, 32, 64 or a multiple of 128), 'numba_cpu' (float32; needs
+      `histjax[cpu]`), 'xla' (everything, everywhere) or 'reference' (float32,
+      readable). None: the fastest that supports the call.
 
   Returns:
     `[B, C, D]`, of the matrices' type, or float32 without `final_norm`.

@@ -12,7 +12,9 @@ candidates do not count: the index maps know so from prefetched scalars.
 Heads lie side by side in lanes, `[T, N H]`. Scores are held transposed, `[keys,
 candidates]`, so that ranges, maxima and sums are rows `[1, candidates]`. One
 head among those of 128 lanes is selected by zeroing the lanes of the others in
-one factor, whose cost on the matrix unit does not depend on it.
+one factor, whose cost on the matrix unit does not depend on it. A width that is
+no multiple of 128 leaves lanes of its last registers empty: blocks span the
+whole width, and the compiler masks what lies beyond in sums and products.
 
 Candidates and keys beyond the last are read from outside the arrays, so they
 may be anything; a candidate's do not meet another's, a key's are replaced.
@@ -37,7 +39,7 @@ _LANES = 128
 # Candidates in a tile, keys in a block, columns of the MLP computed at once.
 # Not tuned: no TPU was at hand.
 _MAX_BLOCK = 512
-_MAX_TILE_BYTES = 1 << 19  # Of a tile's tokens in float32.
+_MAX_TILE_BYTES = 1 << 20  # Of a tile's tokens in float32.
 # Less than the smallest vector memory of v5e, v5p and v6e, 64 MiB.
 _MAX_VMEM = 48 << 20
 # The index maps' scalars live in scalar memory, 1 MiB on the smallest TPU.
@@ -146,30 +148,30 @@ def make_plan(
       'pallas_tpu computes in bfloat16 or float32, the types that a TPU '
       f'multiplies, and keys is {keys.dtype}'
     )
-  # A head fills whole registers, or a whole number of them fills one.
-  fits = head_dim % _LANES == 0 or (_LANES % head_dim == 0 and head_dim >= 16)
-  if width % _LANES or hidden % _LANES or not fits:
+  # A head fills whole registers, or a whole number of them fills one. Another
+  # would lie in parts of two.
+  if head_dim % _LANES and (_LANES % head_dim or head_dim < 4):
     raise NotImplementedError(
-      'pallas_tpu needs D and F that are multiples of 128, and H that is one '
-      'or one of 16, 32, 64; '
-      f'got D={width}, F={hidden}, H={head_dim}'
+      'pallas_tpu needs H = D / N that is a multiple of 128 or one of 4, 8, '
+      f'16, 32, 64; got D={width}, H={head_dim}'
     )
-  limit = max(_LANES, _MAX_TILE_BYTES // (4 * width) // _LANES * _LANES)
-  tile = _block(num_candidates, min(limit, _MAX_BLOCK))
-  block = _block(keys.shape[2], min(limit, _MAX_BLOCK))
-  itemsize = keys.dtype.itemsize
   out_type = keys.dtype if final_norm else jnp.dtype(jnp.float32)
-  # Candidates and results, in units of the type of matrices.
-  tokens = tile * (candidates.dtype.itemsize + out_type.itemsize) // itemsize
-  streamed = 2 * width * (width + hidden) + (2 * block + tokens) * width
-  scratch = 5 * tile * width + tile * width * itemsize // 4
-  temporary = 4 * tile * max(block, width, min(hidden, _MAX_BLOCK))
-  vmem = 2 * streamed * itemsize + 4 * (scratch + temporary) + (2 << 20)
-  if vmem > _MAX_VMEM:
-    raise NotImplementedError(
-      f'pallas_tpu would need {vmem >> 20} MiB of vector memory for D={width}, '
-      f'F={hidden} in {keys.dtype}, and takes {_MAX_VMEM >> 20} at most'
-    )
+  types = (keys.dtype, candidates.dtype, out_type)
+  limit = _MAX_TILE_BYTES // (4 * _whole(width))
+  limit = max(_LANES, min(_MAX_BLOCK, limit // _LANES * _LANES))
+  while True:
+    tile = _block(num_candidates, limit)
+    block = _block(keys.shape[2], limit)
+    vmem = _vmem(tile, block, _whole(width), _whole(hidden), types)
+    if vmem <= _MAX_VMEM:
+      break
+    if limit == _LANES:
+      raise NotImplementedError(
+        f'pallas_tpu would need {vmem >> 20} MiB of vector memory for '
+        f'D={width}, F={hidden} in {keys.dtype}, and takes {_MAX_VMEM >> 20} '
+        'at most'
+      )
+    limit -= _LANES
   return _Plan(
     num_candidates=num_candidates,
     num_keys=keys.shape[2],
@@ -183,6 +185,22 @@ def make_plan(
     final_norm=final_norm,
     vmem=vmem,
   )
+
+
+def _vmem(tile: int, block: int, width: int, hidden: int, types) -> int:
+  """Bytes of vector memory for these many lanes of D and F, with a margin."""
+  dtype, in_type, out_type = types
+  # Candidates and results, in units of the type of matrices.
+  tokens = tile * (in_type.itemsize + out_type.itemsize) // dtype.itemsize
+  streamed = 2 * width * (width + hidden) + (2 * block + tokens) * width
+  scratch = 5 * tile * width + tile * width * dtype.itemsize // 4
+  temporary = 4 * tile * max(block, width, min(hidden, _MAX_BLOCK))
+  return 2 * streamed * dtype.itemsize + 4 * (scratch + temporary) + (2 << 20)
+
+
+def _whole(channels: int) -> int:
+  """The lanes of the registers that hold them."""
+  return pl.cdiv(channels, _LANES) * _LANES
 
 
 def _block(size: int, limit: int) -> int:
@@ -399,8 +417,8 @@ def _make_queries(r: _Refs, plan: _Plan):
     lane = jax.lax.broadcasted_iota(jnp.int32, query.shape, 1)
     partner = jnp.where(
       lane % plan.head_dim < half,
-      pltpu.roll(query, width - half, 1),  # The channel H / 2 behind.
-      pltpu.roll(query, half, 1),
+      _roll(query, width - half),  # The channel H / 2 behind.
+      _roll(query, half),
     )
     query = query * r.cos[...] + partner * r.sin[...]
   r.query[...] = (plan.head_dim**-0.5 * query).astype(r.query.dtype)
@@ -453,21 +471,30 @@ def _linear(x, weight_ref, r: _Refs, begin: int):
   return tpu.dot(x, weight, _NN) + bias
 
 
+def _roll(x, shift: int):
+  """`[T, D]` rolled by `shift` channels."""
+  width = x.shape[1]
+  if width % _LANES == 0:
+    return pltpu.roll(x, shift, 1)
+  # That rolls whole registers.
+  return jnp.concatenate([x[:, width - shift :], x[:, : width - shift]], axis=1)
+
+
 def _head(h: int, plan: _Plan):
   """The channels of a head."""
   return slice(h * plan.head_dim, (h + 1) * plan.head_dim)
 
 
 def _lanes(h: int, plan: _Plan):
-  """The whole registers that hold the channels of a head."""
+  """The channels in the registers that hold those of a head."""
   width = max(_LANES, plan.head_dim)
   begin = h * plan.head_dim // width * width
-  return slice(begin, begin + width)
+  return slice(begin, min(begin + width, plan.width))
 
 
 def _only_head(x, h: int, plan: _Plan):
   """The lanes of `_lanes(h)`, with zeros in all but those of head `h`."""
-  if plan.head_dim >= _LANES:
+  if x.shape[1] == plan.head_dim:
     return x
   begin = h * plan.head_dim % _LANES
   lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)

@@ -85,6 +85,26 @@ class InterpretTest(parameterized.TestCase):
     shape = (1, 5, 9, num_heads, head_dim)
     self.check(suite.make_call(3, shape, mlp_width=256, num_layers=1))
 
+  @marks.slow_unless(lambda shape, **fields: shape[1] == 150)
+  @parameterized.parameters(
+    {'shape': (2, 150, 300, 4, 16), 'ragged': True, 'dtype': 'bfloat16'},
+    {'shape': (2, 5, 9, 2, 32), 'ragged': True, 'residual': True},
+    {'shape': (2, 5, 9, 2, 32), 'structure': 'causal', 'dtype': 'bfloat16'},
+    {'shape': (2, 5, 9, 4, 16), 'structure': 'prefix', 'rotate': False},
+    {'shape': (1, 5, 9, 3, 64), 'num_layers': 1},  # One head is left.
+    {'shape': (2, 5, 9, 4, 8), 'mlp_width': 40},
+    {'shape': (2, 5, 9, 4, 4), 'dtype': 'bfloat16', 'mlp_width': 600},
+  )
+  def test_widths_that_do_not_fill_registers(self, shape, **fields):
+    self.check(suite.make_call(7, shape, **fields))
+
+  @marks.slow_unless(lambda num_heads, dtype: num_heads == 8)
+  @parameterized.parameters((8, 'bfloat16'), (4, 'float32'))
+  def test_width_512(self, num_heads, dtype):
+    shape = (1, 5, 9, num_heads, 512 // num_heads)
+    call = suite.make_call(8, shape, num_layers=1, dtype=dtype, ragged=True)
+    self.check(call)
+
   def test_no_keys_at_all(self):
     self.check(suite.make_call(4, (2, 5, 0, 4, 32), mlp_width=128))
 
@@ -103,8 +123,8 @@ class InterpretTest(parameterized.TestCase):
     )
 
   def test_what_it_refuses_another_computes(self):
-    call = suite.make_call(0, (1, 3, 5, 2, 8))
-    with self.assertRaisesRegex(NotImplementedError, 'D=16'):
+    call = suite.make_call(0, (1, 3, 5, 2, 12))
+    with self.assertRaisesRegex(NotImplementedError, 'D=24, H=12'):
       suite.run(call, 'pallas_tpu')
     suite.assert_equals_oracle(lambda c: suite.run(c, None), call)
 
@@ -126,9 +146,9 @@ class InterpretTest(parameterized.TestCase):
 
 class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(
-    ((1, 3, 5, 2, 32), {}, 'D=64, F=256, H=32'),
-    ((1, 3, 5, 4, 32), {'mlp_width': 64}, 'D=128, F=64'),
-    ((1, 3, 5, 16, 8), {}, 'H=8'),
+    ((1, 3, 5, 8, 48), {}, 'D=384, H=48'),  # The third is in two registers.
+    ((1, 3, 5, 1, 192), {}, 'H=192'),
+    ((1, 3, 5, 8, 2), {}, 'D=16, H=2'),
     ((1, 3, 5, 4, 32), {'dtype': 'float16'}, 'keys is float16'),
     ((1, 3, 5, 8, 256), {'num_layers': 1}, 'MiB of vector memory'),
     ((70_000, 1, 1, 8, 16), {'num_layers': 1}, 'split the rows'),
@@ -178,13 +198,25 @@ class CompileTest(parameterized.TestCase):
     )
     return memory.temp_size_in_bytes
 
-  def compile_tower(self, topology, shape, dtype):
-    arguments = jax.eval_shape(
-      lambda: suite.make_call(0, shape, num_layers=4, dtype=dtype).positional
-    )
-    # By itself, the operation takes the kernel for this device.
-    run = functools.partial(ops.candidate_tower, num_heads=shape[3])
-    return self.compile(devices(topology)[0], run, *arguments)
+  def compile_tower(self, topology, shape, dtype, residual=False):
+    def arguments():
+      call = suite.make_call(
+        0,
+        shape,
+        num_layers=4,
+        dtype=dtype,
+        ragged=residual,
+        residual=residual,
+      )
+      return call.count, *call.positional
+
+    def run(count, *arrays):
+      # By itself, the operation takes the kernel for this device.
+      return ops.candidate_tower(
+        *arrays, num_heads=shape[3], count=count, final_norm=not residual
+      )
+
+    return self.compile(devices(topology)[0], run, *jax.eval_shape(arguments))
 
   @marks.slow_unless(
     lambda topology, shape_dtype: (
@@ -202,6 +234,30 @@ class CompileTest(parameterized.TestCase):
   )
   def test_compiles(self, topology, shape_dtype):
     self.compile_tower(topology, *shape_dtype)
+
+  @marks.slow_unless(
+    lambda topology, case: (
+      topology == 'v5e:2x2' and case[1] == 'bfloat16' and case[2]
+    )
+  )
+  @parameterized.product(
+    topology=TOPOLOGIES,
+    case=(  # (N, H), the type, whether the residual stream is the result.
+      ((4, 16), 'bfloat16', True),
+      ((4, 16), 'float32', False),
+      ((2, 32), 'bfloat16', False),
+      ((2, 32), 'float32', True),
+      ((4, 8), 'float32', False),
+      ((4, 4), 'bfloat16', False),
+      ((8, 64), 'bfloat16', True),
+      ((8, 64), 'float32', False),
+      ((4, 128), 'bfloat16', False),
+      ((4, 128), 'float32', True),
+    ),
+  )
+  def test_compiles_at_widths_in_use(self, topology, case):
+    heads, dtype, residual = case
+    self.compile_tower(topology, (2, 512, 512, *heads), dtype, residual)
 
   @marks.slow_unless(lambda num_candidates, num_keys: num_keys == 1 << 14)
   @parameterized.parameters((1 << 14, 1 << 7), (1 << 7, 1 << 14))
