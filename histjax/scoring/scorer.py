@@ -291,7 +291,7 @@ class Scorer:
       The logits of each.
 
     Raises:
-      ValueError: as `score`; then none is scored.
+      ValueError: as `score`; then the logits of none are returned.
     """
     return [x.result() for x in self.score_many_async(requests)]
 
