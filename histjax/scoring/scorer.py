@@ -272,7 +272,7 @@ class Scorer:
     Inputs are checked and copied before it returns.
     """
     request = self._check_request(cache, candidates, context)
-    return self._fly([request])[0]
+    return self._fly([request], *self._write([request]))[0]
 
   def score_many(
     self,
@@ -305,10 +305,11 @@ class Scorer:
     for i, request in enumerate(checked):
       bucket = request.cache.num_rows, request.cache.capacity
       groups.setdefault(bucket, []).append(i)
+    parts = [[checked[i] for i in group] for group in groups.values()]
+    written = [self._write(part) for part in parts]  # All good, or none scored.
     found: dict[int, Pending] = {}
-    for group in groups.values():
-      pending = self._fly([checked[i] for i in group])
-      found |= dict(zip(group, pending, strict=True))
+    for group, part, ready in zip(groups.values(), parts, written, strict=True):
+      found |= dict(zip(group, self._fly(part, *ready), strict=True))
     return [found[i] for i in range(len(checked))]
 
   def backends(
@@ -595,9 +596,13 @@ class Scorer:
       views['count'].ids.fill(0)
     return program, slot
 
-  def _fly(self, requests: Sequence[flight.Checked]) -> list[Pending]:
-    """Scores requests of one bucket."""
-    program, slot = self._write(requests)
+  def _fly(
+    self,
+    requests: Sequence[flight.Checked],
+    program: programs.Program,
+    slot: transport.Slot,
+  ) -> list[Pending]:
+    """Scores requests of one bucket, as they were written."""
     first = requests[0].cache
     keys: Any = first.keys
     values: Any = first.values

@@ -36,13 +36,11 @@ class Slot:
     array: the program's argument, int32 `[layout.size]`.
     views: where to write it.
     requests: the same, by the requests that share it.
-    memory: what `views` lie in, if `array` does not own it.
   """
 
   array: Any
   views: dict[str, layout_lib.View]
   requests: list[dict[str, layout_lib.View]]
-  memory: Any = None
 
 
 class _OnGpu:
@@ -80,23 +78,30 @@ def _on_gpu(array: np.ndarray, device: jax.Device) -> jax.Array:
 @functools.cache
 def of_device(device: jax.Device | None) -> Transport:
   """The one transport of a device; None: programs are spread over several."""
-  return Transport(device)
+  if device is None or device.platform != 'gpu':
+    return Transport()
+  kinds = [m.kind for m in device.addressable_memories()]
+  return Transport(device if 'pinned_host' in kinds else None)
 
 
 class Transport:
   """To and from one device, or several; see `of_device`."""
 
-  def __init__(self, device: jax.Device | None):
+  def __init__(self, device: jax.Device | None = None):
+    """Makes a transport.
+
+    Args:
+      device: whose programs read and write pinned memory of the host; None:
+        they are given NumPy arrays.
+    """
     self._pinned = self._device = self._mapped = None
-    if device is not None and device.platform == 'gpu':
-      kinds = [m.kind for m in device.addressable_memories()]
-      if 'pinned_host' in kinds:
-        self._pinned = jax.sharding.SingleDeviceSharding(
-          device, memory_kind='pinned_host'
-        )
-        self._device = jax.sharding.SingleDeviceSharding(device)
-        if devices.Target.of(device).platform == 'cuda':
-          self._mapped = functools.partial(_on_gpu, device=device)
+    if device is not None:
+      self._pinned = jax.sharding.SingleDeviceSharding(
+        device, memory_kind='pinned_host'
+      )
+      self._device = jax.sharding.SingleDeviceSharding(device)
+      if devices.Target.of(device).platform == 'cuda':
+        self._mapped = functools.partial(_on_gpu, device=device)
     # Of each layout, the slots that no program will read any more, and those
     # that one may still read, with a result of it. A slot that never comes back
     # is garbage as soon as its program has read it.
@@ -142,10 +147,11 @@ class Transport:
     memory: Any = (ctypes.c_int32 * layout.size).from_address(
       pinned.unsafe_buffer_pointer()
     )
+    memory.owner = pinned  # For as long as a program or a view has it.
     buffer = np.frombuffer(memory, np.int32)
     views = layout.views(buffer)
     array = pinned if self._mapped is None else self._mapped(buffer)
-    return Slot(array, views, layout.split(views), pinned)
+    return Slot(array, views, layout.split(views))
 
   def release(
     self,

@@ -6,7 +6,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from histjax import ops, scoring
 from histjax.models import ranker
@@ -156,6 +156,33 @@ class ProgramsTest(parameterized.TestCase):
     jax.jit(lambda x: 2 * x)(np.zeros(3))
     self.assertGreater(self.compiled, 0)
     self.assertEqual(s.num_compilations, 0)
+
+
+class SharedProgramsTest(absltest.TestCase):
+  def test_other_parameters_compile_nothing(self):
+    config = support.config(encoder__num_layers=1)
+    batch = support.batch(np.random.default_rng(0))
+    event = batch.history.replace(length=np.ones(3, np.int32))
+
+    def use(seed):
+      s = scoring.Scorer(config, support.init(config, seed)[1])
+      found = [cached(s, batch), s.score_joint(batch), s.score_plain(batch)]
+      cache = s.extend(s.encode(batch.history), event)
+      s.score(cache, batch.candidates, batch.context)
+      return s, [real(x, batch) for x in found]
+
+    first, expected = use(0)
+    with count_compilations() as compiled:
+      second, found = use(1)
+    self.assertEmpty(compiled)
+    self.assertEqual(second.num_compilations, 0)
+    self.assertNotEqual(first.fingerprint, second.fingerprint)
+    for x in found[1:]:
+      np.testing.assert_allclose(x, found[0], **TOLERANCE['float32'])
+    self.assertGreater(np.abs(found[0] - expected[0]).max(), 0.01)
+    # Parameters are not in the programs: the first still has its own.
+    again = real(cached(first, batch), batch)
+    np.testing.assert_array_equal(again, expected[0])
 
 
 class BackendsTest(parameterized.TestCase):
