@@ -122,11 +122,15 @@ def check_implementation(
 def record() -> Iterator[dict[str, set[str]]]:
   """Collects `{operation: names of backends}` of the calls traced within."""
   used: dict[str, set[str]] = {}
+  outer = _record.get()
   token = _record.set(used)
   try:
     yield used
   finally:
     _record.reset(token)
+    if outer is not None:
+      for operation, found in used.items():
+        outer.setdefault(operation, set()).update(found)
 
 
 def names(used: Mapping[str, set[str]]) -> dict[str, str]:

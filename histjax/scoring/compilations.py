@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ _EVENT = '/jax/core/compile/backend_compile_duration'
 
 
 class Counter:
-  """Counts the programs compiled within `counting`, by the thread in it.
+  """Counts the programs compiled within `call`, by the thread in it.
 
   Attributes:
     number: of them so far. One that is found in a persistent cache counts.
@@ -22,14 +21,13 @@ class Counter:
 
   def __init__(self):
     self.number = 0
-
-  @contextlib.contextmanager
-  def counting(self) -> Iterator[None]:
-    """Counts here what is compiled within."""
     _listen()
+
+  def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the function; counts here what is compiled for it."""
     token = _active.set(self)
     try:
-      yield
+      return function(*arguments)
     finally:
       _active.reset(token)
 

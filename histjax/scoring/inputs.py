@@ -258,11 +258,40 @@ def _write(
 
   The values of all features are checked at once, where they were written.
   """
-  _check_names(field, given, spec)
-  if shape != view.part.shape:
+  if not (real is None and _write_as_is(given, shape, view)):
+    _check_names(field, given, spec)
+    if not _write_converted(field, given, spec, shape, real, view):
+      raise _bad_value(field, given, spec, real)
+  if not view.is_good():
+    raise _bad_value(field, given, spec, real)
+
+
+def _write_as_is(given: Any, shape: tuple[int, ...], view: layout_lib.View):
+  """Whether features were of the right types and size, and are written."""
+  columns = view.columns
+  if (
+    shape != view.part.shape
+    or not isinstance(given, Mapping)
+    or len(given) != len(columns)
+  ):
+    return False
+  for name, out, dtype in columns:
+    value = given.get(name)
+    if type(value) is not np.ndarray or value.dtype != dtype:
+      return False
+    if value.shape != shape:
+      return False
+    out[...] = value
+  return True
+
+
+def _write_converted(field, given, spec, shape, real, view) -> bool:
+  """Writes features of any types; whether no id was lost by that."""
+  whole = view.part.shape
+  if shape != whole:
     view.ids.fill(0)
     view.dense.fill(0)
-  part = tuple(map(slice, map(min, shape, view.part.shape)))
+  part = tuple(map(slice, map(min, shape, whole)))
   good = True
   for feature in spec:
     value = given[feature.name]
@@ -275,20 +304,10 @@ def _write(
       value = np.where(real, value, 0)
     if table and value.dtype != np.int32:  # It could wrap.
       good &= not value.size or bool(0 <= value.min() and value.max() < table)
-    out = view.features[feature.name]
-    if shape != view.part.shape:
-      out, value = out[part], value[part]
-    if value.dtype.itemsize > 4:  # What overflows is found below.
-      with np.errstate(over='ignore'):
-        out[...] = value
-    else:
-      out[...] = value
-  if view.part.ids and view.ids.size:
-    axes = tuple(range(1, view.ids.ndim))
-    largest = np.maximum.reduce(view.ids, axis=axes)  # -1 is the largest.
-    good &= bool((largest < view.part.sizes).all())
-  if not (good and np.isfinite(view.dense).all()):
-    raise _bad_value(field, given, spec, real)
+    out = view.features[feature.name][part]
+    with np.errstate(over='ignore'):  # What overflows is not finite.
+      out[...] = value[part]
+  return good
 
 
 def _malformed(field, feature, value, shape) -> ValueError:
@@ -329,8 +348,11 @@ def _bad_value(field, given, spec, real) -> ValueError:
 def _check_names(
   field: str, features: Mapping[str, Any], spec: Sequence[schema_lib.Feature]
 ) -> None:
-  if isinstance(features, Mapping):
-    if len(features) == len(spec) and all(f.name in features for f in spec):
+  if isinstance(features, Mapping) and len(features) == len(spec):
+    for feature in spec:
+      if feature.name not in features:
+        break
+    else:
       return
   wanted = [f.name for f in spec]
   if not isinstance(features, Mapping):

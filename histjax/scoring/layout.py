@@ -8,7 +8,9 @@ as the model does. Dense values travel as their bits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +28,14 @@ class Part(NamedTuple):
     shape: of each feature, as padded.
     ids: names of the categorical features.
     dense: names of the others.
-    sizes: int `[ids]`, of their tables; None: any int32 will do.
+    sizes: of their tables; None: any int32 will do.
   """
 
   name: str
   shape: tuple[int, ...]
   ids: tuple[str, ...] = ()
   dense: tuple[str, ...] = ()
-  sizes: np.ndarray | None = None
+  sizes: tuple[int, ...] | None = None
 
   @property
   def stacked(self) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ def features(
     shape,
     tuple(f.name for f in ids),
     tuple(f.name for f in schema_lib.dense(spec)),
-    np.array([f.size for f in ids], np.int64),
+    tuple(f.size for f in ids),
   )
 
 
@@ -80,6 +82,22 @@ class View:
   features: dict[str, np.ndarray]
   ids: np.ndarray
   dense: np.ndarray
+
+  @functools.cached_property
+  def columns(self) -> tuple[tuple[str, np.ndarray, np.dtype], ...]:
+    """Names, arrays and types of the features."""
+    return tuple((name, x, x.dtype) for name, x in self.features.items())
+
+  def is_good(self) -> bool:
+    """Whether all ids are of their tables and all dense values finite."""
+    part = self.part
+    if part.sizes is not None and self.ids.size:
+      axes = tuple(range(1, self.ids.ndim))
+      largest = np.maximum.reduce(self.ids, axis=axes)  # -1 is the largest.
+      if any(map(operator.ge, largest.tolist(), part.sizes)):
+        return False
+    finite = np.isfinite(self.dense)
+    return bool(np.logical_and.reduce(finite, axis=None))
 
   def rows(self, index: int, number: int) -> View:
     """One of `number` equal parts of the rows."""

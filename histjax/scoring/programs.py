@@ -165,6 +165,7 @@ class Program:
       It returns logits `[B, C, T]`; or the cache's keys and values, and a
       number that is there when the request has been read.
     call: the same, compiled.
+    backends: the implementations that it runs, once it was traced.
   """
 
   def __init__(self, plan: Plan, kind: str, sizes: Sizes):
@@ -196,14 +197,16 @@ class Program:
 
     def traced(packed, *arguments):
       *cached, request = arguments
-      with dispatch.on(plan.target):
-        return body(
+      with dispatch.on(plan.target), dispatch.record() as used:
+        result = body(
           plan,
           sizes,
           plan.spec.variables(packed),
           *cached,
           self.layout.unpack(plan.transport.read(request)),
         )
+      self.backends = dispatch.names(used)
+      return result
 
     traced.__name__ = kind  # In profiles and logs.
     self.traced = traced

@@ -113,6 +113,7 @@ class Scorer:
     self._run: run_lib.Run | None = None
     self._compilations = compilations.Counter()
     self._logged: set[tuple[str, str]] = set()
+    self._told: set[programs.Program] = set()
     self._params = jax.device_put(params)
     leaf = jax.tree.leaves(self._params)[0]
     device = dispatch.device_of(leaf if leaf.committed else None)
@@ -478,10 +479,9 @@ class Scorer:
           cached = [(x,) * more for x in cached]
       program = self._program(job.kind, job.sizes)
       slot = self._transport.slot(program.layout)
-      with dispatch.record() as used:
-        jax.block_until_ready(self._call(program, slot, *cached))
-      if used and job.kind == 'score':
-        self._log(dispatch.names(used))
+      jax.block_until_ready(self._call(program, slot, *cached))
+      if job.kind == 'score':
+        self._log(program)
       self._transport.release(program.layout, slot)
       now = time.perf_counter()
       if now > said + 10 or i + 1 == len(todo):
@@ -611,10 +611,9 @@ class Scorer:
       caches += [first] * (more - len(caches))
       keys = tuple(x.keys for x in caches)
       values = tuple(x.values for x in caches)
-    with dispatch.record() as used:
-      logits = self._call(program, slot, keys, values)
-    if used:
-      self._log(dispatch.names(used))
+    logits = self._call(program, slot, keys, values)
+    if program not in self._told:
+      self._log(program)
     return self._pending(
       program, slot, logits, [(x.shape, x.real) for x in requests]
     )
@@ -628,8 +627,9 @@ class Scorer:
   def _call(
     self, program: programs.Program, slot: transport.Slot, *cached: Any
   ) -> Any:
-    with self._compilations.counting():
-      return program.call(self._weights, *cached, slot.array)
+    return self._compilations.call(
+      program.call, self._weights, *cached, slot.array
+    )
 
   def _check_cache(
     self, cache: HistoryCache, num_rows: int, what: str
@@ -667,9 +667,10 @@ class Scorer:
       buckets.fit(number, sizes, 'candidates', _SMALLEST_CANDIDATES), multiple
     )
 
-  def _log(self, backends: dict[str, str]) -> None:
-    """Says what a program that was just traced runs, once."""
-    for line in backends.items():
+  def _log(self, program: programs.Program) -> None:
+    """Says what a program runs; each line once."""
+    self._told.add(program)
+    for line in program.backends.items():
       if line not in self._logged:
         self._logged.add(line)
         logging.info('%s runs as %r', *line)

@@ -17,10 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from histjax.ops import devices
 from histjax.scoring import layout as layout_lib
 
-_CUDA = 2  # kDLCUDA.
 _SPIN = 3e-4
 """Seconds to look for a result before going to sleep, which is waking up late.
 
@@ -43,38 +41,6 @@ class Slot:
   requests: list[dict[str, layout_lib.View]]
 
 
-class _OnGpu:
-  """A NumPy array in pinned memory, which an NVIDIA GPU reads as its own."""
-
-  def __init__(self, array: np.ndarray, device: jax.Device):
-    self._array = array
-    self._device = (_CUDA, device.local_hardware_id or 0)
-
-  def __dlpack_device__(self) -> tuple[int, int]:
-    return self._device
-
-  def __dlpack__(self, **options: Any) -> Any:
-    del options  # There is no stream to wait for, and nothing to copy.
-    capsule = self._array.__dlpack__()
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = (
-      ctypes.c_void_p,
-      [ctypes.py_object, ctypes.c_char_p],
-    )
-    # DLTensor is {void* data; {int32 device_type; int32 device_id}; ..}.
-    address = pointer(capsule, b'dltensor') + ctypes.sizeof(ctypes.c_void_p)
-    (ctypes.c_int32 * 2).from_address(address)[:] = list(self._device)
-    return capsule
-
-
-def _on_gpu(array: np.ndarray, device: jax.Device) -> jax.Array:
-  """The array for programs, which read it where it is, over the bus.
-
-  It is a few kB that are read once: to copy them first takes longer.
-  """
-  return jax.dlpack.from_dlpack(_OnGpu(array, device))
-
-
 @functools.cache
 def of_device(device: jax.Device | None) -> Transport:
   """The one transport of a device; None: programs are spread over several."""
@@ -94,7 +60,7 @@ class Transport:
       device: whose programs read and write pinned memory of the host; None:
         they are given NumPy arrays.
     """
-    self._pinned = self._device = self._mapped = None
+    self._pinned = self._device = None
     if device is not None:
       self._pinned = jax.sharding.SingleDeviceSharding(
         device, memory_kind='pinned_host'
@@ -119,7 +85,7 @@ class Transport:
 
   def read(self, request: Any) -> Any:
     """The request on the device; in a program."""
-    if self._pinned is None or self._mapped is not None:
+    if self._pinned is None:
       return request
     return jax.device_put(request, self._device)
 
