@@ -376,7 +376,6 @@ class ConfigTest(parameterized.TestCase):
     config = pallas_gpu.default_config(*call, num_heads=4)
     self.assertEqual(config == 'layers', expected)
 
-
   @parameterized.parameters(
     ((2, 1024, 512), True), ((1, 1024, 512), False), ((1, 1, 256), True)
   )
