@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from histjax.ops.candidate_tower import (
   api,
+  hopper,
   pallas_gpu,
   pallas_gpu_layers,
   pallas_gpu_products,
@@ -375,8 +376,8 @@ class LoweringTest(parameterized.TestCase):
   @parameterized.parameters(((8, 64), 'any'), ((6, 128), 'prefix'))
   def test_products(self, heads, structure):
     text = lower((3, 999, 333, *heads), structure, ragged=True, rotate=True)
-    # The attention and four products.
-    self.assertEqual(text.count('@mosaic_gpu_v2('), 5)
+    # The attention and four products, one of them first of a bfloat16 stream.
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 6)
 
   @parameterized.parameters(256, 7168)
   def test_mlp_in_layers(self, mlp_width):
@@ -457,6 +458,20 @@ class ConfigTest(parameterized.TestCase):
   def test_in_layers(self, call, expected):
     config = pallas_gpu.default_config(*call, num_heads=4)
     self.assertEqual(config == 'layers', expected)
+
+  @parameterized.parameters(
+    ((2, 1024, 512), True), ((1, 1024, 512), False), ((1, 1, 256), True)
+  )
+  def test_wide_and_few(self, shape, expected):
+    call = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    self.assertEqual(hopper.suits(call, None, num_heads=8), expected)
+
+  @parameterized.parameters((64, 1024), (80, 256), (8, 256), (1000, 1024))
+  def test_columns_of_a_tile(self, tiles, expected):
+    kind = pallas_gpu_products._Kind(
+      'hidden', 128 * tiles, 512, 512, 2048, 64, 0, False
+    )
+    self.assertEqual(kind.span, expected)
 
 
 class RefusalTest(parameterized.TestCase):
