@@ -209,6 +209,7 @@ class Program:
       return result
 
     traced.__name__ = kind  # In profiles and logs.
+    self.backends: dict[str, str] = {}
     self.traced = traced
     options: dict[str, Any] = {}
     if kind in ('score', 'joint', 'plain'):
