@@ -66,8 +66,6 @@ class Transport:
         device, memory_kind='pinned_host'
       )
       self._device = jax.sharding.SingleDeviceSharding(device)
-      if devices.Target.of(device).platform == 'cuda':
-        self._mapped = functools.partial(_on_gpu, device=device)
     # Of each layout, the slots that no program will read any more, and those
     # that one may still read, with a result of it. A slot that never comes back
     # is garbage as soon as its program has read it.
