@@ -84,6 +84,10 @@ class FlightTest(parameterized.TestCase):
     self.assertLen(slots, 12)
     self.assertLen({id(x) for x in slots}, 4)
     self.assertLen({id(x) for x in slots[:4]}, 4)
+    with mock.patch.object(s._transport, 'slot', slot):
+      for _ in range(100):  # Slots that were read, the longest ago first.
+        jax.block_until_ready(s.encode(batch.history).keys)
+    self.assertEqual({id(x) for x in slots[12:62]}, {id(x) for x in slots[62:]})
     if pinned:
       kinds = {x.array.sharding.memory_kind for x in slots}
       self.assertEqual(kinds, {'pinned_host'})
