@@ -114,8 +114,7 @@ class Transport:
     memory.owner = pinned  # For as long as a program or a view has it.
     buffer = np.frombuffer(memory, np.int32)
     views = layout.views(buffer)
-    array = pinned if self._mapped is None else self._mapped(buffer)
-    return Slot(array, views, layout.split(views))
+    return Slot(pinned, views, layout.split(views))
 
   def release(
     self,
