@@ -193,6 +193,7 @@ class Program:
       'plain': (length, context, history, candidates, *visible),
     }
     self.layout = layout_lib.Layout(parts[kind], sizes.requests)
+    self.backends: dict[str, str] = {}
     body: Any = _BODIES[kind]
 
     def traced(packed, *arguments):
@@ -209,7 +210,6 @@ class Program:
       return result
 
     traced.__name__ = kind  # In profiles and logs.
-    self.backends: dict[str, str] = {}
     self.traced = traced
     options: dict[str, Any] = {}
     if kind in ('score', 'joint', 'plain'):

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from histjax import scoring
 from histjax.scoring import transport
 from tests import support
-from tests.scoring.scorers import TOLERANCE, count_compilations, rows, scorer
+from tests.scoring.scorers import TOLERANCE, rows, scorer
 
 _SCORERS: dict = {}
 
@@ -158,48 +158,6 @@ class FlightTest(parameterized.TestCase):
 class ManyTest(parameterized.TestCase):
   def requests(self, s, made):
     return [(s.encode(x.history), x.candidates, x.context) for x in made]
-
-  def test_many_are_as_one_each(self):
-    """Of other users, candidates and buckets; some say what they see."""
-    s = scorer()
-    rng = np.random.default_rng(0)
-    made = [
-      support.batch(rng, 3, 9, 5),
-      support.batch(rng, 3, 9, 2, shared_visible=True),
-      support.batch(rng, 3, 20, 5),
-      support.batch(rng, 4, 12, 16),
-      support.batch(rng, 1, 9, 5),
-    ]
-    requests = self.requests(s, made)
-    for chosen in ((0, 1, 2, 3, 4), (3, 0, 1), (1, 1), (2,), ()):
-      found = s.score_many([requests[i] for i in chosen])
-      self.assertLen(found, len(chosen))
-      for i, logits in zip(chosen, found, strict=True):
-        mask = made[i].candidates.mask
-        expected = s.score(*requests[i])
-        self.assertEqual(logits['click'].shape, mask.shape)
-        chex.assert_trees_all_close(
-          {k: v[mask] for k, v in logits.items()},
-          {k: v[mask] for k, v in expected.items()},
-          **TOLERANCE['float32'],
-        )
-
-  def test_powers_of_two_have_a_program(self):
-    s = of_memory(False)
-    requests = self.requests(s, batches(4))
-    for n in (1, 2, 4):
-      s.score_many(requests[:n])
-    with count_compilations() as compiled:
-      s.score_many(requests[:3])
-      s.score_many(requests[::-1])
-    self.assertEmpty(compiled)
-
-  def test_results_in_any_order(self):
-    s = of_memory(False)
-    made = batches(3, seed=4)
-    pending = s.score_many_async(self.requests(s, made))
-    for i in (2, 0, 1, 2):
-      check(pending[i].result(), made[i], s)
 
   def test_one_bad_request_stops_all(self):
     s = of_memory(False)
