@@ -13,7 +13,8 @@ from histjax.nn.encoder import EncoderConfig
 from histjax.nn.interaction import InteractionConfig
 from histjax.ops import candidate_tower, history_attention
 from histjax.schema import Categorical, Dense, Schema, Task
-from histjax.scoring.scorer import Scorer, ScorerConfig
+from histjax.scoring.config import ScorerConfig
+from histjax.scoring.scorer import Scorer
 from histjax.types import (
   Candidates,
   History,

@@ -6,9 +6,10 @@ requests, logits and parameters come to a program and from it; `fingerprint` is
 how a scorer knows its own caches.
 """
 
+from histjax.scoring.config import ScorerConfig
 from histjax.scoring.flight import Logits, Pending
 from histjax.scoring.programs import score_microbatched, score_plain
-from histjax.scoring.scorer import Scorer, ScorerConfig
+from histjax.scoring.scorer import Scorer
 
 __all__ = [
   'Logits',

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
+
+from absl import logging
 
 from histjax import buckets
 from histjax.scoring.programs import Sizes
@@ -71,6 +74,26 @@ def jobs(
         for before, longer in zip(lengths[i:], lengths[i + 1 :], strict=False):
           if before + 1 - length <= min(new, num_new) and least <= longer:
             yield Job('extend', Sizes(number, new, capacity=longer), length)
+
+
+def run(todo: Sequence[Job], compile_one: Callable[[Job], None]) -> float:
+  """Does all jobs and tells how far it is; returns the seconds it took."""
+  start = said = time.perf_counter()
+  logging.info('%d programs to compile', len(todo))
+  for i, job in enumerate(todo, 1):
+    compile_one(job)
+    now = time.perf_counter()
+    if now > said + 10 or i == len(todo):
+      said = now
+      left = (now - start) / i * (len(todo) - i)
+      logging.info(
+        '%d of %d programs, %.0f s, %.0f s left',
+        i,
+        len(todo),
+        now - start,
+        left,
+      )
+  return time.perf_counter() - start
 
 
 def up_to(number: int, fit: Callable[[int], int]) -> list[int]:

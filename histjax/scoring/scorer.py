@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,45 +43,13 @@ from histjax.scoring import (
   weights,
 )
 from histjax.scoring import fingerprint as fingerprint_lib
+from histjax.scoring.config import ScorerConfig
 from histjax.scoring.flight import Logits, Pending
 from histjax.types import Candidates, History, RankingBatch
 
 if TYPE_CHECKING:
   from histjax.data import requests, rows
   from histjax.training import run as run_lib
-
-_SMALLEST_HISTORY = 16
-_SMALLEST_CANDIDATES = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class ScorerConfig:
-  """How a `Scorer` pads and splits its work.
-
-  Attributes:
-    microbatch: candidates per row scored at once from a cache.
-    plain_microbatch: the same for `score_plain`, where each is a whole pass.
-    history_buckets: the lengths to pad histories to, ascending; a longer
-      history is refused. Empty: `buckets.bucket_size`, without a limit.
-      (The new events of `extend` are padded to 1, 2, 4, .. in any case.)
-    candidate_buckets: the same for candidates, up to `microbatch`; beyond it
-      they are padded to a multiple of `microbatch`.
-    row_buckets: the same for rows. Empty: powers of two.
-  """
-
-  microbatch: int = 1024
-  plain_microbatch: int = 64
-  history_buckets: tuple[int, ...] = ()
-  candidate_buckets: tuple[int, ...] = ()
-  row_buckets: tuple[int, ...] = ()
-
-  def __post_init__(self):
-    for field in ('microbatch', 'plain_microbatch'):
-      if getattr(self, field) < 1:
-        raise ValueError(f'{field}={getattr(self, field)} must be at least 1')
-    for field in ('history_buckets', 'candidate_buckets', 'row_buckets'):
-      sizes = buckets.check(field, getattr(self, field))
-      object.__setattr__(self, field, sizes)
 
 
 class Scorer:
@@ -225,8 +192,8 @@ class Scorer:
     self.config.require_amortizable()
     schema = self.config.schema
     length, _ = inputs.lengths(schema, history)
-    rows = self._rows(len(length))
-    events = self._history_bucket(int(length.max(initial=0)))
+    rows = self.options.rows(len(length))
+    events = self.options.events(int(length.max(initial=0)))
     program = self._program('encode', programs.Sizes(rows, events))
     slot = self._transport.slot(program.layout)
     inputs.numbers(length, slot.views['length'])
@@ -382,7 +349,7 @@ class Scorer:
     longest = int(length.max(initial=0))
     capacity = cache.capacity
     if longest > capacity:
-      capacity = self._history_bucket(longest)
+      capacity = self.options.events(longest)
     sizes = programs.Sizes(
       cache.num_rows,
       buckets.of_new_events(int(new.max(initial=0))),
@@ -454,51 +421,21 @@ class Scorer:
       compilation_cache.reset_cache()  # Or JAX keeps to the folder it opened.
     todo = list(
       ahead.jobs(
-        ahead.up_to(rows, self._rows),
-        ahead.up_to(events, self._history_bucket),
+        ahead.up_to(rows, self.options.rows),
+        ahead.up_to(events, self.options.events),
         ahead.up_to(
-          candidates, lambda n: self._columns(n, self.options.microbatch)
+          candidates,
+          lambda n: self.options.candidates(n, self.options.microbatch),
         ),
         min(new_events, events),
         visible and self.config.encoder.causal,
         requests,
       )
     )
-    start = said = time.perf_counter()
     before = self.num_compilations
-    logging.info('%d programs to compile; %s', len(todo), self.fingerprint[:12])
-    for i, job in enumerate(todo):
-      cached: list[Any] = []
-      if job.capacity:  # A new one: the last may have been donated.
-        sizes = programs.Sizes(job.sizes.rows, job.capacity)
-        encode = self._program('encode', sizes)
-        slot = self._transport.slot(encode.layout)
-        *cached, done = self._call(encode, slot)
-        self._transport.release(encode.layout, slot, done)
-        if (more := job.sizes.requests) > 1:
-          cached = [(x,) * more for x in cached]
-      program = self._program(job.kind, job.sizes)
-      slot = self._transport.slot(program.layout)
-      jax.block_until_ready(self._call(program, slot, *cached))
-      if job.kind == 'score':
-        self._log(program)
-      self._transport.release(program.layout, slot)
-      now = time.perf_counter()
-      if now > said + 10 or i + 1 == len(todo):
-        said = now
-        left = (now - start) / (i + 1) * (len(todo) - i - 1)
-        logging.info(
-          '%d of %d programs, %.0f s, %.0f s left',
-          i + 1,
-          len(todo),
-          now - start,
-          left,
-        )
-    return ahead.WarmUp(
-      len(todo),
-      self.num_compilations - before,
-      time.perf_counter() - start,
-    )
+    _ = self.fingerprint  # Reads all parameters, once.
+    seconds = ahead.run(todo, self._compile)
+    return ahead.WarmUp(len(todo), self.num_compilations - before, seconds)
 
   def score_joint(self, batch: RankingBatch) -> Logits:
     """Scores in one pass whose queries are the history and the candidates.
@@ -541,9 +478,9 @@ class Scorer:
       batch.candidates, length, real, self.config.encoder.causal
     )
     sizes = programs.Sizes(
-      self._rows(shape[0]),
-      self._history_bucket(int(length.max(initial=0))),
-      self._columns(shape[1], multiple),
+      self.options.rows(shape[0]),
+      self.options.events(int(length.max(initial=0))),
+      self.options.candidates(shape[1], multiple),
       visible is not None,
     )
     program = self._program(kind, sizes)
@@ -583,7 +520,9 @@ class Scorer:
     sizes = programs.Sizes(
       first.num_rows,
       first.capacity,
-      self._columns(max(x.shape[1] for x in requests), self.options.microbatch),
+      self.options.candidates(
+        max(x.shape[1] for x in requests), self.options.microbatch
+      ),
       any(x.visible is not None for x in requests),
       requests=buckets.of_requests(len(requests)),
     )
@@ -618,6 +557,24 @@ class Scorer:
       program, slot, logits, [(x.shape, x.real) for x in requests]
     )
 
+  def _compile(self, job: ahead.Job) -> None:
+    """Runs a program on what is in its slot."""
+    cached: list[Any] = []
+    if job.capacity:  # A new one: the last may have been donated.
+      sizes = programs.Sizes(job.sizes.rows, job.capacity)
+      encode = self._program('encode', sizes)
+      slot = self._transport.slot(encode.layout)
+      *cached, done = self._call(encode, slot)
+      self._transport.release(encode.layout, slot, done)
+      if (more := job.sizes.requests) > 1:
+        cached = [(x,) * more for x in cached]
+    program = self._program(job.kind, job.sizes)
+    slot = self._transport.slot(program.layout)
+    jax.block_until_ready(self._call(program, slot, *cached))
+    self._transport.release(program.layout, slot)
+    if job.kind == 'score':
+      self._log(program)
+
   def _program(self, kind: Any, sizes: programs.Sizes) -> programs.Program:
     key = (kind, sizes)
     if key not in self._programs:
@@ -647,25 +604,6 @@ class Scorer:
         'encode every user first'
       )
     return info
-
-  def _rows(self, number: int) -> int:
-    return buckets.fit(number, self.options.row_buckets, 'rows', 1)
-
-  def _history_bucket(self, number: int) -> int:
-    return buckets.fit(
-      number,
-      self.options.history_buckets,
-      'events in a history',
-      _SMALLEST_HISTORY,
-    )
-
-  def _columns(self, number: int, multiple: int) -> int:
-    if number > multiple:
-      return -(-number // multiple) * multiple
-    sizes = self.options.candidate_buckets
-    return min(
-      buckets.fit(number, sizes, 'candidates', _SMALLEST_CANDIDATES), multiple
-    )
 
   def _log(self, program: programs.Program) -> None:
     """Says what a program runs; each line once."""

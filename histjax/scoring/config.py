@@ -1,0 +1,59 @@
+"""How a scorer pads and splits its work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from histjax import buckets
+
+_SMALLEST_HISTORY = 16
+_SMALLEST_CANDIDATES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerConfig:
+  """How a `Scorer` pads and splits its work.
+
+  Attributes:
+    microbatch: candidates per row scored at once from a cache.
+    plain_microbatch: the same for `score_plain`, where each is a whole pass.
+    history_buckets: the lengths to pad histories to, ascending; a longer
+      history is refused. Empty: `buckets.bucket_size`, without a limit.
+      (The new events of `extend` are padded to 1, 2, 4, .. in any case.)
+    candidate_buckets: the same for candidates, up to `microbatch`; beyond it
+      they are padded to a multiple of `microbatch`.
+    row_buckets: the same for rows. Empty: powers of two.
+  """
+
+  microbatch: int = 1024
+  plain_microbatch: int = 64
+  history_buckets: tuple[int, ...] = ()
+  candidate_buckets: tuple[int, ...] = ()
+  row_buckets: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    for field in ('microbatch', 'plain_microbatch'):
+      if getattr(self, field) < 1:
+        raise ValueError(f'{field}={getattr(self, field)} must be at least 1')
+    for field in ('history_buckets', 'candidate_buckets', 'row_buckets'):
+      sizes = buckets.check(field, getattr(self, field))
+      object.__setattr__(self, field, sizes)
+
+  def rows(self, number: int) -> int:
+    """What so many rows are padded to."""
+    return buckets.fit(number, self.row_buckets, 'rows', 1)
+
+  def events(self, number: int) -> int:
+    """What histories of so many events at most are padded to."""
+    return buckets.fit(
+      number, self.history_buckets, 'events in a history', _SMALLEST_HISTORY
+    )
+
+  def candidates(self, number: int, microbatch: int) -> int:
+    """What so many candidates a row are padded to."""
+    if number > microbatch:
+      return -(-number // microbatch) * microbatch
+    found = buckets.fit(
+      number, self.candidate_buckets, 'candidates', _SMALLEST_CANDIDATES
+    )
+    return min(found, microbatch)
