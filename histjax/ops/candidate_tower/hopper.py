@@ -1,10 +1,11 @@
-"""What the computing warpgroups of the Hopper kernels have in common."""
+"""What the Hopper kernels and their computing warpgroups have in common."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -20,6 +21,18 @@ def suits(candidates: Any, *args: Any, **kwargs: Any) -> bool:
   del args, kwargs
   num_rows, num_candidates, width = candidates.shape
   return width < WIDE or num_rows * num_candidates >= WIDE_FROM
+
+
+def mosaic_gpu():
+  """The Mosaic GPU module, or a NotImplementedError that says why not."""
+  if jax.__version_info__ < (0, 11):
+    raise NotImplementedError(
+      'pallas_gpu needs the Mosaic GPU of JAX 0.11 or newer, whose arrays in '
+      f'registers can be joined, not of {jax.__version__}'
+    )
+  from jax.experimental.pallas import mosaic_gpu
+
+  return mosaic_gpu
 
 
 class Warpgroup:

@@ -321,18 +321,6 @@ class _Plan:
     )
 
 
-def _mosaic_gpu():
-  """The Mosaic GPU module, or a NotImplementedError that says why not."""
-  if jax.__version_info__ < (0, 11):
-    raise NotImplementedError(
-      'pallas_gpu needs the Mosaic GPU of JAX 0.11 or newer, whose arrays in '
-      f'registers can be joined, not of {jax.__version__}'
-    )
-  from jax.experimental.pallas import mosaic_gpu
-
-  return mosaic_gpu
-
-
 def candidate_tower(
   candidates: Float[Array, 'B C D'],
   position: Int[Array, 'B C'] | None,
@@ -350,7 +338,7 @@ def candidate_tower(
 
   'layers', 'products': as `pallas_gpu_layers`, `pallas_gpu_products` say.
   """
-  plgpu = _mosaic_gpu()
+  plgpu = hopper.mosaic_gpu()
   num_layers, num_rows, num_keys = keys.shape[:3]
   num_candidates, width = candidates.shape[1:]
   hidden = weights.mlp_in.shape[2]

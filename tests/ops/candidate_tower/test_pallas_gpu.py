@@ -57,11 +57,11 @@ class _Interpreted(gpu_interpreter.TestCase):
 
   def setUp(self):
     super().setUp()
-    for name, value in (
-      ('_mosaic_gpu', lambda: self.plgpu),
-      ('cluster', gpu_interpreter.CLUSTER),
+    for module, name, value in (
+      (hopper, 'mosaic_gpu', lambda: self.plgpu),
+      (pallas_gpu, 'cluster', gpu_interpreter.CLUSTER),
     ):
-      self.enter_context(mock.patch.object(pallas_gpu, name, value))
+      self.enter_context(mock.patch.object(module, name, value))
 
   def check(self, shape, config, *, causal=False, **fields):
     fields = {'num_layers': 3, 'mlp_width': 256, **fields}

@@ -1,0 +1,437 @@
+"""The interaction head in one Hopper kernel: Pallas Mosaic GPU, wgmma, TMA.
+
+A block computes 64 candidates, of one user or of several, since the user's
+channels are part of x0. The head's two chains of products are a warpgroup each:
+one is the MLP, the other the cross layers; they share x0, in shared memory, and
+meet at the logits. Each streams its weights through a ring of its own, which it
+refills itself once its products have read a slot. NOTES.md has the
+measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from histjax.ops.candidate_tower import hopper
+from histjax.ops.interaction_head.weights import TILE, HeadShape, HeadWeights
+from histjax.ops.interaction_head.weights import blocks as blocks_of
+
+ROWS = hopper.ROWS
+MULTIPROCESSORS = 132
+SHARED_MEMORY = 232_448 - 1024  # Bytes of a block, less barriers.
+# Likewise where two blocks share a multiprocessor.
+HALF_SHARED_MEMORY = 233_472 // 2 - 2048
+SLOT = 2 * TILE * TILE  # Bytes of a tile of weights.
+MAX_TASKS = 16
+MAX_MLP = 256  # Channels whose sums are in registers.
+MAX_RANK = 128
+COPIED_ROWS = 256  # Of an array, that one copy takes.
+
+
+class _Kind(NamedTuple):
+  """What a kernel computes.
+
+  Attributes:
+    shape: of the head.
+    rows: candidates of all users, a multiple of 8.
+    num_candidates: of a user, C.
+    ragged: whether there is a count.
+  """
+
+  shape: HeadShape
+  rows: int
+  num_candidates: int
+  ragged: bool
+
+  @property
+  def num_tiles(self) -> int:
+    """Of 64 candidates."""
+    return pl.cdiv(self.rows, ROWS)
+
+  @property
+  def num_vectors(self) -> int:
+    """Rows of the packed vectors."""
+    return self.shape.vector_rows()['logits_bias'] + blocks_of(self.shape.tasks)
+
+  @property
+  def lengths(self) -> tuple[int, int]:
+    """Tiles of weights of the MLP and of the cross layers."""
+    return len(self.shape.mlp_tiles()), len(self.shape.cross_tiles())
+
+  @property
+  def slots(self) -> tuple[int, int]:
+    """Of both rings; zeros if they do not fit."""
+    shape, (mlp, cross) = self.shape, self.lengths
+    used = 2 * ROWS * TILE * shape.deep * (1 + (shape.cross_layers > 1))
+    used += 4 * TILE * (self.num_vectors + 2 * shape.tasks)
+    least = 4 if cross else 2
+    slots = (SHARED_MEMORY - used) // SLOT
+    shared = (HALF_SHARED_MEMORY - used) // SLOT
+    if self.num_tiles > MULTIPROCESSORS and shared >= least:
+      slots = shared
+    if slots < least:
+      return 0, 0
+    of_mlp = slots
+    if cross:
+      of_mlp = round(slots * mlp / (mlp + cross))
+      of_mlp = min(max(of_mlp, 2), slots - 2)
+    return min(of_mlp, mlp), min(slots - of_mlp, cross)
+
+
+def interaction_head(
+  user: Float[Array, 'B U'],
+  features: Float[Array, 'B C F'],
+  readout: Float[Array, 'B C D'],
+  weights: HeadWeights,
+  *,
+  count: Int[Array, 'B'] | None = None,
+) -> Float[Array, 'B C T']:
+  """See `api.interaction_head`."""
+  plgpu = hopper.mosaic_gpu()
+  shape = weights.shape
+  num_rows, num_candidates = readout.shape[:2]
+  rows = num_rows * num_candidates
+  copied = pl.cdiv(rows, 8) * 8  # The copy engine moves 8 rows at a time.
+  kind = _Kind(shape, copied, num_candidates, count is not None)
+  _check(readout, weights, kind)
+  user = jnp.broadcast_to(
+    user[:, None, :], (num_rows, num_candidates, shape.user)
+  )
+  near = jnp.concatenate([user, features], axis=-1)
+  near, far = (
+    jnp.pad(
+      x.reshape(rows, x.shape[-1]),
+      [(0, copied - rows), (0, -x.shape[-1] % TILE)],
+    )
+    for x in (near, readout)
+  )
+  out = _kernel(plgpu, kind)(near, far, weights.tiles, weights.vectors, count)
+  out = out[:, :rows].reshape(shape.tasks, num_rows, num_candidates)
+  return jnp.moveaxis(out, 0, 2)
+
+
+def _check(readout, weights, kind):
+  """Raises NotImplementedError at a call that the kernel cannot compute."""
+  shape = weights.shape
+  if readout.dtype != jnp.bfloat16:
+    raise NotImplementedError(
+      f'pallas_gpu takes bfloat16 candidates and weights, not {readout.dtype}'
+    )
+  if (
+    shape.readout % TILE
+    or max(shape.mlp) > MAX_MLP
+    or shape.rank > MAX_RANK
+    or shape.tasks > MAX_TASKS
+  ):
+    raise NotImplementedError(
+      f'pallas_gpu takes D a multiple of {TILE}, MLP layers of at most '
+      f'{MAX_MLP} channels, ranks of at most {MAX_RANK} and at most '
+      f'{MAX_TASKS} tasks, not D={shape.readout}, {shape.mlp}, {shape.rank} '
+      f'and {shape.tasks}'
+    )
+  if not kind.slots[0]:
+    raise NotImplementedError(
+      f'pallas_gpu has no room in shared memory for {shape}'
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(plgpu, kind):
+  """Builds the call for static shapes."""
+  shape = kind.shape
+  swizzled = functools.partial(hopper.swizzled, plgpu)
+  vector_copies = pl.cdiv(kind.num_vectors, COPIED_ROWS)
+  x_smem = None
+  if shape.cross_layers > 1:
+    x_smem = swizzled((shape.deep, ROWS, TILE))
+  return plgpu.kernel(
+    functools.partial(_body, plgpu=plgpu, kind=kind),
+    out_type=jax.ShapeDtypeStruct(
+      (shape.tasks, kind.num_tiles * ROWS), jnp.float32
+    ),
+    scratch_types=dict(
+      x0_smem=swizzled((shape.deep, ROWS, TILE)),
+      x_smem=x_smem,
+      ring=swizzled((sum(kind.slots), TILE, TILE)),
+      vectors_smem=plgpu.SMEM((kind.num_vectors, TILE), jnp.float32),
+      part_smem=plgpu.SMEM((shape.tasks, ROWS), jnp.float32),
+      out_smem=plgpu.SMEM((shape.tasks, ROWS), jnp.float32),
+      x0_full=plgpu.Barrier(num_barriers=shape.deep),
+      full=plgpu.Barrier(num_barriers=sum(kind.slots)),
+      vectors_full=plgpu.Barrier(num_arrivals=vector_copies),
+      part_full=plgpu.Barrier() if shape.cross_layers else None,
+    ),
+    grid=(kind.num_tiles,),
+    grid_names=('block',),
+    num_threads=2 if shape.cross_layers else 1,
+    thread_name='wg',
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+    kernel_name='interaction_head',
+  )
+
+
+def _body(
+  near_ref, far_ref, tiles_ref, vectors_ref, count_ref, out_ref,
+  *, plgpu, kind, out_smem, **scratch,
+):  # fmt: skip
+  """One block: 64 candidates."""
+  shape = kind.shape
+  block, wg = lax.axis_index('block'), lax.axis_index('wg')
+  first = block * ROWS
+  chain = functools.partial(
+    _Chain, plgpu, kind, tiles_ref, vectors_ref, **scratch
+  )
+
+  def fetch_x0(k):
+    ref, at = (near_ref, k) if k < shape.near else (far_ref, k - shape.near)
+    plgpu.copy_gmem_to_smem(
+      ref.at[pl.ds(first, ROWS), pl.ds(at * TILE, TILE)],
+      scratch['x0_smem'].at[k],
+      scratch['x0_full'].at[k],
+    )
+
+  def fetch_vectors():
+    for row in range(0, kind.num_vectors, COPIED_ROWS):
+      rows = pl.ds(row, min(COPIED_ROWS, kind.num_vectors - row))
+      plgpu.copy_gmem_to_smem(
+        vectors_ref.at[rows],
+        scratch['vectors_smem'].at[rows],
+        scratch['vectors_full'],
+      )
+
+  def write(logits):
+    """Copies `[64]` of each task to where they belong."""
+    for task, logit in enumerate(logits):
+      out_smem.at[task][...] = logit
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[:, pl.ds(first, ROWS)])
+    plgpu.wait_smem_to_gmem(0)
+
+  live = _live(kind, count_ref, first)
+
+  @pl.when(live & (wg == 0))
+  def _():
+    last = chain(of_mlp=not shape.cross_layers)
+    last.refill(1)
+    for k in range(shape.deep):
+      fetch_x0(k)
+    if not shape.cross_layers:
+      fetch_vectors()
+    last.refill(None)
+    write(last.cross() if shape.cross_layers else last.mlp())
+
+  if shape.cross_layers:
+
+    @pl.when(live & (wg == 1))
+    def _():
+      mlp = chain(of_mlp=True)
+      mlp.refill(None)
+      fetch_vectors()
+      mlp.share(mlp.mlp())
+
+  @pl.when(jnp.logical_not(live) & (wg == 0))
+  def _():
+    zero = jnp.zeros((ROWS,), jnp.float32)
+    zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA.reduce(1))
+    write([zero] * shape.tasks)
+
+
+def _live(kind, count_ref, first):
+  """Whether a block has candidates that count, of two users at most."""
+  if not kind.ragged or kind.num_candidates < ROWS:
+    return jnp.bool_(True)
+  size = jnp.int32(kind.num_candidates)
+  user = lax.div(first, size)
+  past = user * size + size
+  following = jnp.minimum(user + 1, count_ref.shape[0] - 1)
+  return (count_ref[user] > first - user * size) | (
+    (first + ROWS > past) & (following > user) & (count_ref[following] > 0)
+  )
+
+
+class _Chain(hopper.Warpgroup):
+  """A warpgroup: one of the chains of products, of 64 candidates."""
+
+  def __init__(
+    self, plgpu, kind, tiles_ref, vectors_ref, *, of_mlp, x0_smem, x_smem, ring,
+    vectors_smem, part_smem, x0_full, full, vectors_full, part_full,
+  ):  # fmt: skip
+    super().__init__(plgpu)
+    self.kind, self.shape = kind, kind.shape
+    self.rows_of = kind.shape.vector_rows()
+    self.tiles_ref, self.vectors_ref = tiles_ref, vectors_ref
+    self.x0_smem, self.x_smem, self.ring = x0_smem, x_smem, ring
+    self.vectors_smem, self.part_smem = vectors_smem, part_smem
+    self.x0_full, self.full = x0_full, full
+    self.vectors_full, self.part_full = vectors_full, part_full
+    # This chain's tiles of weights and slots: where they begin, how many.
+    self.first_tile = 0 if of_mlp else kind.lengths[0]
+    self.length = kind.lengths[0 if of_mlp else 1]
+    self.first_slot = 0 if of_mlp else kind.slots[0]
+    self.slots = kind.slots[0 if of_mlp else 1]
+    self.fetched = self.taken = 0
+    self.x0_seen = self.vectors_seen = False
+
+  # The ring.
+
+  def slot(self, number):
+    return self.first_slot + number % self.slots
+
+  def refill(self, at_most):
+    """Fetches weights into slots whose products are done, or so many."""
+    to = min(self.taken + self.slots, self.length)
+    if at_most is not None:
+      to = min(to, self.fetched + at_most)
+    while self.fetched < to:
+      slot = self.slot(self.fetched)
+      self.plgpu.copy_gmem_to_smem(
+        self.tiles_ref.at[self.first_tile + self.fetched],
+        self.ring.at[slot],
+        self.full.at[slot],
+      )
+      self.fetched += 1
+
+  def multiply(self, acc, left):
+    """Begins `acc += left w`, `w` being the next tile of weights."""
+    slot = self.slot(self.taken)
+    self.plgpu.barrier_wait(self.full.at[slot])
+    self.plgpu.wgmma(acc, left, self.ring.at[slot])
+    if self.fetched < self.length:  # The slots before this one are free.
+      self.plgpu.wgmma_wait(1)
+      self.refill(None)
+    self.taken += 1
+
+  def finish(self):
+    """Waits for all products."""
+    self.plgpu.wgmma_wait(0)
+    self.refill(None)
+
+  def product(self, left, columns):
+    """`[64, 64]` each: so many blocks of columns of a product with `left`."""
+
+    def run(*accs):
+      for x in left:
+        for acc in accs:
+          self.multiply(acc, x)
+      self.finish()
+      return [acc[...] for acc in accs]
+
+    return pl.run_scoped(run, *[self.acc()] * columns)
+
+  def acc(self):
+    return self.plgpu.ACC((ROWS, TILE), jnp.float32)
+
+  # What is in shared memory.
+
+  def x0(self):
+    """The blocks of x0, each of which is awaited once."""
+    for k in range(self.shape.deep):
+      if not self.x0_seen:
+        self.plgpu.barrier_wait(self.x0_full.at[k])
+      yield self.x0_smem.at[k]
+    self.x0_seen = True
+
+  def vector(self, name, block):
+    """`[64, 64]` with a block of a vector in each row."""
+    if not self.vectors_seen:
+      self.plgpu.barrier_wait(self.vectors_full)
+      self.vectors_seen = True
+    ref = self.vectors_smem.at[self.rows_of[name] + block]
+    return self.across(
+      self.plgpu.load(ref, layout=self.column_layout, optimized=False)
+    )
+
+  def load(self, ref):
+    """`[64, 64]`, float32."""
+    x = self.plgpu.load(ref, layout=self.plgpu.Layout.WGMMA)
+    return x.astype(jnp.float32)
+
+  def logits(self, before, x, name, block):
+    """What a block of channels adds to the logits, `[64]` a task."""
+    parts = [
+      (x * self.vector(f'{name}_{task}', block)).sum(axis=1)
+      for task in range(self.shape.tasks)
+    ]
+    if before is None:
+      return parts
+    return [a + b for a, b in zip(before, parts, strict=True)]
+
+  # The chains.
+
+  def mlp(self):
+    """The MLP's part of the logits, or all of them."""
+    left, logits = self.x0(), None
+    layers = self.shape.mlp
+    for i, width in enumerate(layers):
+      hidden = []
+      for n, u in enumerate(self.product(left, blocks_of(width))):
+        y = jnp.maximum(u + self.vector(f'mlp_{i}', n), 0.0)
+        if i + 1 < len(layers):
+          hidden.append(y.astype(jnp.bfloat16))
+        else:
+          logits = self.logits(logits, y, 'logits_mlp', n)
+      left = hidden
+    return logits if self.shape.cross_layers else self.biased(logits)
+
+  def cross(self):
+    """The logits; waits for the MLP's part."""
+    shape, plgpu = self.shape, self.plgpu
+    wide = blocks_of(shape.rank)
+    low = self.product(self.x0(), wide)
+    low = [y.astype(jnp.bfloat16) for y in low]
+    for i in range(shape.cross_layers - 1):
+
+      def layer(*accs, low=low, i=i):
+        for block in range(shape.deep):
+          x = self.crossed(low, i, block)
+          if i:  # All have loaded before anybody stores.
+            plgpu.commit_smem()
+          self.x_smem.at[block][...] = x.astype(jnp.bfloat16)
+          plgpu.commit_smem()
+          for acc in accs:
+            self.multiply(acc, self.x_smem.at[block])
+        self.finish()
+        return [acc[...].astype(jnp.bfloat16) for acc in accs]
+
+      low = pl.run_scoped(layer, *[self.acc()] * wide)
+    logits = None
+    for block in range(shape.deep):
+      x = self.crossed(low, shape.cross_layers - 1, block)
+      logits = self.logits(logits, x, 'logits_x', block)
+    plgpu.barrier_wait(self.part_full)
+    parts = [
+      plgpu.load(
+        self.part_smem.at[task], layout=self.row_layout, optimized=False
+      )
+      for task in range(shape.tasks)
+    ]
+    return self.biased(a + b for a, b in zip(logits, parts, strict=True))
+
+  def crossed(self, low, i, block):
+    """A block of x after cross layer `i`, float32."""
+    (up,) = self.product(low, 1)
+    x0 = self.load(self.x0_smem.at[block])
+    x = self.load(self.x_smem.at[block]) if i else x0
+    return x0 * (up + self.vector(f'up_{i}', block)) + x
+
+  def biased(self, logits):
+    row = self.rows_of['logits_bias']
+    return [
+      logit + self.vectors_ref[row, task] for task, logit in enumerate(logits)
+    ]
+
+  def share(self, logits):
+    """Gives the other chain this one's part of the logits."""
+    for task, logit in enumerate(logits):
+      self.part_smem.at[task][...] = logit
+    self.plgpu.commit_smem()
+    self.plgpu.barrier_arrive(self.part_full)
