@@ -189,9 +189,7 @@ class Ranker(nn.Module):
     user = self._user(batch.context, batch.history.length.shape[0])
     user = self.feature_dropout(user, deterministic=not train)
     features = self.feature_dropout(features, deterministic=not train)
-    return self._logits(
-      self.head.user_half(user), features, readout, train=train
-    )
+    return self._logits(user, features, readout, train=train)
 
   def encode(self, history: History) -> HistoryCache:
     """One pass over each history; see `histjax.Scorer.encode`.
@@ -233,7 +231,7 @@ class Ranker(nn.Module):
       count=count,
     )
     user = self._user(context, cache.num_rows)
-    return self._logits(self.head.user_half(user), features, readout)
+    return self._logits(user, features, readout, count=count)
 
   def extend(self, cache: HistoryCache, events: History) -> HistoryCache:
     """Appends new events to a cache; see `histjax.Scorer.extend`."""
@@ -266,10 +264,11 @@ class Ranker(nn.Module):
       return jnp.zeros((num_rows, 1), self.config.dtype)
     return self.tables(context, self.config.schema.context)
 
-  def _logits(self, user_half, features, readout, *, train: bool = False):
+  def _logits(self, user, features, readout, *, count=None, train=False):
     self.sow('intermediates', 'readout', readout)
-    candidate = jnp.concatenate([features, readout], axis=-1)
-    logits = self.head(user_half, candidate, train=train)  # [B, C, T]
+    logits = self.head.score(  # [B, C, T]
+      user, features, readout, count=count, train=train
+    )
     return {
       task.name: logits[..., i]
       for i, task in enumerate(self.config.schema.tasks)
@@ -289,9 +288,10 @@ class Ranker(nn.Module):
 def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
   """What to score with besides the parameters: these, packed for kernels.
 
-  With the collection `tower`, which a fusion that has one gets, `__call__`,
-  `encode` and `score` run in `ops.candidate_tower`; without it they run block
-  by block, as in training.
+  With the collection `tower` a fusion that has one runs in
+  `ops.candidate_tower` in `__call__`, `encode` and `score`, and a bfloat16 head
+  in the kernel of `ops.interaction_head` where there is one; without it they
+  run layer by layer, as in training.
 
       model.apply({'params': params, **pack(config, params)}, batch)
 
@@ -302,10 +302,15 @@ def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
   Returns:
     `{'tower': ..}`, or `{}`.
   """
-  if not config.has_tower:
-    return {}
-  pack_fusion = fusion.FUSIONS[config.fusion].pack
-  return {'tower': {'fusion': pack_fusion(params['fusion'], config.dtype)}}
+  packed = {}
+  if config.has_tower:
+    pack_fusion = fusion.FUSIONS[config.fusion].pack
+    packed['fusion'] = pack_fusion(params['fusion'], config.dtype)
+  if config.dtype == 'bfloat16':
+    packed['head'] = interaction.InteractionHead.pack(
+      config.interaction, params['head'], config.encoder.width, config.dtype
+    )
+  return {'tower': packed} if packed else {}
 
 
 def _width(features: tuple[schema_lib.Feature, ...], config: RankerConfig):

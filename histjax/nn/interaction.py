@@ -8,12 +8,15 @@ row, whatever the number of candidates, and is what `user_half` returns.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from histjax import ops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,3 +125,88 @@ class InteractionHead(nn.Module):
     for down, up in zip(self.cross_in, self.cross_out[1:], strict=True):
       x = x0 * up(down(x)) + x
     return self.logits(jnp.concatenate([x, hidden], axis=-1))
+
+  def score(
+    self,
+    user: Float[Array, 'B U'],
+    features: Float[Array, 'B C F'],
+    readout: Float[Array, 'B C D'],
+    *,
+    count: Int[Array, 'B'] | None = None,
+    train: bool = False,
+  ) -> Float[Array, 'B C T']:
+    """`__call__` for the candidates `[features ; readout]`.
+
+    In the kernel of `ops.interaction_head`, if the collection `tower` has the
+    packed parameters and the target such a kernel.
+
+    Args:
+      user: `[B, U]`.
+      features: `[B, C, F]`.
+      readout: `[B, C, D]`.
+      count: int32 `[B]`; logits of candidates from there on mean nothing.
+      train: whether dropout is on.
+    """
+    if self.has_variable('tower', 'weights') and not train:
+      try:
+        return ops.interaction_head(
+          *(x.astype(self.dtype) for x in (user, features, readout)),
+          self.get_variable('tower', 'weights'),
+          count=count,
+          implementation='pallas_gpu',
+        )
+      except NotImplementedError:  # Not here, or not of these sizes.
+        pass
+    candidate = jnp.concatenate([features, readout], axis=-1)
+    return self(self.user_half(user), candidate, train=train)
+
+  @staticmethod
+  def pack(
+    config: InteractionConfig,
+    params: Mapping[str, Any],
+    readout_width: int,
+    dtype: DTypeLike,
+  ) -> dict[str, Any]:
+    """The collection `tower`: the parameters packed for the kernel.
+
+    Args:
+      config: of the module.
+      params: its parameters.
+      readout_width: D, of the V candidate's channels.
+      dtype: of the matrices, the type that candidates are computed in.
+    """
+    of_user = params['mlp_user']['kernel'].shape[0]
+    of_candidate = params['mlp_candidate']['kernel'].shape[0]
+    cross_layers = config.cross_layers if config.kind == 'dcn_v2' else 0
+    logits, bias = params['logits']['kernel'], params['logits']['bias']
+    shape = ops.HeadShape(
+      user=of_user,
+      features=of_candidate - readout_width,
+      readout=readout_width,
+      mlp=config.mlp_widths,
+      cross_layers=cross_layers,
+      rank=config.cross_rank,
+      tasks=logits.shape[1],
+    )
+
+    def joined(name):
+      halves = [params[f'{name}_{x}']['kernel'] for x in ('user', 'candidate')]
+      return jnp.concatenate(halves)
+
+    matrices = {'mlp_0': joined('mlp')}
+    vectors = {'mlp_0': params['mlp_user']['bias'], 'logits_bias': bias}
+    for i in range(1, len(config.mlp_widths)):
+      matrices[f'mlp_{i}'] = params[f'mlp_{i - 1}']['kernel']
+      vectors[f'mlp_{i}'] = params[f'mlp_{i - 1}']['bias']
+    for i in range(cross_layers):
+      matrices[f'down_{i}'] = (
+        params[f'cross_in_{i - 1}']['kernel'] if i else joined('cross')
+      )
+      matrices[f'up_{i}'] = params[f'cross_out_{i}']['kernel']
+      vectors[f'up_{i}'] = params[f'cross_out_{i}']['bias']
+    # The logits are of x, if there is one, and then of the MLP.
+    split = shape.width if cross_layers else 0
+    for task in range(shape.tasks):
+      vectors[f'logits_x_{task}'] = logits[:split, task]
+      vectors[f'logits_mlp_{task}'] = logits[split:, task]
+    return {'weights': ops.HeadWeights.pack(shape, matrices, vectors, dtype)}

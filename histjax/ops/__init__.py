@@ -11,13 +11,18 @@ from histjax.ops.history_attention.api import (
   history_attention,
   history_attention_backend,
 )
+from histjax.ops.interaction_head.api import interaction_head
+from histjax.ops.interaction_head.weights import HeadShape, HeadWeights
 
 __all__ = [
+  'HeadShape',
+  'HeadWeights',
   'TowerWeights',
   'candidate_tower',
   'candidate_tower_backend',
   'has_cpu_kernel',
   'history_attention',
   'history_attention_backend',
+  'interaction_head',
   'target_platform',
 ]

@@ -1,11 +1,12 @@
 """The interaction head in one Hopper kernel: Pallas Mosaic GPU, wgmma, TMA.
 
-A block computes 64 candidates, of one user or of several, since the user's
-channels are part of x0. The head's two chains of products are a warpgroup each:
-one is the MLP, the other the cross layers; they share x0, in shared memory, and
-meet at the logits. Each streams its weights through a ring of its own, which it
-refills itself once its products have read a slot. NOTES.md has the
-measurements.
+A tile is 64 candidates, of one user or of several, since the user's channels
+are part of x0. The head's two chains of products are a warpgroup each: one is
+the MLP, the other the cross layers; they share x0, in shared memory, and meet
+at the logits. Each streams its weights through a ring of its own, which it
+refills itself once its products have read a slot. Where there are more tiles
+than multiprocessors, a block computes two of them with the same rings.
+NOTES.md has the measurements.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from histjax.ops.interaction_head.weights import blocks as blocks_of
 ROWS = hopper.ROWS
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 232_448 - 1024  # Bytes of a block, less barriers.
-# Likewise where two blocks share a multiprocessor.
-HALF_SHARED_MEMORY = 233_472 // 2 - 2048
 SLOT = 2 * TILE * TILE  # Bytes of a tile of weights.
 MAX_TASKS = 16
 MAX_MLP = 256  # Channels whose sums are in registers.
@@ -51,9 +50,19 @@ class _Kind(NamedTuple):
   ragged: bool
 
   @property
-  def num_tiles(self) -> int:
-    """Of 64 candidates."""
-    return pl.cdiv(self.rows, ROWS)
+  def chains(self) -> int:
+    """Warpgroups of a tile."""
+    return 2 if self.shape.cross_layers else 1
+
+  @property
+  def tiles(self) -> int:
+    """Of a block."""
+    many = pl.cdiv(self.rows, ROWS) > MULTIPROCESSORS
+    return 2 if many and self.num_slots(2) >= 2 * self.chains else 1
+
+  @property
+  def num_blocks(self) -> int:
+    return pl.cdiv(self.rows, ROWS * self.tiles)
 
   @property
   def num_vectors(self) -> int:
@@ -65,19 +74,18 @@ class _Kind(NamedTuple):
     """Tiles of weights of the MLP and of the cross layers."""
     return len(self.shape.mlp_tiles()), len(self.shape.cross_tiles())
 
+  def num_slots(self, tiles: int) -> int:
+    """Slots that fit beside so many tiles."""
+    shape = self.shape
+    used = 2 * ROWS * TILE * shape.deep * (1 + (shape.cross_layers > 1))
+    used = tiles * (used + 4 * ROWS * 2 * shape.tasks)
+    return (SHARED_MEMORY - used - 4 * TILE * self.num_vectors) // SLOT
+
   @property
   def slots(self) -> tuple[int, int]:
-    """Of both rings; zeros if they do not fit."""
-    shape, (mlp, cross) = self.shape, self.lengths
-    used = 2 * ROWS * TILE * shape.deep * (1 + (shape.cross_layers > 1))
-    used += 4 * TILE * (self.num_vectors + 2 * shape.tasks)
-    least = 4 if cross else 2
-    slots = (SHARED_MEMORY - used) // SLOT
-    shared = (HALF_SHARED_MEMORY - used) // SLOT
-    if self.num_tiles > MULTIPROCESSORS and shared >= least:
-      slots = shared
-    if slots < least:
-      return 0, 0
+    """Of the rings of the MLP and of the cross layers."""
+    mlp, cross = self.lengths
+    slots = self.num_slots(self.tiles)
     of_mlp = slots
     if cross:
       of_mlp = round(slots * mlp / (mlp + cross))
@@ -136,7 +144,7 @@ def _check(readout, weights, kind):
       f'{MAX_TASKS} tasks, not D={shape.readout}, {shape.mlp}, {shape.rank} '
       f'and {shape.tasks}'
     )
-  if not kind.slots[0]:
+  if kind.num_slots(1) < 2 * kind.chains:
     raise NotImplementedError(
       f'pallas_gpu has no room in shared memory for {shape}'
     )
@@ -145,32 +153,39 @@ def _check(readout, weights, kind):
 @functools.lru_cache(maxsize=64)
 def _kernel(plgpu, kind):
   """Builds the call for static shapes."""
-  shape = kind.shape
+  shape, tiles = kind.shape, kind.tiles
   swizzled = functools.partial(hopper.swizzled, plgpu)
-  vector_copies = pl.cdiv(kind.num_vectors, COPIED_ROWS)
-  x_smem = None
+  x_smem = part_full = free = None
   if shape.cross_layers > 1:
-    x_smem = swizzled((shape.deep, ROWS, TILE))
+    x_smem = swizzled((tiles, shape.deep, ROWS, TILE))
+  if kind.chains > 1:
+    part_full = plgpu.Barrier(num_barriers=tiles)
+  if tiles > 1:
+    free = plgpu.Barrier(num_arrivals=tiles - 1, num_barriers=sum(kind.slots))
+  logits = plgpu.SMEM((tiles, shape.tasks, ROWS), jnp.float32)
   return plgpu.kernel(
     functools.partial(_body, plgpu=plgpu, kind=kind),
     out_type=jax.ShapeDtypeStruct(
-      (shape.tasks, kind.num_tiles * ROWS), jnp.float32
+      (shape.tasks, kind.num_blocks * tiles * ROWS), jnp.float32
     ),
     scratch_types=dict(
-      x0_smem=swizzled((shape.deep, ROWS, TILE)),
+      x0_smem=swizzled((tiles, shape.deep, ROWS, TILE)),
       x_smem=x_smem,
       ring=swizzled((sum(kind.slots), TILE, TILE)),
       vectors_smem=plgpu.SMEM((kind.num_vectors, TILE), jnp.float32),
-      part_smem=plgpu.SMEM((shape.tasks, ROWS), jnp.float32),
-      out_smem=plgpu.SMEM((shape.tasks, ROWS), jnp.float32),
-      x0_full=plgpu.Barrier(num_barriers=shape.deep),
+      part_smem=logits,
+      out_smem=logits,
+      x0_full=plgpu.Barrier(num_barriers=tiles * shape.deep),
       full=plgpu.Barrier(num_barriers=sum(kind.slots)),
-      vectors_full=plgpu.Barrier(num_arrivals=vector_copies),
-      part_full=plgpu.Barrier() if shape.cross_layers else None,
+      free=free,
+      vectors_full=plgpu.Barrier(
+        num_arrivals=pl.cdiv(kind.num_vectors, COPIED_ROWS)
+      ),
+      part_full=part_full,
     ),
-    grid=(kind.num_tiles,),
+    grid=(kind.num_blocks,),
     grid_names=('block',),
-    num_threads=2 if shape.cross_layers else 1,
+    num_threads=tiles * kind.chains,
     thread_name='wg',
     compiler_params=plgpu.CompilerParams(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -183,21 +198,19 @@ def _body(
   near_ref, far_ref, tiles_ref, vectors_ref, count_ref, out_ref,
   *, plgpu, kind, out_smem, **scratch,
 ):  # fmt: skip
-  """One block: 64 candidates."""
+  """One block: a warpgroup for each chain of each tile."""
   shape = kind.shape
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
-  first = block * ROWS
-  chain = functools.partial(
-    _Chain, plgpu, kind, tiles_ref, vectors_ref, **scratch
-  )
+  live = _live(kind, count_ref, block * ROWS * kind.tiles)
 
-  def fetch_x0(k):
-    ref, at = (near_ref, k) if k < shape.near else (far_ref, k - shape.near)
-    plgpu.copy_gmem_to_smem(
-      ref.at[pl.ds(first, ROWS), pl.ds(at * TILE, TILE)],
-      scratch['x0_smem'].at[k],
-      scratch['x0_full'].at[k],
-    )
+  def fetch_x0(chain, first):
+    for k in range(shape.deep):
+      ref, at = (near_ref, k) if k < shape.near else (far_ref, k - shape.near)
+      plgpu.copy_gmem_to_smem(
+        ref.at[pl.ds(first, ROWS), pl.ds(at * TILE, TILE)],
+        chain.x0_smem.at[k],
+        chain.x0_full.at[chain.tile * shape.deep + k],
+      )
 
   def fetch_vectors():
     for row in range(0, kind.num_vectors, COPIED_ROWS):
@@ -208,111 +221,136 @@ def _body(
         scratch['vectors_full'],
       )
 
-  def write(logits):
+  def write(logits, tile, first):
     """Copies `[64]` of each task to where they belong."""
     for task, logit in enumerate(logits):
-      out_smem.at[task][...] = logit
+      out_smem.at[tile, task][...] = logit
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[:, pl.ds(first, ROWS)])
+    plgpu.copy_smem_to_gmem(
+      out_smem.at[tile], out_ref.at[:, pl.ds(first, ROWS)]
+    )
     plgpu.wait_smem_to_gmem(0)
 
-  live = _live(kind, count_ref, first)
+  for tile in range(kind.tiles):
+    first = (block * kind.tiles + tile) * ROWS
+    make = functools.partial(
+      _Chain, plgpu, kind, tile, tiles_ref, vectors_ref, **scratch
+    )
+    last = wg == tile * kind.chains
 
-  @pl.when(live & (wg == 0))
-  def _():
-    last = chain(of_mlp=not shape.cross_layers)
-    last.refill(1)
-    for k in range(shape.deep):
-      fetch_x0(k)
-    if not shape.cross_layers:
-      fetch_vectors()
-    last.refill(None)
-    write(last.cross() if shape.cross_layers else last.mlp())
+    @pl.when(live & last)
+    def _(tile=tile, first=first, make=make):
+      chain = make(of_mlp=not shape.cross_layers)
+      chain.refill(1)
+      fetch_x0(chain, first)
+      if not (tile or shape.cross_layers):
+        fetch_vectors()
+      chain.refill(None)
+      write(
+        chain.cross() if shape.cross_layers else chain.mlp(), tile, first
+      )
 
-  if shape.cross_layers:
+    if shape.cross_layers:
 
-    @pl.when(live & (wg == 1))
-    def _():
-      mlp = chain(of_mlp=True)
-      mlp.refill(None)
-      fetch_vectors()
-      mlp.share(mlp.mlp())
+      @pl.when(live & (wg == tile * kind.chains + 1))
+      def _(tile=tile, make=make):
+        chain = make(of_mlp=True)
+        chain.refill(None)
+        if not tile:
+          fetch_vectors()
+        chain.share(chain.mlp())
 
-  @pl.when(jnp.logical_not(live) & (wg == 0))
-  def _():
-    zero = jnp.zeros((ROWS,), jnp.float32)
-    zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA.reduce(1))
-    write([zero] * shape.tasks)
+    if live is True:
+      continue
+
+    @pl.when(jnp.logical_not(live) & last)
+    def _(tile=tile, first=first):
+      zero = jnp.zeros((ROWS,), jnp.float32)
+      zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA.reduce(1))
+      write([zero] * shape.tasks, tile, first)
 
 
 def _live(kind, count_ref, first):
   """Whether a block has candidates that count, of two users at most."""
-  if not kind.ragged or kind.num_candidates < ROWS:
-    return jnp.bool_(True)
+  rows = ROWS * kind.tiles
+  if not kind.ragged or kind.num_candidates < rows:
+    return True
   size = jnp.int32(kind.num_candidates)
-  user = lax.div(first, size)
-  past = user * size + size
+  user = jnp.minimum(lax.div(first, size), count_ref.shape[0] - 1)
   following = jnp.minimum(user + 1, count_ref.shape[0] - 1)
-  return (count_ref[user] > first - user * size) | (
-    (first + ROWS > past) & (following > user) & (count_ref[following] > 0)
-  )
+  here = count_ref[user] > first - user * size
+  reaches = first + rows > following * size
+  return here | (reaches & (following > user) & (count_ref[following] > 0))
 
 
 class _Chain(hopper.Warpgroup):
-  """A warpgroup: one of the chains of products, of 64 candidates."""
+  """A warpgroup: one of the chains of products, of a tile."""
 
   def __init__(
-    self, plgpu, kind, tiles_ref, vectors_ref, *, of_mlp, x0_smem, x_smem, ring,
-    vectors_smem, part_smem, x0_full, full, vectors_full, part_full,
+    self, plgpu, kind, tile, tiles_ref, vectors_ref, *, of_mlp, x0_smem, x_smem,
+    ring, vectors_smem, part_smem, x0_full, full, free, vectors_full, part_full,
   ):  # fmt: skip
     super().__init__(plgpu)
-    self.kind, self.shape = kind, kind.shape
+    self.kind, self.shape, self.tile = kind, kind.shape, tile
     self.rows_of = kind.shape.vector_rows()
     self.tiles_ref, self.vectors_ref = tiles_ref, vectors_ref
-    self.x0_smem, self.x_smem, self.ring = x0_smem, x_smem, ring
-    self.vectors_smem, self.part_smem = vectors_smem, part_smem
-    self.x0_full, self.full = x0_full, full
+    self.x0_smem = x0_smem.at[tile]
+    self.x_smem = None if x_smem is None else x_smem.at[tile]
+    self.ring, self.vectors_smem = ring, vectors_smem
+    self.part_smem = part_smem.at[tile]
+    self.x0_full, self.full, self.free = x0_full, full, free
     self.vectors_full, self.part_full = vectors_full, part_full
     # This chain's tiles of weights and slots: where they begin, how many.
-    self.first_tile = 0 if of_mlp else kind.lengths[0]
+    self.first_weight = 0 if of_mlp else kind.lengths[0]
     self.length = kind.lengths[0 if of_mlp else 1]
     self.first_slot = 0 if of_mlp else kind.slots[0]
     self.slots = kind.slots[0 if of_mlp else 1]
-    self.fetched = self.taken = 0
+    self.fetched = self.taken = self.done = 0
     self.x0_seen = self.vectors_seen = False
 
-  # The ring.
+  # The ring. What is known while it is traced is plain numbers.
 
   def slot(self, number):
     return self.first_slot + number % self.slots
 
   def refill(self, at_most):
-    """Fetches weights into slots whose products are done, or so many."""
-    to = min(self.taken + self.slots, self.length)
+    """Fetches weights into slots whose products are done, or so many.
+
+    The first tile's warpgroup does, for all of them.
+    """
+    to = min(self.done + self.slots, self.length)
     if at_most is not None:
       to = min(to, self.fetched + at_most)
-    while self.fetched < to:
-      slot = self.slot(self.fetched)
+    for number in range(self.fetched, to):
+      slot = self.slot(number)
+      if self.tile:
+        if number >= self.slots:
+          self.plgpu.barrier_arrive(self.free.at[slot])
+        continue
+      if self.free is not None and number >= self.slots:
+        self.plgpu.barrier_wait(self.free.at[slot])
       self.plgpu.copy_gmem_to_smem(
-        self.tiles_ref.at[self.first_tile + self.fetched],
+        self.tiles_ref.at[self.first_weight + number],
         self.ring.at[slot],
         self.full.at[slot],
       )
-      self.fetched += 1
+    self.fetched = max(to, self.fetched)
 
   def multiply(self, acc, left):
     """Begins `acc += left w`, `w` being the next tile of weights."""
     slot = self.slot(self.taken)
     self.plgpu.barrier_wait(self.full.at[slot])
     self.plgpu.wgmma(acc, left, self.ring.at[slot])
-    if self.fetched < self.length:  # The slots before this one are free.
-      self.plgpu.wgmma_wait(1)
-      self.refill(None)
     self.taken += 1
+    if self.fetched < self.length:
+      self.plgpu.wgmma_wait(1)
+      self.done = self.taken - 1
+      self.refill(None)
 
   def finish(self):
     """Waits for all products."""
     self.plgpu.wgmma_wait(0)
+    self.done = self.taken
     self.refill(None)
 
   def product(self, left, columns):
@@ -336,7 +374,9 @@ class _Chain(hopper.Warpgroup):
     """The blocks of x0, each of which is awaited once."""
     for k in range(self.shape.deep):
       if not self.x0_seen:
-        self.plgpu.barrier_wait(self.x0_full.at[k])
+        self.plgpu.barrier_wait(
+          self.x0_full.at[self.tile * self.shape.deep + k]
+        )
       yield self.x0_smem.at[k]
     self.x0_seen = True
 
@@ -407,7 +447,7 @@ class _Chain(hopper.Warpgroup):
     for block in range(shape.deep):
       x = self.crossed(low, shape.cross_layers - 1, block)
       logits = self.logits(logits, x, 'logits_x', block)
-    plgpu.barrier_wait(self.part_full)
+    plgpu.barrier_wait(self.part_full.at[self.tile])
     parts = [
       plgpu.load(
         self.part_smem.at[task], layout=self.row_layout, optimized=False
@@ -434,4 +474,4 @@ class _Chain(hopper.Warpgroup):
     for task, logit in enumerate(logits):
       self.part_smem.at[task][...] = logit
     self.plgpu.commit_smem()
-    self.plgpu.barrier_arrive(self.part_full)
+    self.plgpu.barrier_arrive(self.part_full.at[self.tile])

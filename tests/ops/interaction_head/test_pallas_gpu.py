@@ -32,19 +32,26 @@ class InterpretedTest(gpu_interpreter.TestCase):
     suite.assert_equals_reference(found, call)
     self.assertFalse(self.races_found())
 
-  def few_slots(self, slots):
-    self.enter_context(mock.patch.object(pallas_gpu, 'MULTIPROCESSORS', 0))
-    room = 2 * 64 * 64 * 2 * 2 + 4 * 64 * 40 + slots * pallas_gpu.SLOT
-    self.enter_context(
-      mock.patch.object(pallas_gpu, 'HALF_SHARED_MEMORY', room)
-    )
+  def set(self, **constants):
+    for name, value in constants.items():
+      self.enter_context(mock.patch.object(pallas_gpu, name, value))
 
   def test_rows_within_a_tile(self):
     self.check((5, 13), SMALL)
 
   def test_ring(self):
-    self.few_slots(4)
+    self.set(SHARED_MEMORY=2 * 64 * 128 * 2 * 2 + 12_000 + 4 * pallas_gpu.SLOT)
     self.check((1, 70), HeadShape(3, 9, 64, (80, 16), 3, 80, 3))
+
+  def test_two_tiles(self):
+    self.set(
+      MULTIPROCESSORS=0,
+      SHARED_MEMORY=4 * 64 * 128 * 2 * 2 + 13_000 + 4 * pallas_gpu.SLOT,
+    )
+    self.check((2, 150), HeadShape(3, 9, 64, (80, 16), 2, 16, 3), ragged=True)
+
+  def test_mlp_alone(self):
+    self.check((1, 9), HeadShape(3, 70, 64, (32, 16), 0, 16, 2))
 
 
 if __name__ == '__main__':
