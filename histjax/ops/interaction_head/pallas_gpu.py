@@ -12,6 +12,7 @@ NOTES.md has the measurements.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -203,13 +204,20 @@ def _body(
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
   live = _live(kind, count_ref, block * ROWS * kind.tiles)
 
-  def fetch_x0(chain, first):
+  tile = lax.div(wg, jnp.int32(kind.chains))
+  first = (block * kind.tiles + tile) * ROWS
+  last = lax.rem(wg, jnp.int32(kind.chains)) == 0
+  make = functools.partial(
+    _Chain, plgpu, kind, tile, tiles_ref, vectors_ref, **scratch
+  )
+
+  def fetch_x0(chain):
     for k in range(shape.deep):
       ref, at = (near_ref, k) if k < shape.near else (far_ref, k - shape.near)
       plgpu.copy_gmem_to_smem(
         ref.at[pl.ds(first, ROWS), pl.ds(at * TILE, TILE)],
         chain.x0_smem.at[k],
-        chain.x0_full.at[chain.tile * shape.deep + k],
+        chain.x0_full.at[chain.first_x0 + k],
       )
 
   def fetch_vectors():
@@ -221,53 +229,42 @@ def _body(
         scratch['vectors_full'],
       )
 
-  def write(logits, tile, first):
+  def write(logits):
     """Copies `[64]` of each task to where they belong."""
+    out = out_smem.at[tile]
     for task, logit in enumerate(logits):
-      out_smem.at[tile, task][...] = logit
+      out.at[task][...] = logit
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-      out_smem.at[tile], out_ref.at[:, pl.ds(first, ROWS)]
-    )
+    plgpu.copy_smem_to_gmem(out, out_ref.at[:, pl.ds(first, ROWS)])
     plgpu.wait_smem_to_gmem(0)
 
-  for tile in range(kind.tiles):
-    first = (block * kind.tiles + tile) * ROWS
-    make = functools.partial(
-      _Chain, plgpu, kind, tile, tiles_ref, vectors_ref, **scratch
-    )
-    last = wg == tile * kind.chains
+  @pl.when(live & last)
+  def _():
+    chain = make(of_mlp=not shape.cross_layers)
+    chain.begin(1)
+    fetch_x0(chain)
+    if not shape.cross_layers:
+      pl.when(tile == 0)(fetch_vectors)
+    chain.begin(None)
+    write(chain.cross() if shape.cross_layers else chain.mlp())
 
-    @pl.when(live & last)
-    def _(tile=tile, first=first, make=make):
-      chain = make(of_mlp=not shape.cross_layers)
-      chain.refill(1)
-      fetch_x0(chain, first)
-      if not (tile or shape.cross_layers):
-        fetch_vectors()
-      chain.refill(None)
-      write(
-        chain.cross() if shape.cross_layers else chain.mlp(), tile, first
-      )
+  if shape.cross_layers:
 
-    if shape.cross_layers:
+    @pl.when(live & jnp.logical_not(last))
+    def _():
+      chain = make(of_mlp=True)
+      chain.begin(None)
+      pl.when(tile == 0)(fetch_vectors)
+      chain.share(chain.mlp())
 
-      @pl.when(live & (wg == tile * kind.chains + 1))
-      def _(tile=tile, make=make):
-        chain = make(of_mlp=True)
-        chain.refill(None)
-        if not tile:
-          fetch_vectors()
-        chain.share(chain.mlp())
+  if live is True:
+    return
 
-    if live is True:
-      continue
-
-    @pl.when(jnp.logical_not(live) & last)
-    def _(tile=tile, first=first):
-      zero = jnp.zeros((ROWS,), jnp.float32)
-      zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA.reduce(1))
-      write([zero] * shape.tasks, tile, first)
+  @pl.when(jnp.logical_not(live) & last)
+  def _():
+    zero = jnp.zeros((ROWS,), jnp.float32)
+    zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA.reduce(1))
+    write([zero] * shape.tasks)
 
 
 def _live(kind, count_ref, first):
@@ -299,68 +296,94 @@ class _Chain(hopper.Warpgroup):
     self.ring, self.vectors_smem = ring, vectors_smem
     self.part_smem = part_smem.at[tile]
     self.x0_full, self.full, self.free = x0_full, full, free
-    self.vectors_full, self.part_full = vectors_full, part_full
+    self.vectors_full = vectors_full
+    self.part_full = None if part_full is None else part_full.at[tile]
     # This chain's tiles of weights and slots: where they begin, how many.
     self.first_weight = 0 if of_mlp else kind.lengths[0]
     self.length = kind.lengths[0 if of_mlp else 1]
     self.first_slot = 0 if of_mlp else kind.slots[0]
     self.slots = kind.slots[0 if of_mlp else 1]
-    self.fetched = self.taken = self.done = 0
-    self.x0_seen = self.vectors_seen = False
+    self.first_x0, self.begun = tile * self.shape.deep, 0
 
-  # The ring. What is known while it is traced is plain numbers.
+  # The ring. Tiles of weights have numbers, in the order of their use.
 
   def slot(self, number):
+    if not isinstance(number, int):
+      return self.first_slot + lax.rem(number, jnp.int32(self.slots))
     return self.first_slot + number % self.slots
 
-  def refill(self, at_most):
-    """Fetches weights into slots whose products are done, or so many.
+  def fetch(self, number):
+    slot = self.slot(number)
+    self.plgpu.copy_gmem_to_smem(
+      self.tiles_ref.at[self.first_weight + number],
+      self.ring.at[slot],
+      self.full.at[slot],
+    )
 
-    The first tile's warpgroup does, for all of them.
-    """
-    to = min(self.done + self.slots, self.length)
-    if at_most is not None:
-      to = min(to, self.fetched + at_most)
-    for number in range(self.fetched, to):
-      slot = self.slot(number)
-      if self.tile:
-        if number >= self.slots:
-          self.plgpu.barrier_arrive(self.free.at[slot])
-        continue
-      if self.free is not None and number >= self.slots:
+  def begin(self, at_most):
+    """Fills the ring, or so many slots of it. The first tile does."""
+    to = self.slots if at_most is None else at_most
+
+    @pl.when(self.tile == 0)
+    def _():
+      for number in range(self.begun, to):
+        self.fetch(number)
+
+    self.begun = to
+
+  def refill(self, number):
+    """What is done once this tile's warpgroup has read `number`."""
+    slot = self.slot(number)
+
+    @pl.when((number >= 0) & (number + self.slots < self.length))
+    def _():
+      if self.free is None:
+        self.fetch(number + self.slots)
+        return
+
+      @pl.when(self.tile == 0)
+      def _():
         self.plgpu.barrier_wait(self.free.at[slot])
-      self.plgpu.copy_gmem_to_smem(
-        self.tiles_ref.at[self.first_weight + number],
-        self.ring.at[slot],
-        self.full.at[slot],
-      )
-    self.fetched = max(to, self.fetched)
+        self.fetch(number + self.slots)
 
-  def multiply(self, acc, left):
-    """Begins `acc += left w`, `w` being the next tile of weights."""
-    slot = self.slot(self.taken)
+      @pl.when(self.tile > 0)
+      def _():
+        self.plgpu.barrier_arrive(self.free.at[slot])
+
+  def multiply(self, acc, left, number):
+    """Begins `acc += left w`, `w` being tile `number`."""
+    slot = self.slot(number)
     self.plgpu.barrier_wait(self.full.at[slot])
     self.plgpu.wgmma(acc, left, self.ring.at[slot])
-    self.taken += 1
-    if self.fetched < self.length:
+    if self.slots < self.length:
       self.plgpu.wgmma_wait(1)
-      self.done = self.taken - 1
-      self.refill(None)
+      self.refill(number - 1)
 
-  def finish(self):
-    """Waits for all products."""
-    self.plgpu.wgmma_wait(0)
-    self.done = self.taken
-    self.refill(None)
+  def product(self, left, columns, number):
+    """`[64, 64]` each: so many blocks of columns of a product.
 
-  def product(self, left, columns):
-    """`[64, 64]` each: so many blocks of columns of a product with `left`."""
+    Args:
+      left: blocks of columns in registers; None: x0.
+      columns: how many.
+      number: of the first tile of weights.
+    """
 
     def run(*accs):
-      for x in left:
-        for acc in accs:
-          self.multiply(acc, x)
-      self.finish()
+      def step(k, x):
+        for n, acc in enumerate(accs):
+          self.multiply(acc, x, number + k * columns + n)
+
+      if left is None:
+
+        @pl.loop(0, self.shape.deep)
+        def _(k):
+          self.plgpu.barrier_wait(self.x0_full.at[self.first_x0 + k])
+          step(k, self.x0_smem.at[k])
+
+      else:
+        for k, x in enumerate(left):
+          step(k, x)
+      self.plgpu.wgmma_wait(0)
       return [acc[...] for acc in accs]
 
     return pl.run_scoped(run, *[self.acc()] * columns)
@@ -370,21 +393,8 @@ class _Chain(hopper.Warpgroup):
 
   # What is in shared memory.
 
-  def x0(self):
-    """The blocks of x0, each of which is awaited once."""
-    for k in range(self.shape.deep):
-      if not self.x0_seen:
-        self.plgpu.barrier_wait(
-          self.x0_full.at[self.tile * self.shape.deep + k]
-        )
-      yield self.x0_smem.at[k]
-    self.x0_seen = True
-
   def vector(self, name, block):
     """`[64, 64]` with a block of a vector in each row."""
-    if not self.vectors_seen:
-      self.plgpu.barrier_wait(self.vectors_full)
-      self.vectors_seen = True
     ref = self.vectors_smem.at[self.rows_of[name] + block]
     return self.across(
       self.plgpu.load(ref, layout=self.column_layout, optimized=False)
@@ -395,59 +405,56 @@ class _Chain(hopper.Warpgroup):
     x = self.plgpu.load(ref, layout=self.plgpu.Layout.WGMMA)
     return x.astype(jnp.float32)
 
-  def logits(self, before, x, name, block):
+  def logits(self, x, name, block):
     """What a block of channels adds to the logits, `[64]` a task."""
-    parts = [
+    return [
       (x * self.vector(f'{name}_{task}', block)).sum(axis=1)
       for task in range(self.shape.tasks)
     ]
-    if before is None:
-      return parts
-    return [a + b for a, b in zip(before, parts, strict=True)]
 
   # The chains.
 
   def mlp(self):
     """The MLP's part of the logits, or all of them."""
-    left, logits = self.x0(), None
-    layers = self.shape.mlp
+    layers, left, number = self.shape.mlp, None, 0
+    logits: list[Any] = []
     for i, width in enumerate(layers):
-      hidden = []
-      for n, u in enumerate(self.product(left, blocks_of(width))):
+      wide, hidden = blocks_of(width), []
+      products = self.product(left, wide, number)
+      number += wide * (self.shape.deep if left is None else len(left))
+      if not i:
+        self.plgpu.barrier_wait(self.vectors_full)
+      for n, u in enumerate(products):
         y = jnp.maximum(u + self.vector(f'mlp_{i}', n), 0.0)
         if i + 1 < len(layers):
           hidden.append(y.astype(jnp.bfloat16))
         else:
-          logits = self.logits(logits, y, 'logits_mlp', n)
+          logits.append(self.logits(y, 'logits_mlp', n))
       left = hidden
-    return logits if self.shape.cross_layers else self.biased(logits)
+    sums = [functools.reduce(operator.add, x) for x in zip(*logits)]
+    return sums if self.shape.cross_layers else self.biased(sums)
 
   def cross(self):
     """The logits; waits for the MLP's part."""
     shape, plgpu = self.shape, self.plgpu
     wide = blocks_of(shape.rank)
-    low = self.product(self.x0(), wide)
+    low = self.product(None, wide, 0)
     low = [y.astype(jnp.bfloat16) for y in low]
+    plgpu.barrier_wait(self.vectors_full)
+    number = shape.deep * wide
     for i in range(shape.cross_layers - 1):
+      low = self.cross_layer(low, i, number)
+      number += 2 * wide * shape.deep
 
-      def layer(*accs, low=low, i=i):
-        for block in range(shape.deep):
-          x = self.crossed(low, i, block)
-          if i:  # All have loaded before anybody stores.
-            plgpu.commit_smem()
-          self.x_smem.at[block][...] = x.astype(jnp.bfloat16)
-          plgpu.commit_smem()
-          for acc in accs:
-            self.multiply(acc, self.x_smem.at[block])
-        self.finish()
-        return [acc[...].astype(jnp.bfloat16) for acc in accs]
+    def step(block, logits):
+      x = self.crossed(low, shape.cross_layers - 1, block, number + block * wide)
+      more = self.logits(x, 'logits_x', block)
+      return [a + b for a, b in zip(logits, more, strict=True)]
 
-      low = pl.run_scoped(layer, *[self.acc()] * wide)
-    logits = None
-    for block in range(shape.deep):
-      x = self.crossed(low, shape.cross_layers - 1, block)
-      logits = self.logits(logits, x, 'logits_x', block)
-    plgpu.barrier_wait(self.part_full.at[self.tile])
+    zero = jnp.zeros((ROWS,), jnp.float32)
+    zero = plgpu.layout_cast(zero, self.row_layout)
+    logits = lax.fori_loop(0, shape.deep, step, [zero] * shape.tasks)
+    plgpu.barrier_wait(self.part_full)
     parts = [
       plgpu.load(
         self.part_smem.at[task], layout=self.row_layout, optimized=False
@@ -456,9 +463,30 @@ class _Chain(hopper.Warpgroup):
     ]
     return self.biased(a + b for a, b in zip(logits, parts, strict=True))
 
-  def crossed(self, low, i, block):
+  def cross_layer(self, low, i, number):
+    """Puts x after cross layer `i` into memory; returns the next `V x`."""
+    wide = len(low)
+
+    def run(*accs):
+      @pl.loop(0, self.shape.deep)
+      def _(block):
+        at = number + block * 2 * wide
+        x = self.crossed(low, i, block, at)
+        if i:  # All have loaded before anybody stores.
+          self.plgpu.commit_smem()
+        self.x_smem.at[block][...] = x.astype(jnp.bfloat16)
+        self.plgpu.commit_smem()
+        for n, acc in enumerate(accs):
+          self.multiply(acc, self.x_smem.at[block], at + wide + n)
+
+      self.plgpu.wgmma_wait(0)
+      return [acc[...].astype(jnp.bfloat16) for acc in accs]
+
+    return pl.run_scoped(run, *[self.acc()] * wide)
+
+  def crossed(self, low, i, block, number):
     """A block of x after cross layer `i`, float32."""
-    (up,) = self.product(low, 1)
+    (up,) = self.product(low, 1, number)
     x0 = self.load(self.x0_smem.at[block])
     x = self.load(self.x_smem.at[block]) if i else x0
     return x0 * (up + self.vector(f'up_{i}', block)) + x
@@ -474,4 +502,4 @@ class _Chain(hopper.Warpgroup):
     for task, logit in enumerate(logits):
       self.part_smem.at[task][...] = logit
     self.plgpu.commit_smem()
-    self.plgpu.barrier_arrive(self.part_full.at[self.tile])
+    self.plgpu.barrier_arrive(self.part_full)
