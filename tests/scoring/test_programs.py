@@ -298,6 +298,29 @@ class BackendsTest(parameterized.TestCase):
         program = exported(params).mlir_module()
       self.assertEqual(program.count('@tpu_custom_call'), number)
 
+  def test_a_program_for_hopper_has_the_heads_kernel(self):
+    config = support.config(
+      fusion='append_isolated',
+      encoder__width=64,
+      encoder__num_layers=1,
+      encoder__attention='xla',
+      dtype='bfloat16',
+    )
+    model = ranker.Ranker(config)
+    batch = support.batch(np.random.default_rng(0))
+    params = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
+
+    def joint(params):
+      variables = {'params': params, **ranker.pack(config, params)}
+      return model.apply(variables, batch)
+
+    can = jax.__version_info__ >= (0, 11)  # Whose Mosaic GPU it needs.
+    for capability, number in (('9.0', int(can)), ('8.0', 0)):
+      with ops.target_platform('cuda', compute_capability=capability):
+        traced = jax.jit(joint).trace(params)
+        program = traced.lower(lowering_platforms=('cuda',)).as_text()
+      self.assertEqual(program.count('@mosaic_gpu_v2('), number)
+
   def test_runs_where_its_parameters_are(self):
     batch = support.batch(np.random.default_rng(0))
     _, params = support.init(support.config())

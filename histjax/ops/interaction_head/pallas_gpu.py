@@ -27,7 +27,8 @@ from histjax.ops.interaction_head.weights import blocks as blocks_of
 
 ROWS = hopper.ROWS
 MULTIPROCESSORS = 132
-SHARED_MEMORY = 232_448 - 1024  # Bytes of a block, less barriers.
+ALIGNMENT = 1024  # Of an array in shared memory.
+SHARED_MEMORY = 232_448 - 5 * ALIGNMENT  # Bytes of a block, less barriers.
 SLOT = 2 * TILE * TILE  # Bytes of a tile of weights.
 MAX_TASKS = 16
 MAX_MLP = 256  # Channels whose sums are in registers.
@@ -58,8 +59,12 @@ class _Kind(NamedTuple):
   @property
   def tiles(self) -> int:
     """Of a block."""
+    shape = self.shape
     many = pl.cdiv(self.rows, ROWS) > MULTIPROCESSORS
-    return 2 if many and self.num_slots(2) >= 2 * self.chains else 1
+    # Four warpgroups have 128 registers a thread.
+    narrow = max(*shape.mlp, 2 * shape.rank * (self.chains > 1)) <= 128
+    fits = self.num_slots(2) >= 2 * self.chains
+    return 2 if many and narrow and fits else 1
 
   @property
   def num_blocks(self) -> int:
@@ -78,9 +83,11 @@ class _Kind(NamedTuple):
   def num_slots(self, tiles: int) -> int:
     """Slots that fit beside so many tiles."""
     shape = self.shape
-    used = 2 * ROWS * TILE * shape.deep * (1 + (shape.cross_layers > 1))
-    used = tiles * (used + 4 * ROWS * 2 * shape.tasks)
-    return (SHARED_MEMORY - used - 4 * TILE * self.num_vectors) // SLOT
+    copies = 1 + (shape.cross_layers > 1)
+    used = 2 * tiles * ROWS * TILE * shape.deep * copies
+    for size in (self.num_vectors * TILE, *[tiles * shape.tasks * ROWS] * 2):
+      used += pl.cdiv(4 * size, ALIGNMENT) * ALIGNMENT
+    return (SHARED_MEMORY - used) // SLOT
 
   @property
   def slots(self) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def make_call(
   dtype: str = 'bfloat16',
   ragged: bool = False,
 ) -> dict:
-  """The arguments of a random call; of a ragged one some rows are empty."""
+  """The arguments of a random call; the first row of a ragged one is empty."""
   rng = np.random.default_rng(seed)
   num_rows, num_candidates = of_candidates
 
@@ -40,7 +40,7 @@ def make_call(
     return jnp.asarray(rng.normal(size=shape), dtype)
 
   count = rng.integers(0, num_candidates + 1, num_rows, dtype=np.int32)
-  count[rng.integers(num_rows)] = 0
+  count[:1] = 0
   return dict(
     user=normal(num_rows, shape.user),
     features=normal(num_rows, num_candidates, shape.features),
