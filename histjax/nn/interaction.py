@@ -150,7 +150,9 @@ class InteractionHead(nn.Module):
     if self.has_variable('tower', 'weights') and not train:
       try:
         return ops.interaction_head(
-          *(x.astype(self.dtype) for x in (user, features, readout)),
+          user.astype(self.dtype),
+          features.astype(self.dtype),
+          readout.astype(self.dtype),
           self.get_variable('tower', 'weights'),
           count=count,
           implementation='pallas_gpu',

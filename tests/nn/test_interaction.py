@@ -61,9 +61,7 @@ class PackTest(parameterized.TestCase):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
   def test_user_half_is_part_of_it(self):
-    head, params, _, (user, *of_candidates) = make(
-      CONFIGS['dcn_v2'], 'float32'
-    )
+    head, params, _, (user, *of_candidates) = make(CONFIGS['dcn_v2'], 'float32')
 
     def by_halves(head):
       candidate = jnp.concatenate(of_candidates, axis=-1)

@@ -28,7 +28,7 @@ from histjax.ops.interaction_head.weights import blocks as blocks_of
 ROWS = hopper.ROWS
 MULTIPROCESSORS = 132
 ALIGNMENT = 1024  # Of an array in shared memory.
-SHARED_MEMORY = 232_448 - 5 * ALIGNMENT  # Bytes of a block, less barriers.
+SHARED_MEMORY = 232_448 - 3 * ALIGNMENT  # Bytes of a block, less barriers.
 SLOT = 2 * TILE * TILE  # Bytes of a tile of weights.
 MAX_TASKS = 16
 MAX_MLP = 256  # Channels whose sums are in registers.
@@ -299,7 +299,7 @@ class _Chain(hopper.Warpgroup):
     self.rows_of = kind.shape.vector_rows()
     self.tiles_ref, self.vectors_ref = tiles_ref, vectors_ref
     self.x0_smem = x0_smem.at[tile]
-    self.x_smem = None if x_smem is None else x_smem.at[tile]
+    self.x_smem: Any = None if x_smem is None else x_smem.at[tile]
     self.ring, self.vectors_smem = ring, vectors_smem
     self.part_smem = part_smem.at[tile]
     self.x0_full, self.full, self.free = x0_full, full, free
@@ -438,7 +438,9 @@ class _Chain(hopper.Warpgroup):
         else:
           logits.append(self.logits(y, 'logits_mlp', n))
       left = hidden
-    sums = [functools.reduce(operator.add, x) for x in zip(*logits)]
+    sums = [
+      functools.reduce(operator.add, x) for x in zip(*logits, strict=True)
+    ]
     return sums if self.shape.cross_layers else self.biased(sums)
 
   def cross(self):
@@ -454,7 +456,9 @@ class _Chain(hopper.Warpgroup):
       number += 2 * wide * shape.deep
 
     def step(block, logits):
-      x = self.crossed(low, shape.cross_layers - 1, block, number + block * wide)
+      x = self.crossed(
+        low, shape.cross_layers - 1, block, number + block * wide
+      )
       more = self.logits(x, 'logits_x', block)
       return [a + b for a, b in zip(logits, more, strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +22,10 @@ def make_weights(rng, shape: HeadShape, dtype: str) -> HeadWeights:
     name: 0.1 * rng.normal(size=len(places))
     for name, places, _ in shape.vectors()
   }
-  return HeadWeights.pack(shape, matrices, vectors, jnp.dtype(dtype))
+  return _pack(shape, matrices, vectors, dtype)
+
+
+_pack = jax.jit(HeadWeights.pack, static_argnums=(0, 3))
 
 
 def make_call(
@@ -31,6 +35,7 @@ def make_call(
   *,
   dtype: str = 'bfloat16',
   ragged: bool = False,
+  weights: HeadWeights | None = None,
 ) -> dict:
   """The arguments of a random call; the first row of a ragged one is empty."""
   rng = np.random.default_rng(seed)
@@ -45,7 +50,7 @@ def make_call(
     user=normal(num_rows, shape.user),
     features=normal(num_rows, num_candidates, shape.features),
     readout=normal(num_rows, num_candidates, shape.readout),
-    weights=make_weights(rng, shape, dtype),
+    weights=weights or make_weights(rng, shape, dtype),
     count=jnp.asarray(count) if ragged else None,
   )
 

@@ -1,5 +1,6 @@
 """What the public function checks and computes without its kernel."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -18,14 +19,25 @@ SHAPE = HeadShape(
 )
 
 
+@functools.cache
+def weights():
+  return suite.make_weights(np.random.default_rng(0), SHAPE, 'float32')
+
+
 def arguments(of_candidates=(2, 4)):
-  return suite.make_call(0, of_candidates, SHAPE, dtype='float32', ragged=True)
+  return suite.make_call(
+    0, of_candidates, SHAPE, dtype='float32', ragged=True, weights=weights()
+  )
 
 
 class ApiTest(parameterized.TestCase):
   @parameterized.parameters(
     ('user', lambda x: x[:1], r'user is float32 \(1, 3\).*\[B, U\] = \(2, 3\)'),
-    ('features', lambda x: x[:, :3], r'features is .*\[B, C, F\] = \(2, 4, 5\)'),
+    (
+      'features',
+      lambda x: x[:, :3],
+      r'features is .*C, F\] = \(2, 4, 5\)',
+    ),
     ('readout', lambda x: x[0], r'readout has shape .* make it \[B, C, D\]'),
     ('readout', lambda x: x[..., :4], r'readout is float32 \(2, 4, 4\)'),
     ('readout', lambda x: x.astype(jnp.bfloat16), 'must be float32'),
@@ -57,7 +69,7 @@ class ApiTest(parameterized.TestCase):
   def test_vmap(self):
     """The kernel's rows are those of all that is mapped; weights have none."""
     call = arguments()
-    weights, count = call.pop('weights'), call.pop('count')
+    packed, count = call.pop('weights'), call.pop('count')
     stacked = {k: jnp.stack([x, 2 * x]) for k, x in call.items()}
     counts = jnp.stack([count, count])
     seen = []
@@ -72,14 +84,41 @@ class ApiTest(parameterized.TestCase):
     with mock.patch.object(api, '_kernel', kernel):
       found = jax.vmap(
         lambda arrays, count: api._over_rows(
-          **arrays, weights=weights, count=count
+          **arrays, weights=packed, count=count
         )
       )(stacked, counts)
     self.assertIn((4,), seen)
     for i, out in enumerate(found):
       each = {k: x[i] for k, x in stacked.items()}
-      expected = kernel(**each, weights=weights, count=count)
+      expected = kernel(**each, weights=packed, count=count)
       np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+class KernelTest(parameterized.TestCase):
+  """The kernel where its hardware is; elsewhere, that it says so."""
+
+  @parameterized.product(
+    shape=(
+      HeadShape(33, 65, 64, (128, 64), 2, 64, 2),
+      HeadShape(5, 7, 128, (208, 48, 16), 3, 80, 3),
+      HeadShape(3, 70, 64, (32,), 1, 16, 1),
+      HeadShape(3, 70, 64, (32, 16), 0, 1, 2),
+    ),
+    ragged=(False, True),
+  )
+  def test_equals_the_reference(self, shape, ragged):
+    run = functools.partial(ops.interaction_head, implementation='pallas_gpu')
+    try:
+      api._BACKENDS['pallas_gpu'].check_target(dispatch.target_of())
+    except NotImplementedError:
+      with self.assertRaisesRegex(NotImplementedError, 'pallas_gpu'):
+        run(**arguments())
+      return
+    for of_candidates in ((1, 70), (130, 150), (300, 40)):
+      call = suite.make_call(0, of_candidates, shape, ragged=ragged)
+      found = run(**call)
+      suite.assert_equals_reference(found, call)
+      np.testing.assert_array_equal(found, run(**call))
 
 
 if __name__ == '__main__':

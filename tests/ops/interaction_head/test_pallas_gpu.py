@@ -117,11 +117,11 @@ class LoweringTest(parameterized.TestCase):
 
 class KindTest(parameterized.TestCase):
   @parameterized.parameters(
-    (512, 128, 64, 1, (7, 11)),  # Of 10 and 16 tiles of weights.
-    (16384, 128, 64, 2, (4, 6)),
-    (16384, 128, 80, 1, (4, 14)),  # Registers.
+    (512, 128, 64, 1, (7, 12)),  # Of 10 and 16 tiles of weights.
+    (16384, 128, 64, 2, (4, 7)),
+    (16384, 128, 80, 1, (5, 14)),  # Registers.
     (16384, 512, 64, 1, (2, 4)),  # Shared memory.
-    (16384, 64, 64, 2, (6, 8)),
+    (16384, 64, 64, 2, (6, 9)),
   )
   def test_tiles_and_slots(self, rows, readout, rank, tiles, slots):
     shape = HeadShape(33, 65, readout, (128, 64), 2, rank, 2)
