@@ -7,6 +7,8 @@ import dataclasses
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
@@ -65,6 +67,17 @@ class InterpretedTest(gpu_interpreter.TestCase):
   def test_tiles_share_a_ring(self):
     self.slow(2, 3)
     self.check((2, 150), SMALL, slots=4, many=True, ragged=True)
+
+  def test_tiles_without_real_candidates_are_zeros(self):
+    call = suite.make_call(0, (2, 100), SMALL)
+    call['count'] = jnp.array([5, 90], jnp.int32)
+    found = np.asarray(pallas_gpu.interaction_head(**call)).reshape(200, -1)
+    self.assertTrue(found[:64].all())
+    np.testing.assert_array_equal(found[192:], 0)  # From candidate 92 on.
+    suite.assert_equals_reference(found.reshape(2, 100, -1), call)
+    call['count'] = jnp.array([5, 20], jnp.int32)
+    found = np.asarray(pallas_gpu.interaction_head(**call)).reshape(200, -1)
+    np.testing.assert_array_equal(found[128:], 0)
 
   @pytest.mark.slow
   def test_wide(self):
