@@ -185,7 +185,7 @@ class InteractionHead(nn.Module):
       user=of_user,
       features=of_candidate - readout_width,
       readout=readout_width,
-      mlp=config.mlp_widths,
+      mlp=tuple(config.mlp_widths),
       cross_layers=cross_layers,
       rank=config.cross_rank,
       tasks=logits.shape[1],
