@@ -13,14 +13,16 @@ from histjax.ops import rotary
 
 ROWS = 64  # Candidates of a warpgroup: the M of wgmma.
 WIDE = 512  # D from which a layer is several kernels.
-WIDE_FROM = 2048  # Candidates of that width; fewer leave most cores idle.
 
 
 def suits(candidates: Any, *args: Any, **kwargs: Any) -> bool:
-  """Whether the kernels are faster than XLA, which splits small products."""
+  """Whether to pick the kernels unasked.
+
+  Not the wide ones: as they are now they were not compared with the reference
+  and timed on a GPU yet.
+  """
   del args, kwargs
-  num_rows, num_candidates, width = candidates.shape
-  return width < WIDE or num_rows * num_candidates >= WIDE_FROM
+  return candidates.shape[2] < WIDE
 
 
 def mosaic_gpu():

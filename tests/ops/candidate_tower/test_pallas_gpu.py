@@ -460,9 +460,9 @@ class ConfigTest(parameterized.TestCase):
     self.assertEqual(config == 'layers', expected)
 
   @parameterized.parameters(
-    ((2, 1024, 512), True), ((1, 1024, 512), False), ((1, 1, 256), True)
+    ((32, 1024, 512), False), ((1, 1024, 512), False), ((1, 1, 256), True)
   )
-  def test_wide_and_few(self, shape, expected):
+  def test_wide_ones_are_to_be_named(self, shape, expected):
     call = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     self.assertEqual(hopper.suits(call, None, num_heads=8), expected)
 
