@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -89,7 +89,7 @@ class HistoryCache:
     """A copy with other values in some fields."""
     return dataclasses.replace(self, **fields)
 
-  def take(self, rows: Sequence[int]) -> HistoryCache:
+  def take(self, rows: Iterable[int]) -> HistoryCache:
     """The states of some users, in this order; one may come twice.
 
     Args:
@@ -102,7 +102,7 @@ class HistoryCache:
 
 
 def stack(
-  caches: Sequence[HistoryCache], rows: Sequence[Sequence[int]] | None = None
+  caches: Sequence[HistoryCache], rows: Sequence[Iterable[int]] | None = None
 ) -> HistoryCache:
   """The states of all users of several caches, one after another.
 
@@ -132,11 +132,14 @@ def stack(
       )
   if rows is None:
     rows = [range(x.num_users) for x in infos]
-  if len(rows) != len(caches):
-    raise ValueError(f'{len(rows)} rows for {len(caches)} caches; give as many')
+  chosen = [list(part) for part in rows]
+  if len(chosen) != len(caches):
+    raise ValueError(
+      f'{len(chosen)} rows for {len(caches)} caches; give as many'
+    )
   offset, index = 0, []
   for i, (cache, info, part) in enumerate(
-    zip(caches, infos, rows, strict=True)
+    zip(caches, infos, chosen, strict=True)
   ):
     for row in part:
       if not 0 <= operator.index(row) < info.num_users:
@@ -155,7 +158,7 @@ def stack(
     arrays += [arrays[0]] * (buckets.bucket_size(len(arrays), 1) - len(arrays))
   keys, values = _stack(*zip(*arrays, strict=True), padded)
   length = np.concatenate(
-    [x.length[list(part)] for x, part in zip(infos, rows, strict=True)]
+    [x.length[part] for x, part in zip(infos, chosen, strict=True)]
   )
   length.setflags(write=False)
   return HistoryCache.of_users(

@@ -40,6 +40,11 @@ class CacheTest(parameterized.TestCase):
         atol=1e-5,
       )
 
+  def test_rows_that_are_read_once(self):
+    cache = self.caches[0]
+    taken = cache.take(iter((2, 0)))
+    np.testing.assert_array_equal(taken.info.length, cache.info.length[[2, 0]])
+
   def test_stack(self):
     """Also of other capacities: padding changes no score."""
     self.assertEqual([x.capacity for x in self.caches], [16, 32])

@@ -67,7 +67,8 @@ class Flight:
     logits: jax.Array,
     carrier: transport.Transport,
   ):
-    self._program, self._slot = program, slot
+    self._program = program
+    self._slot: Any = slot
     self._logits: Any = logits
     self._carrier = carrier
     self._lock = threading.Lock()
@@ -80,7 +81,7 @@ class Flight:
         self._fetched = self._carrier.fetch(self._logits)
         # Once: two requests in one slot would be mixed up.
         self._carrier.release(self._program.layout, self._slot)
-        self._logits = self._slot = None  # type: ignore[assignment]
+        self._logits = self._slot = None
       return self._fetched
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import tempfile
-import time
 from unittest import mock
 
 import numpy as np
@@ -25,6 +24,22 @@ def logits_of(index):
   return {'click': row + index, 'like': np.sin(row * (index + 1))}
 
 
+class Clock:
+  """Stands for `time`: passes as fakes say, and a little with each look."""
+
+  now = 0.0
+
+  def perf_counter(self):
+    self.now += 1e-6
+    return self.now
+
+  def sleep(self, seconds):
+    self.now += seconds
+
+
+CLOCK = Clock()
+
+
 class Fake:
   """Knows the logits; `wrong` names a call, or 'in flight', that is not so."""
 
@@ -38,7 +53,7 @@ class Fake:
 
     def run(index, prepared):
       assert prepared == index
-      time.sleep(self.seconds)
+      CLOCK.sleep(self.seconds)
       # As a graph that holds the ids it was captured with.
       return logits_of(0 if self.wrong == name else index)
 
@@ -62,7 +77,7 @@ class Landing:
 
   def result(self):
     self.fake.flying -= 1
-    time.sleep(self.fake.seconds * (4 if self.way == 'slow' else 1))
+    CLOCK.sleep(self.fake.seconds * (4 if self.way == 'slow' else 1))
     return logits_of(self.index % 16)
 
 
@@ -80,6 +95,7 @@ def run(contenders, **options):
     return contenders[name]
 
   with (
+    mock.patch.object(requests, 'time', CLOCK),
     mock.patch.object(request_calls, 'make', make),
     mock.patch.object(rankers, 'params', lambda workload: {}),
     mock.patch.object(rankers, 'expected', expected),
