@@ -216,6 +216,8 @@ class _SharedHistory(base.Transformer):
       jnp.minimum(position, (length + count)[:, None] - 1) + 1,
       window=self.config.window,
     )
+    if self.config.window is None:
+      key_range = key_range.replace(structure='ascending')
     return position, key_range
 
   def _candidates_see(self, length, visible, num_candidates):
