@@ -307,6 +307,9 @@ def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     pack_fusion = fusion.FUSIONS[config.fusion].pack
     packed['fusion'] = pack_fusion(params['fusion'], config.dtype)
   if config.dtype == 'bfloat16':
+    packed['tokens'] = embedding.EventTokens.pack(
+      params['tokens'], config.dtype
+    )
     packed['head'] = interaction.InteractionHead.pack(
       config.interaction, params['head'], config.encoder.width, config.dtype
     )

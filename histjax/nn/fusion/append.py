@@ -46,6 +46,8 @@ class _SharedHistory(base.Transformer):
       cache = self._new_cache(history.shape, tower.query.dtype)
       with_kernel = self._written(0, x, *cache, None, length)
       if with_kernel is not None:
+        if self.config.causal:
+          position = key_range.stop - 1  # Of real events.
         return self._follow(
           tower, x, position, *with_kernel, key_range, None, length
         )
@@ -189,7 +191,8 @@ class _SharedHistory(base.Transformer):
       padded = jnp.pad(events, [(0, 0), (0, after), (0, 0)])
       cache = self._written(0, padded, keys, values, length, count)
       if cache is not None:
-        position, key_range = self._new_see(length, count, padded.shape[1])
+        _, key_range = self._new_see(length, count, padded.shape[1])
+        position = key_range.stop - 1  # Of real events.
         return self._follow(
           tower, padded, position, *cache, key_range, length, count
         )
