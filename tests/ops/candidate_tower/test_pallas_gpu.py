@@ -63,9 +63,7 @@ class _Interpreted(gpu_interpreter.TestCase):
     ):
       self.enter_context(mock.patch.object(module, name, value))
 
-  def check(
-    self, shape, config, *, causal=False, ascending=False, **fields
-  ):
+  def check(self, shape, config, *, causal=False, ascending=False, **fields):
     fields = {'num_layers': 3, 'mlp_width': 256, **fields}
     call = suite.make_call(0, shape, dtype='bfloat16', **fields)
     if causal:  # As a history is read.

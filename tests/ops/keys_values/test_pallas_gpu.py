@@ -68,5 +68,58 @@ class InterpretedTest(gpu_interpreter.TestCase):
     self.assertTrue(self.races_found())
 
 
+def lower(*args, **fields):
+  """StableHLO for CUDA."""
+  call = jax.eval_shape(lambda: suite.make_call(0, *args, **fields))
+  call.update(layer=1, rotate=True)
+  traced = jax.jit(
+    pallas_gpu.keys_values, static_argnames=('layer', 'rotate')
+  ).trace(**call)
+  return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
+class LoweringTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((1, 512), 128, 4, None),
+    ((1, 2048), 256, 4, None),
+    ((32, 512), 64, 4, None),
+    ((1, 64), 128, 2, 512),
+    ((300, 10), 192, 12, 100),
+  )
+  def test_writes_in_place(self, of_events, width, heads, capacity):
+    text = lower(of_events, width, heads, capacity=capacity, ragged=True)
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+    self.assertEqual(text.count('output_operand_alias<'), 2)
+
+
+class KindTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1, 512, 128, 1),  # 8 tiles.
+    (1, 512, 256, 1),
+    (32, 512, 128, 2),
+    (32, 512, 256, 2),  # Shared memory.
+    (32, 512, 64, 1),  # There is but one.
+    (70, 64, 256, 2),
+    (20, 64, 256, 1),
+  )
+  def test_pieces_of_a_block(self, rows, events, width, pieces):
+    kind = pallas_gpu._Kind(rows, events, events, width, 32, True, False, True)
+    self.assertEqual(kind.per_block, pieces)
+    self.assertEqual(kind.groups * pieces * pallas_gpu.PIECE, width)
+
+
+class RefusalTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (((1, 8), 32, 2), {}, 'D a multiple of 64 up to 256 .* not D=32'),
+    (((1, 8), 512, 8), {}, 'not D=512 and H=64'),
+    (((1, 8), 128, 1), {}, 'H=128'),
+    (((1, 12), 64, 2), {}, 'L a multiple of 8 without start, not 12'),
+    (((1, 8), 64, 2), {'dtype': 'float32'}, 'takes bfloat16 weights'),
+  )
+  def test_sizes(self, args, fields, message):
+    with self.assertRaisesRegex(NotImplementedError, message):
+      lower(*args, **fields)
+
+
 if __name__ == '__main__':
   absltest.main()
