@@ -100,16 +100,20 @@ class EventTokens(nn.Module):
     self,
     item: Float[Array, 'B L F'],
     action: Float[Array, 'B L G'] | None,
+    *,
+    train: bool = False,
   ) -> Float[Array, 'B L D']:
     """Tokens of history events, `[B, L, D]`; `action` None: has no action."""
-    if self._in_one_product():
+    if self._in_one_product(train):
       return self._product('events', item, action)
     token = self.item(item)
     return token if action is None else token + self.action(action)
 
-  def candidates(self, item: Float[Array, 'B C F']) -> Float[Array, 'B C D']:
+  def candidates(
+    self, item: Float[Array, 'B C F'], *, train: bool = False
+  ) -> Float[Array, 'B C D']:
     """Tokens of candidates, `[B, C, D]`."""
-    if self._in_one_product():
+    if self._in_one_product(train):
       return self._product('candidates', item, None)
     undecided = self.undecided.astype(self.dtype)
     return self.item(item) + undecided[None, None, :]
@@ -135,9 +139,9 @@ class EventTokens(nn.Module):
       packed[name] = matrix.astype(dtype)
     return packed
 
-  def _in_one_product(self):
+  def _in_one_product(self, train):
     """Whether there is what `pack` makes, and a target that gains by it."""
-    if not self.has_variable('tower', 'events'):
+    if train or not self.has_variable('tower', 'events'):
       return False
     try:
       devices.check_hopper(dispatch.target_of())
@@ -146,7 +150,7 @@ class EventTokens(nn.Module):
     return True
 
   def _product(self, name, item, action):
-    matrix = self.get_variable('tower', name)
+    matrix: Array = self.get_variable('tower', name)
     parts = [item] if action is None else [item, action]
     width = sum(x.shape[-1] for x in parts)
     one = jnp.arange(len(matrix) - width) == 0

@@ -43,14 +43,12 @@ class _SharedHistory(base.Transformer):
     key_range = self._history_range(length, history.shape[1])
     x = self._place_events(history, length)
     if tower is not None:
-      cache = self._new_cache(history.shape, tower.query.dtype)
-      with_kernel = self._written(0, x, *cache, None, length)
-      if with_kernel is not None:
+      empty = self._new_cache(history.shape, tower.query.dtype)
+      cache = self._written(0, x, empty, None, length)
+      if cache is not None:
         if self.config.causal:
           position = key_range.stop - 1  # Of real events.
-        return self._follow(
-          tower, x, position, *with_kernel, key_range, None, length
-        )
+        return self._follow(tower, x, position, cache, key_range, None, length)
     x = self.token_dropout(x, deterministic=not train)
     keys, values = [], []
     for i, block in enumerate(self.blocks):
@@ -70,7 +68,7 @@ class _SharedHistory(base.Transformer):
     )  # fmt: skip
     return jax.lax.empty(cached, dtype), jax.lax.empty(cached, dtype)
 
-  def _written(self, layer, x, keys, values, start, count):
+  def _written(self, layer, x, cache, start, count):
     """The cache with a layer's events, as `ops.keys_values`; None: no kernel.
 
     Then `Block.keys_values` has to make what is written.
@@ -79,6 +77,7 @@ class _SharedHistory(base.Transformer):
     if config.candidate_tower not in (None, 'pallas_gpu'):
       return None
     weights: ops.KeyValueWeights = self.get_variable('tower', 'keys_values')
+    keys, values = cache
     try:
       return ops.keys_values(
         x,
@@ -94,21 +93,15 @@ class _SharedHistory(base.Transformer):
     except NotImplementedError:  # Not here, or not of these sizes.
       return None
 
-  def _follow(self, tower, x, position, keys, values, key_range, start, count):
+  def _follow(self, tower, x, position, cache, key_range, start, count):
     """The cache with all layers, of which the first is there; by kernels."""
     for i in range(1, len(self.blocks)):
+      key, value = (y[i - 1] for y in cache)
       x = self._layer(
-        i - 1,
-        tower,
-        x,
-        position,
-        keys[i - 1],
-        values[i - 1],
-        key_range,
-        count=count,
+        i - 1, tower, x, position, key, value, key_range, count=count
       )
-      keys, values = self._written(i, x, keys, values, start, count)
-    return keys, values
+      cache = self._written(i, x, cache, start, count)
+    return cache
 
   def _layer(
     self, i, tower, x, position, key, value, key_range, *, count=None,
@@ -189,12 +182,12 @@ class _SharedHistory(base.Transformer):
       # Once for all kernels, which move whole tiles.
       after = -events.shape[1] % EVENTS_OF_A_TILE
       padded = jnp.pad(events, [(0, 0), (0, after), (0, 0)])
-      cache = self._written(0, padded, keys, values, length, count)
+      cache = self._written(0, padded, (keys, values), length, count)
       if cache is not None:
         _, key_range = self._new_see(length, count, padded.shape[1])
         position = key_range.stop - 1  # Of real events.
         return self._follow(
-          tower, padded, position, *cache, key_range, length, count
+          tower, padded, position, cache, key_range, length, count
         )
     num_new, capacity = events.shape[1], keys.shape[2]
     position, key_range = self._new_see(length, count, num_new)
@@ -254,7 +247,10 @@ class AppendCross(_SharedHistory):
 
   @staticmethod
   def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
-    """The collection `tower`: all layers' weights, norms folded in."""
+    """The collection `tower`: all layers' weights for kernels, norms folded in.
+
+    `weights` for `ops.candidate_tower`, `keys_values` for `ops.keys_values`.
+    """
     return {
       'weights': tower_lib.pack_tower(params, dtype),
       'keys_values': tower_lib.pack_keys_values(params, dtype),

@@ -20,7 +20,7 @@ def _over_rows(
 ) -> Any:
   """The kernel, run by each device on the rows that it holds."""
   leaves, tree = jax.tree.flatten((weights, start, count))
-  axes = [None] * len(jax.tree.leaves(weights))
+  axes: list[int | None] = [None] * len(jax.tree.leaves(weights))
   axes += [0] * (len(leaves) - len(axes))
 
   def on_leaves(events, keys, values, *leaves):
