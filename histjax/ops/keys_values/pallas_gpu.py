@@ -13,10 +13,10 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import run_state
 from jaxtyping import Array, Float, Int
 
 from histjax.ops.candidate_tower import hopper
@@ -111,20 +111,22 @@ def keys_values(
     start is not None,
     count is not None,
   )
-  caches = [
-    jax.new_ref(x.reshape(shape[0] * num_rows, shape[2], width))
-    for x in (keys, values)
-  ]
-  _kernel(plgpu, kind)(
-    jnp.full((1,), layer, jnp.int32),
-    start,
-    count,
-    events,
-    weights.matrix,
-    weights.bias,
-    *caches,
-  )
-  keys, values = (jax.freeze(x).reshape(shape) for x in caches)
+  cached = (shape[0] * num_rows, shape[2], width)
+
+  def write(caches):
+    _kernel(plgpu, kind)(
+      jnp.full((1,), layer, jnp.int32),
+      start,
+      count,
+      events,
+      weights.matrix,
+      weights.bias,
+      *caches,
+    )
+
+  # Both are results and operands of the call, in one place.
+  caches = run_state(write)((keys.reshape(cached), values.reshape(cached)))
+  keys, values = (x.reshape(shape) for x in caches)
   return keys, values
 
 

@@ -91,6 +91,15 @@ class LoweringTest(parameterized.TestCase):
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
     self.assertEqual(text.count('output_operand_alias<'), 2)
 
+  def test_has_no_effects(self):
+    """With any it could not be partitioned over devices."""
+    call = jax.eval_shape(lambda: suite.make_call(0, (1, 64), 64, 4))
+    call.update(layer=1, rotate=True)
+    traced = jax.jit(
+      pallas_gpu.keys_values, static_argnames=('layer', 'rotate')
+    ).trace(**call)
+    self.assertEmpty(traced.jaxpr.effects)
+
 
 class KindTest(parameterized.TestCase):
   @parameterized.parameters(
