@@ -14,7 +14,7 @@ from histjax import key_range as ranges
 from histjax import ops
 from histjax.nn.fusion import base
 from histjax.nn.fusion import tower as tower_lib
-from histjax.ops import dispatch
+from histjax.ops import devices, dispatch
 
 EVENTS_OF_A_TILE = 64  # Of the Hopper kernels.
 
@@ -43,8 +43,7 @@ class _SharedHistory(base.Transformer):
     key_range = self._history_range(length, history.shape[1])
     x = self._place_events(history, length)
     if tower is not None:
-      empty = self._new_cache(history.shape, tower.query.dtype)
-      cache = self._written(0, x, empty, None, length)
+      cache = self._written(0, x, None, None, length)
       if cache is not None:
         if self.config.causal:
           position = key_range.stop - 1  # Of real events.
@@ -71,14 +70,16 @@ class _SharedHistory(base.Transformer):
   def _written(self, layer, x, cache, start, count):
     """The cache with a layer's events, as `ops.keys_values`; None: no kernel.
 
-    Then `Block.keys_values` has to make what is written.
+    Then `Block.keys_values` has to make what is written. Without a cache a new
+    one is made.
     """
     config = self.config
     if config.candidate_tower not in (None, 'pallas_gpu'):
       return None
     weights: ops.KeyValueWeights = self.get_variable('tower', 'keys_values')
-    keys, values = cache
     try:
+      devices.check_hopper(dispatch.target_of())
+      keys, values = cache or self._new_cache(x.shape, weights.matrix.dtype)
       return ops.keys_values(
         x,
         keys,
