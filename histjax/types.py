@@ -15,6 +15,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 Array: TypeAlias = Any
 """A `jax.Array` or `np.ndarray`: containers hold either."""
 
+STRUCTURES = ('any', 'prefix', 'causal', 'ascending')
+"""What `KeyRange.structure` may be."""
+
 
 class KeyRange(flax.struct.PyTreeNode):
   """The contiguous range of history keys that each query sees.
@@ -32,12 +35,14 @@ class KeyRange(flax.struct.PyTreeNode):
       'prefix': `start = 0` and `stop[b, q] = length[b]` for every q.
       'causal': `start = 0`; query `q < L` has `stop = min(q + 1, length[b])`,
       a query `q >= L` (a candidate) has `stop = length[b]`.
+      'ascending': `start = 0`; of two queries of a row the later one has no
+      smaller `stop`.
   """
 
   start: Int[Array, 'B Q']
   stop: Int[Array, 'B Q']
-  structure: Literal['any', 'prefix', 'causal'] = flax.struct.field(
-    pytree_node=False, default='any'
+  structure: Literal['any', 'prefix', 'causal', 'ascending'] = (
+    flax.struct.field(pytree_node=False, default='any')
   )
 
 

@@ -178,9 +178,9 @@ class Ranker(nn.Module):
         row whose history is bidirectional (checked only outside of jit).
     """
     self._check_visible(batch.candidates.visible, batch.history.length)
-    features, tokens = self._candidate_inputs(batch.candidates)
+    features, tokens = self._candidate_inputs(batch.candidates, train=train)
     readout = self.fusion(
-      self._event_tokens(batch.history),
+      self._event_tokens(batch.history, train=train),
       tokens,
       batch.history.length,
       batch.candidates.visible,
@@ -245,19 +245,19 @@ class Ranker(nn.Module):
     )
     return HistoryCache(keys, values, cache.length + events.length)
 
-  def _event_tokens(self, history: History):
+  def _event_tokens(self, history: History, *, train: bool = False):
     schema = self.config.schema
     item = self.tables(history.features, schema.item_features)
     action = None
     if schema.action:
       action = self.tables(history.features, schema.action)
-    return self.tokens.events(item, action)
+    return self.tokens.events(item, action, train=train)
 
-  def _candidate_inputs(self, candidates: Candidates):
+  def _candidate_inputs(self, candidates: Candidates, *, train: bool = False):
     features = self.tables(
       candidates.features, self.config.schema.item_features
     )
-    return features, self.tokens.candidates(features)
+    return features, self.tokens.candidates(features, train=train)
 
   def _user(self, context: Mapping[str, Array], num_rows: int):
     if not self.config.schema.context:  # The head wants at least a channel.
@@ -289,9 +289,10 @@ def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
   """What to score with besides the parameters: these, packed for kernels.
 
   With the collection `tower` a fusion that has one runs in
-  `ops.candidate_tower` in `__call__`, `encode` and `score`, and a bfloat16 head
-  in the kernel of `ops.interaction_head` where there is one; without it they
-  run layer by layer, as in training.
+  `ops.candidate_tower` in `__call__`, `encode`, `score` and `extend`. In
+  bfloat16, where there are such kernels, its keys and values come from
+  `ops.keys_values`, the head runs in `ops.interaction_head`, and a token is one
+  product. Without it all run layer by layer, as in training.
 
       model.apply({'params': params, **pack(config, params)}, batch)
 
@@ -307,6 +308,9 @@ def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     pack_fusion = fusion.FUSIONS[config.fusion].pack
     packed['fusion'] = pack_fusion(params['fusion'], config.dtype)
   if config.dtype == 'bfloat16':
+    packed['tokens'] = embedding.EventTokens.pack(
+      params['tokens'], config.dtype
+    )
     packed['head'] = interaction.InteractionHead.pack(
       config.interaction, params['head'], config.encoder.width, config.dtype
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from histjax import schema as schema_lib
+from histjax.ops import devices, dispatch
+
+CHANNELS = 16  # What the rows of a packed matrix are a multiple of.
 
 
 class EmbeddingTables(nn.Module):
@@ -96,15 +100,71 @@ class EventTokens(nn.Module):
     self,
     item: Float[Array, 'B L F'],
     action: Float[Array, 'B L G'] | None,
+    *,
+    train: bool = False,
   ) -> Float[Array, 'B L D']:
     """Tokens of history events, `[B, L, D]`; `action` None: has no action."""
+    if self._in_one_product(train):
+      return self._product('events', item, action)
     token = self.item(item)
     return token if action is None else token + self.action(action)
 
-  def candidates(self, item: Float[Array, 'B C F']) -> Float[Array, 'B C D']:
+  def candidates(
+    self, item: Float[Array, 'B C F'], *, train: bool = False
+  ) -> Float[Array, 'B C D']:
     """Tokens of candidates, `[B, C, D]`."""
+    if self._in_one_product(train):
+      return self._product('candidates', item, None)
     undecided = self.undecided.astype(self.dtype)
     return self.item(item) + undecided[None, None, :]
+
+  @staticmethod
+  def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Array]:
+    """The collection `tower`: tokens as one product, which GPUs launch once.
+
+    What is added to a token is a row of the matrix, for a channel that is 1.
+
+    Args:
+      params: of the module.
+      dtype: of the matrices.
+    """
+    item, bias = params['item']['kernel'], params['item']['bias']
+    packed = {}
+    for name, parts in (
+      ('events', (item, *_kernels(params.get('action')), bias[None])),
+      ('candidates', (item, (bias + params['undecided'])[None])),
+    ):
+      matrix = jnp.concatenate(parts)
+      matrix = jnp.pad(matrix, [(0, -len(matrix) % CHANNELS), (0, 0)])
+      packed[name] = matrix.astype(dtype)
+    return packed
+
+  def _in_one_product(self, train):
+    """Whether there is what `pack` makes, and a target that gains by it."""
+    if train or not self.has_variable('tower', 'events'):
+      return False
+    try:
+      devices.check_hopper(dispatch.target_of())
+    except NotImplementedError:
+      return False
+    return True
+
+  def _product(self, name, item, action):
+    matrix: Array = self.get_variable('tower', name)
+    parts = [item] if action is None else [item, action]
+    width = sum(x.shape[-1] for x in parts)
+    one = jnp.arange(len(matrix) - width) == 0
+    one = jnp.broadcast_to(one.astype(self.dtype), (*item.shape[:2], len(one)))
+    token = jnp.matmul(
+      jnp.concatenate([*parts, one], axis=-1),
+      matrix,
+      preferred_element_type=jnp.float32,
+    )
+    return token.astype(self.dtype)
+
+
+def _kernels(params: Mapping[str, Array] | None) -> list[Array]:
+  return [] if params is None else [params['kernel']]
 
 
 def recency(

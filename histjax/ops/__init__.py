@@ -13,10 +13,13 @@ from histjax.ops.history_attention.api import (
 )
 from histjax.ops.interaction_head.api import interaction_head
 from histjax.ops.interaction_head.weights import HeadShape, HeadWeights
+from histjax.ops.keys_values.api import keys_values
+from histjax.ops.keys_values.reference import KeyValueWeights
 
 __all__ = [
   'HeadShape',
   'HeadWeights',
+  'KeyValueWeights',
   'TowerWeights',
   'candidate_tower',
   'candidate_tower_backend',
@@ -24,5 +27,6 @@ __all__ = [
   'history_attention',
   'history_attention_backend',
   'interaction_head',
+  'keys_values',
   'target_platform',
 ]

@@ -29,7 +29,7 @@ class Backend(NamedTuple):
     suits: whether to pick it unasked for these arguments.
   """
 
-  call: Callable[..., jax.Array]
+  call: Callable[..., Any]
   check_target: Callable[[devices.Target], None]
   suits: Callable[..., bool] = lambda *args, **kwargs: True
 
@@ -145,7 +145,7 @@ def run(
   target: devices.Target,
   *args: Any,
   **kwargs: Any,
-) -> tuple[str, jax.Array]:
+) -> tuple[str, Any]:
   """Runs the named backend, or the first that can; returns its name too.
 
   Within, `target_of` gives `target`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -13,7 +14,9 @@ from histjax import key_range as ranges
 from histjax import ops
 from histjax.nn.fusion import base
 from histjax.nn.fusion import tower as tower_lib
-from histjax.ops import dispatch
+from histjax.ops import devices, dispatch
+
+EVENTS_OF_A_TILE = 64  # Of the Hopper kernels.
 
 
 class _SharedHistory(base.Transformer):
@@ -39,6 +42,12 @@ class _SharedHistory(base.Transformer):
     position = base.ordinals(history.shape)
     key_range = self._history_range(length, history.shape[1])
     x = self._place_events(history, length)
+    if tower is not None:
+      cache = self._written(0, x, None, None, length)
+      if cache is not None:
+        if self.config.causal:
+          position = key_range.stop - 1  # Of real events.
+        return self._follow(tower, x, position, cache, key_range, None, length)
     x = self.token_dropout(x, deterministic=not train)
     keys, values = [], []
     for i, block in enumerate(self.blocks):
@@ -50,9 +59,55 @@ class _SharedHistory(base.Transformer):
       x = self._layer(i, tower, x, position, key, value, key_range, train=train)
     return jnp.stack(keys), jnp.stack(values)
 
+  def _new_cache(self, shape, dtype):
+    """A cache for events `[B, L, D]` that holds nothing yet."""
+    config = self.config
+    cached = (
+      config.num_layers, *shape[:2], config.num_heads, config.head_dim
+    )  # fmt: skip
+    return jax.lax.empty(cached, dtype), jax.lax.empty(cached, dtype)
+
+  def _written(self, layer, x, cache, start, count):
+    """The cache with a layer's events, as `ops.keys_values`; None: no kernel.
+
+    Then `Block.keys_values` has to make what is written. Without a cache a new
+    one is made.
+    """
+    config = self.config
+    if config.candidate_tower not in (None, 'pallas_gpu'):
+      return None
+    weights: ops.KeyValueWeights = self.get_variable('tower', 'keys_values')
+    try:
+      devices.check_hopper(dispatch.target_of())
+      keys, values = cache or self._new_cache(x.shape, weights.matrix.dtype)
+      return ops.keys_values(
+        x,
+        keys,
+        values,
+        weights,
+        layer=layer,
+        rotate=config.positions == 'rotary',
+        start=start,
+        count=count,
+        implementation='pallas_gpu',
+      )
+    except NotImplementedError:  # Not here, or not of these sizes.
+      return None
+
+  def _follow(self, tower, x, position, cache, key_range, start, count):
+    """The cache with all layers, of which the first is there; by kernels."""
+    for i in range(1, len(self.blocks)):
+      key, value = (y[i - 1] for y in cache)
+      x = self._layer(
+        i - 1, tower, x, position, key, value, key_range, count=count
+      )
+      cache = self._written(i, x, cache, start, count)
+    return cache
+
   def _layer(
-    self, i, tower, x, position, key, value, key_range, *, train=False
-  ):
+    self, i, tower, x, position, key, value, key_range, *, count=None,
+    train=False,
+  ):  # fmt: skip
     """Events after layer `i`, by the tower's kernel if it is not None."""
     if tower is None:
       return self.blocks[i](x, position, key, value, key_range, train=train)
@@ -63,6 +118,7 @@ class _SharedHistory(base.Transformer):
       value[None],
       key_range,
       tower.layer(i),
+      count=count,
       final_norm=False,
     )
 
@@ -122,25 +178,44 @@ class _SharedHistory(base.Transformer):
     positions relative, which the caller sees to, as to the capacity: an event
     past L is dropped.
     """
+    tower = self._packed(history=True)
+    if tower is not None:
+      # Once for all kernels, which move whole tiles.
+      after = -events.shape[1] % EVENTS_OF_A_TILE
+      padded = jnp.pad(events, [(0, 0), (0, after), (0, 0)])
+      cache = self._written(0, padded, (keys, values), length, count)
+      if cache is not None:
+        _, key_range = self._new_see(length, count, padded.shape[1])
+        position = key_range.stop - 1  # Of real events.
+        return self._follow(
+          tower, padded, position, cache, key_range, length, count
+        )
     num_new, capacity = events.shape[1], keys.shape[2]
+    position, key_range = self._new_see(length, count, num_new)
     offset = jnp.arange(num_new, dtype=jnp.int32)[None, :]
-    position = length[:, None] + offset  # [B, E]
     slot = jnp.where(offset < count[:, None], position, capacity)
     row = jnp.arange(events.shape[0], dtype=jnp.int32)[:, None]
-    key_range = ranges.candidate_range(
-      jnp.minimum(position, (length + count)[:, None] - 1) + 1,
-      window=self.config.window,
-    )
-    tower = self._packed(history=True)
     x = events
     for i, block in enumerate(self.blocks):
       key, value = block.keys_values(x, position)
       # One scatter into all layers: a donated cache is not copied.
-      keys = _written(keys, i, row, slot, key)
-      values = _written(values, i, row, slot, value)
+      keys = _scattered(keys, i, row, slot, key)
+      values = _scattered(values, i, row, slot, value)
       if i + 1 < len(self.blocks):
         x = self._layer(i, tower, x, position, keys[i], values[i], key_range)
     return keys, values
+
+  def _new_see(self, length, count, num_new):
+    """The positions of new events and their key ranges, `[B, E]`."""
+    offset = jnp.arange(num_new, dtype=jnp.int32)[None, :]
+    position = length[:, None] + offset
+    key_range = ranges.candidate_range(
+      jnp.minimum(position, (length + count)[:, None] - 1) + 1,
+      window=self.config.window,
+    )
+    if self.config.window is None:
+      key_range = key_range.replace(structure='ascending')
+    return position, key_range
 
   def _candidates_see(self, length, visible, num_candidates):
     """The candidates' key ranges and their positions, behind what they see."""
@@ -151,7 +226,7 @@ class _SharedHistory(base.Transformer):
     return key_range, position
 
 
-def _written(cached, layer, row, slot, new):
+def _scattered(cached, layer, row, slot, new):
   """The cache with a layer's new events; a slot outside of it is dropped."""
   return cached.at[layer, row, slot].set(
     new, mode='drop', wrap_negative_indices=False
@@ -173,8 +248,14 @@ class AppendCross(_SharedHistory):
 
   @staticmethod
   def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
-    """The collection `tower`: all layers' weights, norms folded in."""
-    return {'weights': tower_lib.pack_tower(params, dtype)}
+    """The collection `tower`: all layers' weights for kernels, norms folded in.
+
+    `weights` for `ops.candidate_tower`, `keys_values` for `ops.keys_values`.
+    """
+    return {
+      'weights': tower_lib.pack_tower(params, dtype),
+      'keys_values': tower_lib.pack_keys_values(params, dtype),
+    }
 
   def __call__(
     self,

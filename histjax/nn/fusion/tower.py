@@ -1,4 +1,4 @@
-"""The parameters of `AppendCross`, packed for the kernel of all its layers."""
+"""The parameters of `AppendCross`, packed for its kernels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def pack_tower(params: Mapping[str, Any], dtype: DTypeLike) -> ops.TowerWeights:
     params: its parameters: `blocks_0`, `blocks_1`, .., `final_norm`.
     dtype: of the matrices, the type that candidates are computed in.
   """
-  num_layers = sum(name.startswith('blocks_') for name in params)
-  layers = [_pack_block(params[f'blocks_{i}']) for i in range(num_layers)]
+  layers = [
+    _pack_block(params[f'blocks_{i}']) for i in range(_num_layers(params))
+  ]
   *matrices, bias = (jnp.stack(x) for x in zip(*layers, strict=True))
   query, output, mlp_in, mlp_out = (x.astype(dtype) for x in matrices)
   return ops.TowerWeights(
@@ -34,18 +35,48 @@ def pack_tower(params: Mapping[str, Any], dtype: DTypeLike) -> ops.TowerWeights:
   )
 
 
+def pack_keys_values(
+  params: Mapping[str, Any], dtype: DTypeLike
+) -> ops.KeyValueWeights:
+  """The key and value weights of its blocks for `ops.keys_values`.
+
+  Args:
+    params: as of `pack_tower`.
+    dtype: of the matrices.
+  """
+  matrices, biases = [], []
+  for i in range(_num_layers(params)):
+    block = _in_float32(params[f'blocks_{i}'])
+    kernels = [block[name]['kernel'] for name in ('key', 'value')]
+    matrix, bias = _fold(
+      block['attention_norm'], jnp.concatenate(kernels, axis=1)
+    )
+    matrices.append(matrix)
+    biases.append(bias)
+  return ops.KeyValueWeights(
+    matrix=jnp.stack(matrices).astype(dtype), bias=jnp.stack(biases)
+  )
+
+
+def _num_layers(params):
+  return sum(name.startswith('blocks_') for name in params)
+
+
+def _in_float32(block):
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), block)
+
+
+def _fold(norm, kernel):
+  """The matrix and the bias of a norm and the product behind it."""
+  shift = jnp.matmul(norm['bias'], kernel, precision=jax.lax.Precision.HIGHEST)
+  return norm['scale'][:, None] * kernel, shift
+
+
 def _pack_block(block):
   """float32 query, output, mlp_in, mlp_out, and their biases in one vector."""
-  block = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), block)
-
-  def fold(norm, kernel):
-    shift = jnp.matmul(
-      norm['bias'], kernel, precision=jax.lax.Precision.HIGHEST
-    )
-    return norm['scale'][:, None] * kernel, shift
-
-  query, query_bias = fold(block['attention_norm'], block['query']['kernel'])
-  mlp_in, in_bias = fold(block['mlp_norm'], block['mlp_in']['kernel'])
+  block = _in_float32(block)
+  query, query_bias = _fold(block['attention_norm'], block['query']['kernel'])
+  mlp_in, in_bias = _fold(block['mlp_norm'], block['mlp_in']['kernel'])
   bias = jnp.concatenate(
     [
       query_bias,

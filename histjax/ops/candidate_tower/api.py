@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax.ops import devices, dispatch, partition
 from histjax.ops.candidate_tower import hopper, numba_cpu, reference, xla
-from histjax.types import KeyRange
+from histjax.types import STRUCTURES, KeyRange
 
 
 def _over_rows(
@@ -266,10 +266,10 @@ def _check(call: _Call, num_heads, implementation):
       _check_array(name, x, '[B, C]', (num_rows, num_candidates), jnp.int32)
   if call.count is not None:
     _check_array('count', call.count, '[B]', (num_rows,), jnp.int32)
-  if call.key_range.structure not in ('any', 'prefix', 'causal'):
+  if call.key_range.structure not in STRUCTURES:
     raise ValueError(
       f'key_range.structure={call.key_range.structure!r} is unknown; use '
-      "'prefix' or 'causal' where that is true, else 'any'"
+      f"one of {STRUCTURES} that is true; 'any' always is"
     )
 
 

@@ -401,10 +401,15 @@ def candidate_tower(
   x = pad(candidates, padded if whole else copied)
   place = start if position is None else position
   place = pad(place, padded, 'edge')
-  prefix = key_range.structure == 'prefix'
+  structure = key_range.structure
+  prefix = structure == 'prefix'
   few = num_rows * num_blocks <= MULTIPROCESSORS  # Any order is as good.
+  meta = None
+  # The kernel may know all of it from `stop` and `count`.
   if prefix and (few or count is None):
-    meta = start = None  # The kernel knows all of it from `stop` and `count`.
+    start = None
+  elif structure != 'any' and few:
+    start, stop = None, pad(stop, padded, 'edge')
   else:
     start, stop = jnp.maximum(start, 0), jnp.minimum(stop, num_keys)
     start, stop = pad(start, padded, 'edge'), pad(stop, padded, 'edge')
@@ -416,6 +421,7 @@ def candidate_tower(
     plan,
     x.shape,
     (num_blocks, num_candidates, num_keys),
+    prefix,
     position is not None,
     count is not None,
     final_norm,
@@ -516,7 +522,7 @@ def _blocks(start, stop, count, rows, prefix, sort):
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
+def _kernel(plgpu, plan, x_shape, sizes, prefix, rotate, ragged, final_norm):
   """Builds the call for static shapes."""
   num_blocks = sizes[0]
   config = plan.config
@@ -588,6 +594,7 @@ def _kernel(plgpu, plan, x_shape, sizes, rotate, ragged, final_norm):
     plgpu=plgpu,
     plan=plan,
     sizes=sizes,
+    prefix=prefix,
     rotate=rotate,
     ragged=ragged,
     final_norm=final_norm,
@@ -618,18 +625,18 @@ def _body(
   meta_ref, count_ref, start_ref, stop_ref, place_ref, x_ref, k_ref, v_ref,
   wq_ref, wo_ref, w1_ref, w2_ref, bias_ref, scale_ref, shift_ref,
   out_ref, park_ref,
-  *, plgpu, plan, sizes, rotate, ragged, final_norm, **scratch,
+  *, plgpu, plan, sizes, prefix, rotate, ragged, final_norm, **scratch,
 ):  # fmt: skip
   """One block: a warpgroup for each worker of each tile, and one that loads."""
   config = plan.config
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
   part = lax.axis_index('part') if config.blocks > 1 else jnp.int32(0)
+  num_blocks, num_candidates, num_keys = sizes
   if meta_ref is not None:
     row, first, seen_from, seen_to, all_from, all_to, live, place = (
       meta_ref[block, i] for i in range(META)
     )
   else:
-    num_blocks, num_candidates, num_keys = sizes
     rows = config.tiles * ROWS
     row = lax.div(block, jnp.int32(num_blocks))
     first = lax.rem(block, jnp.int32(num_blocks)) * rows
@@ -637,8 +644,11 @@ def _body(
     if ragged:
       live = jnp.clip(count_ref[row] - first, 0, rows)
     seen_from = all_from = jnp.int32(0)
-    length = stop_ref[row * num_candidates]
-    seen_to = all_to = jnp.clip(length, 0, num_keys)
+    if prefix:
+      all_to = seen_to = stop_ref[row * num_candidates]
+    else:  # They ascend.
+      all_to, seen_to = stop_ref[place], stop_ref[place + rows - 1]
+    all_to, seen_to = (jnp.clip(i, 0, num_keys) for i in (all_to, seen_to))
   context = _Context(
     plgpu=plgpu,
     plan=plan,
@@ -699,13 +709,16 @@ def _body(
       def column(ref):
         return plgpu.load(ref.at[at], layout=layout, optimized=False)
 
-      if meta_ref is None:
-        start, stop = (
-          plgpu.layout_cast(lax.broadcast(i, (ROWS,)), layout)
-          for i in (seen_from, lax.optimization_barrier(seen_to))
-        )
+      def same(i):
+        return plgpu.layout_cast(lax.broadcast(i, (ROWS,)), layout)
+
+      start = same(seen_from) if meta_ref is None else column(start_ref)
+      if meta_ref is None and prefix:
+        stop = same(lax.optimization_barrier(seen_to))
       else:
-        start, stop = column(start_ref), column(stop_ref)
+        stop = column(stop_ref)
+        if meta_ref is None:
+          stop = jnp.minimum(stop, num_keys)
       x = _Worker(
         context,
         tile=tile,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from histjax.ops import devices, dispatch
 from histjax.ops.history_attention import cudnn, reference, xla
-from histjax.types import KeyRange
+from histjax.types import STRUCTURES, KeyRange
 
 
 def _lazy(name: str):
@@ -181,10 +181,10 @@ def _check(query, key, value, key_range, implementation):
         f'key_range.{name} is {x.dtype} {x.shape}; with query {query.shape} '
         f'it must be int32 [B, Q] = {(num_rows, num_queries)}'
       )
-  if key_range.structure not in ('any', 'prefix', 'causal'):
+  if key_range.structure not in STRUCTURES:
     raise ValueError(
       f'key_range.structure={key_range.structure!r} is unknown; use '
-      "'prefix' or 'causal' where that is true, else 'any'"
+      f"one of {STRUCTURES} that is true; 'any' always is"
     )
 
 

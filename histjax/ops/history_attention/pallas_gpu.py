@@ -167,7 +167,7 @@ def config(
   """A good choice on an H100 or H200 by `[B, Q, N, H]`, from measurements."""
   num_rows, num_queries, num_heads, head_dim = query_shape
   tiles = num_rows * num_heads * pl.cdiv(num_queries, 2 * _ROWS)
-  if structure == 'any':
+  if structure in ('any', 'ascending'):
     # Ranges may be narrow, so that a large block would be mostly hidden.
     # An overlap would take the registers of a fourth warpgroup at 32.
     d_key = Backward(1, 64, overlap=head_dim > 32)
@@ -197,7 +197,7 @@ class _Call(NamedTuple):
   @property
   def ranged(self) -> bool:
     """Whether each query has a range of its own, which must be read."""
-    return self.structure == 'any'
+    return self.structure in ('any', 'ascending')
 
 
 class _Bounds(NamedTuple):
@@ -663,7 +663,7 @@ def _d_key_value(call, query, key, value, start, stop, log_total, delta, d_out):
       stop_smem=None if call.structure == 'prefix' else indices,
       k_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
       q_ready=plgpu.Barrier(
-        num_arrivals={'prefix': 2, 'causal': 3, 'any': 4}[call.structure],
+        num_arrivals={'prefix': 2, 'causal': 3}.get(call.structure, 4),
         num_barriers=stages,
       ),
       d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),

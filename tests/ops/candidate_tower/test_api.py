@@ -69,7 +69,7 @@ class ValidationTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'start': np.zeros((2, 4), np.int32)}, r'start is int32 \(2, 4\)'),
     ({'stop': np.zeros((2, 3), np.int64)}, r'key_range.stop is int64'),
-    ({'structure': 'all'}, r"structure='all' is unknown; use 'prefix'"),
+    ({'structure': 'all'}, r"structure='all' is unknown; use one of"),
   )
   def test_key_range(self, change, message):
     fields = arguments()

@@ -63,12 +63,18 @@ class _Interpreted(gpu_interpreter.TestCase):
     ):
       self.enter_context(mock.patch.object(module, name, value))
 
-  def check(self, shape, config, *, causal=False, **fields):
+  def check(self, shape, config, *, causal=False, ascending=False, **fields):
     fields = {'num_layers': 3, 'mlp_width': 256, **fields}
     call = suite.make_call(0, shape, dtype='bfloat16', **fields)
     if causal:  # As a history is read.
       seen = np.arange(1, shape[1] + 1, dtype=np.int32)[None]
       call = call.replace(stop=np.minimum(call.stop, seen), structure='causal')
+    if ascending:  # As new events are; some beyond the end of the keys.
+      call = call.replace(
+        start=np.zeros_like(call.start),
+        stop=np.sort(call.stop, axis=1),
+        structure='ascending',
+      )
     suite.assert_equals_oracle(
       lambda call: np.asarray(tower(call, config)),
       suite.poisoned(call, np.nan),
@@ -97,6 +103,17 @@ class InterpretedTest(_Interpreted):
   def test_residual_stream(self):
     self.check(
       (2, 70, 70, 4, 32), LOADER, num_layers=1, residual=True, ragged=True
+    )
+
+  @pytest.mark.slow
+  def test_ascending(self):
+    self.check(
+      (2, 150, 90, 4, 32),
+      LOADER,
+      ascending=True,
+      num_layers=1,
+      residual=True,
+      ragged=True,
     )
 
   @pytest.mark.slow

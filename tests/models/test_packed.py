@@ -1,0 +1,130 @@
+"""A ranker that reads histories with packed weights, in kernels.
+
+These are played by the operations' references.
+"""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from histjax import ops
+from histjax.models import ranker
+from histjax.ops import dispatch
+from histjax.ops.candidate_tower import api as tower_api
+from histjax.ops.candidate_tower import reference as tower_reference
+from histjax.ops.keys_values import api, reference
+from histjax.types import History
+from tests import support
+
+ROWS, EVENTS, NEW = 3, 24, 5
+ENCODERS = {
+  'causal': {},
+  'window': {'window': 3},
+  'bidirectional': {'causal': False},
+  'recency': {'causal': False, 'positions': 'recency', 'num_recency': 4},
+}
+
+
+@functools.cache
+def make(encoder):
+  """A model, its variables without and with packed weights, and a batch."""
+  config = support.config(dtype='bfloat16')
+  config = dataclasses.replace(
+    config, encoder=dataclasses.replace(config.encoder, **ENCODERS[encoder])
+  )
+  _, params = support.init(config)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + rng.normal(scale=0.1, size=x.shape).astype(x.dtype), params
+  )
+  packed = {'params': params, **ranker.pack(config, params)}
+  batch = support.batch(rng, ROWS, EVENTS, 4)
+  return ranker.Ranker(config), {'params': params}, packed, batch
+
+
+class PackedTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    for module, call in (
+      (api, reference.keys_values),
+      (tower_api, tower_reference.candidate_tower),
+    ):
+      kernel = dispatch.Backend(call, dispatch.any_target)
+      self.enter_context(
+        mock.patch.dict(module._BACKENDS, {'pallas_gpu': kernel})
+      )
+
+  def run_packed(self, model, variables, *args, method):
+    """On the target that has the kernels."""
+    with (
+      ops.target_platform('cuda', compute_capability='9.0'),
+      dispatch.record() as used,
+    ):
+      out = model.apply(variables, *args, method=method)
+    self.assertEqual(used['keys_values'], {'pallas_gpu'})
+    return out
+
+  def assert_near(self, found, expected, real):
+    """Compares real events; all else must be finite."""
+    for x, y in zip(
+      (found.keys, found.values), (expected.keys, expected.values), strict=True
+    ):
+      x, y = (np.asarray(z.astype(jnp.float32)) for z in (x, y))
+      self.assertTrue(np.isfinite(x).all())
+      real = np.broadcast_to(real, x.shape[:3])
+      # Values of order 1, rounded to 8 bits a dozen times in two layers.
+      np.testing.assert_allclose(x[real], y[real], rtol=0.05, atol=0.05)
+    np.testing.assert_array_equal(found.length, expected.length)
+
+  @parameterized.parameters(*ENCODERS)
+  def test_encode(self, encoder):
+    model, params, packed, batch = make(encoder)
+    found = self.run_packed(model, packed, batch.history, method='encode')
+    expected = model.apply(params, batch.history, method='encode')
+    real = np.arange(EVENTS) < np.asarray(batch.history.length)[:, None]
+    self.assert_near(found, expected, real)
+
+  @parameterized.parameters('causal', 'window')
+  def test_extend(self, encoder):
+    model, params, packed, batch = make(encoder)
+    events = batch.history
+    cache = model.apply(params, events, method='encode')
+    length = np.array([0, EVENTS - 2, 7], np.int32)  # One is full after it.
+    cache = cache.replace(length=length)
+    count = np.array([NEW, 4, 0], np.int32)
+    new = History({k: v[:, :NEW] for k, v in events.features.items()}, count)
+    found = self.run_packed(model, packed, cache, new, method='extend')
+    expected = model.apply(params, cache, new, method='extend')
+    slot = np.arange(EVENTS)[None]
+    self.assert_near(found, expected, np.ones((ROWS, EVENTS), bool))
+    old = (slot < length[:, None]) | (slot >= (length + count)[:, None])
+    np.testing.assert_array_equal(
+      np.asarray(found.keys)[:, old], np.asarray(cache.keys)[:, old]
+    )
+
+  def test_another_tower_has_no_kernel(self):
+    model, _, packed, batch = make('causal')
+    config = dataclasses.replace(
+      model.config,
+      encoder=dataclasses.replace(model.config.encoder, candidate_tower='xla'),
+    )
+    with (
+      ops.target_platform('cuda', compute_capability='9.0'),
+      dispatch.record() as used,
+    ):
+      jax.eval_shape(
+        lambda history: ranker.Ranker(config).apply(
+          packed, history, method='encode'
+        ),
+        batch.history,
+      )
+    self.assertNotIn('keys_values', used)
+
+
+if __name__ == '__main__':
+  absltest.main()

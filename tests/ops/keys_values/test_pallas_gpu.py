@@ -1,0 +1,134 @@
+"""The Hopper kernel without a GPU: interpreted on the CPU, and lowered.
+
+The interpreter looks for races.
+"""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+from histjax.ops.candidate_tower import hopper
+from histjax.ops.keys_values import pallas_gpu
+from tests.ops import gpu_interpreter
+from tests.ops.keys_values import suite
+
+
+class InterpretedTest(gpu_interpreter.TestCase):
+  module = pallas_gpu
+
+  def setUp(self):
+    super().setUp()
+    self.enter_context(
+      mock.patch.object(hopper, 'mosaic_gpu', lambda: self.plgpu)
+    )
+
+  def check(self, *args, many=False, start=None, count=None, **fields):
+    """`many`: all the pieces that fit are in one block."""
+    call = suite.make_call(0, *args, **fields)
+    for name, x in (('start', start), ('count', count)):
+      if x is not None:
+        call[name] = jnp.array(x, jnp.int32)
+    with mock.patch.object(pallas_gpu, 'MULTIPROCESSORS', 1 if many else 132):
+      found = jax.block_until_ready(pallas_gpu.keys_values(**call))
+    suite.assert_equals_reference(found, call)
+    self.assertFalse(self.races_found())
+
+  def test_history(self):
+    self.check((2, 72), 128, 4)
+
+  def test_events_without_meaning_are_zeros(self):
+    call = suite.make_call(0, (2, 136), 64, 4, ragged=True)
+    call['count'] = jnp.array([3, 70], jnp.int32)
+    found = pallas_gpu.keys_values(**call)
+    suite.assert_equals_reference(found, call)
+    for x in found:
+      x = np.asarray(x.astype(jnp.float32))[call['layer']]
+      self.assertTrue(x[0, :64].all())
+      np.testing.assert_array_equal(x[0, 64:], 0)
+      np.testing.assert_array_equal(x[1, 128:], 0)
+
+  def test_new_events(self):
+    """Some of them behind the end of the cache."""
+    self.check((3, 10), 64, 2, capacity=21, start=(4, 0, 19), count=(10, 3, 5))
+
+  @pytest.mark.slow
+  def test_many(self):
+    self.check((2, 128), 256, 4, ragged=True, many=True, stream='bfloat16')
+    self.check((2, 70), 128, 2, capacity=99, many=True, rotate=False)
+
+  @parameterized.parameters('commit_smem', 'barrier_wait')
+  def test_the_test(self, name):
+    call = suite.make_call(0, (1, 8), 64, 4)
+    with mock.patch.object(self.plgpu, name, lambda *n: None):
+      jax.block_until_ready(pallas_gpu.keys_values(**call))
+    self.assertTrue(self.races_found())
+
+
+def lower(*args, **fields):
+  """StableHLO for CUDA."""
+  call = jax.eval_shape(lambda: suite.make_call(0, *args, **fields))
+  call.update(layer=1, rotate=True)
+  traced = jax.jit(
+    pallas_gpu.keys_values, static_argnames=('layer', 'rotate')
+  ).trace(**call)
+  return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
+class LoweringTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((1, 512), 128, 4, None),
+    ((1, 2048), 256, 4, None),
+    ((32, 512), 64, 4, None),
+    ((1, 64), 128, 2, 512),
+    ((300, 10), 192, 12, 100),
+  )
+  def test_writes_in_place(self, of_events, width, heads, capacity):
+    text = lower(of_events, width, heads, capacity=capacity, ragged=True)
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+    self.assertEqual(text.count('output_operand_alias<'), 2)
+
+  def test_has_no_effects(self):
+    """With any it could not be partitioned over devices."""
+    call = jax.eval_shape(lambda: suite.make_call(0, (1, 64), 64, 4))
+    call.update(layer=1, rotate=True)
+    traced = jax.jit(
+      pallas_gpu.keys_values, static_argnames=('layer', 'rotate')
+    ).trace(**call)
+    self.assertEmpty(traced.jaxpr.effects)
+
+
+class KindTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1, 512, 128, 1),  # 8 tiles.
+    (1, 512, 256, 1),
+    (32, 512, 128, 2),
+    (32, 512, 256, 2),  # Shared memory.
+    (32, 512, 64, 1),  # There is but one.
+    (70, 64, 256, 2),
+    (20, 64, 256, 1),
+  )
+  def test_pieces_of_a_block(self, rows, events, width, pieces):
+    kind = pallas_gpu._Kind(rows, events, events, width, 32, True, False, True)
+    self.assertEqual(kind.per_block, pieces)
+    self.assertEqual(kind.groups * pieces * pallas_gpu.PIECE, width)
+
+
+class RefusalTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (((1, 8), 32, 2), {}, 'D a multiple of 64 up to 256 .* not D=32'),
+    (((1, 8), 512, 8), {}, 'not D=512 and H=64'),
+    (((1, 8), 128, 1), {}, 'H=128'),
+    (((1, 12), 64, 2), {}, 'L a multiple of 8 without start, not 12'),
+    (((1, 8), 64, 2), {'dtype': 'float32'}, 'takes bfloat16 weights'),
+  )
+  def test_sizes(self, args, fields, message):
+    with self.assertRaisesRegex(NotImplementedError, message):
+      lower(*args, **fields)
+
+
+if __name__ == '__main__':
+  absltest.main()
