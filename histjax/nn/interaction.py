@@ -29,6 +29,8 @@ class InteractionConfig:
     cross_rank: rank of their matrices, `W = U V`.
     mlp_widths: hidden channels of the MLP.
     dropout: probability, after each hidden layer of the MLP.
+    implementation: that of `ops.interaction_head`, which scores; 'xla': layer
+      by layer, as in training; None: the kernel where there is one.
   """
 
   kind: Literal['dcn_v2', 'mlp'] = 'dcn_v2'
@@ -36,6 +38,7 @@ class InteractionConfig:
   cross_rank: int = 64
   mlp_widths: tuple[int, ...] = (128, 64)
   dropout: float = 0.0
+  implementation: Literal['pallas_gpu', 'xla'] | None = None
 
   def __post_init__(self):
     if self.kind not in ('dcn_v2', 'mlp'):
@@ -54,6 +57,11 @@ class InteractionConfig:
       )
     if not 0 <= self.dropout < 1:
       raise ValueError(f'interaction.dropout={self.dropout} must be in [0, 1)')
+    if self.implementation not in (None, 'pallas_gpu', 'xla'):
+      raise ValueError(
+        f'interaction.implementation={self.implementation!r} must be '
+        "'pallas_gpu', 'xla' or None"
+      )
 
 
 class InteractionHead(nn.Module):
@@ -138,7 +146,7 @@ class InteractionHead(nn.Module):
     """`__call__` for the candidates `[features ; readout]`.
 
     In the kernel of `ops.interaction_head`, if the collection `tower` has the
-    packed parameters and the target such a kernel.
+    packed parameters, the target such a kernel, and the config names no other.
 
     Args:
       user: `[B, U]`.
@@ -146,8 +154,14 @@ class InteractionHead(nn.Module):
       readout: `[B, C, D]`.
       count: int32 `[B]`; logits of candidates from there on mean nothing.
       train: whether dropout is on.
+
+    Raises:
+      NotImplementedError: the config names the kernel, and the target or these
+        sizes have none.
     """
-    if self.has_variable('tower', 'weights') and not train:
+    named = self.config.implementation
+    packed = self.has_variable('tower', 'weights') and not train
+    if packed and named != 'xla':
       try:
         return ops.interaction_head(
           user.astype(self.dtype),
@@ -158,7 +172,8 @@ class InteractionHead(nn.Module):
           implementation='pallas_gpu',
         )
       except NotImplementedError:  # Not here, or not of these sizes.
-        pass
+        if named is not None:
+          raise
     candidate = jnp.concatenate([features, readout], axis=-1)
     return self(self.user_half(user), candidate, train=train)
 

@@ -31,7 +31,10 @@ def fingerprint(config: RankerConfig, params: Mapping[str, Any]) -> str:
   encoder = dataclasses.replace(
     config.encoder, attention=None, candidate_tower=None
   )
-  described = dicts.to_dict(dataclasses.replace(config, encoder=encoder))
+  interaction = dataclasses.replace(config.interaction, implementation=None)
+  described = dicts.to_dict(
+    dataclasses.replace(config, encoder=encoder, interaction=interaction)
+  )
   digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):

@@ -5,6 +5,7 @@ These are played by the operations' references.
 
 import dataclasses
 import functools
+import functools
 from unittest import mock
 
 import jax
@@ -14,9 +15,11 @@ from absl.testing import absltest, parameterized
 
 from histjax import ops
 from histjax.models import ranker
-from histjax.ops import dispatch
+from histjax.ops import devices, dispatch
 from histjax.ops.candidate_tower import api as tower_api
 from histjax.ops.candidate_tower import reference as tower_reference
+from histjax.ops.interaction_head import api as head_api
+from histjax.ops.interaction_head import reference as head_reference
 from histjax.ops.keys_values import api, reference
 from histjax.types import History
 from tests import support
@@ -53,8 +56,9 @@ class PackedTest(parameterized.TestCase):
     for module, call in (
       (api, reference.keys_values),
       (tower_api, tower_reference.candidate_tower),
+      (head_api, head_reference.interaction_head),
     ):
-      kernel = dispatch.Backend(call, dispatch.any_target)
+      kernel = dispatch.Backend(call, devices.check_hopper)
       self.enter_context(
         mock.patch.dict(module._BACKENDS, {'pallas_gpu': kernel})
       )
@@ -124,6 +128,33 @@ class PackedTest(parameterized.TestCase):
         batch.history,
       )
     self.assertNotIn('keys_values', used)
+
+  @parameterized.parameters(
+    (None, 'cuda', {'pallas_gpu'}),
+    ('pallas_gpu', 'cuda', {'pallas_gpu'}),
+    ('xla', 'cuda', None),
+    (None, 'cpu', None),
+    ('pallas_gpu', 'cpu', NotImplementedError),
+  )
+  def test_the_named_head(self, name, platform, expected):
+    model, _, packed, batch = make('causal')
+    config = dataclasses.replace(
+      model.config,
+      interaction=dataclasses.replace(
+        model.config.interaction, implementation=name
+      ),
+    )
+    target = {'compute_capability': '9.0'} if platform == 'cuda' else {}
+    with ops.target_platform(platform, **target), dispatch.record() as used:
+      run = functools.partial(
+        jax.eval_shape, ranker.Ranker(config).apply, packed, batch
+      )
+      if expected is NotImplementedError:
+        with self.assertRaisesRegex(NotImplementedError, 'NVIDIA GPU'):
+          run()
+        return
+      run()
+    self.assertEqual(used.get('interaction_head'), expected)
 
 
 if __name__ == '__main__':

@@ -58,6 +58,8 @@ class FingerprintTest(parameterized.TestCase):
     config = support.config(
       encoder__attention='xla', encoder__candidate_tower='reference'
     )
+    interaction = dataclasses.replace(config.interaction, implementation='xla')
+    config = dataclasses.replace(config, interaction=interaction)
     self.assertEqual(fingerprint(config, self.params), self.expected)
     schema = dataclasses.replace(self.config.schema, user='u')
     config = dataclasses.replace(self.config, schema=schema)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from histjax.ops import devices, dispatch, partition
-from histjax.ops.candidate_tower import hopper, numba_cpu, reference, xla
+from histjax.ops.candidate_tower import numba_cpu, reference, xla
 from histjax.types import STRUCTURES, KeyRange
 
 
@@ -45,7 +45,7 @@ def _lazy(name: str):
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    _over_rows(_lazy('pallas_gpu')), devices.check_hopper, hopper.suits
+    _over_rows(_lazy('pallas_gpu')), devices.check_hopper
   ),
   'pallas_tpu': dispatch.Backend(
     _over_rows(_lazy('pallas_tpu'), mesh_in_context=True),

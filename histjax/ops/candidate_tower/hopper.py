@@ -15,16 +15,6 @@ ROWS = 64  # Candidates of a warpgroup: the M of wgmma.
 WIDE = 512  # D from which a layer is several kernels.
 
 
-def suits(candidates: Any, *args: Any, **kwargs: Any) -> bool:
-  """Whether to pick the kernels unasked.
-
-  Not the wide ones: as they are now they were not compared with the reference
-  and timed on a GPU yet.
-  """
-  del args, kwargs
-  return candidates.shape[2] < WIDE
-
-
 def mosaic_gpu():
   """The Mosaic GPU module, or a NotImplementedError that says why not."""
   if jax.__version_info__ < (0, 11):
