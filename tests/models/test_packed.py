@@ -5,7 +5,6 @@ These are played by the operations' references.
 
 import dataclasses
 import functools
-import functools
 from unittest import mock
 
 import jax
