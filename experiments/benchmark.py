@@ -109,7 +109,7 @@ def one_model(suite):
   return report
 
 
-def named_suite(name):
+def named_suite(name, save=None):
   module: Any = _SUITES[name]
   options: dict[str, Any] = {}
   if _SECONDS.value is not None:
@@ -118,6 +118,8 @@ def named_suite(name):
     if module is not requests:
       raise app.UsageError(f'--calls is of --suite=request, not of {name}')
     options['calls'] = _CALLS.value
+  if module is requests:
+    options['save'] = save
   return module.run(
     name,
     workloads.select(
@@ -135,12 +137,17 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   suite, output = _SUITE.value, None
-  run = one_model if suite in _OF_ONE_MODEL else named_suite
   try:
     if _OUTPUT.value is not None:  # Fails before the work, not after it.
       output = workdir.resolve(_OUTPUT.value, '--output')
       workdir.prepare(output.parent, '--output')
-    report = run(suite)
+    if suite in _OF_ONE_MODEL:
+      report = one_model(suite)
+    else:
+      report = named_suite(
+        suite,
+        output and (lambda x: benchmarking.write_report(x, str(output))),
+      )
   except (ValueError, OSError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if output is not None:

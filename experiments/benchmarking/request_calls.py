@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import time
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +14,8 @@ import numpy as np
 from benchmarking import rankers
 from benchmarking.workloads import Request
 from histjax import scoring
+from histjax.scoring import flight, transport
+from histjax.scoring import layout as layout_lib
 
 
 class Pending(Protocol):
@@ -129,9 +130,14 @@ class Ours:
     if name == 'score':
       return Call(lambda index, _: logits(self._cache, index))
     if name == 'new user':
-      return Call(
-        lambda index, _: logits(scorer.encode(requests[index].history), index)
-      )
+
+      def new_user(index, _):
+        request = requests[index]
+        return scorer.encode_and_score(
+          request.history, request.candidates, request.context
+        )[1]
+
+      return Call(new_user)
 
     def prepare(index):
       del index
@@ -140,7 +146,10 @@ class Ours:
       return cache
 
     def extend(index, cache):
-      return logits(scorer.extend(cache, requests[index].new_events), index)
+      request = requests[index]
+      return scorer.extend_and_score(
+        cache, request.new_events, request.candidates, request.context
+      )[1]
 
     return Call(extend, prepare)
 
@@ -155,18 +164,20 @@ class Ours:
 
     yield 'score_async', lambda index: self._scorer.score_async(*request(index))
     for size in sorted({depth // 2, depth} - {0, 1}):
-      yield f'score_many of {size}', self._grouped(size, request)
-
-  def _grouped(self, size, request) -> Callable[[int], Pending]:
-    group = _Group(self._scorer, size)
-    return lambda index: group.submit(request(index))
+      group = _Group(
+        lambda indices: self._scorer.score_many_async(
+          [request(i) for i in indices]
+        ),
+        size,
+      )
+      yield f'score_many of {size}', group.submit
 
 
 class _Group:
   """Requests that wait for one another, to be scored as one."""
 
-  def __init__(self, scorer: scoring.Scorer, size: int):
-    self._scorer, self._size = scorer, size
+  def __init__(self, start: Callable[[list[Any]], Sequence[Pending]], size):
+    self._start, self._size = start, size
     self._waiting: list[tuple[Any, _Member]] = []
 
   def submit(self, request: Any) -> _Member:
@@ -181,7 +192,7 @@ class _Group:
     """Scores those that wait."""
     requests, members = zip(*self._waiting, strict=True)
     self._waiting = []
-    found = self._scorer.score_many_async(requests)
+    found = self._start(list(requests))
     for member, pending in zip(members, found, strict=True):
       member.pending = pending
 
@@ -189,7 +200,7 @@ class _Group:
 @dataclasses.dataclass(eq=False)
 class _Member:
   group: _Group
-  pending: scoring.Pending | None = None
+  pending: Pending | None = None
 
   def result(self) -> rankers.Logits:
     """Of a group that may not be full, at the end."""
@@ -202,14 +213,14 @@ class _Member:
 class Floor:
   """A trivial program with the bytes of a request, in and out.
 
-  One int32 array goes in, ids and the bits of dense values; one float32 array
-  comes out, to pinned host memory where that is faster. It bounds whatever
-  takes this way through JAX.
+  One int32 array goes in, ids and the bits of dense values, and one float32
+  array comes out, by the library's own transport. It bounds whatever takes this
+  way through JAX.
   """
 
   def __init__(self, workload: Request, requests: Sequence[rankers.Inputs]):
     """Packs the requests, which is not timed."""
-    shape = (
+    self._shape = (
       len(rankers.SCHEMA.tasks),
       workload.num_rows,
       workload.num_candidates,
@@ -218,71 +229,66 @@ class Floor:
       call: [_packed(request, call) for request in requests]
       for call in rankers.CALLS
     }
-
-    def program(packed):
-      return jnp.resize(packed, shape).astype(jnp.float32)
-
-    self._programs = {'device': jax.jit(program)}
-    device = jax.devices()[0]
-    kinds = [m.kind for m in device.addressable_memories()]
-    if 'pinned_host' in kinds and device.platform != 'cpu':
-      sharding = jax.sharding.SingleDeviceSharding(
-        device, memory_kind='pinned_host'
-      )
-      self._programs['pinned_host'] = jax.jit(program, out_shardings=sharding)
-    self._chosen: dict[str, str] = {}
+    self._transport = transport.of_device(jax.devices()[0])
 
   @property
   def runs(self) -> dict[str, str]:
-    """By call, the memory that logits are written to."""
-    return dict(self._chosen)
+    """By call, the memory that requests and logits go through."""
+    memory = 'NumPy' if self._transport.output is None else 'pinned_host'
+    return dict.fromkeys(self._packed, memory)
 
   def call(self, name: str) -> Call:
     """See `Contender`."""
-    packed = self._packed[name]
-    calls = {
-      kind: _floor_call(program, packed)
-      for kind, program in self._programs.items()
-    }
-    seconds = {
-      kind: min(_seconds(call, i % len(packed)) for i in range(20))
-      for kind, call in calls.items()
-    }
-    self._chosen[name] = min(seconds, key=lambda k: seconds[k])
-    return calls[self._chosen[name]]
+    start = self._starter(name, 1)
+
+    def run(index, prepared):
+      del prepared
+      return start([index])[0].result()
+
+    return Call(run)
 
   def pipelines(
     self, depth: int
   ) -> Iterable[tuple[str, Callable[[int], Pending]]]:
-    """See `Contender`."""
-    del depth
-    packed = self._packed['score']
-    for kind, program in self._programs.items():
-      yield kind, functools.partial(_fetch, program, packed)
+    """See `Contender`; several requests go in one array, too."""
+    for size in sorted({1, max(1, depth // 2), depth}):
+      group = _Group(self._starter('score', size), size)
+      yield f'{size} at once', group.submit
+
+  def _starter(self, name: str, size: int) -> Callable[[list[int]], list[Any]]:
+    """What starts a program with the bytes of `size` requests."""
+    packed = self._packed[name]
+    layout = layout_lib.Layout(
+      (layout_lib.numbers('all', (size, packed[0].size)),)
+    )
+    shape, carrier = (size, *self._shape), self._transport
+
+    def trivial(request):
+      return jnp.resize(carrier.read(request), shape).astype(jnp.float32)
+
+    program = jax.jit(trivial, out_shardings=carrier.output)
+    owner: Any = types.SimpleNamespace(layout=layout)
+
+    def start(indices):
+      slot = carrier.slot(layout)
+      for i, index in enumerate(indices):
+        slot.views['all'].features['all'][i] = packed[index % len(packed)]
+      logits = program(slot.array)
+      at_work = flight.Flight(owner, slot, logits, carrier)
+      return [_Bytes(at_work, i) for i in range(len(indices))]
+
+    return start
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fetch:
-  array: jax.Array
+class _Bytes:
+  flight: flight.Flight
+  index: int
 
-  def result(self) -> dict[str, np.ndarray]:
+  def result(self) -> rankers.Logits:
     """`{task: [B, C]}`."""
-    found = np.asarray(self.array)
+    found = self.flight.fetch()[self.index]
     return {t.name: found[i] for i, t in enumerate(rankers.SCHEMA.tasks)}
-
-
-def _fetch(program, packed, index: int) -> _Fetch:
-  return _Fetch(program(packed[index % len(packed)]))
-
-
-def _floor_call(program, packed) -> Call:
-  return Call(lambda index, _: _fetch(program, packed, index).result())
-
-
-def _seconds(call: Call, index: int) -> float:
-  start = time.perf_counter()
-  call.run(index, None)
-  return time.perf_counter() - start
 
 
 def _packed(request: rankers.Inputs, call: str) -> np.ndarray:

@@ -39,6 +39,7 @@ def run(
   seconds: float = 1.0,
   calls: int | None = None,
   progress: Callable[[str], None] = print,
+  save: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
   """Checks contenders against the float32 reference, then times them.
 
@@ -52,6 +53,8 @@ def run(
     calls: the least number of 'score', within 20 times `seconds`, and a tenth
       of it of the other calls; None: 10,000 on accelerators, 1 on a CPU.
     progress: called with a line at a time.
+    save: called with the report so far after each workload, of which one takes
+      minutes.
 
   Returns:
     A JSON-able report: `suite`, `environment` and `results`, one per workload:
@@ -64,7 +67,12 @@ def run(
   if calls is None:
     calls = 1 if on_cpu else 10_000
   times = _Times(repeats, seconds, calls)
-  results = []
+  results: list[dict[str, Any]] = []
+  found = {
+    'suite': suite,
+    'environment': machine.environment() | machine.clocks(),
+    'results': results,
+  }
   for name, workload in named.items():
     entry = _compare(
       name,
@@ -75,11 +83,9 @@ def run(
     )
     results.append(entry)
     progress(report.request_table(entry))
-  return {
-    'suite': suite,
-    'environment': machine.environment() | machine.clocks(),
-    'results': results,
-  }
+    if save is not None:
+      save(found)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)

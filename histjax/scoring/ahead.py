@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from absl import logging
 
 from histjax import buckets
-from histjax.scoring.programs import Sizes
+from histjax.scoring.programs import Kind, Sizes
+
+CALLS: tuple[Kind, ...] = (
+  'encode',
+  'score',
+  'extend',
+  'encode_and_score',
+  'extend_and_score',
+)
+"""What can be compiled ahead; `score_many` is 'score'."""
 
 
 class WarmUp(NamedTuple):
@@ -29,12 +39,13 @@ class WarmUp(NamedTuple):
 class Job(NamedTuple):
   """A program, and the cache's capacity that it is given (0: it has none)."""
 
-  kind: Literal['encode', 'score', 'extend']
+  kind: Kind
   sizes: Sizes
   capacity: int
 
 
 def jobs(
+  calls: Collection[Kind],
   rows: Sequence[int],
   lengths: Sequence[int],
   columns: Sequence[int],
@@ -45,6 +56,8 @@ def jobs(
   """The programs, those that make a cache before those that take it.
 
   Args:
+    calls: of `CALLS`. Whatever takes a cache needs 'encode' as well, to be
+      called with one.
     rows: buckets of rows.
     lengths: buckets of histories, ascending.
     columns: buckets of candidates.
@@ -54,26 +67,43 @@ def jobs(
     requests: the most that `score_many` is given of one bucket.
   """
   together = up_to(requests, buckets.of_requests)
-  news = up_to(num_new, buckets.of_new_events)
-  fewest = [1, *(size + 1 for size in news)]
+  scored = [(n, seen) for n in columns for seen in (False, True)[: 1 + visible]]
   for number in rows:
     for i, length in enumerate(lengths):
-      yield Job('encode', Sizes(number, length), 0)
-      for count in columns:
-        for seen in (False, True)[: 1 + visible]:
+      encode = Sizes(number, length)
+      extend = list(_extensions(number, lengths[i:], num_new))
+      yield Job('encode', encode, 0)
+      if 'extend' in calls:
+        yield from (Job('extend', sizes, length) for sizes in extend)
+      for count, seen in scored:
+        request: dict[str, Any] = {'candidates': count, 'visible': seen}
+        if 'score' in calls:
           for many in together:
-            sizes = Sizes(number, length, count, seen, requests=many)
+            sizes = encode._replace(**request, requests=many)
             yield Job('score', sizes, length)
-      for new, least in zip(news, fewest, strict=False):
-        if least <= length:
-          for donate in (True, False):
-            sizes = Sizes(number, new, capacity=length, donate=donate)
-            yield Job('extend', sizes, length)
-        # A cache of this capacity becomes one of a larger bucket if that needs
-        # no more new events than these, and holds them.
-        for before, longer in zip(lengths[i:], lengths[i + 1 :], strict=False):
-          if before + 1 - length <= min(new, num_new) and least <= longer:
-            yield Job('extend', Sizes(number, new, capacity=longer), length)
+        if 'encode_and_score' in calls:
+          yield Job('encode_and_score', encode._replace(**request), 0)
+        if 'extend_and_score' in calls:
+          for sizes in extend:
+            yield Job('extend_and_score', sizes._replace(**request), length)
+
+
+def _extensions(
+  number: int, lengths: Sequence[int], num_new: int
+) -> Iterator[Sizes]:
+  """Of `extend`, given caches whose capacity is the first length."""
+  news = up_to(num_new, buckets.of_new_events)
+  fewest = [1, *(size + 1 for size in news)]
+  capacity = lengths[0]
+  for new, least in zip(news, fewest, strict=False):
+    if least <= capacity:
+      for donate in (True, False):
+        yield Sizes(number, new, capacity=capacity, donate=donate)
+    # A cache of this capacity becomes one of a larger bucket if that needs no
+    # more new events than these, and holds them.
+    for before, longer in itertools.pairwise(lengths):
+      if before + 1 - capacity <= min(new, num_new) and least <= longer:
+        yield Sizes(number, new, capacity=longer)
 
 
 def run(todo: Sequence[Job], compile_one: Callable[[Job], None]) -> float:

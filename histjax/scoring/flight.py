@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float
 
 from histjax import schema as schema_lib
-from histjax.cache import HistoryCache
 from histjax.scoring import inputs, programs, transport
 from histjax.scoring import layout as layout_lib
 from histjax.types import Candidates
@@ -21,10 +20,10 @@ Logits: TypeAlias = dict[str, Float[np.ndarray, 'B C']]
 
 
 class Checked(NamedTuple):
-  """A request to score from a cache, whose shapes are right.
+  """A request to score, whose shapes are right.
 
   Attributes:
-    cache: of its users.
+    length: int32 `[B]`, of the histories.
     candidates: as given.
     context: likewise.
     shape: `(B, C)`.
@@ -32,7 +31,7 @@ class Checked(NamedTuple):
     visible: int `[B, C]`; None: all events.
   """
 
-  cache: HistoryCache
+  length: np.ndarray
   candidates: Candidates
   context: Mapping[str, Any]
   shape: tuple[int, int]
@@ -42,8 +41,7 @@ class Checked(NamedTuple):
   def write(
     self, schema: schema_lib.Schema, views: Mapping[str, layout_lib.View]
   ) -> None:
-    """Writes it where the program reads it; checks its values."""
-    inputs.numbers(self.cache.length, views['length'])
+    """Writes it, but for lengths, for the program; checks its values."""
     inputs.count(self.shape, self.real, views['count'])
     inputs.context(schema, self.context, self.shape[0], views['context'])
     inputs.candidates(
@@ -52,7 +50,7 @@ class Checked(NamedTuple):
     if 'visible' in views:
       visible = self.visible
       if visible is None:
-        length = self.cache.length[: self.shape[0], None]
+        length = self.length[: self.shape[0], None]
         visible = np.broadcast_to(length, self.shape)
       inputs.numbers(visible, views['visible'])
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ class Sizes(NamedTuple):
     events: L, of the history that is read or of the new events.
     candidates: C.
     visible: whether candidates say what they see.
-    capacity: of the cache that `extend` makes.
+    capacity: of the cache that comes of `extend`.
     donate: whether `extend` writes into the cache that it is given.
     requests: scored at once, each with its own cache of `rows`.
   """
@@ -154,6 +155,17 @@ class Sizes(NamedTuple):
   requests: int = 1
 
 
+Kind: TypeAlias = Literal[
+  'encode',
+  'extend',
+  'score',
+  'encode_and_score',
+  'extend_and_score',
+  'joint',
+  'plain',
+]
+
+
 class Program:
   """A function of a packed request, compiled when it is first called.
 
@@ -162,13 +174,16 @@ class Program:
     traced: the function as it is compiled: of packed weights (`weights.pack`),
       the cache's keys and values unless it reads histories (tuples of them if
       there are several requests), and the request.
-      It returns logits `[B, C, T]`; or the cache's keys and values, and a
-      number that is there when the request has been read.
+      It returns logits `[B, C, T]`; if it makes a cache, its keys and values
+      before them, and if it scores nothing, a number that is there when the
+      request has been read.
     call: the same, compiled.
     backends: the implementations that it runs, once it was traced.
   """
 
-  def __init__(self, plan: Plan, kind: str, sizes: Sizes):
+  call: Callable[..., Any]
+
+  def __init__(self, plan: Plan, kind: Kind, sizes: Sizes):
     schema, rows = plan.config.schema, sizes.rows * sizes.requests
     events = (rows, sizes.events)
     shape = (rows, sizes.candidates)
@@ -179,16 +194,15 @@ class Program:
     visible: tuple[layout_lib.Part, ...] = ()
     if sizes.visible:
       visible = (layout_lib.numbers('visible', shape),)
+    count = layout_lib.numbers('count', (rows,))
+    new = layout_lib.numbers('new', (rows,))
+    request = (count, context, candidates, *visible)
     parts = {
       'encode': (length, history),
-      'extend': (length, layout_lib.numbers('count', (rows,)), history),
-      'score': (
-        length,
-        layout_lib.numbers('count', (rows,)),
-        context,
-        candidates,
-        *visible,
-      ),
+      'extend': (length, new, history),
+      'score': (length, *request),
+      'encode_and_score': (length, history, *request),
+      'extend_and_score': (length, new, history, *request),
       'joint': (length, context, history, candidates, *visible),
       'plain': (length, context, history, candidates, *visible),
     }
@@ -214,15 +228,31 @@ class Program:
     options: dict[str, Any] = {}
     if kind in ('score', 'joint', 'plain'):
       options['out_shardings'] = plan.transport.output
+    elif kind.endswith('_and_score'):
+      options['out_shardings'] = (None, None, plan.transport.output)
     if sizes.donate:
       options['donate_argnums'] = (1, 2)
-    self.call = jax.jit(traced, **options)
+    self._options, self._lock = options, threading.Lock()
+    self.call = self._first
+
+  def _first(self, *arguments: Any) -> Any:
+    """Decides how to compile, once it is known what runs."""
+    with self._lock:
+      if self.call == self._first:
+        jax.eval_shape(self.traced, *arguments)
+        if self.backends.get('candidate_tower') == 'pallas_gpu':
+          # So few launches take less time than XLA's CUDA graph of them.
+          self._options['compiler_options'] = {
+            'xla_gpu_enable_command_buffer': ''
+          }
+        self.call = jax.jit(self.traced, **self._options)
+    return self.call(*arguments)
 
 
 @functools.cache
 def program(
   plan: Plan,
-  kind: Literal['encode', 'score', 'extend', 'joint', 'plain'],
+  kind: Kind,
   sizes: Sizes,
 ) -> Program:
   """The one program of a kind and bucket in this process."""
@@ -258,10 +288,21 @@ def _extend(plan, sizes, variables, keys, values, parts):
   longer: Any = ranker.Ranker(plan.config).apply(
     variables,
     HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), parts['length']),
-    History(parts['history'], parts['count']),
+    History(parts['history'], parts['new']),
     method='extend',
   )
   return longer.keys, longer.values, parts['length'][:1]
+
+
+def _encode_and_score(plan, sizes, variables, parts):
+  keys, values, _ = _encode(plan, sizes, variables, parts)
+  return keys, values, _score(plan, sizes, variables, keys, values, parts)
+
+
+def _extend_and_score(plan, sizes, variables, keys, values, parts):
+  keys, values, _ = _extend(plan, sizes, variables, keys, values, parts)
+  parts = {**parts, 'length': parts['length'] + parts['new']}
+  return keys, values, _score(plan, sizes, variables, keys, values, parts)
 
 
 def _batch(parts):
@@ -295,6 +336,8 @@ _BODIES = {
   'encode': _encode,
   'score': _score,
   'extend': _extend,
+  'encode_and_score': _encode_and_score,
+  'extend_and_score': _extend_and_score,
   'joint': _joint,
   'plain': _plain,
 }

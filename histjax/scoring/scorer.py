@@ -5,6 +5,9 @@
     cache = scorer.encode(history)                # one pass over the history
     logits = scorer.score(cache, candidates, context)  # {task: [B, C]}
     cache = scorer.extend(cache, new_events)      # the user did something
+    cache, logits = scorer.encode_and_score(history, candidates, context)
+    cache, logits = scorer.extend_and_score(
+      cache, new_events, candidates, context)     # two steps in one program
     logits = scorer.score_joint(batch)            # both, in a single pass
     logits = scorer.score_plain(batch)            # one row per candidate
 
@@ -17,10 +20,9 @@ own: when serving, none does.)
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -190,18 +192,39 @@ class Scorer:
       ValueError: the fusion is not amortizable, or an input is malformed.
     """
     self.config.require_amortizable()
-    schema = self.config.schema
-    length, _ = inputs.lengths(schema, history)
-    rows = self.options.rows(len(length))
-    events = self.options.events(int(length.max(initial=0)))
-    program = self._program('encode', programs.Sizes(rows, events))
-    slot = self._transport.slot(program.layout)
-    inputs.numbers(length, slot.views['length'])
-    inputs.history(schema, history, length, slot.views['history'])
+    length, _ = inputs.lengths(self.config.schema, history)
+    program, slot = self._write_history(history, length)
     keys, values, done = self._call(program, slot)
     self._transport.release(program.layout, slot, done)
-    info = CacheInfo(length, self.fingerprint, self.options.row_buckets)
-    return HistoryCache.of_users(keys, values, info)
+    return self._new_cache(keys, values, length)
+
+  def encode_and_score(
+    self,
+    history: History,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+  ) -> tuple[HistoryCache, Logits]:
+    """`encode` and `score` in one program: a new user's request.
+
+    Args:
+      history: as `encode`.
+      candidates: `[B, C]`, as `score`.
+      context: likewise.
+
+    Returns:
+      The cache and the logits.
+
+    Raises:
+      ValueError: as `encode` and `score`.
+    """
+    self.config.require_amortizable()
+    length, _ = inputs.lengths(self.config.schema, history)
+    request = self._check_candidates(candidates, context, length)
+    inputs.check_rows(request.shape[0], len(length))
+    program, slot = self._write_history(history, length, request)
+    keys, values, logits = self._call(program, slot)
+    cache = self._new_cache(keys, values, length)
+    return cache, self._result(program, slot, logits, request)
 
   def score(
     self,
@@ -240,7 +263,7 @@ class Scorer:
     Inputs are checked and copied before it returns.
     """
     request = self._check_request(cache, candidates, context)
-    return self._fly([request], *self._write([request]))[0]
+    return self._fly([request], [cache], *self._write([request], [cache]))[0]
 
   def score_many(
     self,
@@ -270,14 +293,17 @@ class Scorer:
     """As `score_many`, but does not wait."""
     checked = [self._check_request(*request) for request in requests]
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, request in enumerate(checked):
-      bucket = request.cache.num_rows, request.cache.capacity
-      groups.setdefault(bucket, []).append(i)
-    parts = [[checked[i] for i in group] for group in groups.values()]
-    written = [self._write(part) for part in parts]  # All good, or none scored.
+    for i, (cache, _, _) in enumerate(requests):
+      groups.setdefault((cache.num_rows, cache.capacity), []).append(i)
+    parts = [
+      ([checked[i] for i in group], [requests[i][0] for i in group])
+      for group in groups.values()
+    ]
+    # All good, or none scored.
+    written = [self._write(*part) for part in parts]
     found: dict[int, Pending] = {}
     for group, part, ready in zip(groups.values(), parts, written, strict=True):
-      found |= dict(zip(group, self._fly(part, *ready), strict=True))
+      found |= dict(zip(group, self._fly(*part, *ready), strict=True))
     return [found[i] for i in range(len(checked))]
 
   def backends(
@@ -307,7 +333,7 @@ class Scorer:
       NotImplementedError: the named implementation cannot run here.
     """
     request = self._check_request(cache, candidates, context)
-    program, slot = self._write([request])
+    program, slot = self._write([request], [cache])
     with dispatch.record() as used:
       # A new function: of one that it knows, JAX may keep the trace.
       jax.eval_shape(
@@ -339,32 +365,47 @@ class Scorer:
         relative, the cache is another model's, there are more rows than it has
         users, or the input is malformed.
     """
-    self.config.require_extendable()
-    schema = self.config.schema
-    new, _ = inputs.lengths(schema, events)
-    info = self._check_cache(cache, len(new), 'events')
-    length = info.length.copy()
-    length[: len(new)] += new
-    length.setflags(write=False)
-    longest = int(length.max(initial=0))
-    capacity = cache.capacity
-    if longest > capacity:
-      capacity = self.options.events(longest)
-    sizes = programs.Sizes(
-      cache.num_rows,
-      buckets.of_new_events(int(new.max(initial=0))),
-      capacity=capacity,
-      donate=donate and capacity == cache.capacity,
-    )
-    program = self._program('extend', sizes)
-    slot = self._transport.slot(program.layout)
-    inputs.numbers(cache.length, slot.views['length'])
-    inputs.numbers(new, slot.views['count'])
-    inputs.history(schema, events, new, slot.views['history'])
+    new, length = self._lengths_after(cache, events)
+    program, slot = self._write_events(cache, events, new, length, donate)
     keys, values, done = self._call(program, slot, cache.keys, cache.values)
     self._transport.release(program.layout, slot, done)
-    return HistoryCache.of_users(
-      keys, values, dataclasses.replace(info, length=length)
+    return self._new_cache(keys, values, length)
+
+  def extend_and_score(
+    self,
+    cache: HistoryCache,
+    events: History,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+    *,
+    donate: bool = True,
+  ) -> tuple[HistoryCache, Logits]:
+    """`extend` and `score` in one program: a returning user's request.
+
+    Args:
+      cache: as `extend`.
+      events: likewise.
+      candidates: as `score`.
+      context: likewise.
+      donate: as `extend`.
+
+    Returns:
+      The new cache and the logits.
+
+    Raises:
+      ValueError: as `extend` and `score`. If a logit is not finite the events
+        were written, and a donated cache is lost.
+    """
+    new, length = self._lengths_after(cache, events)
+    request = self._check_candidates(candidates, context, length)
+    self._check_cache(cache, request.shape[0], 'candidates')
+    program, slot = self._write_events(
+      cache, events, new, length, donate, request
+    )
+    keys, values, logits = self._call(program, slot, cache.keys, cache.values)
+    return (
+      self._new_cache(keys, values, length),
+      self._result(program, slot, logits, request),
     )
 
   def warm_up(
@@ -376,13 +417,14 @@ class Scorer:
     new_events: int = 0,
     requests: int = 1,
     visible: bool = False,
+    calls: Collection[programs.Kind] = ('encode', 'score', 'extend'),
     cache_dir: str | os.PathLike[str] | None = None,
   ) -> ahead.WarmUp:
     """Compiles ahead of time what requests up to these sizes will need.
 
-    After it none of `encode`, `score`, `score_many` and `extend` compiles,
-    whatever the sizes up to these. There is a program for each combination of
-    buckets, so name few of them in `ScorerConfig`.
+    After it none of `calls` compiles, whatever the sizes up to these. There is
+    a program for each combination of buckets, so name few of them in
+    `ScorerConfig`.
 
     Args:
       rows: users at once.
@@ -391,6 +433,8 @@ class Scorer:
       new_events: given to `extend` at once; 0: it is not used.
       requests: given to `score_many` at once.
       visible: whether candidates may say what they see.
+      calls: that will be made: of 'encode', 'score' (which is `score_async` and
+        `score_many`, too), 'extend', 'encode_and_score', 'extend_and_score'.
       cache_dir: JAX's persistent compilation cache, from now on and for the
         whole process: the next process reads there what this one compiled.
         None: as JAX is configured.
@@ -412,6 +456,8 @@ class Scorer:
         raise ValueError(f'{name}={size} must be at least 1')
     if new_events < 0:
       raise ValueError(f'new_events={new_events} must be at least 0')
+    if isinstance(calls, str) or not set(calls) <= set(ahead.CALLS):
+      raise ValueError(f'calls={calls!r} must be some of {ahead.CALLS}')
     self.config.require_amortizable()
     if new_events:
       self.config.require_extendable()
@@ -421,6 +467,7 @@ class Scorer:
       compilation_cache.reset_cache()  # Or JAX keeps to the folder it opened.
     todo = list(
       ahead.jobs(
+        calls,
         ahead.up_to(rows, self.options.rows),
         ahead.up_to(events, self.options.events),
         ahead.up_to(
@@ -497,6 +544,18 @@ class Scorer:
     logits = self._call(program, slot)
     return self._pending(program, slot, logits, [(shape, real)])[0].result()
 
+  def _result(
+    self,
+    program: programs.Program,
+    slot: transport.Slot,
+    logits: jax.Array,
+    request: flight.Checked,
+  ) -> Logits:
+    if program not in self._told:
+      self._log(program)
+    one = [(request.shape, request.real)]
+    return self._pending(program, slot, logits, one)[0].result()
+
   def _check_request(
     self,
     cache: HistoryCache,
@@ -506,17 +565,112 @@ class Scorer:
     self.config.require_amortizable()
     shape = inputs.candidates_shape(self.config.schema, candidates)
     info = self._check_cache(cache, shape[0], 'candidates')
+    return self._check_candidates(candidates, context, info.length)
+
+  def _check_candidates(
+    self,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+    length: np.ndarray,
+  ) -> flight.Checked:
+    """Checks all but values; `length` is of at least their rows."""
+    shape = inputs.candidates_shape(self.config.schema, candidates)
+    length = length[: shape[0]]
     real = inputs.real_candidates(candidates)
-    visible = inputs.visible(
-      candidates, info.length[: shape[0]], real, self.config.encoder.causal
+    visible = None
+    if len(length) == shape[0]:  # Or the caller refuses it.
+      visible = inputs.visible(
+        candidates, length, real, self.config.encoder.causal
+      )
+    return flight.Checked(length, candidates, context, shape, real, visible)
+
+  def _lengths_after(
+    self, cache: HistoryCache, events: History
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of new events, and the users' lengths with them."""
+    self.config.require_extendable()
+    new, _ = inputs.lengths(self.config.schema, events)
+    info = self._check_cache(cache, len(new), 'events')
+    length = info.length.copy()
+    length[: len(new)] += new
+    length.setflags(write=False)
+    return new, length
+
+  def _new_cache(self, keys, values, length) -> HistoryCache:
+    info = CacheInfo(length, self.fingerprint, self.options.row_buckets)
+    return HistoryCache.of_users(keys, values, info)
+
+  def _write_history(
+    self,
+    history: History,
+    length: np.ndarray,
+    request: flight.Checked | None = None,
+  ) -> tuple[programs.Program, transport.Slot]:
+    """What reads the histories, and then scores if there is a request."""
+    rows = self.options.rows(len(length))
+    events = self.options.events(int(length.max(initial=0)))
+    sizes = programs.Sizes(rows, events)
+    program, slot = self._slot('encode', sizes, request)
+    schema = self.config.schema
+    inputs.numbers(length, slot.views['length'])
+    inputs.history(schema, history, length, slot.views['history'])
+    return program, slot
+
+  def _write_events(
+    self,
+    cache: HistoryCache,
+    events: History,
+    new: np.ndarray,
+    length: np.ndarray,
+    donate: bool,
+    request: flight.Checked | None = None,
+  ) -> tuple[programs.Program, transport.Slot]:
+    """What extends the cache, and then scores if there is a request."""
+    longest = int(length.max(initial=0))
+    capacity = cache.capacity
+    if longest > capacity:
+      capacity = self.options.events(longest)
+    sizes = programs.Sizes(
+      cache.num_rows,
+      buckets.of_new_events(int(new.max(initial=0))),
+      capacity=capacity,
+      donate=donate and capacity == cache.capacity,
     )
-    return flight.Checked(cache, candidates, context, shape, real, visible)
+    program, slot = self._slot('extend', sizes, request)
+    inputs.numbers(cache.length, slot.views['length'])
+    inputs.numbers(new, slot.views['new'])
+    schema = self.config.schema
+    inputs.history(schema, events, new, slot.views['history'])
+    return program, slot
+
+  def _slot(
+    self,
+    kind: Literal['encode', 'extend'],
+    sizes: programs.Sizes,
+    request: flight.Checked | None,
+  ) -> tuple[programs.Program, transport.Slot]:
+    """A program of this kind, and its slot with the request, if any."""
+    if request is None:
+      program = self._program(kind, sizes)
+      return program, self._transport.slot(program.layout)
+    sizes = sizes._replace(
+      candidates=self.options.candidates(
+        request.shape[1], self.options.microbatch
+      ),
+      visible=request.visible is not None,
+    )
+    program = self._program(f'{kind}_and_score', sizes)
+    slot = self._transport.slot(program.layout)
+    request.write(self.config.schema, slot.views)
+    return program, slot
 
   def _write(
-    self, requests: Sequence[flight.Checked]
+    self,
+    requests: Sequence[flight.Checked],
+    caches: Sequence[HistoryCache],
   ) -> tuple[programs.Program, transport.Slot]:
     """The program of requests of one bucket, and what it is to read."""
-    first = requests[0].cache
+    first = caches[0]
     sizes = programs.Sizes(
       first.num_rows,
       first.capacity,
@@ -528,7 +682,10 @@ class Scorer:
     )
     program = self._program('score', sizes)
     slot = self._transport.slot(program.layout)
-    for views, request in zip(slot.requests, requests, strict=False):
+    for views, request, cache in zip(
+      slot.requests, requests, caches, strict=False
+    ):
+      inputs.numbers(cache.length, views['length'])
       request.write(self.config.schema, views)
     for views in slot.requests[len(requests) :]:  # Of nobody.
       views['length'].ids.fill(0)
@@ -538,16 +695,16 @@ class Scorer:
   def _fly(
     self,
     requests: Sequence[flight.Checked],
+    caches: Sequence[HistoryCache],
     program: programs.Program,
     slot: transport.Slot,
   ) -> list[Pending]:
     """Scores requests of one bucket, as they were written."""
-    first = requests[0].cache
+    first = caches[0]
     keys: Any = first.keys
     values: Any = first.values
     if (more := len(slot.requests)) > 1:
-      caches = [x.cache for x in requests]
-      caches += [first] * (more - len(caches))
+      caches = [*caches, *[first] * (more - len(caches))]
       keys = tuple(x.keys for x in caches)
       values = tuple(x.values for x in caches)
     logits = self._call(program, slot, keys, values)
@@ -572,7 +729,7 @@ class Scorer:
     slot = self._transport.slot(program.layout)
     jax.block_until_ready(self._call(program, slot, *cached))
     self._transport.release(program.layout, slot)
-    if job.kind == 'score':
+    if 'score' in job.kind:
       self._log(program)
 
   def _program(self, kind: Any, sizes: programs.Sizes) -> programs.Program:

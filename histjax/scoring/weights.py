@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,29 +30,34 @@ class Spec:
     tree: of the parameters.
     shapes: of each leaf, in the tree's order.
     small: whether each is kept in the one array.
+    collections: the tree of what follows the parameters.
   """
 
   tree: Any
   shapes: tuple[tuple[int, ...], ...]
   small: tuple[bool, ...]
+  collections: Any
 
-  def variables(self, packed: Mapping[str, Any]) -> dict[str, Any]:
+  def variables(self, packed: Sequence[jax.Array]) -> dict[str, Any]:
     """The variables of a `Ranker` of what `pack` made; in a program."""
-    offset, large, leaves = 0, iter(packed['large']), []
+    joined, *rest = packed
+    number = self.small.count(False)
+    offset, large, leaves = 0, iter(rest[:number]), []
     for shape, small in zip(self.shapes, self.small, strict=True):
       if not small:
         leaves.append(next(large))
         continue
       size = math.prod(shape)
-      leaves.append(packed['small'][offset : offset + size].reshape(shape))
+      leaves.append(joined[offset : offset + size].reshape(shape))
       offset += size
     params = jax.tree.unflatten(self.tree, leaves)
-    return {'params': params, **packed['collections']}
+    collections = jax.tree.unflatten(self.collections, rest[number:])
+    return {'params': params, **collections}
 
 
 def pack(
   config: ranker.RankerConfig, params: Mapping[str, Any]
-) -> tuple[dict[str, Any], Spec]:
+) -> tuple[tuple[jax.Array, ...], Spec]:
   """What to score with, and how programs read it.
 
   Args:
@@ -60,8 +65,9 @@ def pack(
     params: its parameters, on a device.
 
   Returns:
-    `{'small': float32 [P], 'large': the other parameters, 'collections': of
-    models.ranker.pack}`, and how to read it.
+    The small parameters, float32 `[P]`, the others, and the arrays of
+    `models.ranker.pack`, all in a tuple, which is an argument that takes JAX no
+    time to look through; and how to read it.
   """
   paths, tree = jax.tree_util.tree_flatten_with_path(params)
   leaves = [x for _, x in paths]
@@ -69,15 +75,16 @@ def pack(
     x.size <= _SMALL and x.dtype == jnp.float32 and 'tables' not in str(path[0])
     for path, x in paths
   )
-  spec = Spec(tree, tuple(x.shape for x in leaves), small)
-  collections, joined = _prepare(config, spec, params)
+  collections, joined = _prepare(config, small, params)
+  packed, of_collections = jax.tree.flatten(collections)
+  shapes = tuple(x.shape for x in leaves)
   large = [x for x, s in zip(leaves, small, strict=True) if not s]
-  return {'small': joined, 'large': large, 'collections': collections}, spec
+  return (joined, *large, *packed), Spec(tree, shapes, small, of_collections)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prepare(config, spec, params):
+def _prepare(config, small, params):
   leaves = jax.tree.leaves(params)
-  chosen = [x.reshape(-1) for x, s in zip(leaves, spec.small, strict=True) if s]
+  chosen = [x.reshape(-1) for x, s in zip(leaves, small, strict=True) if s]
   joined = jnp.concatenate(chosen) if chosen else jnp.zeros(0, jnp.float32)
   return ranker.pack(config, params), joined

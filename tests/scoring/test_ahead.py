@@ -27,7 +27,12 @@ SCHEMA = histjax.Schema(
 )
 
 
-def tiny(**fields) -> scoring.Scorer:
+BUCKETS = scoring.ScorerConfig(
+  history_buckets=(4, 8), candidate_buckets=(2, 5), row_buckets=(1, 3)
+)
+
+
+def tiny(options=BUCKETS, **fields) -> scoring.Scorer:
   """Two buckets an axis; compiles fast."""
   config = support.config(
     schema=SCHEMA,
@@ -36,9 +41,6 @@ def tiny(**fields) -> scoring.Scorer:
     embedding_dim=4,
     interaction=histjax.InteractionConfig(kind='mlp', mlp_widths=(4,)),
     **fields,
-  )
-  options = scoring.ScorerConfig(
-    history_buckets=(4, 8), candidate_buckets=(2, 5), row_buckets=(1, 3)
   )
   return scoring.Scorer(config, support.init(config)[1], options)
 
@@ -75,23 +77,40 @@ class Traffic:
       self.cache, self.history(number, size, room), donate=donate
     )
 
-  def request(self):
-    number = self.rng.integers(1, self.cache.info.num_users + 1)
+  def request(self, number=None, visible=True):
+    number = number or self.rng.integers(1, self.cache.info.num_users + 1)
     shape = number, self.rng.integers(1, self.CANDIDATES + 1)
-    length = self.cache.info.length[:number, None]
-    visible = mask = None
-    if self.rng.integers(2):
-      visible = self.rng.integers(0, length + 1, shape)
+    mask = seen = None
+    if visible and self.rng.integers(2):
+      length = self.cache.info.length[:number, None]
+      seen = self.rng.integers(0, length + 1, shape)
     if self.rng.integers(2):
       mask = self.rng.random(shape) < 0.7
     candidates = Candidates(
-      support.features(self.rng, SCHEMA.item_features, shape), visible, mask
+      support.features(self.rng, SCHEMA.item_features, shape), seen, mask
     )
     context = support.features(self.rng, SCHEMA.context, (number,))
     return self.cache, candidates, context
 
   def score(self):
     self.s.score(*self.request())
+
+  def encode_and_score(self):
+    number = self.rng.integers(1, self.ROWS + 1)
+    size = self.rng.integers(0, self.EVENTS + 1)
+    _, *rest = self.request(number, visible=False)
+    history = self.history(number, size)
+    self.cache, _ = self.s.encode_and_score(history, *rest)
+
+  def extend_and_score(self):
+    users = self.cache.info.num_users
+    room = self.EVENTS - self.cache.info.length
+    size = self.rng.integers(0, self.NEW + 1)
+    events = self.history(users, size, room)
+    _, *rest = self.request(visible=False)
+    self.cache, _ = self.s.extend_and_score(
+      self.cache, events, *rest, donate=bool(self.rng.integers(2))
+    )
 
 
 class WarmUpTest(parameterized.TestCase):
@@ -130,6 +149,29 @@ class WarmUpTest(parameterized.TestCase):
     self.assertEqual(again.num_compilations, 0)
     self.assertEqual(again.num_programs, 4 + 4 * 2)
 
+  def test_two_steps_in_one_program(self):
+    s = tiny(
+      scoring.ScorerConfig(
+        history_buckets=(8,), candidate_buckets=(5,), row_buckets=(3,)
+      )
+    )
+    found = s.warm_up(
+      rows=3,
+      events=8,
+      candidates=5,
+      new_events=2,
+      calls=('encode_and_score', 'extend_and_score'),
+    )
+    # 'encode', whose caches the others are tried with; 1 or 2 new events,
+    # donated or not.
+    self.assertEqual(found.num_programs, 1 + 1 + 4)
+    with count_compilations() as compiled:
+      traffic = Traffic(s, 0)
+      calls = traffic.encode_and_score, traffic.extend_and_score
+      for i in traffic.rng.integers(0, 2, 100):
+        calls[i]()
+    self.assertEmpty(compiled)
+
   def test_requests_at_once(self):
     s = tiny()
     found = s.warm_up(rows=1, events=4, candidates=2, requests=2)
@@ -152,6 +194,8 @@ class WarmUpTest(parameterized.TestCase):
     ({'candidates': -1}, 'candidates=-1 must be at least 1'),
     ({'requests': 0}, 'requests=0 must be at least 1'),
     ({'new_events': -1}, 'new_events=-1 must be at least 0'),
+    ({'calls': ('score', 'joint')}, "calls=.*'joint'.* must be some of"),
+    ({'calls': 'score'}, "calls='score' must be some of"),
     ({'rows': 9}, '9 rows do not fit the largest bucket, 3'),
     ({'events': 99}, '99 events in a history do not fit the largest bucket, 8'),
     ({'candidates': 7}, '7 candidates do not fit the largest bucket, 5'),
@@ -233,8 +277,11 @@ class JobsTest(parameterized.TestCase):
     needed = set()
     for length in range(events + 1):
       capacity = fit(length)
-      needed.add(ahead.Job('encode', Sizes(2, capacity), 0))
-      needed.add(ahead.Job('score', Sizes(2, capacity, 3), capacity))
+      sizes = Sizes(2, capacity)
+      needed.add(ahead.Job('encode', sizes, 0))
+      sizes = sizes._replace(candidates=3)
+      needed.add(ahead.Job('encode_and_score', sizes, 0))
+      needed.add(ahead.Job('score', sizes, capacity))
     for capacity in lengths:
       for old in range(min(capacity, events) + 1):
         for new in range(num_new + 1 if num_new else 0):
@@ -249,12 +296,16 @@ class JobsTest(parameterized.TestCase):
                 donate=donate,
               )
               needed.add(ahead.Job('extend', extended, capacity))
-    found = list(ahead.jobs([2], lengths, [3], num_new, False))
+              extended = extended._replace(candidates=3)
+              needed.add(ahead.Job('extend_and_score', extended, capacity))
+    found = list(ahead.jobs(ahead.CALLS, [2], lengths, [3], num_new, False))
     self.assertLen(found, len(set(found)))
     self.assertEqual(set(found), needed)
 
   def test_each_axis(self):
-    found = list(ahead.jobs([1, 2], [8], [4, 8], 0, True, requests=3))
+    found = list(
+      ahead.jobs(('score',), [1, 2], [8], [4, 8], 0, True, requests=3)
+    )
     scored = {x.sizes for x in found if x.kind == 'score'}
     self.assertEqual(
       scored,

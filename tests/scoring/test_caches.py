@@ -49,6 +49,16 @@ class CacheTest(parameterized.TestCase):
       (self.s.score, (four.candidates, four.context), 'candidates'),
       (self.s.extend, (four.history,), 'events'),
       (self.s.backends, (four.candidates, four.context), 'candidates'),
+      (
+        self.s.extend_and_score,
+        (self.batch.history, four.candidates, four.context),
+        'candidates',
+      ),
+      (
+        self.s.extend_and_score,
+        (four.history, self.batch.candidates, self.batch.context),
+        'events',
+      ),
     ):
       with self.assertRaisesRegex(
         ValueError, f'{what} have 4 rows, the cache 3; encode every user'
@@ -80,6 +90,10 @@ class CacheTest(parameterized.TestCase):
         (other.score, request),
         (other.backends, request),
         (other.extend, (self.batch.history,)),
+        (
+          other.extend_and_score,
+          (self.batch.history, self.batch.candidates, self.batch.context),
+        ),
       ):
         with self.assertRaisesRegex(
           ValueError, 'cache was made by the model .*; encode the history again'

@@ -250,6 +250,16 @@ class BadInputTest(parameterized.TestCase):
         (batch.replace(candidates=two),),
         'candidates have 2 rows, history 3; make them equal',
       ),
+      (
+        s.encode_and_score,
+        (batch.history, two, batch.context),
+        'candidates have 2 rows, history 3; make them equal',
+      ),
+      (
+        s.encode_and_score,
+        (batch.history, batch.candidates, {}),
+        r"context\['user'\] is missing",
+      ),
     ):
       with self.assertRaisesRegex(ValueError, message):
         function(*arguments)

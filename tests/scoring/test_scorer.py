@@ -83,10 +83,43 @@ class EquivalenceTest(parameterized.TestCase):
     )
     cache = s.extend(s.encode(start), rest)
     np.testing.assert_array_equal(np.asarray(cache.length)[:3], length)
+    expected = real(cached(s, batch), batch)
     np.testing.assert_allclose(
       real(s.score(cache, batch.candidates, batch.context), batch),
-      real(cached(s, batch), batch),
+      expected,
       **TOLERANCE['float32'],
+    )
+    again, logits = s.extend_and_score(
+      s.encode(start), rest, batch.candidates, batch.context
+    )
+    np.testing.assert_array_equal(again.info.length, length)
+    np.testing.assert_allclose(
+      real(logits, batch), expected, **TOLERANCE['float32']
+    )
+    np.testing.assert_allclose(again.keys, cache.keys, **TOLERANCE['float32'])
+
+  @parameterized.parameters('causal', 'bidirectional', 'bfloat16', 'isolated')
+  @given(seed=SEEDS)
+  def test_encode_and_score_are_the_two(self, variant, seed):
+    s = scorer(variant)
+    batch = support.batch(
+      np.random.default_rng(seed), shared_visible=not s.config.encoder.causal
+    )
+    cache, logits = s.encode_and_score(
+      batch.history, batch.candidates, batch.context
+    )
+    expected = s.encode(batch.history)
+    tolerance = TOLERANCE[s.config.dtype]
+    np.testing.assert_array_equal(cache.info.length, expected.info.length)
+    self.assertEqual(cache.info.fingerprint, s.fingerprint)
+    for x, y in ((cache.keys, expected.keys), (cache.values, expected.values)):
+      np.testing.assert_allclose(
+        np.asarray(x, np.float32), np.asarray(y, np.float32), **tolerance
+      )
+    np.testing.assert_allclose(
+      real(logits, batch),
+      real(s.score(cache, batch.candidates, batch.context), batch),
+      **tolerance,
     )
 
   def test_extend_grows_past_its_bucket(self):
