@@ -7,7 +7,7 @@ imported when it is asked for, with the packages that it needs.
 
 from typing import TYPE_CHECKING, Any
 
-from histjax.cache import HistoryCache, stack
+from histjax.cache import HistoryCache, quantize, stack
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
 from histjax.nn.interaction import InteractionConfig
@@ -66,5 +66,6 @@ __all__ = [
   'collate',
   'history_attention',
   'make_row',
+  'quantize',
   'stack',
 ]

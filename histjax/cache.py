@@ -7,6 +7,7 @@ caches, and both are padded to buckets, so that they compile little.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from histjax import buckets
+from histjax import buckets, quantization
+from histjax.quantization import Kind, Quantized
 from histjax.types import Array
 
 
@@ -49,21 +51,22 @@ class HistoryCache:
   is compiled once more for it.
 
   Attributes:
-    keys: `[layers, B, L, N, H]`, per layer, rotated to absolute positions.
-    values: `[layers, B, L, N, H]`.
+    keys: `[layers, B, L, N, H]`, per layer, rotated to absolute positions; an
+      array, or `quantization.Quantized`.
+    values: `[layers, B, L, N, H]`, likewise.
     length: int32 `[B]`, the number of events encoded, in host memory if a
       `Scorer` made it. `L` is the capacity.
     info: of a cache that a `Scorer` made, for its checks; None: not known.
   """
 
-  keys: Shaped[Array, 'layers B L N H']
-  values: Shaped[Array, 'layers B L N H']
+  keys: Shaped[Array, 'layers B L N H'] | Quantized
+  values: Shaped[Array, 'layers B L N H'] | Quantized
   length: Int[Array, 'B']
   info: CacheInfo | None = None
 
   @classmethod
   def of_users(
-    cls, keys: Array, values: Array, info: CacheInfo
+    cls, keys: Array | Quantized, values: Array | Quantized, info: CacheInfo
   ) -> HistoryCache:
     """The cache whose `length` is that of `info`, 0 for padding."""
     length = np.zeros(keys.shape[1], np.int32)
@@ -118,7 +121,7 @@ def stack(
 
   Raises:
     ValueError: no caches, one that no `Scorer` made or that is of another
-      model than the first, or a row that is no user's.
+      model or type than the first, or a row that is no user's.
   """
   if not caches:
     raise ValueError('stack was given no caches; give at least one')
@@ -129,6 +132,11 @@ def stack(
       raise ValueError(
         f'caches[{i}] was made by the model {info.fingerprint[:12]}, caches[0] '
         f'by {first.fingerprint[:12]}; stack those of one model'
+      )
+    if (kind := _dtype(caches[i])) != _dtype(caches[0]):
+      raise ValueError(
+        f'caches[{i}] holds {kind}, caches[0] {_dtype(caches[0])}; quantize '
+        'all or none'
       )
   if rows is None:
     rows = [range(x.num_users) for x in infos]
@@ -174,7 +182,8 @@ def info_of(cache: Any) -> CacheInfo:
       'transformation of JAX made of one; take it as encode or extend returned '
       'it'
     )
-  if isinstance(cache.keys, jax.Array) and cache.keys.is_deleted():
+  kept = isinstance(cache.keys, (jax.Array, Quantized))
+  if kept and cache.keys.is_deleted():
     raise ValueError(
       'cache was given to extend, which wrote the new events into its memory; '
       'use the cache that extend returned, or extend with donate=False'
@@ -182,18 +191,51 @@ def info_of(cache: Any) -> CacheInfo:
   return cache.info
 
 
+def quantize(cache: HistoryCache, kind: Kind) -> HistoryCache:
+  """The cache with keys and values in 8 bits; see `quantization`.
+
+  Args:
+    cache: that a `Scorer` made, not quantized yet.
+    kind: 'int8' or 'float8_e4m3fn'.
+
+  Raises:
+    ValueError: no such kind, or another cache.
+  """
+  info_of(cache)
+  if isinstance(cache.keys, Quantized):
+    raise ValueError(f'cache is quantized already, to {_dtype(cache)}')
+  quantization.check(kind)
+  keys, values = _quantize(cache.keys, cache.values, cache.length, kind)
+  return cache.replace(keys=keys, values=values)
+
+
+def _dtype(cache: HistoryCache) -> str:
+  keys = cache.keys
+  return (keys.codes if isinstance(keys, Quantized) else keys).dtype.name
+
+
+@functools.partial(jax.jit, static_argnames='kind')
+def _quantize(keys, values, length, kind):
+  return (
+    quantization.quantize(keys, length, kind),
+    quantization.quantize(values, length, kind),
+  )
+
+
 @jax.jit
 def _stack(keys, values, index):
-  capacity = max(x.shape[2] for x in keys)
-
-  def join(parts):
-    parts = [
-      jnp.pad(x, [(0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0), (0, 0)])
+  def join(*parts):
+    """Of events or their blocks, which are the third axis."""
+    longest = max(x.shape[2] for x in parts)
+    padded = [
+      jnp.pad(
+        x, [(0, longest - n if i == 2 else 0) for i, n in enumerate(x.shape)]
+      )
       for x in parts
     ]
-    return jnp.concatenate(parts, axis=1)[:, index]
+    return jnp.concatenate(padded, axis=1)[:, index]
 
-  return join(keys), join(values)
+  return jax.tree.map(join, *keys), jax.tree.map(join, *values)
 
 
 jax.tree_util.register_dataclass(

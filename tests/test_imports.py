@@ -16,7 +16,16 @@ MODULES = {
 }
 # A module may import from its own layer and from those before it.
 LAYERS = (
-  ('buckets', 'config', 'types', 'schema', 'key_range', 'metrics', 'cache'),
+  (
+    'buckets',
+    'config',
+    'types',
+    'schema',
+    'key_range',
+    'metrics',
+    'quantization',
+    'cache',
+  ),
   ('testing',),
   ('ops',),
   ('features',),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from histjax import buckets
+from histjax import buckets, quantization
 
 _SMALLEST_HISTORY = 16
 _SMALLEST_CANDIDATES = 16
@@ -23,6 +23,9 @@ class ScorerConfig:
     candidate_buckets: the same for candidates, up to `microbatch`; beyond it
       they are padded to a multiple of `microbatch`.
     row_buckets: the same for rows. Empty: powers of two.
+    cache_dtype: what `encode` keeps keys and values as, 'int8' or
+      'float8_e4m3fn' with scales (see `histjax.quantization`); None: the
+      model's type.
   """
 
   microbatch: int = 1024
@@ -30,6 +33,7 @@ class ScorerConfig:
   history_buckets: tuple[int, ...] = ()
   candidate_buckets: tuple[int, ...] = ()
   row_buckets: tuple[int, ...] = ()
+  cache_dtype: quantization.Kind | None = None
 
   def __post_init__(self):
     for field in ('microbatch', 'plain_microbatch'):
@@ -38,6 +42,9 @@ class ScorerConfig:
     for field in ('history_buckets', 'candidate_buckets', 'row_buckets'):
       sizes = buckets.check(field, getattr(self, field))
       object.__setattr__(self, field, sizes)
+
+    if self.cache_dtype is not None:
+      quantization.check(self.cache_dtype, 'cache_dtype')
 
   def rows(self, number: int) -> int:
     """What so many rows are padded to."""

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from histjax import quantization
 from histjax.cache import HistoryCache
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
@@ -123,6 +124,7 @@ class Plan:
     spec: how parameters are packed.
     target: to trace for.
     transport: how requests come and logits go.
+    cache_dtype: as `ScorerConfig`.
   """
 
   config: ranker.RankerConfig
@@ -131,6 +133,7 @@ class Plan:
   spec: weights.Spec
   target: devices.Target
   transport: transport.Transport
+  cache_dtype: quantization.Kind | None = None
 
 
 class Sizes(NamedTuple):
@@ -265,10 +268,17 @@ def _encode(plan, sizes, variables, parts):
   cache: Any = ranker.Ranker(plan.config).apply(
     variables, history, method='encode'
   )
-  return cache.keys, cache.values, parts['length'][:1]
+  keys, values = cache.keys, cache.values
+  if plan.cache_dtype is not None:
+    keys, values = (
+      quantization.quantize(x, parts['length'], plan.cache_dtype)
+      for x in (keys, values)
+    )
+  return keys, values, parts['length'][:1]
 
 
 def _score(plan, sizes, variables, keys, values, parts):
+  keys, values = _widened(plan, keys, values)
   if sizes.requests > 1:
     keys, values = (jnp.concatenate(x, axis=1) for x in (keys, values))
   logits = score_microbatched(
@@ -284,14 +294,31 @@ def _score(plan, sizes, variables, keys, values, parts):
 
 
 def _extend(plan, sizes, variables, keys, values, parts):
+  given, length = (keys, values), parts['length']
   width = [(0, 0), (0, 0), (0, sizes.capacity - keys.shape[2]), (0, 0), (0, 0)]
+  keys, values = _widened(plan, keys, values)
   longer: Any = ranker.Ranker(plan.config).apply(
     variables,
     HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), parts['length']),
     History(parts['history'], parts['new']),
     method='extend',
   )
-  return longer.keys, longer.values, parts['length'][:1]
+  keys, values = (
+    quantization.extended(before, after, length, length + parts['new'])
+    if isinstance(before, quantization.Quantized)
+    else after
+    for before, after in zip(given, (longer.keys, longer.values), strict=True)
+  )
+  return keys, values, length[:1]
+
+
+def _widened(plan, *arrays):
+  """Keys and values, or tuples of them, in the type that reads them."""
+  return jax.tree.map(
+    lambda x: quantization.widen(x, plan.config.dtype),
+    arrays,
+    is_leaf=lambda x: isinstance(x, quantization.Quantized),
+  )
 
 
 def _encode_and_score(plan, sizes, variables, parts):

@@ -96,6 +96,7 @@ class Scorer:
       spec,
       devices.Target.of(device),
       self._transport,
+      self.options.cache_dtype,
     )
     # `programs.program` keeps them; to find one there is to hash a config.
     self._programs: dict[tuple, programs.Program] = {}
