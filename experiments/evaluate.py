@@ -1,14 +1,17 @@
 """The metrics of a trained ranker on a split of its dataset.
 
-python experiments/evaluate.py --workdir=/tmp/synthetic [--split=validation]
+  python experiments/evaluate.py --workdir=/tmp/synthetic [--split=validation]
+
+With --cache_dtype scores are what a server gives: histories are encoded, kept
+as keys and values of that type, and candidates scored from these.
 """
 
 import importlib
 
 from absl import app, flags, logging
 
-from histjax import Ranker
-from histjax.data import datasets
+from histjax import Ranker, Scorer, ScorerConfig, metrics, quantization
+from histjax.data import datasets, pipeline
 from histjax.data.fingerprint import fingerprint
 from histjax.training import checkpoints, identity, report, workdir
 from histjax.training.evaluation import evaluate
@@ -31,7 +34,25 @@ _PATHS = flags.DEFINE_list(
 _MODULES = flags.DEFINE_list(
   'modules', [], 'Modules to import first, of derived features of your own.'
 )
+_CACHE_DTYPE = flags.DEFINE_enum(
+  'cache_dtype',
+  None,
+  ['model', *quantization.KINDS],
+  'Score from kept keys and values of this type; None: in one pass.',
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
+
+
+def evaluate_cached(config, params, rows):
+  """As `evaluate`, in two steps."""
+  kind = None if _CACHE_DTYPE.value == 'model' else _CACHE_DTYPE.value
+  scorer = Scorer(config.model, params, ScorerConfig(cache_dtype=kind))
+  found = metrics.RankingMetrics([t.name for t in rows.schema.tasks])
+  for batch in pipeline.eval_batches(rows, config.pipeline):
+    cache = scorer.encode(batch.history)
+    logits = scorer.score(cache, batch.candidates, batch.context)
+    found.update(logits, batch.labels, batch.candidates.mask, batch.group)
+  return found.result()
 
 
 def run():
@@ -53,12 +74,15 @@ def run():
     fingerprint(dataset), meta['fingerprint'], _WORKDIR.value
   )
   rows = dataset.splits[_SPLIT.value]
-  metrics = evaluate(Ranker(config.model), params, rows, config.pipeline)
+  if _CACHE_DTYPE.value is None:
+    found = evaluate(Ranker(config.model), params, rows, config.pipeline)
+  else:
+    found = evaluate_cached(config, params, rows)
   print(f'{_SPLIT.value}: {int(rows.candidate_counts.sum())} candidates')
-  for name, value in metrics.items():
+  for name, value in found.items():
     print(f'{name:>20} {value:.4f}')
   if output is not None:
-    report.write_json(output, metrics)
+    report.write_json(output, found)
 
 
 def main(argv):

@@ -284,6 +284,23 @@ class TestBinaries:
     assert found == pytest.approx(trained_metrics['test'], abs=1e-6)
 
   @pytest.mark.slow
+  @pytest.mark.parametrize(
+    ('dtype', 'error'), [('model', 1e-4), ('int8', 0.02)]
+  )
+  def test_evaluate_from_kept_keys_and_values(self, trained, dtype, error):
+    folder, _ = trained
+    output = folder / f'{dtype}.json'
+    run(
+      'evaluate',
+      f'--workdir={folder}/work',
+      f'--cache_dtype={dtype}',
+      f'--output={output}',
+    )
+    trained_metrics = json.loads((folder / 'work/metrics.json').read_text())
+    found = json.loads(output.read_text())
+    assert found == pytest.approx(trained_metrics['test'], abs=error)
+
+  @pytest.mark.slow
   def test_evaluate_when_the_log_has_moved(self, trained):
     folder, output = trained
     moved = folder / 'elsewhere' / 'moved.parquet'
