@@ -7,6 +7,7 @@ as keys and values of that type, and candidates scored from these.
 """
 
 import importlib
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -45,7 +46,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
 
 def evaluate_cached(config, params, rows):
   """As `evaluate`, in two steps."""
-  kind = None if _CACHE_DTYPE.value == 'model' else _CACHE_DTYPE.value
+  kind: Any = None if _CACHE_DTYPE.value == 'model' else _CACHE_DTYPE.value
   scorer = Scorer(config.model, params, ScorerConfig(cache_dtype=kind))
   found = metrics.RankingMetrics([t.name for t in rows.schema.tasks])
   for batch in pipeline.eval_batches(rows, config.pipeline):
