@@ -18,11 +18,14 @@ class Target(NamedTuple):
     platform: one of `PLATFORMS`, or what JAX calls another.
     compute_capability: of an NVIDIA GPU, as '9.0'; '' if it is not known.
     kind: for messages.
+    serialized: the program is for other processes and other versions of JAX,
+      so it may call only what `jax.export` guarantees to keep.
   """
 
   platform: str
   compute_capability: str = ''
   kind: str = ''
+  serialized: bool = False
 
   @classmethod
   def of(cls, device: jax.Device) -> Target:
@@ -36,6 +39,21 @@ class Target(NamedTuple):
 
   def __str__(self):
     return self.kind or self.platform
+
+
+def check_not_serialized(target: Target, backend: str, calls: str) -> None:
+  """Raises NotImplementedError if the program must outlive this process.
+
+  Args:
+    target: to run on.
+    backend: that cannot be kept.
+    calls: what it calls, for the message.
+  """
+  if target.serialized:
+    raise NotImplementedError(
+      f'{backend} calls {calls}, which jax.export does not guarantee to keep; '
+      'export with another implementation'
+    )
 
 
 def check_cuda(target: Target, backend: str, capability: float) -> None:
@@ -89,6 +107,7 @@ def check_numba(target: Target) -> None:
     raise NotImplementedError(
       f'numba_cpu needs a CPU, not a device of platform {target.platform!r}'
     )
+  check_not_serialized(target, 'numba_cpu', 'a function of this process')
   if platform.system() == 'Windows':
     raise NotImplementedError('numba_cpu needs a POSIX system, not Windows')
   try:  # Numba refuses to be imported beside a NumPy that is newer than it.

@@ -61,7 +61,7 @@ def lazy(module: str, name: str) -> Callable[..., jax.Array]:
 
 @contextlib.contextmanager
 def target_platform(
-  platform: str, *, compute_capability: str = ''
+  platform: str, *, compute_capability: str = '', serialized: bool = False
 ) -> Iterator[None]:
   """Traces programs for this platform, whatever this machine has.
 
@@ -69,13 +69,17 @@ def target_platform(
   export a program for another machine. Outside of it the target is the device
   that the arguments lie on, or else JAX's default device.
 
-      with ops.target_platform('cuda', compute_capability='9.0'):
+      with ops.target_platform(
+        'cuda', compute_capability='9.0', serialized=True
+      ):
         exported = jax.export.export(jax.jit(f), platforms=['cuda'])(*shapes)
 
   Args:
     platform: 'cpu', 'cuda', 'rocm' or 'tpu'.
     compute_capability: of an NVIDIA GPU: '9.0' is Hopper. Without it no kernel
       is picked that asks for one.
+    serialized: pick none whose calls `jax.export` does not guarantee to keep,
+      as cuDNN's and those of NumPy.
 
   Raises:
     ValueError: no such platform, or a compute capability that is no number.
@@ -90,7 +94,10 @@ def target_platform(
     raise ValueError(
       f"compute_capability={compute_capability!r} must be a number: '9.0'"
     ) from None
-  with on(devices.Target(platform, compute_capability)):
+  target = devices.Target(
+    platform, compute_capability, serialized=serialized
+  )
+  with on(target):
     yield
 
 

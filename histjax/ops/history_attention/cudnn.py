@@ -19,6 +19,7 @@ from histjax.types import KeyRange
 def check_target(target: devices.Target) -> None:
   """Raises NotImplementedError unless cuDNN attention runs there."""
   devices.check_cuda(target, 'cudnn', 8.0)
+  devices.check_not_serialized(target, 'cudnn', "cuDNN's own program")
 
 
 def history_attention(

@@ -1,0 +1,1 @@
+"""Serving: what stands above a `Scorer`. Import its modules by name."""
