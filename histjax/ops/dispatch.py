@@ -94,9 +94,7 @@ def target_platform(
     raise ValueError(
       f"compute_capability={compute_capability!r} must be a number: '9.0'"
     ) from None
-  target = devices.Target(
-    platform, compute_capability, serialized=serialized
-  )
+  target = devices.Target(platform, compute_capability, serialized=serialized)
   with on(target):
     yield
 

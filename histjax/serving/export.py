@@ -39,10 +39,9 @@ from histjax import buckets, features, testing
 from histjax import config as config_lib
 from histjax.models import ranker
 from histjax.ops import devices
-from histjax.scoring import programs, scorer, transport, weights
 from histjax.scoring import fingerprint as fingerprint_lib
+from histjax.scoring import programs, scorer, transport, weights
 from histjax.serving import load as load_lib
-from histjax.training import run as run_lib
 from histjax.training import workdir as workdir_lib
 
 _GOLDEN_ROWS, _GOLDEN_CANDIDATES = 3, 16
@@ -118,6 +117,8 @@ def export_workdir(
   log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
   """Exports the best parameters of a trained run; see `export_model`."""
+  from histjax.training import run as run_lib  # Reads checkpoints.
+
   _check_output(output)
   run = run_lib.load(workdir)
   rows = run.config.data.eval_rows or run.config.data.rows
@@ -343,8 +344,9 @@ def _golden(
   params: Mapping[str, Any],
   options: ExportConfig,
 ) -> dict[str, np.ndarray]:
-  """Random rows of each length, and the logits of this machine's `Scorer`."""
-  reference = scorer.Scorer(_without_names(config), params)
+  """Random rows of each length, and their logits by a `Scorer` in float32."""
+  precise = dataclasses.replace(_without_names(config), dtype='float32')
+  reference = scorer.Scorer(precise, params)
   found: dict[str, np.ndarray] = {}
   for events in options.events:
     batch = testing.random_batch(
@@ -448,8 +450,9 @@ def _write_whole(
   except (OSError, safetensors.SafetensorError) as error:
     number = getattr(error, 'errno', None)
     raise OSError(
-      number, f'output={str(output)!r} cannot be written, nothing is left of '
-      f'it ({error}); make room there, or name another directory'
+      number,
+      f'output={str(output)!r} cannot be written, nothing is left of '
+      f'it ({error}); make room there, or name another directory',
     ) from error
   finally:
     if folder is not None:
