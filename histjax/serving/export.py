@@ -14,24 +14,20 @@ TPUs are, and cuDNN and the CPU kernel are not.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import platform as platform_lib
 import re
 import shutil
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import flax
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 
 import histjax
@@ -40,13 +36,11 @@ from histjax import config as config_lib
 from histjax.models import ranker
 from histjax.ops import devices
 from histjax.scoring import fingerprint as fingerprint_lib
-from histjax.scoring import programs, scorer, transport, weights
+from histjax.scoring import programs, scorer
+from histjax.serving import directory, lowering
 from histjax.serving import load as load_lib
-from histjax.training import workdir as workdir_lib
 
 _GOLDEN_ROWS, _GOLDEN_CANDIDATES = 3, 16
-_ANY_INTEGER = 2**31
-"""The table's size of what is no id."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +54,8 @@ class ExportConfig:
     rows: users at once, ascending; requests are padded to one of these.
     events: in a history, likewise; the last is how long one can get.
     candidates: of a user, likewise.
-    new_events: given to `extend` at once, likewise; none: it is not exported.
+    new_events: given to `extend` at once, likewise; (): it is not exported.
+      None: 1 and 16, where the model's histories can be extended.
     microbatch: as `ScorerConfig`; more candidates must be a multiple.
     repick: pick implementations anew, whatever the model's config names.
   """
@@ -70,7 +65,7 @@ class ExportConfig:
   rows: tuple[int, ...] = (1, 8)
   events: tuple[int, ...] = (64, 256)
   candidates: tuple[int, ...] = (128,)
-  new_events: tuple[int, ...] = (1, 16)
+  new_events: tuple[int, ...] | None = None
   microbatch: int = 1024
   repick: bool = False
 
@@ -91,7 +86,10 @@ class ExportConfig:
         f"{self.platform!r}: it must be as '9.0', and of 'cuda' alone"
       )
     for field in ('rows', 'events', 'candidates', 'new_events'):
-      sizes = buckets.check(field, getattr(self, field))
+      sizes = getattr(self, field)
+      if sizes is None:
+        continue
+      sizes = buckets.check(field, sizes)
       if not sizes and field != 'new_events':
         raise ValueError(f'{field}=() must name at least one size')
       object.__setattr__(self, field, sizes)
@@ -114,13 +112,31 @@ def export_workdir(
   workdir: str | os.PathLike[str],
   output: str | os.PathLike[str],
   options: ExportConfig,
+  which: Literal['best', 'latest'] = 'best',
   log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-  """Exports the best parameters of a trained run; see `export_model`."""
+  """Exports a trained run, with its features and rows; see `export_model`.
+
+  Args:
+    workdir: of the run.
+    output: the directory to make.
+    options: for what, and of which sizes.
+    which: the parameters that are best on validation, or the latest.
+    log: is told of progress, line by line.
+
+  Returns:
+    As `export_model`.
+
+  Raises:
+    FileNotFoundError: there is no such run; see `training.run.load`.
+    ValueError: as `export_model`, or the run is damaged.
+    NotImplementedError: as `export_model`.
+    OSError: likewise.
+  """
   from histjax.training import run as run_lib  # Reads checkpoints.
 
-  _check_output(output)
-  run = run_lib.load(workdir)
+  directory.check_output(output)
+  run = run_lib.load(workdir, which)
   rows = run.config.data.eval_rows or run.config.data.rows
   files = {'rows': config_lib.to_dict(rows)}
   return export_model(
@@ -156,69 +172,79 @@ def export_model(
     log: is told of progress, line by line.
 
   Returns:
-    What is in `manifest.json`.
+    What is in `manifest.json`. Where this machine can run the programs, all of
+    them have been run on the golden inputs, by the directory's own loader.
 
   Raises:
     ValueError: the output has files in it, or the model cannot be scored from
-      a cache, or extended where `new_events` are asked for.
+      a cache, or extended where `new_events` are asked for, or a program does
+      not give the golden outputs.
     NotImplementedError: a named implementation cannot be exported for the
       platform.
     OSError: it cannot be written; then nothing is left of it.
   """
-  output = _check_output(output)
+  output = directory.check_output(output)
   _check_packages()
-  config.require_amortizable()
-  if options.new_events:
-    config.require_extendable()
+  options = _with_new_events(config, options)
   if options.repick:
     config = _without_names(config)
-  made, told = _programs(config, params, options, log)
+  lowered = _lowered(config, params, options, log)
   log('golden outputs')
   golden = _golden(config, params, options)
-  manifest = _manifest(config, params, options, told)
+  manifest = _manifest(config, params, options, lowered)
   model = {'model': config_lib.to_dict(config), **(described or {})}
 
   def write(folder: pathlib.Path) -> None:
     from safetensors import numpy as safetensors
 
-    for name, data in made.items():
+    for name, data in lowered.files.items():
       (folder / f'{name}.jax').write_bytes(data)
-    flat = _flat(params)
-    safetensors.save_file(flat, folder / 'parameters.safetensors')
+    arrays = lowering.flat(params)
+    safetensors.save_file(arrays, folder / 'parameters.safetensors')
     safetensors.save_file(golden, folder / 'golden.safetensors')
     (folder / 'config.json').write_text(json.dumps(model, indent=1) + '\n')
     (fitted or features.FittedFeatures()).save(folder)
     shutil.copyfile(load_lib.__file__, folder / 'load.py')
-    _copy_flatbuffers(folder / 'flatbuffers.zip')
+    directory.copy_flatbuffers(folder / 'flatbuffers.zip')
     for path in sorted(folder.iterdir()):
       path.chmod(0o644)
-      manifest['files'][path.name] = [path.stat().st_size, _sha256(path)]
+      found = path.stat().st_size, directory.sha256(path)
+      manifest['files'][path.name] = list(found)
     path = folder / 'manifest.json'
     path.write_text(json.dumps(manifest, indent=1) + '\n')
-    text = f'{_sha256(path)}  manifest.json\n'
+    text = f'{directory.sha256(path)}  manifest.json\n'
     (folder / 'manifest.sha256').write_text(text)
+    if runs_here(manifest):
+      load_lib.check(folder, log)
 
-  _write_whole(output, write)
-  log(f'SHA-256 of manifest.json: {_sha256(output / "manifest.json")}')
+  directory.write_whole(output, write)
+  log(f'SHA-256 of manifest.json: {directory.sha256(output / "manifest.json")}')
   return manifest
 
 
-def _check_output(output: str | os.PathLike[str]) -> pathlib.Path:
-  """Its absolute path; raises unless it is empty or not there."""
-  found = workdir_lib.resolve(output, 'output')
-  if found.is_dir() and not any(found.iterdir()):
-    return found
-  if found.exists() or found.is_symlink():
-    raise ValueError(
-      f'output={str(found)!r} is there and no empty directory; name another, '
-      'nothing is overwritten'
-    )
-  if not found.parent.is_dir():
-    raise ValueError(
-      f'output={str(found)!r}: there is no directory {str(found.parent)!r}; '
-      'make it first'
-    )
-  return found
+def _with_new_events(
+  config: ranker.RankerConfig, options: ExportConfig
+) -> ExportConfig:
+  """The options with sizes of `new_events` that suit the model."""
+  config.require_amortizable()
+  if options.new_events is None:
+    try:
+      config.require_extendable()
+    except ValueError:
+      return dataclasses.replace(options, new_events=())
+    sizes = tuple(x for x in (1, 16) if x <= options.events[0])
+    return dataclasses.replace(options, new_events=sizes)
+  if options.new_events:
+    config.require_extendable()
+  return options
+
+
+def runs_here(manifest: Mapping[str, Any]) -> bool:
+  """Whether this machine is of the kind that a model was exported for."""
+  if jax.export.default_export_platform() != manifest['platform']:
+    return False
+  found = getattr(jax.devices()[0], 'compute_capability', '')
+  return manifest['compute_capability'] in ('', str(found))
 
 
 def _check_packages() -> None:
@@ -239,104 +265,28 @@ def _without_names(config: ranker.RankerConfig) -> ranker.RankerConfig:
   )
 
 
-def _flat(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """`{'fusion/..': array}`, in the order of names."""
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
-  return {k: np.ascontiguousarray(x) for k, x in sorted(flat.items())}
-
-
-def _programs(
+def _lowered(
   config: ranker.RankerConfig,
   params: Mapping[str, Any],
   options: ExportConfig,
   log: Callable[[str], None],
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-  """All programs, serialized, by name; and what the manifest says of them."""
-  spec: Any = None
-
-  def prepare(flat):
-    nonlocal spec
-    nested = flax.traverse_util.unflatten_dict(flat, sep='/')
-    packed, spec = weights.pack(config, nested)
-    return jax.tree.leaves(packed)
-
-  made: dict[str, bytes] = {}
-  told: dict[str, Any] = {'implementations': {}, 'custom_calls': {}}
-
-  def export(name, function, *arguments):
-    exported = jax.export.export(
-      jax.jit(function), platforms=[options.platform]
-    )(*arguments)
-    made[name] = bytes(exported.serialize())
-    told['convention'] = exported.calling_convention_version
-    calls = re.findall(r'custom_call @"?([\w.$]+)', exported.mlir_module())
-    told['custom_calls'][name] = sorted(set(calls))
-    log(f'{name}: {len(made[name])} bytes')
-    return exported
-
-  shapes = jax.tree.map(_shape, _flat(params))
-  tree = jax.tree.structure(
-    jax.eval_shape(
-      lambda flat: weights.pack(
-        config, flax.traverse_util.unflatten_dict(flat, sep='/')
-      )[0],
-      shapes,
-    )
+) -> lowering.Lowered:
+  """A program for each combination of sizes."""
+  target = devices.Target(
+    options.platform, options.compute_capability or '', serialized=True
   )
-  packed = export('prepare', prepare, shapes).out_avals
-  packed = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in packed]
-  plan = programs.Plan(
-    config,
-    options.microbatch,
-    options.microbatch,
-    spec,
-    devices.Target(
-      options.platform, options.compute_capability or '', serialized=True
-    ),
-    transport.Transport(),
-  )
-
-  def export_program(kind, sizes, name, *cached):
-    program = programs.Program(plan, kind, sizes)
-    size = program.layout.size
-    request = jax.ShapeDtypeStruct((size,), jnp.int32)
-
-    def traced(leaves, *arguments):
-      return program.traced(jax.tree.unflatten(tree, leaves), *arguments)
-
-    traced.__name__ = kind
-    exported = export(name, traced, packed, *cached, request)
-    told['implementations'][name] = program.backends
-    told.setdefault('requests', {})[kind] = {
-      part.name: _features_of(part) for part in program.layout.parts
-    }
-    return exported
-
-  for rows in options.rows:
-    for events in options.events:
-      sizes = programs.Sizes(rows, events)
-      exported = export_program('encode', sizes, f'encode-{rows}x{events}')
-      cached = [_shape(x) for x in exported.out_avals[:2]]
-      for count in options.candidates:
-        sizes = programs.Sizes(rows, events, count)
-        name = f'score-{rows}x{events}x{count}'
-        export_program('score', sizes, name, *cached)
-      for count in options.new_events:
-        sizes = programs.Sizes(rows, count, capacity=events)
-        name = f'extend-{rows}x{events}x{count}'
-        export_program('extend', sizes, name, *cached)
-  return made, told
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _features_of(part: Any) -> dict[str, int | None]:
-  """`{name: size of the table}`, None of dense ones, in the part's order."""
-  sizes = part.sizes or (_ANY_INTEGER,) * len(part.ids)
-  found: dict[str, int | None] = dict(zip(part.ids, sizes, strict=True))
-  return found | dict.fromkeys(part.dense)
+  found = lowering.Lowered(config, params, target, options.microbatch, log)
+  for rows, events in itertools.product(options.rows, options.events):
+    at = f'{rows}x{events}'
+    encode = programs.Sizes(rows, events)
+    cached = found.add('encode', f'encode-{at}', encode)[:2]
+    for number in options.candidates:
+      score = programs.Sizes(rows, events, number)
+      found.add('score', f'score-{at}x{number}', score, *cached)
+    for number in options.new_events or ():
+      extend = programs.Sizes(rows, number, capacity=events)
+      found.add('extend', f'extend-{at}x{number}', extend, *cached)
+  return found
 
 
 def _golden(
@@ -377,9 +327,9 @@ def _tolerance(config: ranker.RankerConfig, platform: str) -> float:
   return {'cpu': 1e-4, 'cuda': 0.02, 'tpu': 0.05}[platform]
 
 
-def _manifest(config, params, options, told) -> dict[str, Any]:
+def _manifest(config, params, options, lowered) -> dict[str, Any]:
   """All of `manifest.json` but the files."""
-  calls = {c for found in told['custom_calls'].values() for c in found}
+  calls = {c for found in lowered.custom_calls.values() for c in found}
   has_kernels = any('mosaic_gpu' in c for c in calls)
   versions = {
     name: importlib.metadata.version(name)
@@ -395,7 +345,7 @@ def _manifest(config, params, options, told) -> dict[str, Any]:
       'python': platform_lib.python_version(),
       **versions,
     },
-    'calling_convention': told['convention'],
+    'calling_convention': lowered.convention,
     'stability': (
       f'jax.export keeps programs of JAX {versions["jax"]} for versions of JAX '
       'and jaxlib built up to 6 months later and up to 3 weeks earlier; after '
@@ -406,62 +356,9 @@ def _manifest(config, params, options, told) -> dict[str, Any]:
       for name in ('rows', 'events', 'candidates', 'new_events')
     },
     'tasks': [task.name for task in config.schema.tasks],
-    'requests': told['requests'],
+    'requests': lowered.requests,
     'tolerance': _tolerance(config, options.platform),
-    'implementations': told['implementations'],
-    'custom_calls': told['custom_calls'],
+    'implementations': lowered.implementations,
+    'custom_calls': lowered.custom_calls,
     'files': {},
   }
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _copy_flatbuffers(path: pathlib.Path) -> None:
-  """What `jax.export` reads programs with, and JAX does not install."""
-  found: Any = importlib.util.find_spec('flatbuffers')
-  folder = pathlib.Path(found.submodule_search_locations[0])
-  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
-    for source in sorted(folder.glob('*.py')):
-      name = zipfile.ZipInfo(f'flatbuffers/{source.name}')  # Without a date.
-      archive.writestr(name, source.read_bytes(), zipfile.ZIP_DEFLATED)
-
-
-def _write_whole(
-  output: pathlib.Path, write: Callable[[pathlib.Path], None]
-) -> None:
-  """Writes a directory beside its place, then puts it there."""
-  import safetensors
-
-  folder = None
-  try:
-    folder = pathlib.Path(
-      tempfile.mkdtemp('.tmp', f'.{output.name}.', output.parent)
-    )
-    write(folder)
-    for path in folder.iterdir():
-      _sync(path)
-    folder.chmod(0o755)
-    _sync(folder)
-    os.rename(folder, output)  # An empty directory is replaced.
-    _sync(output.parent)
-  except (OSError, safetensors.SafetensorError) as error:
-    number = getattr(error, 'errno', None)
-    raise OSError(
-      number,
-      f'output={str(output)!r} cannot be written, nothing is left of '
-      f'it ({error}); make room there, or name another directory',
-    ) from error
-  finally:
-    if folder is not None:
-      shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: pathlib.Path) -> None:
-  number = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(number)
-  finally:
-    os.close(number)

@@ -24,7 +24,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -209,7 +209,7 @@ def _vector(name: str, x: Any) -> np.ndarray:
   x = np.asarray(x)
   if x.ndim != 1 or x.dtype.kind not in 'iu':
     raise ValueError(f'{name} is {x.dtype} {x.shape}; expected integers [B]')
-  return x
+  return x.astype(np.int64)
 
 
 def _max(x: np.ndarray) -> int:
@@ -240,13 +240,13 @@ def _tensors(files: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
   return found
 
 
-def check(folder: Any) -> None:
+def check(folder: Any, log: Callable[[str], None] = print) -> None:
   """Runs every program on the golden inputs; ValueError where it differs."""
   began = time.perf_counter()
   model = load(folder)
   took = time.perf_counter() - began
   files, sizes = model.manifest['files'], model.manifest['sizes']
-  print(f'{len(files) + 1} files have their checksums ({took:.2f} s)')
+  log(f'{len(files) + 1} files have their checksums ({took:.2f} s)')
   golden = _tensors(model._files, 'golden.safetensors')
 
   def part(name):
@@ -261,12 +261,14 @@ def check(folder: Any) -> None:
       for name in ('history', 'candidates', 'context', 'logits', 'length')
     )
     length = count['length']
-    cache = _timed(f'encode {rows} x {events}', model.encode, history, length)
+    cache = _timed(
+      log, f'encode {rows} x {events}', model.encode, history, length
+    )
     for number in sizes['candidates']:
       shown, wanted = (_repeated(x, number, 1) for x in (candidates, logits))
       what = f'score {rows} x {events} x {number}'
-      found = _timed(what, model.score, cache, shown, context)
-      _compare(model, found, wanted)
+      found = _timed(log, what, model.score, cache, shown, context)
+      _compare(log, model, found, wanted)
     for new in sizes['new_events']:  # The last ones, as if they came later.
       late = np.minimum(length, new)
       index = (length - late)[:, None] + np.arange(new)
@@ -274,9 +276,9 @@ def check(folder: Any) -> None:
       tail = {k: np.take_along_axis(x, index, 1) for k, x in history.items()}
       early = model.encode(history, length - late)
       what = f'extend {rows} x {events} by {new}'
-      cache = _timed(what, model.extend, early, tail, late)
-      _compare(model, model.score(cache, shown, context), wanted)
-  print(f'ok in {time.perf_counter() - began:.1f} s, JAX {jax.__version__}')
+      cache = _timed(log, what, model.extend, early, tail, late)
+      _compare(log, model, model.score(cache, shown, context), wanted)
+  log(f'ok in {time.perf_counter() - began:.1f} s, JAX {jax.__version__}')
 
 
 def _repeated(arrays, number: int, axis: int) -> dict[str, np.ndarray]:
@@ -286,23 +288,23 @@ def _repeated(arrays, number: int, axis: int) -> dict[str, np.ndarray]:
   }
 
 
-def _timed(what: str, call, *arguments):
+def _timed(log, what: str, call, *arguments):
   times = []
   for _ in range(4):
     began = time.perf_counter()
     result = jax.block_until_ready(call(*arguments))
     times.append(time.perf_counter() - began)
-  print(f'{what}: first {times[0]:.2f} s, then {1e3 * min(times[1:]):.2f} ms')
+  log(f'{what}: first {times[0]:.2f} s, then {1e3 * min(times[1:]):.2f} ms')
   return result
 
 
-def _compare(model: Model, found, wanted) -> None:
+def _compare(log, model: Model, found, wanted) -> None:
   allowed = model.manifest['tolerance']
   for task, x in wanted.items():
     error = np.max(np.abs(found[task] - x) / (1 + np.abs(x)))
     if not error <= allowed:
       raise ValueError(f'logits of {task!r} are off by {error}, over {allowed}')
-    print(f'  {task}: off by {error:.1e}, at most {allowed}')
+    log(f'  {task}: off by {error:.1e}, at most {allowed}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,125 @@
+"""The programs of a scorer, lowered for a platform and serialized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from histjax.models import ranker
+from histjax.ops import devices
+from histjax.scoring import layout, programs, transport, weights
+
+_ANY_INTEGER = 2**31
+"""In place of a table's size, for what is no id."""
+
+
+def flat(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """`{'fusion/..': array}`, in the order of names."""
+  found = flax.traverse_util.flatten_dict(params, sep='/')
+  return {k: np.ascontiguousarray(x) for k, x in sorted(found.items())}
+
+
+class Lowered:
+  """Programs of one model and platform.
+
+  `prepare` is a function of `flat(params)`. What it returns, a list, is the
+  first argument of `encode`, `extend` and `score`, which otherwise are those of
+  `scoring.programs`.
+
+  Attributes:
+    files: the serialized programs, by name.
+    implementations: `{program: {operation: implementation}}`.
+    custom_calls: `{program: names}`.
+    requests: `{kind: {part: {feature: size}}}`, in the order in which they lie
+      in a request; the size of an id's table, None of a dense feature.
+    convention: the version of `jax.export`'s calling convention.
+  """
+
+  def __init__(
+    self,
+    config: ranker.RankerConfig,
+    params: Mapping[str, Any],
+    target: devices.Target,
+    microbatch: int,
+    log: Callable[[str], None],
+  ):
+    """Lowers `prepare`.
+
+    Args:
+      config: of the model.
+      params: its parameters; their shapes count.
+      target: that will run it.
+      microbatch: as `ScorerConfig`.
+      log: is told of each program.
+    """
+    self.files: dict[str, bytes] = {}
+    self.implementations: dict[str, dict[str, str]] = {}
+    self.custom_calls: dict[str, list[str]] = {}
+    self.requests: dict[str, dict[str, dict[str, int | None]]] = {}
+    self.convention = 0
+    self._platform, self._log = target.platform, log
+    spec: Any = None
+    tree: Any = None
+
+    def prepare(arrays):
+      nonlocal spec, tree
+      nested = flax.traverse_util.unflatten_dict(arrays, sep='/')
+      packed, spec = weights.pack(config, nested)
+      leaves, tree = jax.tree.flatten(packed)
+      return leaves  # Programs are serialized with lists and dicts alone.
+
+    arrays = jax.tree.map(_shape, flat(params))
+    self._packed = self._lower('prepare', prepare, arrays)
+    self._tree = tree
+    self._plan = programs.Plan(
+      config, microbatch, microbatch, spec, target, transport.Transport()
+    )
+
+  def add(
+    self,
+    kind: Literal['encode', 'extend', 'score'],
+    name: str,
+    sizes: programs.Sizes,
+    *cached: jax.ShapeDtypeStruct,
+  ) -> list[jax.ShapeDtypeStruct]:
+    """Lowers the program of a kind and bucket; returns its results' shapes."""
+    program = programs.Program(self._plan, kind, sizes)
+
+    def traced(leaves, *arguments):
+      return program.traced(jax.tree.unflatten(self._tree, leaves), *arguments)
+
+    traced.__name__ = kind  # In profiles.
+    request = jax.ShapeDtypeStruct((program.layout.size,), jnp.int32)
+    found = self._lower(name, traced, self._packed, *cached, request)
+    self.implementations[name] = program.backends
+    self.requests[kind] = {x.name: _features(x) for x in program.layout.parts}
+    return found
+
+  def _lower(self, name, function, *arguments) -> list[jax.ShapeDtypeStruct]:
+    exported = jax.export.export(jax.jit(function), platforms=[self._platform])(
+      *arguments
+    )
+    data = bytes(exported.serialize())
+    self.files[name] = data
+    self.convention = exported.calling_convention_version
+    calls = re.findall(r'custom_call @"?([\w.$]+)', exported.mlir_module())
+    self.custom_calls[name] = sorted(set(calls))
+    self._log(f'{name}: {len(data)} bytes')
+    return [_shape(x) for x in exported.out_avals]
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _features(part: layout.Part) -> dict[str, int | None]:
+  sizes = part.sizes or (_ANY_INTEGER,) * len(part.ids)
+  found: dict[str, int | None] = dict(zip(part.ids, sizes, strict=True))
+  return found | dict.fromkeys(part.dense)
