@@ -4,8 +4,8 @@
     --output=/tmp/model --events=256,1024 --candidates=512
   python /tmp/model/load.py --check
 
-There is a program for each combination of sizes, so name few. --platform may be
-another machine's. How long JAX keeps programs is in the output's manifest.json.
+There is a program for each combination of sizes, so name few. They may be for
+another platform than this machine's: --platform.
 """
 
 import importlib

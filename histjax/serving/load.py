@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -66,7 +67,7 @@ class Model:
     self.manifest = json.loads(text)
     self._files = {}
     for name, (size, digest) in self.manifest['files'].items():
-      if pathlib.PurePath(name).name != name:
+      if not re.fullmatch(r'\w[\w.-]*', name):
         raise ValueError(f'{path} names {name!r}, which is not beside it')
       data = _mapped(folder / name, size)
       if len(data) != size or hashlib.sha256(data.data).hexdigest() != digest:

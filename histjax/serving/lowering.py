@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import flax
@@ -103,9 +104,9 @@ class Lowered:
     return found
 
   def _lower(self, name, function, *arguments) -> list[jax.ShapeDtypeStruct]:
-    exported = jax.export.export(jax.jit(function), platforms=[self._platform])(
-      *arguments
-    )
+    lower = jax.export.export(jax.jit(function), platforms=[self._platform])
+    with _without_paths():
+      exported = lower(*arguments)
     data = bytes(exported.serialize())
     self.files[name] = data
     self.convention = exported.calling_convention_version
@@ -113,6 +114,24 @@ class Lowered:
     self.custom_calls[name] = sorted(set(calls))
     self._log(f'{name}: {len(data)} bytes')
     return [_shape(x) for x in exported.out_avals]
+
+
+@contextlib.contextmanager
+def _without_paths() -> Iterator[None]:
+  """Programs do not keep where on this machine their source was."""
+  config: Any = jax.config
+  wanted = {
+    'jax_traceback_in_locations_limit': 0,
+    'jax_hlo_source_file_canonicalization_regex': '.*/',
+  }
+  before = {name: getattr(config, name) for name in wanted}
+  for name, value in wanted.items():
+    config.update(name, value)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      config.update(name, value)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
