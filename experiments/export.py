@@ -4,8 +4,8 @@
     --output=/tmp/model --events=256,1024 --candidates=512
   python /tmp/model/load.py --check
 
-There is a program for each combination of sizes, so name few. They may be for
-another platform than this machine's: --platform.
+There is a program for each combination of sizes, so name few. --platform may be
+another machine's.
 """
 
 import importlib
@@ -62,7 +62,7 @@ def run() -> None:
   manifest = export.export_workdir(workdir, output, options, which, print)
   print(f'{len(manifest["files"]) + 2} files in {output}')
   if not export.runs_here(manifest):
-    print(f'not run here; there: python {output}/load.py --check')
+    print(f'not checked here; there run python {output}/load.py --check')
 
 
 def main(argv):

@@ -14,6 +14,7 @@ TPUs are, and cuDNN and the CPU kernel are not.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -30,7 +31,6 @@ import jax
 import jax.export
 import numpy as np
 
-import histjax
 from histjax import buckets, features, testing
 from histjax import config as config_lib
 from histjax.models import ranker
@@ -133,9 +133,9 @@ def export_workdir(
     NotImplementedError: as `export_model`.
     OSError: likewise.
   """
+  directory.check_output(output)
   from histjax.training import run as run_lib  # Reads checkpoints.
 
-  directory.check_output(output)
   run = run_lib.load(workdir, which)
   rows = run.config.data.eval_rows or run.config.data.rows
   files = {'rows': config_lib.to_dict(rows)}
@@ -331,6 +331,7 @@ def _manifest(config, params, options, lowered) -> dict[str, Any]:
   """All of `manifest.json` but the files."""
   calls = {c for found in lowered.custom_calls.values() for c in found}
   has_kernels = any('mosaic_gpu' in c for c in calls)
+  package = importlib.import_module('histjax')  # All of it stands above.
   versions = {
     name: importlib.metadata.version(name)
     for name in ('jax', 'jaxlib', 'flax', 'numpy')
@@ -341,7 +342,7 @@ def _manifest(config, params, options, lowered) -> dict[str, Any]:
     'platform': options.platform,
     'compute_capability': options.compute_capability if has_kernels else '',
     'versions': {
-      'histjax': histjax.__version__,
+      'histjax': package.__version__,
       'python': platform_lib.python_version(),
       **versions,
     },

@@ -14,8 +14,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+import histjax
 from fusion_study.config import StudyConfig
+from histjax import Scorer, features
 from histjax import config as config_lib
+from histjax.serving import load
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -419,6 +422,78 @@ class TestBinaries:
     assert message in output
     assert 'Traceback' not in output
     assert not (folder / 'nobody.csv').exists()
+
+  def test_export(self, trained):
+    folder, _ = trained
+    output = run(
+      'export',
+      f'--workdir={folder}/work',
+      '--platform=cpu',
+      f'--output={folder}/model',
+      '--rows=1',
+      '--events=16',
+      '--candidates=8',
+      '--new_events=1',
+    )
+    assert re.search(r'score-1x16x8: \d+ bytes', output)
+    assert re.search(r'score 1 x 16 x 8: first .* s, then .* ms', output)
+    assert re.search(r'buy: off by .*, at most 0.0001', output)
+    assert f'12 files in {folder}/model' in output
+    config = json.loads((folder / 'model' / 'config.json').read_text())
+    assert config['rows']['kind'] == 'streaming'
+    assert features.load(folder / 'model').configs == (
+      features.TimeGap(buckets=24),
+    )
+    # What is asked of one is what is asked of the other.
+    scorer = Scorer.from_workdir(folder / 'work')
+    row = scorer.make_row(
+      context={'land': 'FR'},
+      history={
+        'sku': ['sku-1', 'sku-2'],
+        'eur': [1.0, 2.0],
+        'bought': [0, 1],
+        'ts': ['2024-06-01', '2024-06-02'],
+      },
+      candidates={
+        'sku': ['sku-3', 'new'],
+        'eur': [3.0, 4.0],
+        'ts': ['2024-06-03'] * 2,
+      },
+    )
+    batch = histjax.collate([row])
+    wanted = scorer.score(
+      scorer.encode(batch.history), batch.candidates, batch.context
+    )
+    model = load.load(folder / 'model')
+    found = model.score(
+      model.encode(batch.history.features, batch.history.length),
+      batch.candidates.features,
+      batch.context,
+    )
+    np.testing.assert_allclose(found['buy'], wanted['buy'], 1e-5, 1e-5)
+
+  @pytest.mark.parametrize(
+    ('flag', 'message'),
+    [
+      ('--output=', "output='' is empty"),
+      slow('--rows=1,x', "--rows=['1', 'x'] must be whole numbers"),
+      slow('--workdir=absent', 'absent'),
+      slow('--compute_capability=9.0', "with platform='cpu'"),
+      slow('--platform=gpu', 'value should be one of <cpu|cuda|tpu>'),
+    ],
+  )
+  def test_export_is_refused(self, trained, flag, message):
+    folder, _ = trained
+    output = run(
+      'export',
+      f'--workdir={folder}/work',
+      f'--output={folder}/other',
+      '--platform=cpu',
+      flag,
+      expect=1,
+    )
+    assert message in output
+    assert not (folder / 'other').exists()
 
   @pytest.mark.slow
   def test_benchmark(self, trained):

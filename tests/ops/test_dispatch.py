@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 from histjax import ops
 from histjax.nn import encoder
 from histjax.ops import devices, dispatch, rotary
-from histjax.ops.history_attention import xla
+from histjax.ops.history_attention import cudnn, xla
 from histjax.types import KeyRange
 
 # The kernels for Hopper need a newer JAX than the oldest.
@@ -107,6 +107,40 @@ class TargetTest(parameterized.TestCase):
     with ops.target_platform('tpu'):
       self.assertEqual(dispatch.target_of(np.zeros(2)).platform, 'tpu')
       self.assertFalse(ops.has_cpu_kernel(jnp.float32))
+
+  @parameterized.parameters(
+    ('cpu', '', 'bfloat16', 'xla'),
+    ('cpu', '', 'float32', 'xla'),
+    ('cuda', '8.0', 'bfloat16', 'xla'),
+    ('cuda', '9.0', 'bfloat16', 'xla' if ON_HOPPER == 'cudnn' else ON_HOPPER),
+    ('tpu', '', 'bfloat16', 'pallas_tpu'),
+  )
+  def test_serialized_programs_call_what_jax_keeps(
+    self, platform, capability, dtype, name
+  ):
+    shapes = [x.update(dtype=dtype) for x in SHAPES[:3]]
+    with (
+      ops.target_platform(
+        platform, compute_capability=capability, serialized=True
+      ),
+      dispatch.record() as used,
+    ):
+      jax.export.export(jax.jit(lambda *x: attend(*x)), platforms=[platform])(
+        *shapes, SHAPES[3]
+      )  # It refuses what it does not keep.
+      self.assertFalse(ops.has_cpu_kernel(jnp.float32))
+    self.assertEqual(used, {'history_attention': {name}})
+
+  def test_serialized_programs_refuse_the_others_by_name(self):
+    for target, check in (
+      (devices.Target('cuda', '9.0', serialized=True), cudnn.check_target),
+      (devices.Target('cpu', serialized=True), devices.check_numba),
+    ):
+      with self.assertRaisesRegex(
+        NotImplementedError, 'which jax.export does not guarantee to keep'
+      ):
+        check(target)
+      check(target._replace(serialized=False))
 
   def test_cudnn_that_is_not_installed_is_not_picked(self):
     with (
