@@ -27,6 +27,17 @@ def mosaic_gpu():
   return mosaic_gpu
 
 
+def put(plgpu: Any, ref: Any, value: Any) -> None:
+  """`ref[...] = value` where the layout suits no fast transfer.
+
+  From JAX 0.12 on that has to be said; before, it was not asked.
+  """
+  if hasattr(plgpu, 'store'):
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
+
+
 class Warpgroup:
   """Computes some columns of 64 candidates."""
 

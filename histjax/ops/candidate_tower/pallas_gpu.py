@@ -734,7 +734,7 @@ def _body(
         live - tile * ROWS if ragged else None,
       )
       if not final_norm:
-        out_ref[own] = x
+        hopper.put(plgpu, out_ref.at[own], x)
 
     def zeros(columns, dtype):
       zero = jnp.zeros((ROWS, columns), dtype)
@@ -748,7 +748,8 @@ def _body(
           for n in range(per):
             act[mine * per + n] = zeros(plan.wide, jnp.bfloat16)
         else:
-          out_ref[own] = zeros(plan.columns, jnp.float32)
+          nothing = zeros(plan.columns, jnp.float32)
+          hopper.put(plgpu, out_ref.at[own], nothing)
 
     if not final_norm:
       return

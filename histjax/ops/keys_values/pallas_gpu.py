@@ -242,7 +242,11 @@ def _body(
         )
         if not which:
           y = hopper.join(worker.rotated(y, place, kind.head_dim))
-        out_smem.at[n, which][...] = y.astype(jnp.bfloat16)
+        y = y.astype(jnp.bfloat16)
+        if kind.placed:
+          hopper.put(plgpu, out_smem.at[n, which], y)
+        else:
+          out_smem.at[n, which][...] = y
     write()
 
   if kind.placed or not kind.ragged:

@@ -341,7 +341,10 @@ def lower(shape, structure, *, mlp_width=None, config=None, **fields):
   def function(args, count):
     run = functools.partial(pallas_gpu.candidate_tower, config=config)
     if config is None:
-      run = functools.partial(api._BACKENDS['pallas_gpu'].call, final_norm=True)
+      run = functools.partial(
+        api._BACKENDS['pallas_gpu'].call,
+        final_norm=fields.get('final_norm', True),
+      )
     return run(
       *args,
       num_heads=shape[3],
@@ -375,6 +378,17 @@ class LoweringTest(parameterized.TestCase):
       'prefix' if few else 'any',
       ragged=few,
       rotate=not few,
+    )
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
+
+  @parameterized.parameters((4, 16), (2, 32), (4, 32), (4, 64))
+  def test_residual(self, *heads):
+    text = lower(
+      (1, 999, 333, *heads),
+      'ascending',
+      ragged=True,
+      rotate=True,
+      final_norm=False,
     )
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
 
