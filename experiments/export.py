@@ -4,8 +4,7 @@
     --output=/tmp/model --events=256,1024 --candidates=512
   python /tmp/model/load.py --check
 
-There is a program for each combination of sizes, so name few. --platform may be
-another machine's.
+One program a combination of sizes. --platform may be another machine's.
 """
 
 import importlib

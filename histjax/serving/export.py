@@ -188,7 +188,15 @@ def export_model(
   options = _with_new_events(config, options)
   if options.repick:
     config = _without_names(config)
-  lowered = _lowered(config, params, options, log)
+  try:
+    lowered = _lowered(config, params, options, log)
+  except NotImplementedError as error:
+    raise NotImplementedError(
+      f'{error}; to let the platform pick, export with repick=True'
+    ) from error
+  for kind in ('encode', 'extend', 'score'):
+    used = lowered.used(kind)
+    log(f'{kind} runs {used or "plain JAX alone"}')
   log('golden outputs')
   golden = _golden(config, params, options)
   manifest = _manifest(config, params, options, lowered)
@@ -304,8 +312,9 @@ def _golden(
     )
     length = np.asarray([events, 0, events // 2], np.int32)
     history = batch.history.replace(length=length)
-    cache = reference.encode(history)
-    logits = reference.score(cache, batch.candidates, batch.context)
+    with jax.default_matmul_precision('highest'):
+      cache = reference.encode(history)
+      logits = reference.score(cache, batch.candidates, batch.context)
     parts = {
       'history': batch.history.features,
       'length': {'length': length},

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from histjax.models import ranker
-from histjax.ops import devices
+from histjax.ops import devices, dispatch
 from histjax.scoring import layout, programs, transport, weights
 
 _ANY_INTEGER = 2**31
@@ -102,6 +102,15 @@ class Lowered:
     self.implementations[name] = program.backends
     self.requests[kind] = {x.name: _features(x) for x in program.layout.parts}
     return found
+
+  def used(self, kind: str) -> dict[str, str]:
+    """`{operation: implementations}` of all programs of a kind."""
+    found: dict[str, set[str]] = {}
+    for name, implementations in self.implementations.items():
+      if name.startswith(f'{kind}-'):
+        for operation, implementation in implementations.items():
+          found.setdefault(operation, set()).add(implementation)
+    return dispatch.names(found)
 
   def _lower(self, name, function, *arguments) -> list[jax.ShapeDtypeStruct]:
     lower = jax.export.export(jax.jit(function), platforms=[self._platform])

@@ -224,6 +224,7 @@ class ExportTest(parameterized.TestCase):
     )
     self.assertEqual(features_lib.load(folder).configs, ())
     self.assertIn('golden outputs', lines)
+    self.assertIn("extend runs {'history_attention': 'xla'}", lines)
     self.assertTrue(any(x.startswith('score 3 x 8 x 4') for x in lines))
     self.assertEqual(list(folder.parent.iterdir()), [folder])
 
@@ -505,7 +506,7 @@ class PlatformTest(parameterized.TestCase):
 
   def test_a_named_implementation_that_cannot_be_kept(self):
     config = small(encoder__candidate_tower='numba_cpu')
-    with self.assertRaisesRegex(NotImplementedError, 'numba_cpu'):
+    with self.assertRaisesRegex(NotImplementedError, 'numba_cpu.*repick=True'):
       self.export('cpu', config)
     self.assertEmpty(list(self.folder.iterdir()))
 
