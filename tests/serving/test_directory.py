@@ -1,0 +1,99 @@
+"""What is left, where a directory cannot be written."""
+
+import errno
+import os
+from unittest import mock
+
+import safetensors
+from absl.testing import absltest, parameterized
+
+from histjax.serving import directory, export
+from tests import support
+from tests.serving import exports
+
+
+class DirectoryTest(parameterized.TestCase):
+  """What is left, where it cannot be written."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = exports.temporary(self)
+
+  def test_what_is_there_is_kept(self):
+    full = self.folder / 'full'
+    full.mkdir()
+    (full / 'mine').write_text('mine')
+    (self.folder / 'link').symlink_to('nowhere')
+    config = support.config()
+    for name, message in (
+      ('full', 'is there and no empty directory'),
+      ('full/mine', 'is there and no empty directory'),
+      ('link', 'is there and no empty directory'),
+      ('absent/model', 'there is no directory'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):  # Before any work.
+        export.export_model(
+          config, {}, self.folder / name, export.ExportConfig()
+        )
+      with self.assertRaisesRegex(ValueError, message):
+        export.export_workdir(
+          self.folder, self.folder / name, export.ExportConfig()
+        )
+    self.assertEqual((full / 'mine').read_text(), 'mine')
+
+  @parameterized.parameters(
+    OSError(errno.ENOSPC, 'No space left on device'),
+    safetensors.SafetensorError('I/O error: No space left on device'),
+  )
+  def test_a_full_disk_leaves_nothing(self, error):
+    output = self.folder / 'model'
+
+    def write(folder):
+      (folder / 'one').write_text('one')
+      self.assertEqual(folder.parent, self.folder)
+      raise error
+
+    with self.assertRaisesRegex(
+      OSError, "model' cannot be written, nothing is left.*No space left"
+    ):
+      directory.write_whole(output, write)
+    self.assertEmpty(list(self.folder.iterdir()))
+
+  def test_a_full_disk_at_the_end_leaves_nothing(self):
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with (
+      mock.patch.object(os, 'fsync', side_effect=full),
+      self.assertRaisesRegex(OSError, 'No space left on device') as caught,
+    ):
+      directory.write_whole(
+        self.folder / 'model', lambda folder: (folder / 'one').write_text('1')
+      )
+    self.assertEqual(caught.exception.errno, errno.ENOSPC)
+    self.assertEmpty(list(self.folder.iterdir()))
+
+  def test_another_error_leaves_nothing(self):
+    def write(folder):
+      (folder / 'one').write_text('one')
+      raise ValueError('logits are off')
+
+    with self.assertRaisesRegex(ValueError, 'logits are off'):
+      directory.write_whole(self.folder / 'model', write)
+    self.assertEmpty(list(self.folder.iterdir()))
+
+  def test_a_directory_that_came_meanwhile_is_kept(self):
+    output = self.folder / 'model'
+
+    def write(folder):
+      (folder / 'one').write_text('one')
+      output.mkdir()
+      (output / 'mine').write_text('mine')
+
+    with self.assertRaisesRegex(OSError, 'cannot be written'):
+      directory.write_whole(output, write)
+    self.assertEqual(
+      [x.name for x in self.folder.rglob('*')], ['model', 'mine']
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()
