@@ -54,8 +54,14 @@ def model():
 
 @functools.cache
 def scorer():
+  """What was exported, with the same buckets, so that it compiles little."""
   config = support.config()
-  return scoring.Scorer(config, support.init(config)[1])
+  options = scoring.ScorerConfig(
+    history_buckets=SIZES['events'],
+    candidate_buckets=SIZES['candidates'],
+    row_buckets=SIZES['rows'],
+  )
+  return scoring.Scorer(config, support.init(config)[1], options)
 
 
 def requests(num_rows=2, num_events=7, num_candidates=3, seed=0):

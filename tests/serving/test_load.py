@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 
+import hypothesis
 import numpy as np
 from absl.testing import absltest, parameterized
+from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
 from histjax.serving import directory
 from histjax.serving import load as load_lib
 from histjax.types import Candidates, History
-from tests import support
 from tests.serving import exports
 
 # XLA runs both, one in other sums than the other; logits are of order 1.
@@ -49,29 +50,33 @@ class LoadTest(parameterized.TestCase):
       )
     )
 
-  def test_scores_as_the_scorer(self):
-    history, candidates, context = exports.requests()
-    length = np.asarray([5, 0])
-    new = support.features(
-      np.random.default_rng(1), support.SCHEMA.history_features, (2, 2)
+  @hypothesis.given(
+    length=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    new=st.integers(0, 2),
+    num_candidates=st.integers(1, 4),
+    seed=st.integers(0, 9),
+  )
+  def test_scores_as_the_scorer(self, length, new, num_candidates, seed):
+    """Of the history, of the longer one, and again of the first."""
+    rows = len(length)
+    length = np.asarray(length)
+    count = np.minimum(new, np.arange(rows) + new % 2)
+    history, candidates, context = exports.requests(
+      rows, 6, num_candidates, seed
     )
-    count = np.asarray([2, 1])
-    cache = exports.model().encode(history, length)
-    found = [
-      exports.model().score(x, candidates, context)
-      for x in (cache, exports.model().extend(cache, new, count), cache)
-    ]
-    s = exports.scorer()
+    late, _, _ = exports.requests(rows, 2, 1, seed + 1)
+    s, model = exports.scorer(), exports.model()
+    cache = model.encode(history, length)
+    longer = model.extend(cache, late, count)
     wanted = s.encode(History(history, length))
-    logits = [s.score(wanted, Candidates(candidates), context)]
-    wanted = s.extend(wanted, History(new, count))
-    logits.append(s.score(wanted, Candidates(candidates), context))
-    logits.append(logits[0])  # The first cache is as it was.
-    for a, b in zip(found, logits, strict=True):
-      self.assertEqual(list(a), ['click', 'like'])
-      for task in a:
-        self.assertEqual(a[task].shape, (2, 3))
-        np.testing.assert_allclose(a[task], b[task], **TOLERANCE)
+    extended = s.extend(wanted, History(late, count), donate=False)
+    for mine, its in ((cache, wanted), (longer, extended), (cache, wanted)):
+      found = model.score(mine, candidates, context)
+      logits = s.score(its, Candidates(candidates), context)
+      self.assertEqual(list(found), ['click', 'like'])
+      for task, x in found.items():
+        self.assertEqual(x.shape, (rows, num_candidates))
+        np.testing.assert_allclose(x, logits[task], **TOLERANCE)
 
   def test_padding_may_hold_anything(self):
     history, candidates, context = exports.requests()
