@@ -96,10 +96,10 @@ class Model:
     capacity = max(old, self._fit('events', _max(length)))
     width = [(0, 0), (0, 0), (0, capacity - old), (0, 0), (0, 0)]
     cached = [jnp.pad(x, width) if capacity > old else x for x in cache[:2]]
-    parts: Any = {'length': {'length': cache.length}, 'count': {'count': count}}
+    parts: Any = {'length': {'length': cache.length}, 'new': {'new': count}}
+    parts |= {'history': events}
     new = self._fit('new_events', _max(count))
     sizes = cached[0].shape[1], capacity, new
-    parts |= {'history': events}
     keys, values, _ = self._run('extend', sizes, parts, count, *cached)
     return Cache(keys, values, length, cache.model)
 
@@ -154,7 +154,11 @@ class Model:
   def _program(self, name: str):
     if name not in self._programs:
       exported = jax.export.deserialize(bytearray(self._files[f'{name}.jax']))
-      self._programs[name] = jax.jit(exported.call)
+      options = None
+      if self.manifest['compute_capability']:
+        # So few launches take less time than XLA's CUDA graph of them.
+        options = {'xla_gpu_enable_command_buffer': ''}
+      self._programs[name] = jax.jit(exported.call, compiler_options=options)
     return self._programs[name]
 
   def _check_device(self) -> None:

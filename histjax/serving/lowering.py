@@ -67,18 +67,15 @@ class Lowered:
     self.convention = 0
     self._platform, self._log = target.platform, log
     spec: Any = None
-    tree: Any = None
 
     def prepare(arrays):
-      nonlocal spec, tree
+      nonlocal spec
       nested = flax.traverse_util.unflatten_dict(arrays, sep='/')
       packed, spec = weights.pack(config, nested)
-      leaves, tree = jax.tree.flatten(packed)
-      return leaves  # Programs are serialized with lists and dicts alone.
+      return list(packed)
 
     arrays = jax.tree.map(_shape, flat(params))
     self._packed = self._lower('prepare', prepare, arrays)
-    self._tree = tree
     self._plan = programs.Plan(
       config, microbatch, microbatch, spec, target, transport.Transport()
     )
@@ -92,13 +89,8 @@ class Lowered:
   ) -> list[jax.ShapeDtypeStruct]:
     """Lowers the program of a kind and bucket; returns its results' shapes."""
     program = programs.Program(self._plan, kind, sizes)
-
-    def traced(leaves, *arguments):
-      return program.traced(jax.tree.unflatten(self._tree, leaves), *arguments)
-
-    traced.__name__ = kind  # In profiles.
     request = jax.ShapeDtypeStruct((program.layout.size,), jnp.int32)
-    found = self._lower(name, traced, self._packed, *cached, request)
+    found = self._lower(name, program.traced, self._packed, *cached, request)
     self.implementations[name] = program.backends
     self.requests[kind] = {x.name: _features(x) for x in program.layout.parts}
     return found
