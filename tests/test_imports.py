@@ -25,6 +25,7 @@ LAYERS = (
   ('data',),
   ('training',),
   ('scoring',),
+  ('serving',),
 )
 
 

@@ -1,0 +1,1 @@
+"""Serving: what stands above the scorer, each with dependencies of its own."""

@@ -1,0 +1,59 @@
+"""Tells on one line at a time how far work is, how fast, and for how long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+_FIRST, _EVERY = 1.0, 5.0
+"""Seconds after which the first line is told, and the next ones."""
+
+
+class Progress:
+  """Of one piece of work after another.
+
+  The first line of each comes at once, the next after a second.
+  """
+
+  def __init__(
+    self,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self._say, self._clock = say, clock
+    self._what = ''
+    self._begun = self._next = 0.0
+    self._before = 0
+
+  def tell(
+    self, what: str, done: float, total: float, unit: str, skipped: float = 0
+  ) -> None:
+    """Says it if it is time to.
+
+    Args:
+      what: is done; another than before begins anew.
+      done: so much of it, what was skipped included.
+      total: of so much.
+      unit: of both.
+      skipped: done before, by another process.
+    """
+    now = self._clock()
+    if what != self._what:
+      self._what, self._begun, self._next = what, now, now
+    if now < self._next and done < total:
+      return
+    self._next = now + (_EVERY if now - self._begun >= _FIRST else _FIRST)
+    seconds, here = now - self._begun, done - skipped
+    line = f'{what}: {done:,.0f}/{total:,.0f} {unit}'
+    if here > 0 and seconds > 0:
+      rate = here / seconds
+      line += f', {rate:,.1f} a second, {_time((total - done) / rate)} left'
+    elif done < total:
+      line += ', time left not known yet'
+    self._say(line)
+
+
+def _time(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02d}:{seconds:02d}'
