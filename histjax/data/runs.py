@@ -46,7 +46,7 @@ class Runs:
     meta = {'shards': json.dumps(shards.tolist())}
     path = self._folder / f'{self._name}-{self._number:06d}.arrow'
     with pa.ipc.new_file(path, table.schema.with_metadata(meta)) as writer:
-      stops = np.append(starts[1:], len(order))
+      stops = np.append(starts, len(order))[1:]
       for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         part = table.slice(start, stop - start).combine_chunks()
         writer.write_table(part, max_chunksize=max(len(order), 1))

@@ -157,6 +157,7 @@ def prepare(
   candidates: Sequence[str],
   limits: Limits,
   *,
+  allow_new_users: bool = False,
   tell: Tell = lambda what, done, total: None,
 ) -> Shards:
   """Cuts a log and candidates into shards.
@@ -170,11 +171,13 @@ def prepare(
     events: files of the log.
     candidates: files of candidates.
     limits: how large shards may be.
+    allow_new_users: even if no user at all is in the log.
     tell: of progress.
 
   Raises:
-    ValueError: a file or a value in it is bad, a user is larger than a shard
-      may be, or a candidate is earlier than its user's last event.
+    ValueError: a file or a value in it is bad, no user is in the log, one is
+      larger than a shard may be, or a candidate is earlier than its user's last
+      event.
   """
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir()
@@ -190,6 +193,8 @@ def prepare(
     )
   ]
   counts, lengths = counted
+  if not allow_new_users and not lengths.any():
+    raise _no_user_is_known(users, events, schema)
   bounds = _bounds(join, users, lengths, counts, limits)
   pass_ = _Pass(folder, join, users, bounds, int(limits.memory / 8))
   pass_.read('log', join.log_table, events, tell)
@@ -324,3 +329,16 @@ def _bounds(join: Join, users: Users, lengths, counts, limits: Limits):
       stop = min(stop, bounds[-1] + limits.users)
     bounds.append(stop)
   return np.array(bounds, np.int64)
+
+
+def _no_user_is_known(users: Users, events, schema: Schema) -> ValueError:
+  log = next(files.stream(events, [schema.user], schema))
+  _, keys = columns_lib.encode_keys(log, schema.user)
+  own, theirs = (
+    columns_lib.canonical_keys(k[:1])[0] for k in (users.keys, keys)
+  )
+  return ValueError(
+    f'none of the {len(users)} users of the candidates, such as {own!r}, is in '
+    f'the log, whose users are such as {theirs!r}; correct the users, or set '
+    '--allow_new_users to rank without any history'
+  )

@@ -17,17 +17,23 @@ import os
 from collections.abc import Sequence
 
 from histjax import config as config_lib
-from histjax.data import columns as columns_lib
 from histjax.data import files, shards
-from histjax.schema import Schema
 from histjax.scoring.scorer import Scorer
 from histjax.serving import ranked_files
 from histjax.serving.batch_engines import Job, Local, Ray
-from histjax.serving.batch_worker import Load, Model, Options
+from histjax.serving.batch_worker import Load, Model, Options, Worker
 from histjax.serving.progress import Progress
 from histjax.training.interrupt import Interrupt
 
-__all__ = ['Local', 'Model', 'Options', 'Ray', 'Summary', 'rank_files']
+__all__ = [
+  'Local',
+  'Model',
+  'Options',
+  'Ray',
+  'Summary',
+  'Worker',
+  'rank_files',
+]
 _VERSION = 1
 
 
@@ -144,25 +150,14 @@ def _prepare(
     data = shards.Shards.load(parts.work)
   except FileNotFoundError:
     data = shards.prepare(
-      parts.work, model.join, events, candidates, options.limits, tell=tell
+      parts.work,
+      model.join,
+      events,
+      candidates,
+      options.limits,
+      allow_new_users=options.allow_new_users,
+      tell=tell,
     )
-  if not options.allow_new_users:
-    _check_known(data, events, model.join.schema)
-    print(f'{data.num_known} of {len(data.keys)} users are in the log')
+  print(f'{data.num_known} of {len(data.keys)} users are in the log')
   parts.plan(len(data))
   return data
-
-
-def _check_known(data: shards.Shards, events, schema: Schema) -> None:
-  if data.num_known:
-    return
-  log = next(files.stream(events, [schema.user], schema))
-  own, theirs = (
-    columns_lib.canonical_keys(keys[:1])[0]
-    for keys in (data.keys, columns_lib.encode_keys(log, schema.user)[1])
-  )
-  raise ValueError(
-    f'none of the {len(data.keys)} users of the candidates, such as {own!r}, '
-    f'is in the log, whose users are such as {theirs!r}; correct the users, or '
-    'set --allow_new_users to rank without any history'
-  )

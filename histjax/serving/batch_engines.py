@@ -49,7 +49,9 @@ class Local:
 
     def tell(some: int) -> None:
       stop()
-      progress.tell('scoring', finished + some, users.sum(), 'users', before)
+      progress.tell(
+        'scoring', finished + some, int(users.sum()), 'users', before
+      )
 
     tell(0)
     worker = Worker(job.model, job.parts, job.data, job.options)
@@ -92,7 +94,7 @@ class Ray:
     done = job.parts.done()
     missing = np.flatnonzero(~done).tolist()
     before = finished = int(users[done].sum())
-    progress.tell('scoring', before, users.sum(), 'users', before)
+    progress.tell('scoring', before, int(users.sum()), 'users', before)
     found = (
       ray.data.from_items(
         [{'shard': shard} for shard in missing],
@@ -113,7 +115,7 @@ class Ray:
       if row['error']:
         raise ValueError(row['error'])
       finished += int(users[row['shard']])
-      progress.tell('scoring', finished, users.sum(), 'users', before)
+      progress.tell('scoring', finished, int(users.sum()), 'users', before)
 
 
 class _RayWorker:

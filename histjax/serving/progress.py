@@ -12,7 +12,7 @@ _FIRST, _EVERY = 1.0, 5.0
 class Progress:
   """Of one piece of work after another.
 
-  The first line of each comes at once, the next after a second.
+  A line of each comes when it begins, if that is told, and after a second.
   """
 
   def __init__(
@@ -23,7 +23,6 @@ class Progress:
     self._say, self._clock = say, clock
     self._what = ''
     self._begun = self._next = 0.0
-    self._before = 0
 
   def tell(
     self, what: str, done: float, total: float, unit: str, skipped: float = 0
@@ -39,18 +38,22 @@ class Progress:
     """
     now = self._clock()
     if what != self._what:
-      self._what, self._begun, self._next = what, now, now
-    if now < self._next and done < total:
+      self._what, self._begun, self._next = what, now, now + _FIRST
+    if now < self._next and 0 < done < total:
       return
     self._next = now + (_EVERY if now - self._begun >= _FIRST else _FIRST)
     seconds, here = now - self._begun, done - skipped
-    line = f'{what}: {done:,.0f}/{total:,.0f} {unit}'
+    line = f'{what}: {_number(done)}/{_number(total)} {unit}'
     if here > 0 and seconds > 0:
       rate = here / seconds
-      line += f', {rate:,.1f} a second, {_time((total - done) / rate)} left'
+      line += f', {rate:,.0f} a second, {_time((total - done) / rate)} left'
     elif done < total:
       line += ', time left not known yet'
     self._say(line)
+
+
+def _number(value: float) -> str:
+  return f'{value:,}' if isinstance(value, int) else f'{value:,.1f}'
 
 
 def _time(seconds: float) -> str:
