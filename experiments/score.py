@@ -102,7 +102,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   try:
-    rank_file()
+    rank_files()
   except (ValueError, OSError, ImportError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
 

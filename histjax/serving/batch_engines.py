@@ -104,11 +104,13 @@ class Ray:
         _RayWorker,
         fn_constructor_args=(job.load, job.parts, job.options),
         batch_size=1,
-        concurrency=min(self.num_workers, len(missing)),
+        compute=ray.data.ActorPoolStrategy(
+          size=min(self.num_workers, len(missing))
+        ),
         num_gpus=self.num_gpus,
         num_cpus=self.num_cpus,
       )
-      .iter_rows(prefetch_batches=0)
+      .iter_rows()
     )
     for row in found:
       stop()

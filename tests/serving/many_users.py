@@ -6,6 +6,7 @@ import sys
 import time
 from unittest import mock
 
+import jax
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
@@ -66,6 +67,13 @@ def model():
   _, params = support.init(config)
   rows = RowConfig('streaming', history_length=16)
   return batch.Model(config, params, joins.Join(log.schema, rows, fitted))
+
+
+def broken():
+  """As `model`, with parameters that are not finite."""
+  found = model()
+  params = jax.tree.map(lambda x: np.full_like(x, np.nan), found.params)
+  return batch.Model(found.config, params, found.join)
 
 
 def pause():
