@@ -18,11 +18,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope='module')
 def cluster():
   keep = {n: v for n, v in os.environ.items() if n.startswith('JAX_')}
+  path = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
   ray.init(
     num_cpus=2,
     include_dashboard=False,
     log_to_driver=False,
-    runtime_env={'env_vars': {**keep, 'PYTHONPATH': str(ROOT)}},
+    runtime_env={'env_vars': {**keep, 'PYTHONPATH': os.pathsep.join(path)}},
   )
   yield
   ray.shutdown()
@@ -53,7 +54,9 @@ def test_shards_are_those_of_one_process(cluster, tmp_path):
 @pytest.mark.filterwarnings('default')
 def test_what_is_wrong_is_said_as_here(cluster, tmp_path):
   paths = many_users.write(tmp_path)
-  with pytest.raises(ValueError, match=r"user '0': .*shown\.parquet row 0: the"):
+  with pytest.raises(
+    ValueError, match=r"user '0': .*shown\.parquet row 0: the"
+  ):
     batch.rank_files(
       many_users.broken,
       *paths,
