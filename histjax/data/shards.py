@@ -26,13 +26,16 @@ from histjax.data import files
 from histjax.data.joins import Join, Table
 from histjax.data.parts import Columns
 from histjax.data.runs import Runs, read_runs
-from histjax.data.users import MAX_ROWS, Users
+from histjax.data.users import Users
 from histjax.schema import Schema
 
 PLAN = 'plan.json'
 _USERS = 'users.arrow'
-_COPIES = 6
+_COPIES = 4
 """Of a shard's rows, at most, that reading, sorting and deriving hold."""
+
+_MAX_ROWS = 2**17
+"""Of a file, read at once."""
 
 Tell = Callable[[str, int, int], None]
 """Is told, while files are read, of which, and how many bytes of how many."""
@@ -182,11 +185,15 @@ def prepare(
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir()
   schema = join.schema
+  max_rows = _piece(join, limits)
   users = Users.of_files(
-    candidates, schema, functools.partial(tell, 'users of the candidates')
+    candidates,
+    schema,
+    functools.partial(tell, 'users of the candidates'),
+    max_rows,
   )
   counted = [
-    _count(users, paths, schema, functools.partial(tell, what))
+    _count(users, paths, schema, functools.partial(tell, what), max_rows)
     for what, paths in (
       ('candidates of each user', candidates),
       ('events of each user', events),
@@ -196,7 +203,7 @@ def prepare(
   if not allow_new_users and not lengths.any():
     raise _no_user_is_known(users, events, schema)
   bounds = _bounds(join, users, lengths, counts, limits)
-  pass_ = _Pass(folder, join, users, bounds, int(limits.memory / 8))
+  pass_ = _Pass(folder, join, users, bounds, limits)
   pass_.read('log', join.log_table, events, tell)
   pass_.read('candidates', join.candidates_table, candidates, tell)
   keys = pa.array(users.keys)
@@ -224,12 +231,13 @@ def prepare(
 class _Pass:
   """Encodes files into runs, and checks how candidates follow the log."""
 
-  def __init__(self, folder, join: Join, users: Users, bounds, max_bytes: int):
+  def __init__(self, folder, join: Join, users: Users, bounds, limits: Limits):
     self.kinds: dict[str, bool] = {}
     self.time_types: set[np.dtype] = set()
     self.sources: list[tuple[int, str]] = []
     self._folder, self._join, self._users = folder, join, users
-    self._bounds, self._max_bytes = bounds, max_bytes
+    self._bounds, self._max_bytes = bounds, int(limits.memory / 16)
+    self._max_rows = _piece(join, limits)
     self._last: np.ndarray | None = None
 
   def read(self, name: str, table: Table, paths, tell: Tell) -> None:
@@ -239,7 +247,7 @@ class _Pass:
       paths,
       table.columns,
       schema,
-      max_rows=MAX_ROWS,
+      max_rows=self._max_rows,
       tell=functools.partial(tell, f'values of the {name}'),
     ):
       user = self._users.find(columns, schema.user)
@@ -291,26 +299,35 @@ class _Pass:
       )
 
 
-def _count(users: Users, paths, schema: Schema, tell) -> np.ndarray:
+def _count(users: Users, paths, schema: Schema, tell, max_rows) -> np.ndarray:
   """int64 `[users]`, how many rows each has."""
   total = np.zeros(len(users), np.int64)
   for columns in files.stream(
-    paths, [schema.user], schema, max_rows=MAX_ROWS, tell=tell
+    paths, [schema.user], schema, max_rows=max_rows, tell=tell
   ):
     user = users.find(columns, schema.user)
     total += np.bincount(user[user >= 0], minlength=len(users))
   return total
 
 
+def _width(join: Join, table: Table) -> int:
+  """Bytes of a row of a shard: its codes, offsets and values."""
+  return 48 + 4 * (len(table.features) + len(join.features.derived) + 4)
+
+
+def _piece(join: Join, limits: Limits) -> int:
+  """Rows of a file that are read at once."""
+  width = max(
+    _width(join, table) for table in (join.log_table, join.candidates_table)
+  )
+  return max(1024, min(_MAX_ROWS, int(limits.memory / (16 * width))))
+
+
 def _bounds(join: Join, users: Users, lengths, counts, limits: Limits):
   """int64 `[shards + 1]`, users in order, as many as fit."""
-  derived = len(join.features.derived)
-
-  def width(table: Table) -> int:  # Of a row: codes, offsets, values.
-    return 48 + 4 * (len(table.features) + derived + 4)
-
   size = _COPIES * (
-    lengths * width(join.log_table) + counts * width(join.candidates_table)
+    lengths * _width(join, join.log_table)
+    + counts * _width(join, join.candidates_table)
   )
   large = np.flatnonzero(size > limits.memory)
   if large.size:

@@ -13,9 +13,6 @@ from histjax.data import files, hashing
 from histjax.data.parts import Columns
 from histjax.schema import Schema
 
-MAX_ROWS = 2**17
-"""Of a file, read at once."""
-
 
 class Users:
   """The distinct users of the candidates, in the order of the output.
@@ -60,19 +57,23 @@ class Users:
 
   @classmethod
   def of_files(
-    cls, paths: Sequence[str], schema: Schema, tell: Callable[[int, int], None]
+    cls,
+    paths: Sequence[str],
+    schema: Schema,
+    tell: Callable[[int, int], None],
+    max_rows: int,
   ) -> Users:
     """Reads the column of users; see `files.stream`."""
     found: list[pa.Array] = []
-    limit = MAX_ROWS
+    limit = max_rows
     for columns in files.stream(
-      paths, [schema.user], schema, max_rows=MAX_ROWS, tell=tell
+      paths, [schema.user], schema, max_rows=max_rows, tell=tell
     ):
       keys = pa.array(columns_lib.encode_keys(columns, schema.user)[1])
       found.append(keys)
       if sum(map(len, found)) > limit:
         found = [_distinct(found)]
-        limit = max(MAX_ROWS, 2 * len(found[0]))
+        limit = max(max_rows, 2 * len(found[0]))
     keys = _distinct(found)
     values = keys.to_numpy(zero_copy_only=False)
     if not pa.types.is_integer(keys.type):

@@ -37,9 +37,10 @@ class Progress:
       skipped: done before, by another process.
     """
     now = self._clock()
-    if what != self._what:
+    begins = what != self._what
+    if begins:
       self._what, self._begun, self._next = what, now, now + _FIRST
-    if now < self._next and 0 < done < total:
+    if now < self._next and done < total and not (begins and done == skipped):
       return
     self._next = now + (_EVERY if now - self._begun >= _FIRST else _FIRST)
     seconds, here = now - self._begun, done - skipped
