@@ -101,12 +101,27 @@ def stream(
     raise _no_events(paths)
 
 
-def digest(paths: Sequence[str]) -> str:
-  """SHA-256, in hex, of what files hold, one after the other."""
-  total = hashlib.sha256()
-  for path, _ in _expand(paths):
+def digest(
+  paths: Sequence[str],
+  *,
+  tell: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+  """SHA-256, in hex, of what files hold, one after the other.
+
+  Args:
+    paths: as `read`.
+    tell: as `stream`.
+  """
+  files = [path for path, _ in _expand(paths)]
+  size, done, total = sum(p.stat().st_size for p in files), 0, hashlib.sha256()
+  for path in files:
+    own = hashlib.sha256()
     with open(path, 'rb') as file:
-      total.update(hashlib.file_digest(file, 'sha256').digest())
+      while block := file.read(2**22):
+        own.update(block)
+        done += len(block)
+        tell(done, size)
+    total.update(own.digest())
   return total.hexdigest()
 
 

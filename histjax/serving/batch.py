@@ -96,6 +96,12 @@ def rank_files(
   ranked_files.check_columns(model.join.schema)
   options.task_of(model.join.schema)
   model.config.require_amortizable()
+  progress = Progress()
+
+  def digest(what: str, paths: Sequence[str]) -> str:
+    tell = functools.partial(progress.bytes, f'digest of the {what}')
+    return files.digest(paths, tell=tell)
+
   parts = ranked_files.Parts.open(
     target.folder,
     {
@@ -104,12 +110,11 @@ def rank_files(
       'features': model.join.features.digest(),
       'rows': config_lib.to_dict(model.join.config),
       'as_of': model.join.as_of,
-      'log': files.digest(events),
-      'candidates': files.digest(candidates),
+      'log': digest('log', events),
+      'candidates': digest('candidates', candidates),
       'options': config_lib.to_dict(options),
     },
   )
-  progress = Progress()
   with Interrupt() as interrupt:
     stop = functools.partial(_stop, interrupt)
     try:
@@ -144,7 +149,7 @@ def _prepare(
 
   def tell(what: str, done: int, total: int) -> None:
     stop()
-    progress.tell(f'reading {what}', done / 2**20, total / 2**20, 'MiB')
+    progress.bytes(f'reading {what}', done, total)
 
   try:
     data = shards.Shards.load(parts.work)

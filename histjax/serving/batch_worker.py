@@ -255,12 +255,13 @@ def _scorer_config(
 ) -> ScorerConfig:
   """Few shapes that all shards' rows fit, so that few programs are compiled."""
   config = ScorerConfig()
-  length, longest = data.lengths, int(data.lengths.max())
+  length = data.lengths
   if join.config.history_length is not None:
     length = np.minimum(length, join.config.history_length)
-    if not join.as_of:  # Else candidates see later events, too.
-      longest = int(length.max())
-  events = {*buckets.of_data(length, 4), buckets.round_up(longest)}
+  events = buckets.of_data(length, 4)
+  # Candidates that see later events than others of their row lengthen it.
+  more = buckets.of_data(data.lengths, 4)
+  events += tuple(size for size in more if size > events[-1])
   # A user with several contexts has rows of fewer candidates.
   count = min(int(data.counts.max()), config.microbatch)
   candidates = {buckets.round_up(count)}
@@ -270,7 +271,7 @@ def _scorer_config(
   rows = min(options.users_per_batch, data.num_candidates)
   return dataclasses.replace(
     config,
-    history_buckets=tuple(sorted(events)),
+    history_buckets=events,
     candidate_buckets=tuple(sorted(candidates)),
     row_buckets=(rows,),
   )

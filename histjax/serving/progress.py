@@ -52,6 +52,10 @@ class Progress:
       line += ', time left not known yet'
     self._say(line)
 
+  def bytes(self, what: str, done: int, total: int) -> None:
+    """As `tell`, of bytes."""
+    self.tell(what, done / 2**20, total / 2**20, 'MiB')
+
 
 def _number(value: float) -> str:
   return f'{value:,}' if isinstance(value, int) else f'{value:,.1f}'

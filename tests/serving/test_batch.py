@@ -1,5 +1,6 @@
 """Joins, contexts and checks of candidates that are ranked from files."""
 
+import dataclasses
 import itertools
 import sys
 from unittest import mock
@@ -11,7 +12,7 @@ from absl.testing import absltest
 from pyarrow import csv, parquet
 
 from histjax import Scorer
-from histjax.data import joins
+from histjax.data import joins, requests, rows
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
 from histjax.features import TimeGap
@@ -66,7 +67,7 @@ def rank(trained, tmp_path):
   """`rank(log, shown, ending)`: the table that is written, with all rows."""
   number = itertools.count()
 
-  def rank(log=LOG, shown=SHOWN, ending='.parquet', **options):
+  def rank(log=LOG, shown=SHOWN, ending='.parquet', model=trained, **options):
     paths = []
     for name, data in (('log', log), ('shown', shown)):
       path = tmp_path / f'{name}{ending}'
@@ -78,7 +79,7 @@ def rank(trained, tmp_path):
       paths.append([str(path)])
     output = tmp_path / f'out{next(number)}.parquet'
     options = {'top_k': 99, 'users_per_batch': 8, **options}
-    batch.rank_files(lambda: trained, *paths, output, batch.Options(**options))
+    batch.rank_files(lambda: model, *paths, output, batch.Options(**options))
     return parquet.read_table(output)
 
   return rank
@@ -222,6 +223,44 @@ def test_bad_candidates(scores_of, tmp_path, column, values, message):
   with pytest.raises(ValueError, match=message):
     scores_of(shown=with_columns(SHOWN, **{column: values}), ending='.csv')
   assert not list(tmp_path.glob('out*'))  # It can be run again at once.
+
+
+def test_candidates_of_one_row_see_different_histories(trained, rank):
+  """With strict ties; the row is longer than `history_length`."""
+  config = RowConfig('pointwise', history_length=8, ties='strict')
+  join = dataclasses.replace(trained.join, config=config)
+  log = {name: np.repeat(values, 5) for name, values in LOG.items()}
+  found = rank(log, LATE, model=dataclasses.replace(trained, join=join))
+  events = np.argsort(log['time'], kind='stable')
+  row = requests.make_row(
+    join.schema,
+    context={'land': 'de'},
+    history={
+      name: [values[i] for i in events if log['user'][i] == 1]
+      for name, values in log.items()
+    },
+    candidates=LATE,
+    config=config,
+    features=join.features,
+  )
+  assert len(row.history['sku']) == 13
+  wanted = Scorer(trained.config, trained.params).score_plain(
+    rows.collate([row])
+  )
+  close(
+    found.sort_by('row')['score_click'].to_numpy(),
+    1 / (1 + np.exp(-wanted['click'][0])),
+  )
+
+
+# One is as old as the user's last event, which it does not see.
+LATE = {
+  'user': [1, 1],
+  'time': TIME + SECOND * np.array([60, 5]),
+  'sku': ['7', '7'],
+  'price': [0.1, 0.1],
+  'land': ['de', 'de'],
+}
 
 
 def test_a_bad_event_is_found_first(scores_of, monkeypatch):
