@@ -1,10 +1,9 @@
 """A log and candidates, larger than memory, cut by user into shards on disk.
 
-Each file is read twice, a piece at a time: once for its users, so that shards
-can be cut by what they will hold, and once to check and encode its values,
-which go to disk as runs: Arrow files of one batch a shard. So all of a value's
-faults are found before anything is scored, and to read a shard is to read one
-batch of every run.
+Files are read a piece at a time. First the column of users alone, so that
+shards can be cut by what they will hold; then all columns, which are checked,
+encoded and written as runs: Arrow files of one batch a shard. So a bad value is
+found before anything is scored, and to read a shard is to read a batch a run.
 """
 
 from __future__ import annotations
