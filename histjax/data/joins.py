@@ -180,12 +180,12 @@ def make_rows(
   Raises:
     ValueError: a history is longer than on_overflow='error' lets it be.
   """
-  schema, config = join.schema, join.config
+  config = join.config
   log = _log(join, keys, events, is_timestamp)
   order, starts = _groups(join, shown)
   shown = {name: values[order] for name, values in shown.items()}
   user = shown['user']
-  begin, before = log.offsets[user], _before(join, log, shown)
+  before = _before(join, log, shown)
   counts = np.diff(np.append(starts, len(order)))
   sees = before
   if config.kind == 'snapshot' and len(order):
@@ -198,7 +198,7 @@ def make_rows(
     known = join.features.of_events(past, config.history_length)
     impressions = Impressions(
       user=hashing.digests(keys)[user],
-      begin=begin,
+      begin=log.offsets[user],
       shown=before,
       start=np.repeat(start, counts),
       visible=sees,
@@ -206,22 +206,12 @@ def make_rows(
       features=features,
     )
     derived = join.features.of_impressions(past, impressions, known)
-  # `Rows` has candidates behind the events, among which they are not.
-  both = {
-    **known,
-    **{f.name: log.features[f.name] for f in schema.action},
-    **{
-      f.name: np.concatenate([log.features[f.name], features[f.name]])
-      for f in schema.item
-    },
-    **{f.name: np.pad(features[f.name], (len(log), 0)) for f in schema.context},
-  }
   rows = Rows(
     log=dataclasses.replace(
       log, user=np.concatenate([log.user, user.astype(np.int32)]), labels={}
     ),
     config=config,
-    features=both,
+    features={**known, **_both(join, log, features)},
     events=len(log) + np.arange(len(order)),
     offsets=np.append(starts, len(order)),
     start=start,
@@ -230,6 +220,19 @@ def make_rows(
     derived=derived,
   )
   return rows, order
+
+
+def _both(join: Join, log: EventLog, shown: Arrays) -> dict[str, np.ndarray]:
+  """Features with the candidates' behind the events', as `Rows` has them."""
+  schema = join.schema
+  return {
+    **{f.name: log.features[f.name] for f in schema.action},
+    **{
+      f.name: np.concatenate([log.features[f.name], shown[f.name]])
+      for f in schema.item
+    },
+    **{f.name: np.pad(shown[f.name], (len(log), 0)) for f in schema.context},
+  }
 
 
 def _log(join: Join, keys, events: Arrays, is_timestamp: bool) -> EventLog:

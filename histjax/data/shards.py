@@ -205,6 +205,13 @@ def prepare(
   pass_ = _Pass(folder, join, users, bounds, limits)
   pass_.read('log', join.log_table, events, tell)
   pass_.read('candidates', join.candidates_table, candidates, tell)
+  _write_plan(folder, users, bounds, lengths, counts, pass_)
+  return Shards.load(folder)
+
+
+def _write_plan(
+  folder: pathlib.Path, users: Users, bounds, lengths, counts, pass_: _Pass
+) -> None:
   keys = pa.array(users.keys)
   with pa.ipc.new_file(
     folder / _USERS, pa.schema([('user', keys.type)])
@@ -224,7 +231,6 @@ def prepare(
   temporary = folder / f'{PLAN}.tmp'
   temporary.write_text(json.dumps(plan))
   os.replace(temporary, folder / PLAN)
-  return Shards.load(folder)
 
 
 class _Pass:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from histjax import config as config_lib
 from histjax.data import files, shards
@@ -97,24 +98,8 @@ def rank_files(
   options.task_of(model.join.schema)
   model.config.require_amortizable()
   progress = Progress()
-
-  def digest(what: str, paths: Sequence[str]) -> str:
-    tell = functools.partial(progress.bytes, f'digest of the {what}')
-    return files.digest(paths, tell=tell)
-
-  parts = ranked_files.Parts.open(
-    target.folder,
-    {
-      'version': _VERSION,
-      'model': Scorer(model.config, model.params).fingerprint,
-      'features': model.join.features.digest(),
-      'rows': config_lib.to_dict(model.join.config),
-      'as_of': model.join.as_of,
-      'log': digest('log', events),
-      'candidates': digest('candidates', candidates),
-      'options': config_lib.to_dict(options),
-    },
-  )
+  identity = _identity(model, events, candidates, options, progress)
+  parts = ranked_files.Parts.open(target.folder, identity)
   with Interrupt() as interrupt:
     stop = functools.partial(_stop, interrupt)
     try:
@@ -135,6 +120,27 @@ def rank_files(
 
 class _StoppedError(Exception):
   """A signal came."""
+
+
+def _identity(
+  model: Model, events, candidates, options: Options, progress: Progress
+) -> dict[str, Any]:
+  """All that scores depend on."""
+
+  def digest(what: str, paths: Sequence[str]) -> str:
+    tell = functools.partial(progress.bytes, f'digest of the {what}')
+    return files.digest(paths, tell=tell)
+
+  return {
+    'version': _VERSION,
+    'model': Scorer(model.config, model.params).fingerprint,
+    'features': model.join.features.digest(),
+    'rows': config_lib.to_dict(model.join.config),
+    'as_of': model.join.as_of,
+    'log': digest('log', events),
+    'candidates': digest('candidates', candidates),
+    'options': config_lib.to_dict(options),
+  }
 
 
 def _stop(interrupt: Interrupt) -> None:
