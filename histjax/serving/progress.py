@@ -22,7 +22,9 @@ class Progress:
   ):
     self._say, self._clock = say, clock
     self._what = ''
-    self._begun = self._next = 0.0
+    self._begun: tuple[float, float] = (0.0, 0.0)
+    self._from: tuple[float, float] | None = None
+    self._next = 0.0
 
   def tell(
     self, what: str, done: float, total: float, unit: str, skipped: float = 0
@@ -39,14 +41,17 @@ class Progress:
     now = self._clock()
     begins = what != self._what
     if begins:
-      self._what, self._begun, self._next = what, now, now + _FIRST
+      self._what, self._from, self._next = what, None, now + _FIRST
+      self._begun = now, skipped
+    if self._from is None and done > skipped:
+      self._from = now, done  # What came before was to compile, too.
     if now < self._next and done < total and not (begins and done == skipped):
       return
-    self._next = now + (_EVERY if now - self._begun >= _FIRST else _FIRST)
-    seconds, here = now - self._begun, done - skipped
+    begun = self._from if self._from and done < total else self._begun
+    self._next = now + (_EVERY if begun[1] < done else _FIRST)
     line = f'{what}: {_number(done)}/{_number(total)} {unit}'
-    if here > 0 and seconds > 0:
-      rate = here / seconds
+    if done > begun[1] and now > begun[0]:
+      rate = (done - begun[1]) / (now - begun[0])
       line += f', {rate:,.0f} a second, {_time((total - done) / rate)} left'
     elif done < total:
       line += ', time left not known yet'
