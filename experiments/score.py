@@ -1,29 +1,33 @@
-"""Ranks candidates from a file for each user, from the user's log.
+"""Ranks candidates from files for each user, from the user's log.
 
   python experiments/score.py --workdir=/tmp/run --events=log.parquet \
     --candidates=candidates.parquet --top_k=10 --output=ranked.csv
 
-Both are Parquet or CSV with the columns that the run's schema names. The log
-needs users, times, items and actions, and labels if the run's `history_rates`
-count them; candidates need users, items and context, and times if a derived
-feature or strict ties need them. Users are joined as `histjax.schema` says: 7
-and '7' are one, '007' is another.
+Both are Parquet or CSV with the columns that the run's schema names, files or
+folders of them, and may be larger than memory. The log needs users, times,
+items and actions, and labels if the run's `history_rates` count them;
+candidates need users, items and context, and times if a derived feature or
+strict ties need them. Users are joined as `histjax.schema` says: 7 and '7' are
+one, '007' is another.
 
 All of a user's events in the log are history, and a candidate that is earlier
 than the last of them is refused; with --as_of each candidate sees what was
 before it, as validation and test do (of a run with snapshots, what was before
 the user's first candidate). Written, best first: the user, the rank, the
-candidate's row in its file, and the score of each task, a probability.
+candidate's row in its files, and the score of each task, a probability.
+
+Users are scored shard by shard. --output=ranked/ is a folder of Parquet files,
+one a shard; of a .csv or .parquet the shards are in a folder beside it until
+all are done. Run again what was interrupted, and it goes on. --engine=ray
+spreads the shards over a Ray cluster (the extra `ray`), whose nodes must see
+the workdir, the inputs and the output by the same paths.
 """
 
-import importlib
-import pathlib
+import functools
 
 from absl import app, flags, logging
 
-import ranking
-from histjax import Scorer
-from histjax.training import run as run_lib
+from histjax.serving import batch
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of the training run.', required=True
@@ -35,11 +39,17 @@ _CANDIDATES = flags.DEFINE_list(
   'candidates', None, 'Files of candidates.', required=True
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'A .csv or .parquet to write.', required=True
+  'output', None, 'A .csv or .parquet to write, or a folder.', required=True
 )
 _TASK = flags.DEFINE_string('task', None, 'Rank by it; None: the first one.')
 _TOP_K = flags.DEFINE_integer('top_k', 10, 'Candidates a user.', 1)
-_USERS = flags.DEFINE_integer('users_per_batch', 64, 'Scored at once.', 1)
+_USERS = flags.DEFINE_integer('users_per_batch', 32, 'Scored at once.', 1)
+_MEMORY = flags.DEFINE_float(
+  'memory', 2.0, 'GiB for the rows of a shard, beside the model and batches.'
+)
+_SHARD = flags.DEFINE_integer(
+  'users_per_shard', None, 'At most; None: as many as --memory holds.', 1
+)
 _ALLOW_NEW_USERS = flags.DEFINE_bool(
   'allow_new_users', False, 'Rank even if no user at all is in the log.'
 )
@@ -49,51 +59,50 @@ _MODULES = flags.DEFINE_list(
 _AS_OF = flags.DEFINE_bool(
   'as_of', False, 'Candidates see the events before them, and no later ones.'
 )
+_ENGINE = flags.DEFINE_enum(
+  'engine', 'local', ['local', 'ray'], 'Where shards are scored.'
+)
+_RAY_WORKERS = flags.DEFINE_integer('ray_workers', 1, 'Processes of Ray.', 1)
+_RAY_GPUS = flags.DEFINE_float('ray_gpus', 0, 'GPUs of each.', 0)
 
 
-def rank_file() -> None:
+def rank_files() -> None:
   """Reads, ranks, writes."""
-  for name in _MODULES.value:
-    importlib.import_module(name)
-  output = pathlib.Path(_OUTPUT.value)
-  ranking.check_path(output, [*_EVENTS.value, *_CANDIDATES.value])
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
-  run = run_lib.load(_WORKDIR.value)
-  logging.set_verbosity(logging.WARNING)
-  config = run.config
-  schema = config.model.schema
-  tasks = [t.name for t in schema.tasks]
-  task = tasks[0] if _TASK.value is None else _TASK.value
-  if task not in tasks:
-    raise ValueError(f'--task={task} is not a task of the run; it has {tasks}')
-  ranking.check_output(schema)
-  join = ranking.Join(
-    schema,
-    config.data.eval_rows or config.data.rows,
-    run.features,
-    as_of=_AS_OF.value,
+  engine: batch.Local | batch.Ray = batch.Local()
+  if _ENGINE.value == 'ray':
+    engine = batch.Ray(_RAY_WORKERS.value, num_gpus=_RAY_GPUS.value)
+  done = batch.rank_files(
+    functools.partial(
+      batch.Model.from_workdir,
+      _WORKDIR.value,
+      as_of=_AS_OF.value,
+      modules=tuple(_MODULES.value),
+    ),
+    _EVENTS.value,
+    _CANDIDATES.value,
+    _OUTPUT.value,
+    batch.Options(
+      task=_TASK.value,
+      top_k=_TOP_K.value,
+      allow_new_users=_ALLOW_NEW_USERS.value,
+      users_per_batch=_USERS.value,
+      memory=_MEMORY.value * 2**30,
+      users_per_shard=_SHARD.value,
+    ),
+    engine=engine,
   )
-  log, shown = ranking.read(join, _EVENTS.value, _CANDIDATES.value)
-  if not _ALLOW_NEW_USERS.value:
-    known = ranking.check_known(log, shown)
-    print(f'{known} of {len(shown.keys)} users are in the log')
-  scores = ranking.score(
-    Scorer(config.model, run.params),
-    join,
-    log,
-    shown,
-    rows_per_batch=_USERS.value,
-  )
-  best = ranking.ranked(schema, shown, scores, task, _TOP_K.value)
-  ranking.write(output, best)
-  print(f'wrote {len(best["row"])} rows to {output}')
+  if done.signal is not None:
+    print(f'interrupted; run the same again to go on with {_OUTPUT.value}')
+    raise SystemExit(128 + done.signal)
+  print(f'wrote {done.num_rows} rows to {_OUTPUT.value}')
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   try:
-    rank_file()
+    rank_files()
   except (ValueError, OSError, ImportError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
 

@@ -205,10 +205,18 @@ def encode_keys(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
   texts = pa.chunked_array([p.cast(pa.large_string()) for p in found])
   encoded = texts.combine_chunks().dictionary_encode()
   keys = np.array([*encoded.dictionary.to_pylist(), None], object)[:-1]
-  order = np.array(sorted(range(len(keys)), key=lambda i: _rank(str(keys[i]))))
+  order = order_of_keys(keys)
   rank = np.empty(len(keys), np.int64)
   rank[order] = np.arange(len(keys))
   return rank[encoded.indices.to_numpy()], keys[order]
+
+
+def order_of_keys(keys: np.ndarray) -> np.ndarray:
+  """int64 `[n]` that sorts distinct keys as `encode_keys` orders them."""
+  if keys.dtype.kind in 'iu':
+    return np.argsort(keys)
+  order = sorted(range(len(keys)), key=lambda i: _rank(str(keys[i])))
+  return np.array(order, np.int64)
 
 
 def _rank(key: str) -> tuple[int, int, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +21,7 @@ from histjax.schema import Schema
 _CSV = ('.csv', '.csv.gz', '.csv.bz2', '.csv.zst')
 _PARQUET = ('.parquet', '.pq')
 _NO_PARTITION = '__HIVE_DEFAULT_PARTITION__'
+_BLOCK = 2**20
 _MAX_BLOCK = 2**31 - 1
 
 
@@ -46,20 +49,95 @@ def read(
     ValueError: a file is missing, unreadable, of another format, given twice,
       or lacks a column; or none has events.
   """
-  files = _expand(paths)
   tables = []
-  for path, is_part in files:
-    if is_part and not path.stat().st_size and _format(path) == 'csv':
-      continue  # Spark writes such files of empty partitions.
+  for path in _with_header(paths):
     table = _read(path, list(wanted))
     if table.num_rows:
       tables.append((table, str(path)))
   if not tables:
-    names = [str(path) for path, _ in files]
-    more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-    raise ValueError(f'{names[0]}{more} holds no events; name files with some')
+    raise _no_events(paths)
   parts, sources = zip(*tables, strict=True)
   return Columns(parts, sources, schema)
+
+
+def stream(
+  paths: Sequence[str],
+  wanted: Sequence[str],
+  schema: Schema,
+  *,
+  max_rows: int = 2**18,
+  tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Columns]:
+  """As `read`, piece by piece, for files that are larger than memory.
+
+  A row group of a Parquet file is decoded a piece at a time; what is stored of
+  its columns is in memory at once.
+
+  Args:
+    paths: as `read`.
+    wanted: likewise.
+    schema: likewise.
+    max_rows: of a piece.
+    tell: is told how many bytes of how many have been read.
+
+  Yields:
+    Columns of one part, some rows of one file, never none.
+
+  Raises:
+    ValueError: as `read`, when it comes to that file.
+  """
+  files = _with_header(paths)
+  sizes = [path.stat().st_size for path in files]
+  empty = True
+  for i, path in enumerate(files):
+    before, first = sum(sizes[:i]), 0
+    for table, position in _pieces(path, list(wanted), max_rows):
+      if table.num_rows:
+        empty = False
+        yield Columns((table,), (str(path),), schema, (first,))
+        first += table.num_rows
+      tell(before + position, sum(sizes))
+  if empty:
+    raise _no_events(paths)
+
+
+def digest(
+  paths: Sequence[str],
+  *,
+  tell: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+  """SHA-256, in hex, of what files hold, one after the other.
+
+  Args:
+    paths: as `read`.
+    tell: as `stream`.
+  """
+  files = [path for path, _ in _expand(paths)]
+  size, done, total = sum(p.stat().st_size for p in files), 0, hashlib.sha256()
+  for path in files:
+    own = hashlib.sha256()
+    with open(path, 'rb') as file:
+      while block := file.read(2**22):
+        own.update(block)
+        done += len(block)
+        tell(done, size)
+    total.update(own.digest())
+  return total.hexdigest()
+
+
+def _with_header(paths: Sequence[str]) -> list[Path]:
+  """The files, without the empty ones that Spark writes of empty partitions."""
+  return [
+    path
+    for path, is_part in _expand(paths)
+    if not is_part or path.stat().st_size or _format(path) != 'csv'
+  ]
+
+
+def _no_events(paths: Sequence[str]) -> ValueError:
+  names = [str(path) for path, _ in _expand(paths)]
+  more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+  return ValueError(f'{names[0]}{more} holds no events; name files with some')
 
 
 def _expand(paths: Sequence[str]) -> list[tuple[Path, bool]]:
@@ -136,20 +214,50 @@ def _format(path: Path) -> str:
 
 
 def _read(path: Path, wanted: list[str]) -> pa.Table:
-  kind = _format(path)
-  try:
-    names = _parquet_names(path) if kind == 'parquet' else _csv_names(path)
-    partition = {k: v for k, v in _partition(path).items() if k not in names}
-    check_names([*names, *partition], wanted, str(path))
-    stored = [name for name in wanted if name not in partition]
-    if kind == 'parquet':
+  with _readable(path):
+    names, stored, partition = _names(path, wanted)
+    if _format(path) == 'parquet':
       table = pq.ParquetFile(path).read(columns=stored)
     else:
       table = _read_csv(path, names, stored)
+    return _with_partition(table, wanted, partition)
+
+
+def _pieces(
+  path: Path, wanted: list[str], max_rows: int
+) -> Iterator[tuple[pa.Table, int]]:
+  """Pieces of a file, and how many of its bytes have been read."""
+  with _readable(path):
+    names, stored, partition = _names(path, wanted)
+    read = _stream_parquet if _format(path) == 'parquet' else _stream_csv
+    for table, position in read(path, names, stored, max_rows):
+      for start in range(0, table.num_rows or 1, max_rows):
+        piece = table.slice(start, max_rows)
+        yield _with_partition(piece, wanted, partition), position
+
+
+@contextlib.contextmanager
+def _readable(path: Path):
+  """Says which file cannot be read, and why."""
+  kind = _format(path)
+  try:
+    yield
   except (pa.ArrowException, csv.Error, OSError, UnicodeError) as error:
     raise ValueError(
       f'{path} cannot be read as {kind}: {error}; {_cause(path, kind, error)}'
     ) from error
+
+
+def _names(path: Path, wanted: list[str]):
+  """The file's columns, those wanted of them, and those of its folders."""
+  is_parquet = _format(path) == 'parquet'
+  names = _parquet_names(path) if is_parquet else _csv_names(path)
+  partition = {k: v for k, v in _partition(path).items() if k not in names}
+  check_names([*names, *partition], wanted, str(path))
+  return names, [name for name in wanted if name not in partition], partition
+
+
+def _with_partition(table: pa.Table, wanted, partition) -> pa.Table:
   for name in wanted:
     if name in partition:
       value = pa.scalar(partition[name], pa.large_string())
@@ -188,40 +296,105 @@ def _csv_names(path: Path) -> list[str]:
   return names
 
 
+def _stream_parquet(path: Path, names, stored, max_rows: int):
+  del names
+  file = pq.ParquetFile(path, memory_map=True)
+  size, done = path.stat().st_size, 0
+  for batch in file.iter_batches(batch_size=max_rows, columns=stored):
+    done += batch.num_rows
+    position = size * done // max(file.metadata.num_rows, 1)
+    yield pa.Table.from_batches([batch]), position
+
+
 def _read_csv(path: Path, names: list[str], wanted: list[str]) -> pa.Table:
   """The columns as text, as it is written."""
-  columns = list(dict.fromkeys([*wanted, names[-1]]))
-  if names.count(names[-1]) > 1:
-    columns = wanted
-  block = 2**20
+  options = _csv_options(names, wanted)
+  block = _BLOCK
   while True:
     try:
       table = pa_csv.read_csv(
-        path,
-        read_options=pa_csv.ReadOptions(block_size=block),
-        parse_options=pa_csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(
-          include_columns=columns,
-          column_types={name: pa.large_string() for name in columns},
-          null_values=[],
-          strings_can_be_null=False,
-        ),
+        path, pa_csv.ReadOptions(block_size=block), **options
       )
       break
     except pa.ArrowInvalid as error:
-      if 'cannot infer number of columns' in str(error):
-        return pa.table(
-          {name: pa.array([], pa.large_string()) for name in wanted}
-        )
-      # One event that is larger than a block.
-      if 'block' not in str(error) or block >= _MAX_BLOCK:
-        raise
-      block = min(block * 8, _MAX_BLOCK)
-  _check_closed(path, table, names[-1])
+      if _is_headless(error):
+        return _no_rows(wanted)
+      block = _larger_block(block, error)
+  _check_closed(path, table, names[-1], table.num_rows)
   return table
 
 
-def _check_closed(path: Path, table: pa.Table, last: str) -> None:
+def _stream_csv(path: Path, names: list[str], wanted: list[str], max_rows: int):
+  """As `_read_csv`, in pieces, each with the file's position after it."""
+  options = _csv_options(names, wanted)
+  block, done, table = _BLOCK, 0, None
+  while True:
+    skip, held = done, []
+    try:
+      with contextlib.closing(pa.OSFile(str(path))) as raw:
+        source = raw
+        if path.suffix.lower() != '.csv':
+          codec = {'gz': 'gzip', 'bz2': 'bz2', 'zst': 'zstd'}
+          source = pa.CompressedInputStream(
+            raw, codec[path.suffix.lower().lstrip('.')]
+          )
+        read = pa_csv.ReadOptions(block_size=block)
+        for batch in pa_csv.open_csv(source, read, **options):
+          batch, skip = batch.slice(skip), max(skip - batch.num_rows, 0)
+          if batch.num_rows:
+            held.append(batch)
+          if sum(b.num_rows for b in held) >= max_rows:
+            table, held = pa.Table.from_batches(held), []
+            done += table.num_rows
+            yield table, raw.tell()
+      break
+    except pa.ArrowInvalid as error:
+      if _is_headless(error):
+        yield _no_rows(wanted), 0
+        return
+      block = _larger_block(block, error)
+  if held:
+    table = pa.Table.from_batches(held)
+    done += table.num_rows
+    yield table, path.stat().st_size
+  if table is not None:
+    _check_closed(path, table, names[-1], done)
+
+
+def _csv_options(names: list[str], wanted: list[str]):
+  columns = list(dict.fromkeys([*wanted, names[-1]]))
+  if names.count(names[-1]) > 1:
+    columns = wanted
+  return {
+    'parse_options': pa_csv.ParseOptions(newlines_in_values=True),
+    'convert_options': pa_csv.ConvertOptions(
+      include_columns=columns,
+      column_types={name: pa.large_string() for name in columns},
+      null_values=[],
+      strings_can_be_null=False,
+    ),
+  }
+
+
+def _is_headless(error: pa.ArrowInvalid) -> bool:
+  """Whether there is nothing below the header."""
+  return 'cannot infer number of columns' in str(error)
+
+
+def _no_rows(wanted: list[str]) -> pa.Table:
+  return pa.table({name: pa.array([], pa.large_string()) for name in wanted})
+
+
+def _larger_block(block: int, error: pa.ArrowInvalid) -> int:
+  """For one event that is larger than a block; else raises the error."""
+  if 'block' not in str(error) or block >= _MAX_BLOCK:
+    raise error
+  return min(block * 8, _MAX_BLOCK)
+
+
+def _check_closed(
+  path: Path, table: pa.Table, last: str, num_rows: int
+) -> None:
   """A quote that nothing closes swallows all events after it."""
   if not table.num_rows or last not in table.column_names:
     return
@@ -234,7 +407,7 @@ def _check_closed(path: Path, table: pa.Table, last: str) -> None:
       end = (end + block)[-64:]
   if not end.rstrip(b'\r\n').endswith(b'"'):
     raise ValueError(
-      f'{path} row {table.num_rows - 1}: column {last!r} begins with a quote '
+      f'{path} row {num_rows - 1}: column {last!r} begins with a quote '
       'that nothing closes; close it, or double it if it is part of the value'
     )
 

@@ -40,11 +40,13 @@ class Columns:
     parts: tables of the same columns, whose types may differ.
     sources: what each part is called in messages.
     schema: its `null_values` and `column_types` are applied.
+    first: the row of its source that each part begins with; empty: 0.
   """
 
   parts: tuple[pa.Table, ...]
   sources: tuple[str, ...]
   schema: Schema
+  first: tuple[int, ...] = ()
 
   def __len__(self) -> int:
     return self.starts[-1]
@@ -58,7 +60,8 @@ class Columns:
   def where(self, row: int) -> str:
     """`row` for people: the file and the row in it, counting data from 0."""
     part = bisect.bisect_right(self.starts[:-1], row) - 1
-    return f'{self.sources[part]} row {row - self.starts[part]}'
+    row += (self.first[part] if self.first else 0) - self.starts[part]
+    return f'{self.sources[part]} row {row}'
 
   def arrays(
     self, name: str, *, unread: bool = False

@@ -362,7 +362,7 @@ class TestBinaries:
     by_user = {u: [r for r in ranked if r['uid'] == u] for u in ('u1', 'new')}
     assert [len(r) for r in by_user.values()] == [8, 5]
     assert '1 of 2 users are in the log' in output
-    assert '2/2 requests' in output
+    assert '2/2 users' in output
     assert 'Traceback' not in output
     for user, rows in by_user.items():
       assert [int(r['rank']) for r in rows] == list(range(1, len(rows) + 1))

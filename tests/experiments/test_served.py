@@ -1,5 +1,6 @@
 """A run that is loaded again scores requests as its validation did."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -9,8 +10,8 @@ from pyarrow import parquet
 
 import config_util
 import histjax
-import ranking
 from histjax.data import datasets
+from histjax.serving import batch
 from histjax.training import evaluation, loop
 from histjax.training import run as run_lib
 from tests.training import runs
@@ -122,27 +123,30 @@ def evaluated(run, dataset):
   return np.concatenate(events), found.predictions().logits
 
 
-def test_files_are_scored_as_evaluation_does(served):
+def test_files_are_scored_as_evaluation_does(served, tmp_path):
   folder, dataset = served
   run = run_lib.load(folder / 'run')
-  scorer = histjax.Scorer.from_workdir(folder / 'run')
-  config = run.config.data
-  join = ranking.Join(
-    scorer.config.schema, config.eval_rows, run.features, as_of=True
+  load = functools.partial(batch.Model.from_workdir, folder / 'run', as_of=True)
+  batch.rank_files(
+    load,
+    [str(folder / 'log.parquet')],
+    [str(folder / 'test.parquet')],
+    tmp_path / 'ranked.parquet',
+    batch.Options(top_k=1000, users_per_batch=4, users_per_shard=3),
   )
-  log, shown = ranking.read(
-    join, [str(folder / 'log.parquet')], [str(folder / 'test.parquet')]
-  )
-  scores = ranking.score(scorer, join, log, shown, rows_per_batch=4)
+  found = parquet.read_table(tmp_path / 'ranked.parquet').sort_by('row')
   order, logits = evaluated(run, dataset)
   # The log's order is by user and time; the file's is not.
-  mine = np.lexsort((shown.take(np.s_[:])['ts'], shown.codes))
-  assert len(mine) == len(order) > 40
-  price = np.log1p(shown.take(mine)['price']).astype(np.float32)
+  shown = parquet.read_table(folder / 'test.parquet')
+  shown = {name: shown[name].to_numpy() for name in shown.column_names}
+  mine = np.lexsort((shown['ts'], shown['uid']))
+  assert len(mine) == len(order) == found.num_rows > 40
+  price = np.log1p(shown['price'][mine]).astype(np.float32)
   np.testing.assert_array_equal(price, dataset.log.features['price'][order])
   for task in TASKS:
     wanted = 1 / (1 + np.exp(-logits[task]))
-    np.testing.assert_allclose(scores[task][mine], wanted, atol=1e-6)
+    scores = found[f'score_{task}'].to_numpy()[mine]
+    np.testing.assert_allclose(scores, wanted, atol=1e-6)
 
 
 def test_rows_of_requests_are_those_of_the_log(served):

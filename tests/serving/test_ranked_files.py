@@ -1,0 +1,123 @@
+"""The best candidates of each user, and where they are written."""
+
+import dataclasses
+
+import hypothesis
+import numpy as np
+import pyarrow as pa
+import pytest
+from absl.testing import absltest
+from hypothesis import strategies as st
+from pyarrow import csv, parquet
+
+from histjax.serving import ranked_files
+from tests.serving import many_users
+
+
+@hypothesis.given(
+  st.integers(0, 2**32 - 1),
+  st.integers(1, 6),
+  st.integers(1, 40),
+  st.sampled_from([1, 2, 1000]),
+  st.integers(1, 12),
+)
+def test_the_best_of_each_user(seed, num_users, size, num_scores, top_k):
+  """Ties in the order of the file."""
+  rng = np.random.default_rng(seed)
+  user = rng.integers(0, num_users, size)
+  row = rng.permutation(size)
+  scores = {
+    'a': (rng.integers(-num_scores, num_scores, size) / 9).astype(np.float32),
+    'b': rng.normal(size=size).astype(np.float32),
+  }
+  scores['a'][rng.random(size) < 0.1] = -0.0
+  keys = np.array([f'u{u}' for u in range(num_users)], object)
+  table = ranked_files.ranked('uid', keys, user, row, scores, 'a', top_k)
+  wanted = []
+  for u in range(num_users):
+    own = sorted(
+      np.flatnonzero(user == u), key=lambda i: (-scores['a'][i], row[i])
+    )
+    wanted += [(u, k + 1, i) for k, i in enumerate(own[:top_k])]
+  assert table.to_pydict() == {
+    'uid': [f'u{u}' for u, _, _ in wanted],
+    'rank': [k for _, k, _ in wanted],
+    'row': [row[i] for _, _, i in wanted],
+    'score_a': [scores['a'][i] for _, _, i in wanted],
+    'score_b': [scores['b'][i] for _, _, i in wanted],
+  }
+
+
+@pytest.mark.parametrize('user', ['rank', 'row', 'score_click'])
+def test_names_of_the_output(user):
+  ranked_files.check_columns(many_users.SCHEMA)
+  schema = dataclasses.replace(many_users.SCHEMA, user=user)
+  with pytest.raises(ValueError, match=f"named '{user}', as one of the output"):
+    ranked_files.check_columns(schema)
+
+
+def test_output_is_checked_first(tmp_path):
+  source = tmp_path / 'in.csv'
+  source.write_text('')
+  (tmp_path / 'x.csv').mkdir()
+  (tmp_path / 'log').mkdir()
+  inputs = [str(source), str(tmp_path / 'log')]
+  target = ranked_files.Target.of(tmp_path / 'out.csv', inputs)
+  assert target.folder == tmp_path / 'out.csv.parts'
+  assert ranked_files.Target.of(tmp_path / 'out', inputs).file is None
+  (tmp_path / 'plain').touch()
+  for path, message in (
+    (tmp_path / 'out.txt', r'must end in \.csv or \.parquet, or be a folder'),
+    (tmp_path / 'absent/out.csv', 'absent is no folder; make it'),
+    (tmp_path / 'absent/out', 'absent is no folder; make it'),
+    (tmp_path / 'in.csv/out.csv', 'in.csv is no folder'),
+    (tmp_path / 'x.csv', 'is a folder; name a file in it'),
+    (tmp_path / 'plain', 'is a file; name a folder'),
+    (source, 'would be among the inputs'),
+    (tmp_path / 'log/out.csv', 'would be among the inputs'),
+    (tmp_path / 'log', 'would be among the inputs'),
+    (tmp_path / 'log/out', 'would be among the inputs'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      ranked_files.Target.of(path, inputs)
+
+
+def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  table = pa.table({'user': ['a', '7'], 'rank': [1, 2]})
+  for name, read in (
+    ('out.csv', csv.read_csv),
+    ('out.parquet', parquet.read_table),
+  ):
+    path = tmp_path / name
+    target = ranked_files.Target.of(path, [])
+    parts = ranked_files.Parts.open(target.folder, {'model': 'x'})
+    parts.plan(2)
+    for shard in range(2):
+      assert not parts.complete
+      parts.write(shard, table)
+    path.write_text('before')
+    with monkeypatch.context() as patch:
+      patch.setattr(ranked_files, '_sync', _full_disk)
+      with pytest.raises(OSError, match='No space left'):
+        target.finish(parts)
+    assert path.read_text() == 'before' and target.folder.is_dir()
+    assert target.finish(parts) == 4
+    assert read(path).to_pydict() == pa.concat_tables([table] * 2).to_pydict()
+  assert {p.name for p in tmp_path.iterdir()} == {'out.csv', 'out.parquet'}
+
+
+def _full_disk(path):
+  raise OSError(28, 'No space left on device')
+
+
+def test_a_part_that_cannot_be_written(tmp_path, monkeypatch):
+  parts = ranked_files.Parts.open(tmp_path / 'parts', {'model': 'x'})
+  parts.plan(1)
+  monkeypatch.setattr(ranked_files, '_sync', _full_disk)
+  with pytest.raises(OSError, match='No space left'):
+    parts.write(0, pa.table({'user': ['a']}))
+  assert [p.name for p in parts.folder.iterdir()] == ['_manifest.json']
+
+
+if __name__ == '__main__':
+  absltest.main()
