@@ -72,6 +72,12 @@ class HistoryRates(base.DerivedFeature):
       found += [Dense(f'history_{w}{suffix}') for w in what]
     return tuple(found)
 
+  def lookback(self, history_length: int | None) -> base.Lookback | None:
+    """All events that the candidate sees."""
+    if history_length is None:
+      return None
+    return base.Lookback(events=history_length)
+
   def apply(
     self,
     events: base.Events,
