@@ -106,7 +106,7 @@ class RowMakerTest(parameterized.TestCase):
     self.assertNotEqual(one.digest(), digest.digest())
 
   def test_lookback(self):
-    log, fitted, _ = test_serving.load(test_serving.small(), False, 0)
+    _, fitted, _ = test_serving.load(test_serving.small(), False, 0)
     self.assertEqual(fitted.lookback(7), Lookback(7, 5))
     self.assertIsNone(fitted.lookback(None))  # HistoryRates of everything.
     rest = features.FittedFeatures(
