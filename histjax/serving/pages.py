@@ -62,12 +62,8 @@ class Pool:
       num_pages: at least one.
       device: where; None: JAX's default device.
     """
-    self.shape, self.num_pages = shape, num_pages
-    dims = (shape.layers, num_pages, EVENTS, shape.heads, shape.head_dim)
-    self._keys, self._values = (
-      jnp.zeros(dims, shape.dtype, device=device) for _ in range(2)
-    )
-    self._free = list(range(num_pages - 1, 0, -1))
+    self.shape, self.num_pages, self._device = shape, num_pages, device
+    self._allocate()
 
   @property
   def nbytes(self) -> int:
@@ -133,6 +129,19 @@ class Pool:
     """Frees the memory, as soon as no program reads it."""
     self._keys.delete()
     self._values.delete()
+
+  def reset(self) -> None:
+    """Starts again, with new memory."""
+    self.delete()
+    self._allocate()
+
+  def _allocate(self) -> None:
+    shape = self.shape
+    dims = (shape.layers, self.num_pages, EVENTS, shape.heads, shape.head_dim)
+    self._keys, self._values = (
+      jnp.zeros(dims, shape.dtype, device=self._device) for _ in range(2)
+    )
+    self._free = list(range(self.num_pages - 1, 0, -1))
 
 
 @functools.partial(jax.jit, static_argnames='capacity')
