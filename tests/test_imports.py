@@ -34,6 +34,7 @@ LAYERS = (
   ('data',),
   ('training',),
   ('scoring',),
+  ('serving',),
 )
 
 

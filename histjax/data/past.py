@@ -136,7 +136,7 @@ class Past:
       return None
     return start + int(np.argmin(same))
 
-  def update(self, digest: hashlib._Hash) -> None:
+  def update(self, digest: hashlib.blake2b) -> None:
     """Adds the events to a digest, the same in one step as in several."""
     if not len(self):
       return

@@ -61,6 +61,12 @@ class Scorer:
   the host (see `scoring.inputs`), and the logits, which have the caller's
   shape, come back to the host and are checked as well: a value that is large
   enough to overflow is a ValueError and never a NaN.
+
+  Attributes:
+    config: of the model.
+    options: padding and microbatches.
+    device: where it runs if the parameters were put there; None: on JAX's
+      default device, or on several.
   """
 
   def __init__(
@@ -88,6 +94,7 @@ class Scorer:
     device = dispatch.device_of(leaf if leaf.committed else None)
     self._weights, spec = weights.pack(config, self._params)
     several = len(leaf.sharding.device_set) > 1
+    self.device = device if leaf.committed and not several else None
     self._transport = transport.of_device(None if several else device)
     self._plan = programs.Plan(
       config,

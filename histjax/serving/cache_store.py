@@ -53,7 +53,7 @@ class StoreConfig:
       for as long as there is room.
   """
 
-  device_bytes: int
+  device_bytes: int = 1 << 28
   host_bytes: int = 1 << 28
   ttl: float | None = None
 
@@ -89,7 +89,7 @@ class Known:
   """
 
   past: Past
-  digest: hashlib._Hash
+  digest: hashlib.blake2b
   state: State | None = None
 
   @property
@@ -235,7 +235,7 @@ class CacheStore:
       self._touch(user, entry)
       return entry.known
 
-  def keep(self, user: str, past: Past, digest: hashlib._Hash) -> None:
+  def keep(self, user: str, past: Past, digest: hashlib.blake2b) -> None:
     """Keeps a user's events; the state on the device stays as it is.
 
     Others are forgotten to make room; if all of them would not do, this one is.

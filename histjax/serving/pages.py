@@ -63,6 +63,9 @@ class Pool:
       device: where; None: JAX's default device.
     """
     self.shape, self.num_pages, self._device = shape, num_pages, device
+    self._keys: Any = None
+    self._values: Any = None
+    self._free: list[int] = []
     self._allocate()
 
   @property
