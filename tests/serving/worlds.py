@@ -12,6 +12,14 @@ from histjax.data.datasets import model_schema
 from histjax.data.events import EventLog
 from histjax.data.row_maker import RowMaker
 from histjax.data.rows import RowConfig, collate
+from histjax.features import (
+  Activity,
+  HistoryRates,
+  Rates,
+  RecentRates,
+  RecentShares,
+  TimeGap,
+)
 from histjax.serving.engine import Request
 from tests import support
 from tests.features import test_serving
@@ -20,9 +28,17 @@ from tests.features import test_serving
 TOLERANCE = {'rtol': 2e-5, 'atol': 2e-5}
 BUCKETS = scoring.ScorerConfig(
   microbatch=16,
-  history_buckets=(16, 32, 48),
+  history_buckets=(16, 48),
   candidate_buckets=(4,),
-  row_buckets=(1, 4),
+  row_buckets=(4,),
+)
+DERIVED = (
+  Activity((3,)),
+  TimeGap(6),
+  Rates(('item',), prior=2.0),
+  RecentRates(2),
+  HistoryRates(('tab@2', '*@3')),
+  RecentShares(('tab@2',)),
 )
 # Encoder and rows of each; of all that serving treats differently.
 VARIANTS = {
@@ -66,15 +82,12 @@ def events(rng, number: int, user: int, start: int = 0) -> list[dict]:
 
 @functools.cache
 def fitted(derived: bool):
-  """A schema, and features fitted to a log of it; not of histories' sums.
-
-  Without `HistoryRates` of all of the past, so that old events may be dropped.
-  """
+  """A schema, and features fitted to a log of it."""
   rng = np.random.default_rng(0)
   rows = [e for user in range(9) for e in events(rng, 20, user)]
   data = {name: np.array([r[name] for r in rows]) for name in rows[0]}
   log = EventLog.from_columns(data, test_serving.schema(False))
-  configs = test_serving.ALL if derived else ()
+  configs = DERIVED if derived else ()
   found = features.fit(configs, log.events(), np.ones(len(log), bool))
   return model_schema(log.schema, found, ()), found
 
@@ -85,11 +98,14 @@ def maker(variant: str, derived: bool) -> RowMaker:
   return RowMaker(schema, VARIANTS[variant][1], found)
 
 
+def scorer(variant: str, derived: bool = False, seed: int = 0):
+  """A scorer of random parameters; those of one config are shared."""
+  return _scorer(tuple(VARIANTS[variant][0].items()), derived, seed)
+
+
 @functools.cache
-def scorer(variant: str, derived: bool = False, seed: int = 0, **encoder):
-  """A scorer of random parameters."""
-  fields = {**VARIANTS[variant][0], **encoder}
-  config = support.config(schema=fitted(derived)[0], **fields)
+def _scorer(fields, derived, seed):
+  config = support.config(schema=fitted(derived)[0], **dict(fields))
   _, params = support.init(config, seed)
   return scoring.Scorer(config, params, BUCKETS)
 
@@ -117,9 +133,7 @@ def request(rng, user: int, history, first=None, number=None) -> Request:
   first = len(history) if first is None else first
   time = history[-1]['ts'] if history else 0
   number = int(rng.integers(1, 5)) if number is None else number
-  shown = [
-    event(rng, time + int(rng.integers(2)), user) for _ in range(number)
-  ]
+  shown = [event(rng, time + int(rng.integers(2)), user) for _ in range(number)]
   for item in shown:
     del item['stars'], item['click']
   return Request(
