@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental.compilation_cache import compilation_cache
 
 from histjax import buckets
 from histjax import cache as cache_lib
@@ -508,9 +507,7 @@ class Scorer:
     if new_events:
       self.config.require_extendable()
     if cache_dir is not None:
-      jax.config.update('jax_compilation_cache_dir', os.fspath(cache_dir))
-      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-      compilation_cache.reset_cache()  # Or JAX keeps to the folder it opened.
+      ahead.keep_in(cache_dir)
     todo = list(
       ahead.jobs(
         calls,

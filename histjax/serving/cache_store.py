@@ -22,12 +22,13 @@ at 300 TFLOP/s. `CacheStore.cheaper` says it of the machine at hand.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -35,9 +36,13 @@ import numpy as np
 from histjax.cache import CacheInfo, HistoryCache, info_of
 from histjax.data.past import Past
 from histjax.models.ranker import RankerConfig
+from histjax.quantization import Quantized
+from histjax.scoring import pages as pages_lib
 from histjax.scoring.config import ScorerConfig
-from histjax.serving import pages as pages_lib
+from histjax.scoring.paged import Place, Pool
+from histjax.serving import pages
 
+T = TypeVar('T')
 _OVERHEAD = 2048
 """Bytes of an entry besides its arrays, at most: objects, names, the key."""
 
@@ -115,8 +120,9 @@ class Counts:
     get_seconds: to copy states out; where the device works on its own, to ask
       for it.
     put_seconds: to copy states in, likewise.
-    encode_seconds: to read histories, likewise.
-    extend_seconds: to read new events, likewise.
+    hit_seconds: to score from states, likewise.
+    extend_seconds: to read new events and score, likewise.
+    encode_seconds: to read histories and score, likewise.
   """
 
   hits: int = 0
@@ -130,8 +136,29 @@ class Counts:
   foreign: int = 0
   get_seconds: float = 0.0
   put_seconds: float = 0.0
-  encode_seconds: float = 0.0
+  hit_seconds: float = 0.0
   extend_seconds: float = 0.0
+  encode_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """What becomes known of a user.
+
+  Attributes:
+    user: the canonical key.
+    past: as `Known`.
+    digest: likewise.
+    state: that a program writes.
+    same: how many events it begins with that are those of the state that the
+      user has; 0: it does not read that.
+  """
+
+  user: str
+  past: Past
+  digest: hashlib.blake2b
+  state: State
+  same: int = 0
 
 
 class _Entry:
@@ -186,7 +213,7 @@ class CacheStore:
     self._host_bytes = 0
     self._seconds: dict[tuple[str, int], float] = {}
     self._fingerprint = fingerprint
-    self._pool = self._allocate(config)
+    self._pages = self._allocate(config)
 
   @property
   def fingerprint(self) -> str:
@@ -196,13 +223,13 @@ class CacheStore:
   @property
   def device_bytes(self) -> int:
     """Bytes of all pages, free ones included."""
-    return self._pool.nbytes
+    return self._pages.nbytes
 
   @property
   def used_bytes(self) -> int:
     """Bytes of the pages that hold states."""
-    used = self._pool.num_pages - 1 - self._pool.num_free
-    return used * self._pool.shape.nbytes
+    used = self._pages.num_pages - 1 - self._pages.num_free
+    return used * self._pages.shape.nbytes
 
   @property
   def host_bytes(self) -> int:
@@ -212,7 +239,7 @@ class CacheStore:
   @property
   def max_events(self) -> int:
     """The longest state that there is room for if it is the only one."""
-    return (self._pool.num_pages - 1) * pages_lib.EVENTS
+    return (self._pages.num_pages - 1) * pages_lib.EVENTS
 
   def __len__(self) -> int:
     """The number of users of whom something is kept."""
@@ -291,7 +318,8 @@ class CacheStore:
       length.setflags(write=False)
       capacity = capacity or self._scorer_config.events(int(length.max()))
       rows = self._scorer_config.rows(len(found))
-      keys, values = self._pool.read(pages, rows, capacity)
+      index = self._pages.to_read(pages, rows, capacity)
+      keys, values = self._pages.read(index, capacity)
       self.counts.get_seconds += time.perf_counter() - begin
     info = CacheInfo(length, fingerprint, self._scorer_config.row_buckets)
     return found, HistoryCache.of_users(keys, values, info)
@@ -325,31 +353,111 @@ class CacheStore:
         f'put was given {len(users)} users, {len(set(users))} of them '
         f'different, and a cache of {info.num_users}; give each user once'
       )
+    pool = self._pages.pool
+    if isinstance(cache.keys, Quantized) != isinstance(pool.keys, Quantized):
+      raise ValueError(
+        'the cache is quantized and the store is not, or the other way round; '
+        'give both one ScorerConfig.cache_dtype'
+      )
     begin = time.perf_counter()
     with self._lock:
       self._expire()
       if info.fingerprint != self._fingerprint:
         self.counts.foreign += len(users)
         return [False] * len(users)
-      pages, first = [], []
-      for row, user in enumerate(users):
-        state = State(start[row], start[row] + int(info.length[row]))
-        keep = 0 if same is None else same[row]
-        pages.append(self._place(user, state, keep, set(users)))
-        first.append(keep // pages_lib.EVENTS)
-      try:
-        self._pool.write(pages, first, cache.keys, cache.values)
-      except Exception:
-        # It may have taken the pool's memory with it.
-        for entry in self._entries.values():
-          self._release(entry)
-        self._pool.reset()
-        raise
+      states = [
+        State(first, first + length)
+        for first, length in zip(start, info.length.tolist(), strict=True)
+      ]
+      same = same or [0] * len(users)
+      pages = self._place_all(users, states, same)
+      index = self._pages.to_write(
+        pages,
+        [keep // pages_lib.EVENTS for keep in same],
+        cache.num_rows,
+        cache.capacity,
+      )
+      with self._guard(users):
+        self._pages.write(index, cache.keys, cache.values)
       self.counts.put_seconds += time.perf_counter() - begin
-    return [
-      bool(part) or not length
-      for part, length in zip(pages, info.length.tolist(), strict=True)
-    ]
+      return [
+        self._has(u, state) for u, state in zip(users, states, strict=True)
+      ]
+
+  def use(
+    self,
+    users: Sequence[str],
+    capacity: int,
+    program: Callable[[Pool, Place], T],
+  ) -> T:
+    """Runs a program that reads states where they are.
+
+    Args:
+      users: who have states, as `states` says.
+      capacity: a bucket that holds each.
+      program: called with the pool and the places, rows padded.
+    """
+    with self._lock:
+      entries = [self._entries[user] for user in users]
+      for user, entry in zip(users, entries, strict=True):
+        self._touch(user, entry)
+      return program(
+        self._pages.pool, self._read_place(entries, capacity, None)
+      )
+
+  def update(
+    self,
+    updates: Sequence[Update],
+    capacity: int,
+    program: Callable[[Pool, Place], tuple[Pool, T]],
+  ) -> T:
+    """Keeps what becomes known of users, and runs a program that writes states.
+
+    Args:
+      updates: of users, each once.
+      capacity: a bucket that holds each state.
+      program: called with the pool, which it donates, and the places, rows
+        padded; returns the pool that takes its place.
+
+    Raises:
+      Exception: the program's own; then all states are lost.
+    """
+    with self._lock:
+      old = [self._entries.get(update.user) for update in updates]
+      place = self._read_place(
+        [x if u.same else None for u, x in zip(updates, old, strict=True)],
+        capacity,
+        [u.same for u in updates],
+      )
+      for update in updates:
+        self.keep(update.user, update.past, update.digest)
+      pages = self._place_all(
+        [u.user for u in updates],
+        [u.state for u in updates],
+        [u.same for u in updates],
+      )
+      write = self._pages.to_write(
+        pages,
+        [u.same // pages_lib.EVENTS for u in updates],
+        len(place.read),
+        capacity,
+      )
+      with self._guard([u.user for u in updates]):
+        self._pages.pool, result = program(
+          self._pages.pool, place._replace(write=write)
+        )
+      return result
+
+  def states(
+    self, users: Sequence[str], fingerprint: str
+  ) -> list[State | None]:
+    """Of each user the state of this model, if there is one."""
+    with self._lock:
+      self._expire()
+      if fingerprint != self._fingerprint:
+        return [None] * len(users)
+      found = [self._entries.get(user) for user in users]
+      return [None if x is None else x.known.state for x in found]
 
   def drop(self, user: str) -> None:
     """Drops the state on the device; what the host keeps stays."""
@@ -381,9 +489,9 @@ class CacheStore:
         self._host_bytes = 0
       self._fingerprint = fingerprint
       self._seconds.clear()
-      if pages_lib.Shape.of(config) != self._pool.shape:
-        self._pool.delete()  # Before the new one: the budget holds one.
-        self._pool = self._allocate(config)
+      if pages.Shape.of(config, self._scorer_config) != self._pages.shape:
+        self._pages.delete()  # Before the new one: the budget holds one.
+        self._pages = self._allocate(config)
 
   def measured(
     self, what: Literal['encode', 'copy'], capacity: int, seconds: float
@@ -396,11 +504,12 @@ class CacheStore:
   def measure_copy(self, capacity: int) -> float:
     """Seconds to copy a state of a bucket from host memory to the device."""
     with self._lock:
-      copied = self._pool.read([], self._scorer_config.rows(1), capacity)
-      sharding = copied[0].sharding
-    host = [np.asarray(x) for x in copied]
+      index = self._pages.to_read([], self._scorer_config.rows(1), capacity)
+      copied = self._pages.read(index, capacity)
+      sharding = jax.tree.leaves(copied)[0].sharding
+    host = jax.device_get(copied)
     begin = time.perf_counter()
-    jax.block_until_ready([jax.device_put(x, sharding) for x in host])
+    jax.block_until_ready(jax.device_put(host, sharding))
     seconds = time.perf_counter() - begin
     self.measured('copy', capacity, seconds)
     return seconds
@@ -425,21 +534,81 @@ class CacheStore:
 
   def warm_up(self, rows: Sequence[int], capacities: Sequence[int]) -> None:
     """Compiles `get` and `put` for these buckets."""
-    with self._lock:
+    with self._lock, self._guard():
       for number in rows:
         for capacity in capacities:
-          keys, values = self._pool.read([], number, capacity)
-          self._pool.write([], [], keys, values)
+          index = self._pages.to_read([], number, capacity)
+          keys, values = self._pages.read(index, capacity)
+          index = self._pages.to_write([], [], number, capacity)
+          self._pages.write(index, keys, values)
 
-  def _allocate(self, config: RankerConfig) -> pages_lib.Pool:
-    shape = pages_lib.Shape.of(config)
+  def warm_up_programs(self, program: Callable[[Pool], tuple[Pool, T]]) -> T:
+    """Runs what compiles programs over the pool, which it donates."""
+    with self._lock, self._guard():
+      self._pages.pool, result = program(self._pages.pool)
+      return result
+
+  def _allocate(self, config: RankerConfig) -> pages.Pages:
+    shape = pages.Shape.of(config, self._scorer_config)
     number = self.options.device_bytes // shape.nbytes
     if number < 2:
       raise ValueError(
         f'device_bytes={self.options.device_bytes} must hold at least two '
         f'pages of {shape.nbytes} bytes'
       )
-    return pages_lib.Pool(shape, number, self._device)
+    return pages.Pages(shape, number, self._device)
+
+  @contextlib.contextmanager
+  def _guard(self, users: Sequence[str] = ()) -> Iterator[None]:
+    """Around what writes states of users and donates the pool.
+
+    If it fails they have none; if it took the pool's memory, nobody has.
+    """
+    try:
+      yield
+    except BaseException:
+      lost = self._pages.pool.keys.is_deleted()
+      for user in [*self._entries] if lost else users:
+        if user in self._entries:
+          self._release(self._entries[user])
+      if lost:
+        self._pages.reset()
+      raise
+
+  def _read_place(
+    self,
+    entries: Sequence[_Entry | None],
+    capacity: int,
+    lengths: Sequence[int] | None,
+  ) -> Place:
+    """Where the states of entries are, rows padded."""
+    if lengths is None:
+      lengths = [
+        0 if x is None or x.known.state is None else x.known.state.length
+        for x in entries
+      ]
+    rows = self._scorer_config.rows(len(entries))
+    read = self._pages.to_read(
+      [[] if x is None else x.pages for x in entries], rows, capacity
+    )
+    return Place(read, read, np.array(lengths, np.int32), capacity)
+
+  def _place_all(
+    self,
+    users: Sequence[str],
+    states: Sequence[State],
+    same: Sequence[int],
+  ) -> list[list[int]]:
+    """Pages for states, those that users have among them; none: no room."""
+    busy = set(users)
+    return [
+      self._place(user, state, keep, busy)
+      for user, state, keep in zip(users, states, same, strict=True)
+    ]
+
+  def _has(self, user: str, state: State) -> bool:
+    entry = self._entries.get(user)
+    return entry is not None and entry.known.state == state
 
   def _place(
     self, user: str, state: State, same: int, busy: set[str]
@@ -456,20 +625,20 @@ class CacheStore:
           f'same={same}, but the state of user {user!r} begins with event '
           f'{old.start} and not {state.start}'
         )
-    wanted = pages_lib.pages_of(state.length)
+    wanted = pages_lib.number(state.length)
     surplus = entry.pages[wanted:]
-    self._pool.give(surplus)
+    self._pages.give(surplus)
     del entry.pages[wanted:]
     missing = wanted - len(entry.pages)
-    if missing > self._pool.num_free:
-      for other in self._victims(busy, missing - self._pool.num_free):
+    if missing > self._pages.num_free:
+      for other in self._victims(busy, missing - self._pages.num_free):
         self._release(other)
         self.counts.evictions += 1
-    if missing > self._pool.num_free:
+    if missing > self._pages.num_free:
       self._release(entry)
       self.counts.refused += 1
       return []
-    entry.pages += self._pool.take(missing)
+    entry.pages += self._pages.take(missing)
     entry.known = dataclasses.replace(entry.known, state=state)
     return entry.pages
 
@@ -485,7 +654,7 @@ class CacheStore:
     return found if pages >= missing else []
 
   def _release(self, entry: _Entry) -> None:
-    self._pool.give(entry.pages)
+    self._pages.give(entry.pages)
     entry.pages = []
     entry.known = dataclasses.replace(entry.known, state=None)
 

@@ -17,18 +17,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from histjax import buckets
 from histjax.data.row_maker import RowMaker
-from histjax.schema import Categorical
-from histjax.scoring import ahead, programs
+from histjax.scoring import ahead
 from histjax.scoring.config import ScorerConfig
 from histjax.scoring.flight import Pending
+from histjax.scoring.paged import PagedScorer
 from histjax.scoring.scorer import Scorer
-from histjax.serving.cache_store import CacheStore, StoreConfig
+from histjax.serving import batches
+from histjax.serving.cache_store import CacheStore, StoreConfig, Update
 from histjax.serving.planning import Job, Model, Request, Source, UnknownHistory
-from histjax.types import Candidates, History
 
 __all__ = ['Engine', 'EngineConfig', 'Request', 'Result', 'UnknownHistory']
 
@@ -232,11 +233,11 @@ class Engine:
       else 0,
       'visible': visible,
     }
-    done = self._warm_up(model, sizes, cache_dir)
+    if cache_dir is not None:
+      ahead.keep_in(cache_dir)
     with self._lock:
       self._warmed = sizes
-      self._warm_up_store(model, sizes)
-    return done
+      return self._warm_up(model, sizes)
 
   def roll_over(
     self,
@@ -258,8 +259,6 @@ class Engine:
     """
     model = self._load(scorer, maker)
     _ = model.scorer.fingerprint  # Reads all parameters: not under the lock.
-    if self._warmed is not None:
-      self._warm_up(model, self._warmed, None)
     with self._lock:
       keep = _means_the_same(self._model.maker, model.maker)
       self._store.roll_over(
@@ -270,7 +269,7 @@ class Engine:
       self._model = model
       self._roll_overs += 1
       if self._warmed is not None:
-        self._warm_up_store(model, self._warmed)
+        self._warm_up(model, self._warmed)
 
   def _load(
     self, scorer: Scorer | str | os.PathLike[str], maker: RowMaker | None
@@ -281,7 +280,14 @@ class Engine:
     maker = maker or scorer.row_maker()
     options = self.options
     scorer.options.rows(options.max_rows)  # Raises if there is no such bucket.
-    model = Model(scorer, maker, options.headroom, None, options.max_new_events)
+    model = Model(
+      scorer,
+      PagedScorer(scorer),
+      maker,
+      options.headroom,
+      None,
+      options.max_new_events,
+    )
     return dataclasses.replace(model, max_events=_max_events(model, options))
 
   def _by_user(
@@ -310,87 +316,93 @@ class Engine:
     for source in ('hit', 'extended', 'encoded'):  # Those in the store first.
       for part in _groups(model, jobs, source, self.options.max_rows):
         group = {i: jobs[i] for i in part}
+        if source != 'encoded':
+          for i in self._lost(model, group):
+            del group[i]
+            try:
+              jobs[i] = model.encoded(jobs[i])
+            except (ValueError, UnknownHistory) as error:
+              found[i] = error
+              del jobs[i]
+        if not group:
+          continue
         try:
-          if source != 'encoded':
-            cache, lost = self._stored(model, group)
-            for i in lost:  # Others took its place meanwhile.
-              del group[i]
-              try:
-                jobs[i] = model.encoded(jobs[i])
-              except (ValueError, UnknownHistory) as error:
-                found[i] = error
-                del jobs[i]
-            if not group:
-              continue
-            pending = self._start(model, source, group, cache)
-          else:
-            pending = self._start(model, source, group, None)
+          pending = self._start(model, source, [*group.values()])
         except Exception as error:  # Of the device: it is nobody's own.
-          for i, job in group.items():
-            found[i] = error
-            self._store.drop(job.user)
+          found |= dict.fromkeys(group, error)
           continue
         for row, (i, job) in enumerate(group.items()):
           flights.append((i, job, pending.row(row, len(job.asked))))
 
-  def _stored(self, model: Model, group: dict[int, Job]):
-    """The states of a group, and who has none any more."""
-    capacity = model.scorer.options.events(
-      max(job.state.length for job in group.values())
+  def _lost(self, model: Model, group: Mapping[int, Job]) -> list[int]:
+    """Whose states others took the place of since they were planned."""
+    states = self._store.states(
+      [job.user for job in group.values()], model.scorer.fingerprint
     )
-    here, cache = self._store.get(
-      [job.user for job in group.values()], model.scorer.fingerprint, capacity
-    )
-    return cache, [i for n, i in enumerate(group) if n not in set(here)]
+    return [
+      i
+      for (i, job), state in zip(group.items(), states, strict=True)
+      if state != job.old
+    ]
 
-  def _start(self, model: Model, source: Source, group, cache) -> Pending:
-    """Starts one program and keeps the states that come of it."""
-    jobs, scorer, counts = [*group.values()], model.scorer, self._store.counts
-    request = _candidates(model, jobs), _context(model, jobs)
+  def _start(
+    self, model: Model, source: Source, jobs: Sequence[Job]
+  ) -> Pending:
+    """Starts one program, which leaves the states that come of it in place."""
+    counts, paged = self._store.counts, model.paged
+    request = batches.candidates(model, jobs), batches.context(model, jobs)
+    capacity = model.scorer.options.events(
+      max(job.state.length for job in jobs)
+    )
     begin = time.perf_counter()
     if source == 'hit':
-      pending = scorer.score_async(cache, *request)
+      pending = self._store.use(
+        [job.user for job in jobs],
+        capacity,
+        lambda pool, place: paged.score(pool, place, *request),
+      )
       counts.hits += len(jobs)
+      counts.hit_seconds += time.perf_counter() - begin
       return pending
-    history = _history(model, jobs)
+    history = batches.history(model, jobs)
+    program = paged.extend if source == 'extended' else paged.encode
+    pending = self._store.update(
+      [
+        Update(
+          job.user,
+          model.trimmed(job.past),
+          job.digest,
+          job.state,
+          job.old.length if job.old else 0,
+        )
+        for job in jobs
+      ],
+      capacity,
+      lambda pool, place: program(pool, place, history, *request),
+    )
     if source == 'extended':
-      cache, pending = scorer.extend_and_score_async(cache, history, *request)
       counts.extends += len(jobs)
       counts.extend_seconds += time.perf_counter() - begin
     else:
-      cache, pending = scorer.encode_and_score_async(history, *request)
       counts.misses += len(jobs)
       counts.encode_seconds += time.perf_counter() - begin
-    for job in jobs:
-      self._store.keep(job.user, model.trimmed(job.past), job.digest)
-    self._store.put(
-      [job.user for job in jobs],
-      cache,
-      [job.state.start for job in jobs],
-      [job.old.length if job.old else 0 for job in jobs],
-    )
     return pending
 
-  def _warm_up(self, model: Model, sizes, cache_dir) -> ahead.WarmUp:
-    """Compiles the scorer's programs, and measures reading a history."""
-    calls: list[programs.Kind] = ['encode', 'score', 'encode_and_score']
-    if sizes['new_events']:
-      calls.append('extend_and_score')
-    return model.scorer.warm_up(**sizes, calls=calls, cache_dir=cache_dir)
-
-  def _warm_up_store(self, model: Model, sizes: Mapping[str, Any]) -> None:
+  def _warm_up(self, model: Model, sizes: Mapping[str, Any]) -> ahead.WarmUp:
+    """Compiles, and measures what it takes to read a history and to copy it."""
     scorer = model.scorer
-    rows = ahead.up_to(sizes['rows'], scorer.options.rows)
-    capacities = ahead.up_to(sizes['events'], scorer.options.events)
-    self._store.warm_up(rows, capacities)
-    for capacity in capacities:
-      history = _zeros(model, min(capacity, sizes['events']))
+    done = self._store.warm_up_programs(
+      lambda pool: model.paged.warm_up(pool, **sizes)
+    )
+    for capacity in ahead.up_to(sizes['events'], scorer.options.events):
+      history = batches.zeros(model, min(capacity, sizes['events']))
       for _ in range(3):
         begin = time.perf_counter()
-        scorer.encode(history).keys.block_until_ready()
+        jax.block_until_ready(scorer.encode(history).keys)
         seconds = time.perf_counter() - begin
         self._store.measured('encode', capacity, seconds)
         self._store.measure_copy(capacity)
+    return done
 
 
 def _max_events(model: Model, options: EngineConfig) -> int | None:
@@ -448,64 +460,3 @@ def _groups(
     for group in groups.values()
     for first in range(0, len(group), max_rows)
   ]
-
-
-def _stacked(
-  parts: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], width: int
-) -> dict[str, np.ndarray]:
-  """`{name: [B, width]}`, zeros behind each part's `[n]`."""
-  found = {}
-  for name in names:
-    dtype = parts[0][name].dtype
-    found[name] = np.zeros((len(parts), width), dtype)
-    for row, part in enumerate(parts):
-      found[name][row, : len(part[name])] = part[name]
-  return found
-
-
-def _history(model: Model, jobs: Sequence[Job]) -> History:
-  """The events to read."""
-  parts = [job.events() for job in jobs]
-  names = [f.name for f in model.schema.history_features]
-  length = np.array([len(part[names[0]]) for part in parts], np.int32)
-  return History(_stacked(parts, names, max(1, length.max())), length)
-
-
-def _zeros(model: Model, length: int) -> History:
-  """A history of one user, to measure."""
-  return History(
-    {
-      f.name: np.zeros(
-        (1, length), np.int32 if isinstance(f, Categorical) else np.float32
-      )
-      for f in model.schema.history_features
-    },
-    np.array([length], np.int32),
-  )
-
-
-def _candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
-  counts = np.array([len(job.asked) for job in jobs])
-  names = [f.name for f in model.schema.item_features]
-  parts = [dict(job.candidates) for job in jobs]
-  width = int(counts.max())
-  visible = None
-  if any(job.visible is not None for job in jobs):
-    seen = [
-      {'': np.full(len(job.asked), job.state.length)}
-      if job.visible is None
-      else {'': job.visible}
-      for job in jobs
-    ]
-    visible = _stacked(seen, [''], width)[''].astype(np.int32)
-  mask = None
-  if counts.min() < width:
-    mask = np.arange(width)[None] < counts[:, None]
-  return Candidates(_stacked(parts, names, width), visible, mask)
-
-
-def _context(model: Model, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
-  return {
-    f.name: np.stack([job.asked.context[f.name] for job in jobs])
-    for f in model.schema.context
-  }

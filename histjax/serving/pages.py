@@ -1,8 +1,9 @@
-"""Keys and values of many users in one allocation, by pages of events."""
+"""Which pages of keys and values are whose: one allocation for all users."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from histjax.models.ranker import RankerConfig
-
-EVENTS = 16
-"""Of a page. A state wastes half a page on average, whatever its length."""
+from histjax.quantization import Quantized
+from histjax.scoring import pages as pages_lib
+from histjax.scoring.config import ScorerConfig
+from histjax.scoring.paged import Pool
+from histjax.scoring.pages import EVENTS
 
 
 class Shape(NamedTuple):
@@ -22,28 +25,40 @@ class Shape(NamedTuple):
   heads: int
   head_dim: int
   dtype: str
+  cache_dtype: str | None = None
 
   @classmethod
-  def of(cls, config: RankerConfig) -> Shape:
+  def of(cls, config: RankerConfig, options: ScorerConfig) -> Shape:
     """Of a model's states."""
     encoder = config.encoder
     return cls(
-      encoder.num_layers, encoder.num_heads, encoder.head_dim, config.dtype
+      encoder.num_layers,
+      encoder.num_heads,
+      encoder.head_dim,
+      config.dtype,
+      options.cache_dtype,
     )
 
   @property
   def nbytes(self) -> int:
     """Bytes of a page."""
-    size = self.layers * EVENTS * self.heads * self.head_dim
-    return 2 * size * jnp.dtype(self.dtype).itemsize
+    codes = EVENTS * self.head_dim
+    codes *= jnp.dtype(self.cache_dtype or self.dtype).itemsize
+    scale = 4 if self.cache_dtype else 0
+    return 2 * self.layers * self.heads * (codes + scale)
+
+  def zeros(self, pages: int, device: Any) -> jax.Array | Quantized:
+    """Keys or values of so many pages."""
+    dims = (self.layers, pages, EVENTS, self.heads, self.head_dim)
+    dtype = self.cache_dtype or self.dtype
+    codes = jnp.zeros(dims, dtype, device=device)
+    if self.cache_dtype is None:
+      return codes
+    blocks = (self.layers, pages, 1, self.heads)
+    return Quantized(codes, jnp.zeros(blocks, jnp.float32, device=device))
 
 
-def pages_of(events: int) -> int:
-  """How many pages so many events take."""
-  return -(-events // EVENTS)
-
-
-class Pool:
+class Pages:
   """Pages on the device, allocated once: keys and values of all users.
 
   The first page stays zero: it stands for what a state does not have, so that
@@ -52,7 +67,11 @@ class Pool:
   Attributes:
     shape: of a page.
     num_pages: all of them.
+    pool: their keys and values. A program that is given them donated returns
+      those that take their place.
   """
+
+  pool: Pool
 
   def __init__(self, shape: Shape, num_pages: int, device: Any = None):
     """Allocates the pages.
@@ -63,8 +82,6 @@ class Pool:
       device: where; None: JAX's default device.
     """
     self.shape, self.num_pages, self._device = shape, num_pages, device
-    self._keys: Any = None
-    self._values: Any = None
     self._free: list[int] = []
     self._allocate()
 
@@ -90,48 +107,43 @@ class Pool:
     """Gives pages back; what they hold means nothing from now on."""
     self._free.extend(pages)
 
-  def read(
-    self, pages: list[list[int]], rows: int, capacity: int
-  ) -> tuple[jax.Array, jax.Array]:
-    """Copies states out.
-
-    Args:
-      pages: of each user.
-      rows: at least as many; further ones are zeros.
-      capacity: at least the events of each.
-
-    Returns:
-      Keys and values `[layers, rows, capacity, N, H]`.
-    """
-    index = np.zeros((rows, pages_of(capacity)), np.int32)
+  def to_read(
+    self, pages: Sequence[Sequence[int]], rows: int, capacity: int
+  ) -> np.ndarray:
+    """Pages of users as an index int32 `[rows, P]`; zeros are read besides."""
+    index = np.zeros((rows, pages_lib.number(capacity)), np.int32)
     for row, part in enumerate(pages):
       index[row, : len(part)] = part
-    return _read(self._keys, self._values, index, capacity=capacity)
+    return index
 
-  def write(
-    self, pages: list[list[int]], first: list[int], keys: Any, values: Any
-  ) -> None:
-    """Copies states in, in place.
-
-    Args:
-      pages: of each row; empty: it is not copied.
-      first: of each row, the pages from there on are copied.
-      keys: `[layers, rows, L, N, H]`, more rows than given if they are padded.
-      values: likewise.
-    """
+  def to_write(
+    self,
+    pages: Sequence[Sequence[int]],
+    first: Sequence[int],
+    rows: int,
+    capacity: int,
+  ) -> np.ndarray:
+    """The same to write: of each user those from number `first` on."""
+    # Beyond the last page: dropped.
     index = np.full(
-      (keys.shape[1], pages_of(keys.shape[2])), self.num_pages, np.int32
-    )  # Beyond the last page: dropped.
+      (rows, pages_lib.number(capacity)), self.num_pages, np.int32
+    )
     for row, (part, begin) in enumerate(zip(pages, first, strict=True)):
       index[row, begin : len(part)] = part[begin:]
-    self._keys, self._values = _write(
-      self._keys, self._values, index, keys, values
-    )
+    return index
+
+  def read(self, index: np.ndarray, capacity: int) -> Pool:
+    """Copies states out, keys and values `[layers, rows, capacity, N, H]`."""
+    return _read(self.pool, index, capacity=capacity)
+
+  def write(self, index: np.ndarray, keys: Any, values: Any) -> None:
+    """Copies states `[layers, rows, L, N, H]` in, in place."""
+    self.pool = _write(self.pool, index, Pool(keys, values))
 
   def delete(self) -> None:
     """Frees the memory, as soon as no program reads it."""
-    self._keys.delete()
-    self._values.delete()
+    for array in jax.tree.leaves(self.pool):
+      array.delete()
 
   def reset(self) -> None:
     """Starts again, with new memory."""
@@ -139,32 +151,18 @@ class Pool:
     self._allocate()
 
   def _allocate(self) -> None:
-    shape = self.shape
-    dims = (shape.layers, self.num_pages, EVENTS, shape.heads, shape.head_dim)
-    self._keys, self._values = (
-      jnp.zeros(dims, shape.dtype, device=self._device) for _ in range(2)
-    )
+    zeros = [self.shape.zeros(self.num_pages, self._device) for _ in range(2)]
+    self.pool = Pool(*zeros)
     self._free = list(range(self.num_pages - 1, 0, -1))
 
 
 @functools.partial(jax.jit, static_argnames='capacity')
-def _read(keys, values, index, *, capacity):
-  def copy(pool):
-    found = pool.at[:, index.reshape(-1)].get(mode='promise_in_bounds')
-    shape = (pool.shape[0], index.shape[0], -1, *pool.shape[3:])
-    return found.reshape(shape)[:, :, :capacity]
-
-  return copy(keys), copy(values)
+def _read(pool, index, *, capacity):
+  return Pool(*(pages_lib.read(x, index, capacity) for x in pool))
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _write(keys, values, index, new_keys, new_values):
-  def copy(pool, new):
-    more = index.shape[1] * EVENTS - new.shape[2]
-    new = jnp.pad(new, [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)])
-    new = new.reshape(pool.shape[0], -1, *pool.shape[2:])
-    return pool.at[:, index.reshape(-1)].set(
-      new.astype(pool.dtype), mode='drop', wrap_negative_indices=False
-    )
-
-  return copy(keys, new_keys), copy(values, new_values)
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(pool, index, states):
+  return Pool(
+    *(pages_lib.write(x, index, y) for x, y in zip(pool, states, strict=True))
+  )

@@ -43,6 +43,7 @@ from histjax.data.past import Past
 from histjax.data.requests import Events
 from histjax.data.row_maker import Asked, RowMaker, View
 from histjax.schema import Schema
+from histjax.scoring.paged import PagedScorer
 from histjax.scoring.scorer import Scorer
 from histjax.serving.cache_store import Known, State
 
@@ -120,6 +121,7 @@ class Model:
 
   Attributes:
     scorer: the model.
+    paged: its programs over pages.
     maker: of its rows.
     headroom: as `EngineConfig`.
     max_events: of a state; None: as many as the user has.
@@ -127,6 +129,7 @@ class Model:
   """
 
   scorer: Scorer
+  paged: PagedScorer
   maker: RowMaker
   headroom: int
   max_events: int | None

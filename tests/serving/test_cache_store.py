@@ -1,5 +1,6 @@
 """Budgets, order and age of what is kept; values, whatever happens after."""
 
+import dataclasses
 import hashlib
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from histjax import scoring
-from histjax.cache import CacheInfo, HistoryCache
+from histjax.cache import CacheInfo, HistoryCache, quantize
 from histjax.serving import pages
 from histjax.serving.cache_store import CacheStore, State, StoreConfig
 from tests import support
@@ -15,7 +16,7 @@ from tests.scoring import scorers
 from tests.serving import worlds
 
 CONFIG = support.config()
-SHAPE = pages.Shape.of(CONFIG)
+SHAPE = pages.Shape.of(CONFIG, scoring.ScorerConfig())
 MODEL, OTHER = 'a' * 64, 'b' * 64
 BUCKETS = scoring.ScorerConfig(history_buckets=(16, 48), row_buckets=(4,))
 
@@ -120,11 +121,10 @@ class StoreTest(parameterized.TestCase):
   def test_in_place(self):
     store = self.store(8)
     self.put(store, ['a'], 20)
-    pool = store._pool
-    before = pool._keys.unsafe_buffer_pointer()
-    old = pool._keys
+    old = store._pages.pool.keys
+    before = old.unsafe_buffer_pointer()
     self.put(store, ['a'], 20)
-    self.assertEqual(pool._keys.unsafe_buffer_pointer(), before)
+    self.assertEqual(store._pages.pool.keys.unsafe_buffer_pointer(), before)
     self.assertTrue(old.is_deleted())
 
   def test_least_recently_used_goes_first(self):
@@ -223,18 +223,49 @@ class StoreTest(parameterized.TestCase):
     store.measured('copy', 16, 1e-13)
     self.assertEqual(store.cheaper(16), 'copy')
 
-  def test_a_failed_write_takes_no_one_s_place(self):
+  def test_a_failed_write(self):
     store = self.store(8)
-    self.put(store, ['a'], 5)
+    first, _ = self.put(store, ['a'], 5)
     store.keep('b', store.find('a').past, hashlib.blake2b())
     bad = cache_of(self.rng, 5)
     bad = bad.replace(keys=bad.keys[..., :3])
-    with self.assertRaises(Exception):  # noqa: B017
+    with self.assertRaises(TypeError):
       store.put(['b'], bad, [0])
+    self.assertIsNone(store.find('b').state)
+    self.check(store, ['a'], first, [0])
+
+    def take_memory(pool):
+      pool.keys.delete()
+      raise RuntimeError('the device is lost')
+
+    with self.assertRaisesRegex(RuntimeError, 'is lost'):
+      store.warm_up_programs(take_memory)
     self.assertEqual(store.used_bytes, 0)
+    self.assertIsNone(store.find('a').state)
     cache, kept = self.put(store, ['b'], 5)
     self.assertEqual(kept, [True])
     self.check(store, ['b'], cache, [0])
+
+  def test_quantized(self):
+    options = dataclasses.replace(BUCKETS, cache_dtype='int8')
+    shape = pages.Shape.of(CONFIG, options)
+    store = CacheStore(CONFIG, MODEL, StoreConfig(8 * shape.nbytes), options)
+    self.assertEqual(store.device_bytes, 8 * shape.nbytes)
+    pool = store._pages.pool
+    self.assertEqual(pool.keys.nbytes + pool.values.nbytes, 8 * shape.nbytes)
+    store.keep('a', worlds.maker('causal', False).start(), hashlib.blake2b())
+    cache = cache_of(self.rng, 20)
+    with self.assertRaisesRegex(ValueError, 'quantized and the store is not'):
+      store.put(['a'], cache, [0])
+    cache = quantize(cache, 'int8')
+    store.put(['a'], cache, [0])
+    _, copy = store.get(['a'], MODEL)
+    np.testing.assert_array_equal(
+      copy.keys.codes[:, 0, :20], cache.keys.codes[:, 0, :20]
+    )
+    np.testing.assert_array_equal(
+      copy.values.scale[:, 0, :2], cache.values.scale[:, 0, :2]
+    )
 
   def test_refused(self):
     with self.assertRaisesRegex(ValueError, 'must hold at least two pages'):
