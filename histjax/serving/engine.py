@@ -180,7 +180,7 @@ class Engine:
             jobs[i] = model.plan(user, self._store.find(user), requests[i])
           except (ValueError, UnknownHistory) as error:
             found[i] = error
-        self._run(model, jobs, found, flights)
+        self._run(model, requests, jobs, found, flights)
       self._store.counts.unknown += sum(
         isinstance(x, UnknownHistory) for x in found.values()
       )
@@ -308,6 +308,7 @@ class Engine:
   def _run(
     self,
     model: Model,
+    requests: Sequence[Request],
     jobs: dict[int, Job],
     found: dict[int, Result | Exception],
     flights: list[tuple[int, Job, Pending]],
@@ -318,9 +319,8 @@ class Engine:
         group = {i: jobs[i] for i in part}
         if source != 'encoded':
           for i in self._lost(model, group):
-            del group[i]
             try:
-              jobs[i] = model.encoded(jobs[i])
+              jobs[i] = model.plan_without_state(group.pop(i), requests[i])
             except (ValueError, UnknownHistory) as error:
               found[i] = error
               del jobs[i]

@@ -81,6 +81,7 @@ class Job:
 
   Attributes:
     user: the canonical key.
+    known: of the user, before the request.
     asked: of the request.
     past: the user's, new events included.
     digest: of all of them.
@@ -92,6 +93,7 @@ class Job:
   """
 
   user: str
+  known: Known | None
   asked: Asked
   past: Past
   digest: hashlib.blake2b
@@ -191,6 +193,22 @@ class Model:
       ValueError: the request is bad.
       UnknownHistory: events before its own are needed and not known.
     """
+    try:
+      return self._plan(user, known, request)
+    except UnknownHistory:
+      if known is None or request.first:
+        raise
+      # It has the events that were known once and not kept.
+      return self._plan(user, None, request)
+
+  def plan_without_state(self, job: Job, request: Request) -> Job:
+    """The request's job if the user has no state any more; see `plan`."""
+    known = job.known
+    if known is not None:
+      known = dataclasses.replace(known, state=None)
+    return self.plan(job.user, known, request)
+
+  def _plan(self, user: str, known: Known | None, request: Request) -> Job:
     context = self._context(user, request)
     asked = self.maker.ask(context, request.candidates)
     options = self.scorer.options
@@ -200,6 +218,7 @@ class Model:
     candidates = self.maker.candidates(past, asked, view)
     job = Job(
       user,
+      known,
       asked,
       past,
       digest,
@@ -211,11 +230,11 @@ class Model:
     )
     state = None if old is None else self._after(old, past, view)
     if old is None or state is None:
-      return self.encoded(job)
+      return self._encoded(job)
     source: Source = 'hit' if state == old else 'extended'
     return dataclasses.replace(job, state=state, source=source)
 
-  def encoded(self, job: Job) -> Job:
+  def _encoded(self, job: Job) -> Job:
     """The same, done without a state.
 
     Raises:

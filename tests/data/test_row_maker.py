@@ -115,6 +115,10 @@ class RowMakerTest(parameterized.TestCase):
     self.assertEqual(rest.lookback(None), Lookback(4, 5))
     self.assertEqual(features.FittedFeatures().lookback(None), Lookback())
     self.assertEqual(Rates(('item',)).lookback(3), Lookback())
+    last = HistoryRates(('*@3', '*@2'))
+    self.assertEqual(last.lookback(None), Lookback(3))
+    self.assertEqual(last.lookback(2), Lookback(2))
+    self.assertIsNone(HistoryRates(('tab@3',)).lookback(None))
     own = features.FittedFeatures((test_serving.Shown(),))
     self.assertIsNone(own.lookback(3))
 
