@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from histjax.features import Events, FittedFeatures
+from histjax.features import Events, Lookback
 from histjax.schema import Schema
 
 
@@ -28,6 +28,7 @@ class Past:
     time: `[n]`, as `EventLog.time`; zeros if nothing reads it.
     is_timestamp: the log has timestamps; None: there is no event yet.
     request: uint64 `[n]`, digests; None: not given.
+    dropped: uint64, sorted, the requests that have no event here any more.
     visible: int64 `[n]`, the number of the user's events before each one's
       impression, as `EventLog.visible`.
     features: `{name: [n]}` of items, hidden ones included.
@@ -40,6 +41,7 @@ class Past:
   time: np.ndarray
   is_timestamp: bool | None
   request: np.ndarray | None
+  dropped: np.ndarray
   visible: np.ndarray
   features: Mapping[str, np.ndarray]
   actions: Mapping[str, np.ndarray]
@@ -69,7 +71,11 @@ class Past:
     def cut(x):
       return x[drop:].copy()  # Not a view, which would keep all of it.
 
-    return self._mapped(cut, first=self.first + drop)
+    past = self._mapped(cut, first=self.first + drop)
+    if self.request is None or past.request is None:
+      return past
+    gone = np.setdiff1d(self.request[:drop], past.request)
+    return dataclasses.replace(past, dropped=np.union1d(self.dropped, gone))
 
   def until(self, number: int) -> Past:
     """Without the events from `number` on."""
@@ -118,6 +124,7 @@ class Past:
       time=np.concatenate([self.time, new.time]),
       is_timestamp=new.is_timestamp if len(new) else self.is_timestamp,
       request=request,
+      dropped=self.dropped,
       visible=np.concatenate([self.visible, new.visible]),
       **fields,
     )
@@ -163,7 +170,7 @@ class Past:
     return found
 
   def _arrays(self) -> list[np.ndarray]:
-    found = [self.time, self.visible]
+    found = [self.time, self.visible, self.dropped]
     found += [] if self.request is None else [self.request]
     for part in (self.features, self.actions, self.labels, self.derived):
       found += part.values()
@@ -181,6 +188,7 @@ class Past:
       time=cut(self.time),
       is_timestamp=self.is_timestamp,
       request=None if self.request is None else cut(self.request),
+      dropped=self.dropped,
       visible=cut(self.visible),
       **fields,
     )
@@ -207,39 +215,77 @@ def place(past: Past, old: int, ties: str) -> Past:
   return dataclasses.replace(past, visible=visible)
 
 
-def first_needed(
-  past: Past,
-  schema: Schema,
-  features: FittedFeatures,
-  history_length: int | None,
-  ties: str,
-  depth: int | None,
-) -> int:
-  """The first event that a later row can need, counted from the user's first.
+@dataclasses.dataclass(frozen=True)
+class Reach:
+  """How far back later rows read.
 
-  Everything, if something reads all of the past, or if events have requests,
-  since one of an old request sees what was before that.
-
-  Args:
-    past: of the user.
-    schema: of the model.
-    features: what is derived.
-    history_length: as `RowConfig`.
-    ties: likewise.
-    depth: how many events before a candidate's impression its score depends
-      on, through the encoder; None: all.
+  Attributes:
+    depth: events before an impression that its score depends on, through the
+      encoder; None: all.
+    lookback: of derived features; None: all.
+    ties: as `RowConfig.ties`.
+    time_unit: as `Schema.time_unit`.
   """
-  lookback = features.lookback(history_length)
-  if schema.request or depth is None or lookback is None or not len(past):
-    return past.first
-  last = past.stop
-  if ties == 'strict':  # The next event may have the time of the last.
-    last = past.first + int(np.searchsorted(past.time, past.time[-1], 'left'))
-  needed = last - max(depth, lookback.events, 1)
-  if lookback.seconds:
-    width = lookback.seconds / schema.time_unit
-    if past.is_timestamp:  # As a floating-point number it would be rounded.
-      width = math.ceil(lookback.seconds * 10**9)
-    since = int(np.searchsorted(past.time, past.time[-1] - width, 'left'))
-    needed = min(needed, past.first + since)
-  return max(needed, past.first)
+
+  depth: int | None
+  lookback: Lookback | None
+  ties: str
+  time_unit: float
+
+  def first_needed(self, past: Past) -> int:
+    """The first event to keep for impressions that come next.
+
+    They are of the last event's request or of a new one; for one of an older
+    request, `lacks` says whether what is kept is enough.
+
+    Args:
+      past: of the user.
+
+    Returns:
+      Its number, counted from the user's first.
+    """
+    if self.depth is None or not len(past):
+      return past.first
+    last = past.stop
+    if self.ties == 'strict':  # The next event may have the time of the last.
+      place = np.searchsorted(past.time, past.time[-1], 'left')
+      last = past.first + int(place)
+    if past.request is not None:
+      last = min(last, int(past.visible[-1]))
+    needed = min(self._needed(past, last, past.time[-1]), last - self.depth)
+    return max(needed, past.first)
+
+  def lacks(
+    self,
+    past: Past,
+    visible: np.ndarray,
+    time: np.ndarray,
+    request: np.ndarray | None,
+  ) -> bool:
+    """Whether derived features of impressions read events that were dropped.
+
+    Args:
+      past: of the user.
+      visible: `[c]`, the events before each.
+      time: `[c]`.
+      request: `[c]`, digests; None: not given.
+    """
+    if not past.first or not len(visible):
+      return False
+    if request is not None and np.isin(request, past.dropped).any():
+      return True
+    return self._needed(past, int(visible.min()), time.min()) < past.first
+
+  def _needed(self, past: Past, visible: int, time: Any) -> int:
+    """The first event that derived features read of so many before `time`."""
+    if self.lookback is None:
+      return 0
+    needed = visible - max(self.lookback.events, 1)
+    if self.lookback.seconds:
+      width: float = self.lookback.seconds / self.time_unit
+      if past.is_timestamp:  # As a floating-point number it would be rounded.
+        width = math.ceil(self.lookback.seconds * 10**9)
+      since = int(np.searchsorted(past.time, time - width, 'left'))
+      # One more, whose time tells that there is no other.
+      needed = min(needed, past.first + since - 1)
+    return max(needed, 0)

@@ -86,6 +86,17 @@ class RowMaker:
       self.features.needs('time') or self.config.ties == 'strict'
     )
 
+  def reach(self, depth: int | None) -> past_lib.Reach:
+    """How far back rows read.
+
+    Args:
+      depth: as `Reach`.
+    """
+    lookback = self.features.lookback(self.config.history_length)
+    return past_lib.Reach(
+      depth, lookback, self.config.ties, self.schema.time_unit
+    )
+
   def ask(
     self,
     context: Mapping[str, Any],
@@ -317,6 +328,7 @@ class RowMaker:
       time=time,
       is_timestamp=is_timestamp,
       request=request,
+      dropped=np.zeros(0, np.uint64),
       visible=np.zeros(number, np.int64),
       features=values_lib.encode(
         schema, columns, schema.item + schema.hidden, number, source

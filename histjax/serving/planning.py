@@ -24,6 +24,8 @@ and `Scorer.score` on all events that the user ever had:
   last R events, which the host keeps, are read again. With a capacity of 2 R
   that is one pass over R events for each R new ones: as much work as to extend
   by them, and the same programs.
+* An impression of an old request saw what was before that. Where it saw less
+  than the host keeps, the client is asked for the whole history.
 * In a bidirectional history (or with positions 'recency') a state serves just
   its own events; any other number is read again.
 """
@@ -31,6 +33,7 @@ and `Scorer.score` on all events that the user ever had:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -157,18 +160,14 @@ class Model:
     encoder = self.scorer.config.encoder
     return encoder.causal and encoder.positions != 'recency'
 
+  @functools.cached_property
+  def _rows_reach(self) -> past_lib.Reach:
+    length = self.maker.config.history_length
+    return self.maker.reach(length if self.reach is None else self.reach)
+
   def trimmed(self, past: Past) -> Past:
     """Without the events that no later row can need."""
-    config = self.maker.config
-    depth = config.history_length if self.reach is None else self.reach
-    needed = past_lib.first_needed(
-      past,
-      self.schema,
-      self.maker.features,
-      config.history_length,
-      config.ties,
-      depth,
-    )
+    needed = self._rows_reach.first_needed(past)
     # A copy of the rest only now and then.
     return past if needed - past.first < len(past) // 4 else past.since(needed)
 
@@ -215,6 +214,7 @@ class Model:
     options.candidates(len(asked), options.microbatch)  # Or there is no bucket.
     past, digest, old = self._advanced(known, request, asked)
     view = self.maker.view(past, asked)
+    self._check_kept(past, view.before, asked.time, asked.request)
     candidates = self.maker.candidates(past, asked, view)
     job = Job(
       user,
@@ -320,6 +320,8 @@ class Model:
         if not len(new):
           return known.past, known.digest, known.state
         past = self.maker.extend(known.past, new, asked.user)
+        visible = past.visible[-len(new) :]
+        self._check_kept(known.past, visible, new.time, new.request)
         digest = known.digest.copy()
         new.update(digest)
         return past, digest, known.state
@@ -331,6 +333,14 @@ class Model:
     digest = hashlib.blake2b(digest_size=16)
     new.update(digest)
     return self.maker.extend(self.maker.start(), new, asked.user), digest, None
+
+  def _check_kept(self, past: Past, visible, time, request) -> None:
+    if self._rows_reach.lacks(past, visible, time, request):
+      raise UnknownHistory(
+        'an impression is of so old a request, or of so long ago, that events '
+        f'before number {past.first}, which is the first one kept, are needed; '
+        'send the whole history, first=0'
+      )
 
   def _first_difference(
     self, known: Known, new: Past, first: int

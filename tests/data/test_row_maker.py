@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from histjax import features
-from histjax.data import past as past_lib
 from histjax.data import requests, row_maker
 from histjax.data.rows import RowConfig
 from histjax.features import HistoryRates, Lookback, Rates
@@ -24,23 +23,22 @@ def steps(rng, number):
 
 
 def grown(maker, events, rng, depth=None):
-  """The past after random steps, dropping what is not needed any more."""
+  """The past after random steps, dropping what is not needed any more.
+
+  None: an event is of a request that is not kept.
+  """
   past = maker.start()
   user = np.zeros(1, np.uint64)
   for start, stop in steps(rng, len(events)):
     if stop > start:
       asked = maker.ask(events[start], [events[start]])
       user = asked.user
-    past = maker.extend(past, maker.read(events[start:stop]), user)
-    needed = past_lib.first_needed(
-      past,
-      maker.schema,
-      maker.features,
-      maker.config.history_length,
-      maker.config.ties,
-      depth,
-    )
-    past = past.since(needed)
+    new = maker.read(events[start:stop])
+    before, past = past, maker.extend(past, new, user)
+    visible = past.visible[len(past) - len(new) :]
+    if maker.reach(depth).lacks(before, visible, new.time, new.request):
+      return None
+    past = past.since(maker.reach(depth).first_needed(past))
   return past
 
 
@@ -62,7 +60,15 @@ class RowMakerTest(parameterized.TestCase):
     *events, last = test_serving.records(data, log)[own]
     past = grown(maker, events, rng, length)
     asked = maker.ask(last, [last])
+    if past is None:
+      return
     view = maker.view(past, asked)
+    lacks = maker.reach(length).lacks(
+      past, view.before, asked.time, asked.request
+    )
+    if lacks or view.start < past.first:
+      self.assertTrue(request)  # Of an old one.
+      return
     wanted = requests.make_row(
       log.schema,
       context=last,
@@ -80,6 +86,63 @@ class RowMakerTest(parameterized.TestCase):
       np.testing.assert_array_equal(history[name], values, name, strict=True)
     np.testing.assert_array_equal(view.sees - view.start, wanted.visible)
     self.assertEqual(asked.context, wanted.context)
+
+  @parameterized.product(ties=('order', 'strict'), request=(False, True))
+  def test_dropped_events(self, ties, request):
+    """Of a long past a few events are enough, or it is said that they are not.
+
+    Requests have three events, and now and then one more, much later.
+    """
+    rng = np.random.default_rng(0)
+    number = 200
+    data = {
+      'uid': np.zeros(number, np.int64),
+      'ts': np.cumsum(rng.integers(0, 4, number)),
+      'rid': np.arange(number) // 3,
+      'age': np.zeros(number, np.int64),
+      'item': rng.integers(0, 8, number),
+      'page': rng.integers(0, 3, number),
+      'shop': rng.integers(0, 4, number),
+      'price': rng.normal(size=number),
+      'stars': rng.integers(1, 6, number),
+      'click': rng.integers(0, 2, number),
+    }
+    late = rng.random(number) < 0.1
+    data['rid'][late] -= rng.integers(1, 9, late.sum())
+    log, fitted, _ = test_serving.load(data, request, 0)
+    config = RowConfig('pointwise', 6, ties=ties)
+    maker = row_maker.RowMaker(log.schema, config, fitted)
+    reach = maker.reach(6)
+    events = test_serving.records(data, log)
+    past, equal, lost = maker.start(), 0, 0
+    for i, event in enumerate(events):
+      asked = maker.ask(event, [event])
+      view = maker.view(past, asked)
+      if reach.lacks(past, view.before, asked.time, asked.request):
+        lost += 1  # As if the whole history was sent.
+        past = maker.extend(maker.start(), maker.read(events[:i]), asked.user)
+        view = maker.view(past, asked)
+      wanted = requests.make_row(
+        log.schema,
+        context=event,
+        history=events[:i],
+        candidates=[event],
+        config=config,
+        features=fitted,
+      )
+      found = maker.candidates(past, asked, view)
+      for name, values in wanted.candidates.items():
+        np.testing.assert_array_equal(found[name], values, name)
+      if view.start >= past.first:
+        equal += bool(past.first)
+        history = past.history(view.start, view.stop)
+        for name, values in wanted.history.items():
+          np.testing.assert_array_equal(history[name], values, name)
+      past = maker.extend(past, maker.read([event]), asked.user)
+      past = past.since(reach.first_needed(past))
+      self.assertLess(len(past), 40)
+    self.assertGreater(equal, 150)
+    self.assertEqual(lost > 0, request)
 
   @given(data=test_serving.columns(), seed=st.integers(0, 99))
   def test_digest_and_comparison(self, data, seed):

@@ -18,7 +18,6 @@ from tests.serving import worlds
 PAGE = 2 * 2 * 16 * 2 * 8 * 4
 """Bytes of a page of the small models."""
 USERS = st.integers(0, 4)
-LONGEST = 40
 
 
 class Serving(stateful.RuleBasedStateMachine):
@@ -26,6 +25,7 @@ class Serving(stateful.RuleBasedStateMachine):
 
   variant = 'strict'
   derived = True
+  longest = 30
 
   def __init__(self):
     super().__init__()
@@ -90,7 +90,7 @@ class Serving(stateful.RuleBasedStateMachine):
     requests, counts = [], []
     for user in users:  # One may come twice, with events in between.
       past = self.events[user]
-      if len(past) + number <= LONGEST:
+      if len(past) + number <= self.longest:
         start = past[-1]['ts'] if past else 0
         past += worlds.events(rng, number, user, start)
       requests += self.requests([user], rng)
@@ -149,12 +149,14 @@ class Window(Serving):
   """States that begin anywhere, and rows of the last events alone."""
 
   variant = 'window_strict'
+  longest = 46
 
 
 class Truncated(Serving):
   """Rows of the last events, which move with every new one."""
 
   variant = 'truncated'
+  longest = 46
 
 
 class Bidirectional(Serving):
