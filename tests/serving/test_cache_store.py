@@ -10,7 +10,12 @@ from absl.testing import absltest, parameterized
 from histjax import scoring
 from histjax.cache import CacheInfo, HistoryCache, quantize
 from histjax.serving import pages
-from histjax.serving.cache_store import CacheStore, State, StoreConfig
+from histjax.serving.cache_store import (
+  CacheStore,
+  State,
+  StoreConfig,
+  Update,
+)
 from tests import support
 from tests.scoring import scorers
 from tests.serving import worlds
@@ -245,6 +250,37 @@ class StoreTest(parameterized.TestCase):
     cache, kept = self.put(store, ['b'], 5)
     self.assertEqual(kept, [True])
     self.check(store, ['b'], cache, [0])
+
+  def test_update_of_a_state_that_was_lost(self):
+    """Someone else's events took its place: all of it is written again."""
+    maker = worlds.maker('causal', False)
+    user = np.zeros(1, np.uint64)
+    past = maker.extend(
+      maker.start(), maker.read(worlds.events(self.rng, 40, 3)), user
+    )
+    size = past.nbytes + 2048
+    store = self.store(16, host_bytes=size + 1000)
+    self.put(store, ['a', 'b'], 17, 17)
+    updates = [
+      Update('a', past, hashlib.blake2b(), State(0, 18), 17),
+      Update('b', store.find('b').past, hashlib.blake2b(), State(0, 18), 17),
+    ]
+    place = store.update(updates, 48, lambda pool, place: (pool, place))
+    self.assertEqual(store.counts.forgotten, 2)
+    self.assertTrue((place.read[:2, :2] > 0).all())  # Of both, as it was.
+    none = store._pages.num_pages
+    self.assertEqual(place.write[0].tolist(), [none] * 3)
+    self.assertLess(place.write[1, 0], none)
+    self.assertLess(place.write[1, 1], none)
+    self.assertEqual(place.write[1, 2], none)
+    self.assertEqual(store.find('b').state, State(0, 18))
+    place = store.update(
+      [dataclasses.replace(updates[1], state=State(0, 19), same=18)],
+      48,
+      lambda pool, place: (pool, place),
+    )
+    self.assertEqual(place.write[0, 0], none)
+    self.assertLess(place.write[0, 1], none)
 
   def test_quantized(self):
     options = dataclasses.replace(BUCKETS, cache_dtype='int8')

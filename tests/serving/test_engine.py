@@ -8,6 +8,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from histjax import scoring
+from histjax.data import requests as requests_lib
+from histjax.data.row_maker import RowMaker
+from histjax.data.rows import RowConfig, collate
 from histjax.scoring import paged
 from histjax.serving import engine as engine_lib
 from histjax.serving.cache_store import State, StoreConfig
@@ -131,6 +134,44 @@ class EngineTest(parameterized.TestCase):
     other = [dict(e) for e in past]
     other[1]['item'] = (other[1]['item'] + 1) % 8
     self.one(engine, self.request(other, 0), 'encoded', other)
+
+  def test_an_old_request_comes_back(self):
+    """It saw what was before it; what was dropped has to be sent again."""
+    schema, features = worlds.fitted(True, request=True)
+    maker = RowMaker(schema, RowConfig(history_length=9), features)
+    config = support.config(schema=schema, encoder__window=3)
+    scorer = scoring.Scorer(config, support.init(config)[1], worlds.BUCKETS)
+    engine = Engine(
+      scorer, EngineConfig(max_events=32, max_rows=4), maker=maker
+    )
+    past = worlds.events(self.rng, 30, USER)
+    for number, e in enumerate(past):
+      e['rid'] = 5 if number == 2 else 100 + number
+    (result,) = engine.score([self.request(past, 0)])
+    self.assertEqual(result.source, 'encoded')
+    self.assertGreater(engine.store.find('3').past.first, 5)
+    request = self.request(past)
+    for shown in request.candidates:
+      shown['rid'] = 5
+    (result,) = engine.score([request])
+    self.assertIsInstance(result, engine_lib.UnknownHistory)
+    self.assertRegex(str(result), 'of so old a request')
+    whole = dataclasses.replace(request, events=past, first=0)
+    (result,) = engine.score([whole])
+    row = requests_lib.make_row(
+      schema,
+      context={'uid': USER, **whole.context},
+      history=past,
+      candidates=whole.candidates,
+      config=maker.config,
+      features=features,
+    )
+    self.assertEqual(row.visible.tolist(), [2] * len(row.visible))
+    batch = collate([row])
+    wanted = scorer.score(
+      scorer.encode(batch.history), batch.candidates, batch.context
+    )
+    worlds.check(result, {k: x[0] for k, x in wanted.items()})
 
   def test_one_bad_request_fails_alone(self):
     engine = self.engine()

@@ -81,12 +81,12 @@ def events(rng, number: int, user: int, start: int = 0) -> list[dict]:
 
 
 @functools.cache
-def fitted(derived: bool):
+def fitted(derived: bool, request: bool = False):
   """A schema, and features fitted to a log of it."""
   rng = np.random.default_rng(0)
   rows = [e for user in range(9) for e in events(rng, 20, user)]
   data = {name: np.array([r[name] for r in rows]) for name in rows[0]}
-  log = EventLog.from_columns(data, test_serving.schema(False))
+  log = EventLog.from_columns(data, test_serving.schema(request))
   configs = DERIVED if derived else ()
   found = features.fit(configs, log.events(), np.ones(len(log), bool))
   return model_schema(log.schema, found, ()), found
