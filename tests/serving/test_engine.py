@@ -261,6 +261,31 @@ class EngineTest(parameterized.TestCase):
         worlds.check(result, worlds.expected('strict', True, request, past))
       self.assertEqual(engine.metrics()['states'], 1)
 
+  def test_a_state_that_is_lost_after_it_was_planned_with(self):
+    """The first user's state grows into the second's only page."""
+    page = 2 * 2 * 16 * 2 * 8 * 4
+    engine = self.engine(device_bytes=3 * page)
+    pasts = {
+      3: worlds.events(self.rng, 17, 3),
+      4: worlds.events(self.rng, 9, 4),
+    }
+    engine.score(
+      [
+        worlds.request(self.rng, user, past[:-1], 0)
+        for user, past in pasts.items()
+      ]
+    )
+    self.assertEqual(engine.metrics()['states'], 2)
+    requests = [
+      worlds.request(self.rng, user, past, len(past) - 1)
+      for user, past in pasts.items()
+    ]
+    results = engine.score(requests)
+    self.assertEqual([r.source for r in results], ['extended', 'encoded'])
+    for request, result in zip(requests, results, strict=True):
+      past = pasts[request.user]
+      worlds.check(result, worlds.expected('strict', True, request, past))
+
   def test_headroom(self):
     engine = self.engine('truncated', headroom=3)
     past = worlds.events(self.rng, 12, USER)
