@@ -173,6 +173,8 @@ class Model:
 
   def key(self, user: str | int) -> str:
     """The user's canonical key: 7 and '7' are one user, as in a log."""
+    if type(user) is int and 0 <= user < 2**63:  # As below, in no time.
+      return str(user)
     name = self.schema.user
     table = columns_lib.from_mapping(
       {name: [user]}, [name], 'request.user', self.schema
