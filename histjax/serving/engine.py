@@ -248,7 +248,9 @@ class Engine:
 
     Calls that run finish with the old one, whose states are dropped. Where the
     other one has the same schema, features and rows, what the host keeps of
-    users' events stays, and their states are made of it.
+    users' events stays, and their states are made of it. New parameters of one
+    config compile nothing; another config's programs, after `warm_up`, are
+    compiled here, while requests wait.
 
     Args:
       scorer: of a workdir; or the workdir.
