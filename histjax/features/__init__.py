@@ -14,6 +14,7 @@ from histjax.features.base import (
   DerivedFeature,
   Events,
   Impressions,
+  Lookback,
   State,
 )
 from histjax.features.fitted import FittedFeatures, fit, load
@@ -30,6 +31,7 @@ __all__ = [
   'FittedFeatures',
   'HistoryRates',
   'Impressions',
+  'Lookback',
   'Rates',
   'RecentRates',
   'RecentShares',

@@ -49,6 +49,11 @@ class Activity(base.DerivedFeature):
     names = [f'activity_{span}' for span in self.spans]
     return tuple(Dense(name) for name in (*names, 'activity_since'))
 
+  def lookback(self, history_length: int | None) -> base.Lookback:
+    """The longest span, and the last event."""
+    del history_length
+    return base.Lookback(events=1, seconds=max(self.spans))
+
   def apply(
     self,
     events: base.Events,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,18 @@ from histjax.schema import Categorical, Feature, Schema
 
 State: TypeAlias = Mapping[str, np.ndarray]
 """What a feature has learnt of the training events: arrays by name."""
+
+
+class Lookback(NamedTuple):
+  """How far back a derived feature reads; both bounds hold together.
+
+  Attributes:
+    events: before the last one that the impression sees (`visible`).
+    seconds: before the impression; events of exactly so long ago are read.
+  """
+
+  events: int = 0
+  seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +114,19 @@ class Impressions:
   features: Mapping[str, np.ndarray]
   event: np.ndarray | None = None
 
+  def since(self, first: int) -> Impressions:
+    """Those from number `first` on."""
+    return Impressions(
+      user=self.user[first:],
+      begin=self.begin[first:],
+      shown=self.shown[first:],
+      start=self.start[first:],
+      visible=self.visible[first:],
+      time=self.time[first:],
+      features={name: x[first:] for name, x in self.features.items()},
+      event=None if self.event is None else self.event[first:],
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class DerivedFeature(abc.ABC):
@@ -131,6 +156,20 @@ class DerivedFeature(abc.ABC):
   def check(self, schema: Schema) -> None:
     """Raises ValueError if it cannot be computed with this schema."""
     del schema
+
+  def lookback(self, history_length: int | None) -> Lookback | None:
+    """How far back its values read; None: to the user's first event.
+
+    A server drops what no feature reads any more. What it keeps of an event
+    are its derived features, too, so those that read them count from there.
+    `impressions.begin` is then the first event that is kept: a feature that
+    counts from the user's first event returns None.
+
+    Args:
+      history_length: as `Events.impressions`.
+    """
+    del history_length
+    return None
 
   def fit(self, events: Events, train: np.ndarray) -> State:
     """Learns from the training events.

@@ -8,13 +8,19 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from histjax import config as config_lib
-from histjax.features.base import DerivedFeature, Events, Impressions, State
+from histjax.features.base import (
+  DerivedFeature,
+  Events,
+  Impressions,
+  Lookback,
+  State,
+)
 from histjax.schema import Feature
 
 FILE = 'features.npz'
@@ -50,6 +56,52 @@ class FittedFeatures:
   def needs(self, what: str) -> bool:
     """Whether one reads 'time', 'user' or 'labels'."""
     return any(getattr(c, f'needs_{what}') for c in self.configs)
+
+  def lookback(self, history_length: int | None) -> Lookback | None:
+    """How far back all of them read together; None: to the first event.
+
+    Args:
+      history_length: as `Events.impressions`.
+    """
+    parts = [config.lookback(history_length) for config in self.configs]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+      return None
+    return Lookback(
+      max((part.events for part in known), default=0),
+      max((part.seconds for part in known), default=0.0),
+    )
+
+  def of_new_events(
+    self,
+    events: Events,
+    history_length: int | None,
+    known: Mapping[str, np.ndarray],
+  ) -> dict[str, np.ndarray]:
+    """The features of a user's last events; equals the end of `of_events`.
+
+    Args:
+      events: one user's, old ones and new ones.
+      history_length: as `Events.impressions`.
+      known: `{name: [old]}`, those of the old events.
+
+    Returns:
+      `{name: [new]}`.
+    """
+    old = max((len(values) for values in known.values()), default=0)
+    found: dict[str, np.ndarray] = {}
+    features = dict(events.features)
+    for config, state, added in zip(
+      self.configs, self.states, self.added, strict=True
+    ):
+      now = dataclasses.replace(events, features=features)
+      asked = now.impressions(history_length).since(old)
+      found |= config.apply(now, asked, state)
+      for feature in added:
+        new = found[feature.name]
+        before = known.get(feature.name, new[:0])
+        features[feature.name] = np.concatenate([before, new])
+    return found
 
   def of_events(
     self,

@@ -72,6 +72,18 @@ class HistoryRates(base.DerivedFeature):
       found += [Dense(f'history_{w}{suffix}') for w in what]
     return tuple(found)
 
+  def lookback(self, history_length: int | None) -> base.Lookback | None:
+    """All events that the candidate sees; of '*@5' alone the last 5."""
+    events = 0
+    for name, last, _ in self._parts():
+      reach = last if name is None else None  # A value may be far back.
+      if history_length is not None:
+        reach = history_length if reach is None else min(reach, history_length)
+      if reach is None:
+        return None
+      events = max(events, reach)
+    return base.Lookback(events=events)
+
   def apply(
     self,
     events: base.Events,

@@ -96,6 +96,11 @@ class Rates(base.DerivedFeature):
     """One dense feature a rate."""
     return tuple(Dense(_name(by)) for by in self.by)
 
+  def lookback(self, history_length: int | None) -> base.Lookback:
+    """Nothing of the user's past."""
+    del history_length
+    return base.Lookback()
+
   def apply(
     self,
     events: base.Events,

@@ -47,6 +47,11 @@ class RecentRates(base.DerivedFeature):
     names = state['rates'].tolist()
     return tuple(Dense(f'recent_{name}') for name in names)
 
+  def lookback(self, history_length: int | None) -> base.Lookback:
+    """The last events."""
+    del history_length
+    return base.Lookback(events=self.last)
+
   def apply(
     self,
     events: base.Events,

@@ -72,6 +72,11 @@ class RecentShares(base.DerivedFeature):
       for value in state[name].tolist()
     )
 
+  def lookback(self, history_length: int | None) -> base.Lookback:
+    """The longest of them."""
+    del history_length
+    return base.Lookback(events=max(last for _, last in self._parts()))
+
   def apply(
     self,
     events: base.Events,

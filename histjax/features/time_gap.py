@@ -38,6 +38,11 @@ class TimeGap(base.DerivedFeature):
     """One categorical feature."""
     return (Categorical('time_gap', self.buckets),)
 
+  def lookback(self, history_length: int | None) -> base.Lookback:
+    """One event."""
+    del history_length
+    return base.Lookback(events=1)
+
   def apply(
     self,
     events: base.Events,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 
 from histjax import buckets
 from histjax.scoring.programs import Kind, Sizes
@@ -124,6 +127,13 @@ def run(todo: Sequence[Job], compile_one: Callable[[Job], None]) -> float:
         left,
       )
   return time.perf_counter() - start
+
+
+def keep_in(folder: str | os.PathLike[str]) -> None:
+  """JAX's persistent compilation cache, from now on and for the process."""
+  jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  compilation_cache.reset_cache()  # Or JAX keeps to the folder it opened.
 
 
 def up_to(number: int, fit: Callable[[int], int]) -> list[int]:

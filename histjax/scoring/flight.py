@@ -111,6 +111,16 @@ class Pending:
       self._check(found)
     return {task.name: found[..., i] for i, task in enumerate(self._tasks)}
 
+  def row(self, index: int, candidates: int) -> Pending:
+    """Those of one row and its first candidates, which are checked alone."""
+    return Pending(
+      self._flight,
+      self._first_row + index,
+      (1, candidates),
+      None if self._real is None else self._real[index, None, :candidates],
+      self._tasks,
+    )
+
   def _check(self, found: np.ndarray) -> None:
     bad = ~np.isfinite(found)
     if self._real is not None:

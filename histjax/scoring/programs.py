@@ -23,6 +23,7 @@ from histjax.cache import HistoryCache
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
 from histjax.scoring import layout as layout_lib
+from histjax.scoring import pages as pages_lib
 from histjax.scoring import transport, weights
 from histjax.types import Candidates, History, RankingBatch
 
@@ -145,7 +146,7 @@ class Sizes(NamedTuple):
     candidates: C.
     visible: whether candidates say what they see.
     capacity: of the cache that comes of `extend`.
-    donate: whether `extend` writes into the cache that it is given.
+    donate: whether it writes into the cache or pool that it is given.
     requests: scored at once, each with its own cache of `rows`.
   """
 
@@ -164,6 +165,9 @@ Kind: TypeAlias = Literal[
   'score',
   'encode_and_score',
   'extend_and_score',
+  'paged_score',
+  'paged_encode_and_score',
+  'paged_extend_and_score',
   'joint',
   'plain',
 ]
@@ -176,10 +180,10 @@ class Program:
     layout: of the request.
     traced: the function as it is compiled: of packed weights (`weights.pack`),
       the cache's keys and values unless it reads histories (tuples of them if
-      there are several requests), and the request.
-      It returns logits `[B, C, T]`; if it makes a cache, its keys and values
-      before them, and if it scores nothing, a number that is there when the
-      request has been read.
+      there are several requests), or a pool's, and the request.
+      It returns logits `[B, C, T]`; if it makes a cache or writes a pool, its
+      keys and values before them, and if it scores nothing, a number that is
+      there when the request has been read.
     call: the same, compiled.
     backends: the implementations that it runs, once it was traced.
   """
@@ -197,6 +201,9 @@ class Program:
     visible: tuple[layout_lib.Part, ...] = ()
     if sizes.visible:
       visible = (layout_lib.numbers('visible', shape),)
+    pages = (rows, pages_lib.number(sizes.capacity or sizes.events))
+    read = layout_lib.numbers('read', pages)
+    write = layout_lib.numbers('write', pages)
     count = layout_lib.numbers('count', (rows,))
     new = layout_lib.numbers('new', (rows,))
     request = (count, context, candidates, *visible)
@@ -206,6 +213,9 @@ class Program:
       'score': (length, *request),
       'encode_and_score': (length, history, *request),
       'extend_and_score': (length, new, history, *request),
+      'paged_score': (length, read, *request),
+      'paged_encode_and_score': (length, write, history, *request),
+      'paged_extend_and_score': (length, new, read, write, history, *request),
       'joint': (length, context, history, candidates, *visible),
       'plain': (length, context, history, candidates, *visible),
     }
@@ -229,7 +239,7 @@ class Program:
     traced.__name__ = kind  # In profiles and logs.
     self.traced = traced
     options: dict[str, Any] = {}
-    if kind in ('score', 'joint', 'plain'):
+    if kind in ('score', 'paged_score', 'joint', 'plain'):
       options['out_shardings'] = plan.transport.output
     elif kind.endswith('_and_score'):
       options['out_shardings'] = (None, None, plan.transport.output)
@@ -332,6 +342,34 @@ def _extend_and_score(plan, sizes, variables, keys, values, parts):
   return keys, values, _score(plan, sizes, variables, keys, values, parts)
 
 
+def _paged_score(plan, sizes, variables, keys, values, parts):
+  keys, values = (
+    pages_lib.read(x, parts['read'], sizes.events) for x in (keys, values)
+  )
+  return _score(plan, sizes, variables, keys, values, parts)
+
+
+def _paged_encode_and_score(plan, sizes, variables, keys, values, parts):
+  *states, logits = _encode_and_score(plan, sizes, variables, parts)
+  return (*_written(keys, values, states, parts), logits)
+
+
+def _paged_extend_and_score(plan, sizes, variables, keys, values, parts):
+  a, b = (
+    pages_lib.read(x, parts['read'], sizes.capacity) for x in (keys, values)
+  )
+  *states, logits = _extend_and_score(plan, sizes, variables, a, b, parts)
+  return (*_written(keys, values, states, parts), logits)
+
+
+def _written(keys, values, states, parts):
+  """The pool with states in it."""
+  return (
+    pages_lib.write(pool, parts['write'], x)
+    for pool, x in zip((keys, values), states, strict=True)
+  )
+
+
 def _batch(parts):
   return RankingBatch(
     context=parts['context'],
@@ -365,6 +403,9 @@ _BODIES = {
   'extend': _extend,
   'encode_and_score': _encode_and_score,
   'extend_and_score': _extend_and_score,
+  'paged_score': _paged_score,
+  'paged_encode_and_score': _paged_encode_and_score,
+  'paged_extend_and_score': _paged_extend_and_score,
   'joint': _joint,
   'plain': _plain,
 }

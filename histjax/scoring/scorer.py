@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental.compilation_cache import compilation_cache
 
 from histjax import buckets
 from histjax import cache as cache_lib
@@ -50,7 +49,7 @@ from histjax.scoring.flight import Logits, Pending
 from histjax.types import Candidates, History, RankingBatch
 
 if TYPE_CHECKING:
-  from histjax.data import requests, rows
+  from histjax.data import requests, row_maker, rows
   from histjax.training import run as run_lib
 
 
@@ -61,6 +60,12 @@ class Scorer:
   the host (see `scoring.inputs`), and the logits, which have the caller's
   shape, come back to the host and are checked as well: a value that is large
   enough to overflow is a ValueError and never a NaN.
+
+  Attributes:
+    config: of the model.
+    options: padding and microbatches.
+    device: where it runs if the parameters were put there; None: on JAX's
+      default device, or on several.
   """
 
   def __init__(
@@ -88,6 +93,7 @@ class Scorer:
     device = dispatch.device_of(leaf if leaf.committed else None)
     self._weights, spec = weights.pack(config, self._params)
     several = len(leaf.sharding.device_set) > 1
+    self.device = device if leaf.committed and not several else None
     self._transport = transport.of_device(None if several else device)
     self._plan = programs.Plan(
       config,
@@ -151,20 +157,33 @@ class Scorer:
     """
     from histjax.data import requests  # Needs Arrow.
 
+    maker = self.row_maker()
+    return requests.make_row(
+      self.config.schema,
+      context=context,
+      history=history,
+      candidates=candidates,
+      config=maker.config,
+      features=maker.features,
+      **options,
+    )
+
+  def row_maker(self) -> row_maker.RowMaker:
+    """What makes such rows step by step, as `histjax.serving` does.
+
+    Raises:
+      ValueError: the scorer is not of a workdir.
+    """
+    from histjax.data import row_maker  # Needs Arrow.
+
     if self._run is None:
       raise ValueError(
         'this scorer was made of parameters, and knows no columns; use '
         'Scorer.from_workdir, or histjax.make_row'
       )
     data = self._run.config.data
-    return requests.make_row(
-      self.config.schema,
-      context=context,
-      history=history,
-      candidates=candidates,
-      config=data.eval_rows or data.rows,
-      features=self._run.features,
-      **options,
+    return row_maker.RowMaker(
+      self.config.schema, data.eval_rows or data.rows, self._run.features
     )
 
   @property
@@ -218,6 +237,16 @@ class Scorer:
     Raises:
       ValueError: as `encode` and `score`.
     """
+    cache, pending = self.encode_and_score_async(history, candidates, context)
+    return cache, pending.result()
+
+  def encode_and_score_async(
+    self,
+    history: History,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+  ) -> tuple[HistoryCache, Pending]:
+    """As `encode_and_score`, but does not wait."""
     self.config.require_amortizable()
     length, _ = inputs.lengths(self.config.schema, history)
     request = self._check_candidates(candidates, context, length)
@@ -225,7 +254,7 @@ class Scorer:
     program, slot = self._write_history(history, length, request)
     keys, values, logits = self._call(program, slot)
     cache = self._new_cache(keys, values, length)
-    return cache, self._result(program, slot, logits, request)
+    return cache, self._one_pending(program, slot, logits, request)
 
   def score(
     self,
@@ -397,6 +426,21 @@ class Scorer:
       ValueError: as `extend` and `score`. If a logit is not finite the events
         were written, and a donated cache is lost.
     """
+    cache, pending = self.extend_and_score_async(
+      cache, events, candidates, context, donate=donate
+    )
+    return cache, pending.result()
+
+  def extend_and_score_async(
+    self,
+    cache: HistoryCache,
+    events: History,
+    candidates: Candidates,
+    context: Mapping[str, Any],
+    *,
+    donate: bool = True,
+  ) -> tuple[HistoryCache, Pending]:
+    """As `extend_and_score`, but does not wait."""
     new, length = self._lengths_after(cache, events)
     request = self._check_candidates(candidates, context, length)
     self._check_cache(cache, request.shape[0], 'candidates')
@@ -406,7 +450,7 @@ class Scorer:
     keys, values, logits = self._call(program, slot, cache.keys, cache.values)
     return (
       self._new_cache(keys, values, length),
-      self._result(program, slot, logits, request),
+      self._one_pending(program, slot, logits, request),
     )
 
   def warm_up(
@@ -463,9 +507,7 @@ class Scorer:
     if new_events:
       self.config.require_extendable()
     if cache_dir is not None:
-      jax.config.update('jax_compilation_cache_dir', os.fspath(cache_dir))
-      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-      compilation_cache.reset_cache()  # Or JAX keeps to the folder it opened.
+      ahead.keep_in(cache_dir)
     todo = list(
       ahead.jobs(
         calls,
@@ -545,17 +587,17 @@ class Scorer:
     logits = self._call(program, slot)
     return self._pending(program, slot, logits, [(shape, real)])[0].result()
 
-  def _result(
+  def _one_pending(
     self,
     program: programs.Program,
     slot: transport.Slot,
     logits: jax.Array,
     request: flight.Checked,
-  ) -> Logits:
+  ) -> Pending:
     if program not in self._told:
       self._log(program)
     one = [(request.shape, request.real)]
-    return self._pending(program, slot, logits, one)[0].result()
+    return self._pending(program, slot, logits, one)[0]
 
   def _check_request(
     self,

@@ -1,0 +1,151 @@
+"""Plain values of a request, checked and encoded column by column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from histjax.data import columns as columns_lib
+from histjax.data import hashing
+from histjax.schema import Categorical, Feature, Schema
+
+Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
+
+
+def one(context: Any) -> Mapping[str, Any]:
+  """The context, if it is one value a column, else a ValueError."""
+  if not isinstance(context, Mapping):
+    raise ValueError(
+      f'context is a {type(context).__name__}; give {{column: value}}'
+    )
+  return context
+
+
+def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
+  """Plain values as columns of one length; ValueError if they are none."""
+  if isinstance(events, Mapping):
+    return _equal_columns(events, source)
+  try:
+    if isinstance(events, str):
+      raise TypeError
+    events = list(events)
+  except TypeError:
+    raise ValueError(
+      f'{source} is a {type(events).__name__}; give [{{column: value}}] or '
+      '{column: [values]}'
+    ) from None
+  for row, event in enumerate(events):
+    if not isinstance(event, Mapping):
+      raise ValueError(
+        f'{source} row {row} is a {type(event).__name__}; give '
+        '{column: value}'
+      )
+  names = dict.fromkeys(name for event in events for name in event)
+  for row, event in enumerate(events):
+    for name in names:
+      if name not in event:
+        raise ValueError(
+          f'{source} row {row} lacks {name!r}, which another row has; give '
+          'all rows the same keys'
+        )
+  return {name: [event[name] for event in events] for name in names}
+
+
+def _equal_columns(columns: Mapping[str, Any], source: str):
+  found = {}
+  for name, values in columns.items():
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(
+      values, '__iter__'
+    ):
+      raise ValueError(
+        f'column {name!r} of {source} is {values!r}, a '
+        f'{type(values).__name__}; give one value an event, as a list'
+      )
+    found[name] = values if hasattr(values, '__len__') else list(values)
+  lengths = {name: len(values) for name, values in found.items()}
+  if len(set(lengths.values())) > 1:
+    raise ValueError(
+      f'columns of {source} differ in length: {lengths}; make them equal'
+    )
+  return found
+
+
+def length_of(columns: Mapping[str, Sequence[Any]]) -> int:
+  """The length of the columns of `read`."""
+  return len(next(iter(columns.values()))) if columns else 0
+
+
+def encode(
+  schema: Schema,
+  columns: Mapping[str, Sequence[Any]],
+  features: tuple[Feature, ...],
+  length: int,
+  source: str,
+) -> dict[str, np.ndarray]:
+  """Ids and values of features, `{name: [length]}`."""
+  if not length:
+    return {
+      f.name: np.zeros(
+        0, np.int32 if isinstance(f, Categorical) else np.float32
+      )
+      for f in features
+    }
+  table = columns_lib.from_mapping(
+    columns, [f.column for f in features], source, schema
+  )
+  return {
+    f.name: columns_lib.encode_categorical(table, f)
+    if isinstance(f, Categorical)
+    else columns_lib.encode_dense(table, f)
+    for f in features
+  }
+
+
+def keys(schema: Schema, columns, name: str, source: str) -> np.ndarray:
+  """Digests of a column of keys, uint64 `[n]`."""
+  table = columns_lib.from_mapping(columns, [name], source, schema)
+  codes, keys = columns_lib.encode_keys(table, name)
+  return hashing.digests(keys)[codes]
+
+
+def user_of(schema: Schema, context: Mapping[str, Any]) -> np.ndarray:
+  """The digest of the context's user, uint64 `[1]`."""
+  if schema.user not in context:
+    raise ValueError(
+      f'context lacks column {schema.user!r}, the user, whose own events the '
+      'rates leave out; give it (of a new user, too)'
+    )
+  return keys(
+    schema, {schema.user: [context[schema.user]]}, schema.user, 'context'
+  )
+
+
+def times(
+  schema: Schema, columns, number: int, wanted: bool, source: str
+) -> tuple[np.ndarray, bool | None]:
+  """Times, and whether they are timestamps; zeros if they are not wanted."""
+  if not wanted or not number:
+    return np.zeros(number, np.int64), None
+  if schema.time not in columns:
+    raise ValueError(
+      f'{source} lacks column {schema.time!r}, the time, which '
+      "a derived feature or ties='strict' needs; give it"
+    )
+  table = columns_lib.from_mapping(columns, [schema.time], source, schema)
+  return columns_lib.encode_time(table, schema.time)
+
+
+def labels(
+  schema: Schema,
+  past: Mapping[str, Sequence[Any]],
+  length: int,
+  source: str,
+) -> dict[str, np.ndarray]:
+  """Labels of all tasks, float32 `{task: [length]}`."""
+  if not length:
+    return {task.name: np.zeros(0, np.float32) for task in schema.tasks}
+  columns = [task.column for task in schema.tasks]
+  table = columns_lib.from_mapping(past, columns, source, schema)
+  return {t.name: columns_lib.encode_label(table, t) for t in schema.tasks}

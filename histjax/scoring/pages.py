@@ -1,0 +1,61 @@
+"""Pages of keys and values, as programs read and write them.
+
+A pool is keys and values `[layers, pages, EVENTS, N, H]`, or `Quantized` ones
+whose scales are `[layers, pages, 1, N]`. A row of an index names the pages of a
+user's state, in the order of its events.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from histjax import quantization
+
+EVENTS = quantization.BLOCK
+"""Of a page. A state wastes half a page on average, whatever its length."""
+
+
+def number(events: int) -> int:
+  """How many pages so many events take."""
+  return -(-events // EVENTS)
+
+
+def read(pool: Any, index: Int[Array, 'B P'], capacity: int) -> Any:
+  """States `[layers, B, capacity, N, H]` of keys or values.
+
+  Args:
+    pool: keys or values.
+    index: the pages of each state, all in bounds.
+    capacity: P pages hold it.
+  """
+
+  def copy(x):
+    found = x.at[:, index.reshape(-1)].get(mode='promise_in_bounds')
+    found = found.reshape(x.shape[0], index.shape[0], -1, *x.shape[3:])
+    return found[:, :, : -(-capacity * x.shape[2] // EVENTS)]
+
+  return jax.tree.map(copy, pool)
+
+
+def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:
+  """The pool with states in it.
+
+  Args:
+    pool: keys or values.
+    index: the pages of each state; beyond the last page: it is dropped.
+    states: of `read`, with another capacity if need be.
+  """
+
+  def copy(x, new):
+    size = index.shape[1] * x.shape[2]
+    after = [(0, size - n if i == 2 else 0) for i, n in enumerate(new.shape)]
+    new = jnp.pad(new, after).reshape(x.shape[0], -1, *x.shape[2:])
+    return x.at[:, index.reshape(-1)].set(
+      new.astype(x.dtype), mode='drop', wrap_negative_indices=False
+    )
+
+  return jax.tree.map(copy, pool, states)

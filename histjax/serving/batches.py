@@ -1,0 +1,74 @@
+"""Jobs as the arrays of one program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from histjax.schema import Categorical
+from histjax.serving.planning import Job, Model
+from histjax.types import Candidates, History
+
+
+def history(model: Model, jobs: Sequence[Job]) -> History:
+  """The events to read, `[B, E]`."""
+  parts = [job.events() for job in jobs]
+  names = [f.name for f in model.schema.history_features]
+  length = np.array([len(part[names[0]]) for part in parts], np.int32)
+  return History(_stacked(parts, names, max(1, length.max())), length)
+
+
+def zeros(model: Model, length: int) -> History:
+  """A history of one user, to measure."""
+  return History(
+    {
+      f.name: np.zeros(
+        (1, length), np.int32 if isinstance(f, Categorical) else np.float32
+      )
+      for f in model.schema.history_features
+    },
+    np.array([length], np.int32),
+  )
+
+
+def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
+  """All candidates, `[B, C]`."""
+  counts = np.array([len(job.asked) for job in jobs])
+  names = [f.name for f in model.schema.item_features]
+  parts = [dict(job.candidates) for job in jobs]
+  width = int(counts.max())
+  visible = None
+  if any(job.visible is not None for job in jobs):
+    seen = [
+      {'': np.full(len(job.asked), job.state.length)}
+      if job.visible is None
+      else {'': job.visible}
+      for job in jobs
+    ]
+    visible = _stacked(seen, [''], width)[''].astype(np.int32)
+  mask = None
+  if counts.min() < width:
+    mask = np.arange(width)[None] < counts[:, None]
+  return Candidates(_stacked(parts, names, width), visible, mask)
+
+
+def context(model: Model, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
+  """`{name: [B]}`."""
+  return {
+    f.name: np.stack([job.asked.context[f.name] for job in jobs])
+    for f in model.schema.context
+  }
+
+
+def _stacked(
+  parts: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], width: int
+) -> dict[str, np.ndarray]:
+  """`{name: [B, width]}`, zeros behind each part's `[n]`."""
+  found = {}
+  for name in names:
+    dtype = parts[0][name].dtype
+    found[name] = np.zeros((len(parts), width), dtype)
+    for row, part in enumerate(parts):
+      found[name][row, : len(part[name])] = part[name]
+  return found

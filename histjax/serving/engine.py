@@ -1,0 +1,464 @@
+"""Answers requests: who was here before is not read again.
+
+engine = Engine('/tmp/run')
+engine.warm_up(candidates=512)
+request = Request(user=7, candidates=[{'item': 3}], events=[..])
+(result,) = engine.score([request])           # reads the history, keeps it
+request = Request(user=7, candidates=[..], first=50, events=[one_more])
+(result,) = engine.score([request])           # reads one event
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from histjax import buckets
+from histjax.data.row_maker import RowMaker
+from histjax.scoring import ahead
+from histjax.scoring.config import ScorerConfig
+from histjax.scoring.flight import Pending
+from histjax.scoring.paged import PagedScorer
+from histjax.scoring.scorer import Scorer
+from histjax.serving import batches
+from histjax.serving.cache_store import CacheStore, StoreConfig, Update
+from histjax.serving.planning import Job, Model, Request, Source, UnknownHistory
+
+__all__ = ['Engine', 'EngineConfig', 'Request', 'Result', 'UnknownHistory']
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """How an engine keeps and uses states.
+
+  Attributes:
+    store: how much is kept.
+    headroom: how many events a state may grow beyond
+      `RowConfig.history_length` before the last of them are read again. Scores
+      are then those of a longer history than training saw; 0: never, and
+      scores are those that evaluation has.
+    max_events: of a state. None: the largest of `ScorerConfig.history_buckets`;
+      without those twice what a row needs.
+    max_new_events: that a state is extended by; if there are more, the events
+      needed are read from the first on.
+    max_rows: users in one program.
+  """
+
+  store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+  headroom: int = 0
+  max_events: int | None = None
+  max_new_events: int = 64
+  max_rows: int = 32
+
+  def __post_init__(self):
+    if self.headroom < 0:
+      raise ValueError(f'headroom={self.headroom} must be at least 0')
+    for field in ('max_events', 'max_new_events', 'max_rows'):
+      value = getattr(self, field)
+      if value is not None and value < 1:
+        raise ValueError(f'{field}={value} must be at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Scores of one request.
+
+  Attributes:
+    logits: `{task: [candidates]}` float32, as `Scorer.score`.
+    source: the user's state was used as it was, extended by the new events, or
+      the history was read from the first event needed.
+    num_events: of the user, now known.
+  """
+
+  logits: Mapping[str, np.ndarray]
+  source: Source
+  num_events: int
+
+
+class Engine:
+  """Scores requests of users whose states it keeps. Thread-safe.
+
+  Scores are those of `Scorer.score` on all events of the user; see `planning`
+  for why. A lock is held while requests are checked and programs started, and
+  not while results are waited for.
+  """
+
+  def __init__(
+    self,
+    scorer: Scorer | str | os.PathLike[str],
+    options: EngineConfig | None = None,
+    *,
+    scorer_config: ScorerConfig | None = None,
+    maker: RowMaker | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Makes an engine.
+
+    Args:
+      scorer: of a workdir; or the workdir.
+      options: what is kept.
+      scorer_config: of the scorers of workdirs.
+      maker: of rows; None: that of the scorer's run.
+      clock: in seconds, for `StoreConfig.ttl`.
+
+    Raises:
+      ValueError: the fusion is not amortizable, or options are at odds.
+    """
+    self.options = options or EngineConfig()
+    self._scorer_config = scorer_config
+    self._lock = threading.Lock()
+    self._model = self._load(scorer, maker)
+    self._roll_overs = 0
+    self._warmed: dict[str, Any] | None = None
+    scorer = self._model.scorer
+    self._store = CacheStore(
+      scorer.config,
+      scorer.fingerprint,
+      self.options.store,
+      scorer.options,
+      device=scorer.device,
+      clock=clock,
+    )
+
+  @property
+  def scorer(self) -> Scorer:
+    """That of the model that is served now."""
+    return self._model.scorer
+
+  @property
+  def store(self) -> CacheStore:
+    """Where states are kept."""
+    return self._store
+
+  @property
+  def fingerprint(self) -> str:
+    """Of the model that is served now."""
+    return self._model.scorer.fingerprint
+
+  def metrics(self) -> Mapping[str, float]:
+    """`cache_store.Counts` by name, and how full the store is."""
+    store = self._store
+    return {
+      **dataclasses.asdict(store.counts),
+      'users': len(store),
+      'states': store.num_states,
+      'device_bytes': store.device_bytes,
+      'used_bytes': store.used_bytes,
+      'host_bytes': store.host_bytes,
+      'roll_overs': self._roll_overs,
+      'compilations': self._model.scorer.num_compilations,
+    }
+
+  def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
+    """Scores requests, as few programs; several of one user in their order.
+
+    Args:
+      requests: any number.
+
+    Returns:
+      Of each its result; or the error that it alone has: a ValueError if it is
+      bad, an `UnknownHistory` if the whole history must be sent.
+    """
+    found: dict[int, Result | Exception] = {}
+    flights: list[tuple[int, Job, Pending]] = []
+    with self._lock:
+      model = self._model
+      left = self._by_user(model, requests, found)
+      while left:
+        now = {i: user for user, (i, *_) in left.items()}
+        left = {u: rest for u, (_, *rest) in left.items() if rest}
+        jobs: dict[int, Job] = {}
+        for i, user in sorted(now.items()):
+          try:
+            jobs[i] = model.plan(user, self._store.find(user), requests[i])
+          except (ValueError, UnknownHistory) as error:
+            found[i] = error
+        self._run(model, requests, jobs, found, flights)
+      self._store.counts.unknown += sum(
+        isinstance(x, UnknownHistory) for x in found.values()
+      )
+    for i, job, pending in flights:
+      try:
+        logits = {k: x[0] for k, x in pending.result().items()}
+        found[i] = Result(logits, job.source, job.past.stop)
+      except Exception as error:  # Of this request, or of its program.
+        found[i] = error
+    return [found[i] for i in range(len(requests))]
+
+  def warm_up(
+    self,
+    *,
+    candidates: int,
+    events: int | None = None,
+    rows: int | None = None,
+    new_events: int | None = None,
+    visible: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+  ) -> ahead.WarmUp:
+    """Compiles ahead of time what requests up to these sizes need.
+
+    And measures what `CacheStore.cheaper` compares.
+
+    Args:
+      candidates: of a request.
+      events: of a state; None: as many as there may be.
+      rows: users at once; None: `EngineConfig.max_rows`.
+      new_events: of a request; None: `EngineConfig.max_new_events`.
+      visible: candidates may see less than the whole history, which takes
+        events of their own time or request.
+      cache_dir: as `Scorer.warm_up`.
+
+    Raises:
+      ValueError: a size is not positive or beyond the largest bucket.
+    """
+    model = self._model
+    events = events or model.max_events
+    if events is None:
+      raise ValueError(
+        'events=None, and nothing bounds a state; name the longest history'
+      )
+    sizes = {
+      'candidates': candidates,
+      'events': events,
+      'rows': rows or self.options.max_rows,
+      'new_events': (new_events or self.options.max_new_events)
+      if model.is_extendable
+      else 0,
+      'visible': visible,
+    }
+    if cache_dir is not None:
+      ahead.keep_in(cache_dir)
+    with self._lock:
+      self._warmed = sizes
+      return self._warm_up(model, sizes)
+
+  def roll_over(
+    self,
+    scorer: Scorer | str | os.PathLike[str],
+    maker: RowMaker | None = None,
+  ) -> None:
+    """Serves another model from the next call of `score` on.
+
+    Calls that run finish with the old one, whose states are dropped. Where the
+    other one has the same schema, features and rows, what the host keeps of
+    users' events stays, and their states are made of it. New parameters of one
+    config compile nothing; another config's programs, after `warm_up`, are
+    compiled here, while requests wait.
+
+    Args:
+      scorer: of a workdir; or the workdir.
+      maker: as in the constructor.
+
+    Raises:
+      ValueError: as the constructor; then the old model stays.
+    """
+    model = self._load(scorer, maker)
+    _ = model.scorer.fingerprint  # Reads all parameters: not under the lock.
+    with self._lock:
+      keep = _means_the_same(self._model.maker, model.maker)
+      self._store.roll_over(
+        model.scorer.config,
+        model.scorer.fingerprint,
+        keep_events=keep,
+      )
+      self._model = model
+      self._roll_overs += 1
+      if self._warmed is not None:
+        self._warm_up(model, self._warmed)
+
+  def _load(
+    self, scorer: Scorer | str | os.PathLike[str], maker: RowMaker | None
+  ) -> Model:
+    if not isinstance(scorer, Scorer):
+      scorer = Scorer.from_workdir(scorer, scorer_config=self._scorer_config)
+    scorer.config.require_amortizable()
+    maker = maker or scorer.row_maker()
+    options = self.options
+    scorer.options.rows(options.max_rows)  # Raises if there is no such bucket.
+    model = Model(
+      scorer,
+      PagedScorer(scorer),
+      maker,
+      options.headroom,
+      None,
+      options.max_new_events,
+    )
+    return dataclasses.replace(model, max_events=_max_events(model, options))
+
+  def _by_user(
+    self,
+    model: Model,
+    requests: Sequence[Request],
+    found: dict[int, Result | Exception],
+  ) -> dict[str, list[int]]:
+    """The requests of each user, in their order."""
+    users: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+      try:
+        users.setdefault(model.key(request.user), []).append(i)
+      except ValueError as error:
+        found[i] = error
+    return users
+
+  def _run(
+    self,
+    model: Model,
+    requests: Sequence[Request],
+    jobs: dict[int, Job],
+    found: dict[int, Result | Exception],
+    flights: list[tuple[int, Job, Pending]],
+  ) -> None:
+    """Starts the programs of jobs, each of another user."""
+    for source in ('hit', 'extended', 'encoded'):  # Those in the store first.
+      for part in _groups(model, jobs, source, self.options.max_rows):
+        group = {i: jobs[i] for i in part}
+        if source != 'encoded':
+          for i in self._lost(model, group):
+            try:
+              jobs[i] = model.plan_without_state(group.pop(i), requests[i])
+            except (ValueError, UnknownHistory) as error:
+              found[i] = error
+              del jobs[i]
+        if not group:
+          continue
+        try:
+          pending = self._start(model, source, [*group.values()])
+        except Exception as error:  # Of the device: it is nobody's own.
+          found |= dict.fromkeys(group, error)
+          continue
+        for row, (i, job) in enumerate(group.items()):
+          flights.append((i, job, pending.row(row, len(job.asked))))
+
+  def _lost(self, model: Model, group: Mapping[int, Job]) -> list[int]:
+    """Whose states others took the place of since they were planned."""
+    states = self._store.states(
+      [job.user for job in group.values()], model.scorer.fingerprint
+    )
+    return [
+      i
+      for (i, job), state in zip(group.items(), states, strict=True)
+      if state != job.old
+    ]
+
+  def _start(
+    self, model: Model, source: Source, jobs: Sequence[Job]
+  ) -> Pending:
+    """Starts one program, which leaves the states that come of it in place."""
+    counts, paged = self._store.counts, model.paged
+    request = batches.candidates(model, jobs), batches.context(model, jobs)
+    capacity = model.scorer.options.events(
+      max(job.state.length for job in jobs)
+    )
+    begin = time.perf_counter()
+    if source == 'hit':
+      pending = self._store.use(
+        [job.user for job in jobs],
+        capacity,
+        lambda pool, place: paged.score(pool, place, *request),
+      )
+      counts.hits += len(jobs)
+      counts.hit_seconds += time.perf_counter() - begin
+      return pending
+    history = batches.history(model, jobs)
+    program = paged.extend if source == 'extended' else paged.encode
+    pending = self._store.update(
+      [
+        Update(
+          job.user,
+          model.trimmed(job.past),
+          job.digest,
+          job.state,
+          job.old.length if job.old else 0,
+        )
+        for job in jobs
+      ],
+      capacity,
+      lambda pool, place: program(pool, place, history, *request),
+    )
+    if source == 'extended':
+      counts.extends += len(jobs)
+      counts.extend_seconds += time.perf_counter() - begin
+    else:
+      counts.misses += len(jobs)
+      counts.encode_seconds += time.perf_counter() - begin
+    return pending
+
+  def _warm_up(self, model: Model, sizes: Mapping[str, Any]) -> ahead.WarmUp:
+    """Compiles, and measures what it takes to read a history and to copy it."""
+    scorer = model.scorer
+    done = self._store.warm_up_programs(
+      lambda pool: model.paged.warm_up(pool, **sizes)
+    )
+    for capacity in ahead.up_to(sizes['events'], scorer.options.events):
+      history = batches.zeros(model, min(capacity, sizes['events']))
+      for _ in range(3):
+        begin = time.perf_counter()
+        jax.block_until_ready(scorer.encode(history).keys)
+        seconds = time.perf_counter() - begin
+        self._store.measured('encode', capacity, seconds)
+        self._store.measure_copy(capacity)
+    return done
+
+
+def _max_events(model: Model, options: EngineConfig) -> int | None:
+  """As `EngineConfig.max_events`."""
+  largest = model.scorer.options.history_buckets[-1:]
+  length = model.maker.config.history_length
+  if options.max_events is not None:
+    found = options.max_events
+    if largest and found > largest[0]:
+      raise ValueError(
+        f'max_events={found} is beyond the largest of history_buckets='
+        f'{model.scorer.options.history_buckets}; add a larger one'
+      )
+  elif largest:
+    found = largest[0]
+  elif model.reach is not None:
+    found = buckets.bucket_size(2 * model.reach)
+  elif length is not None:
+    found = buckets.bucket_size(length + options.headroom)
+  else:
+    return None
+  if model.reach is not None and found < model.reach:
+    raise ValueError(
+      f'max_events={found} does not hold the {model.reach} events that a score '
+      'depends on (RankerConfig.receptive_field); raise it, and the largest of '
+      'ScorerConfig.history_buckets'
+    )
+  return found
+
+
+def _means_the_same(one: RowMaker, other: RowMaker) -> bool:
+  """Whether two models read events alike."""
+  return (
+    one.schema == other.schema
+    and one.config == other.config
+    and one.features.digest() == other.features.digest()
+  )
+
+
+def _groups(
+  model: Model, jobs: Mapping[int, Job], source: Source, max_rows: int
+) -> list[list[int]]:
+  """Jobs that share a program: of one bucket of events and of candidates."""
+  options = model.scorer.options
+  groups: dict[tuple[int, int], list[int]] = {}
+  for i, job in jobs.items():
+    if job.source == source:
+      key = (
+        options.events(job.state.length),
+        options.candidates(len(job.asked), options.microbatch),
+      )
+      groups.setdefault(key, []).append(i)
+  return [
+    group[first : first + max_rows]
+    for group in groups.values()
+    for first in range(0, len(group), max_rows)
+  ]

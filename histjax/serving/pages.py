@@ -1,0 +1,168 @@
+"""Which pages of keys and values are whose: one allocation for all users."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from histjax.models.ranker import RankerConfig
+from histjax.quantization import Quantized
+from histjax.scoring import pages as pages_lib
+from histjax.scoring.config import ScorerConfig
+from histjax.scoring.paged import Pool
+from histjax.scoring.pages import EVENTS
+
+
+class Shape(NamedTuple):
+  """What a page holds: `[layers, EVENTS, N, H]` keys, and as many values."""
+
+  layers: int
+  heads: int
+  head_dim: int
+  dtype: str
+  cache_dtype: str | None = None
+
+  @classmethod
+  def of(cls, config: RankerConfig, options: ScorerConfig) -> Shape:
+    """Of a model's states."""
+    encoder = config.encoder
+    return cls(
+      encoder.num_layers,
+      encoder.num_heads,
+      encoder.head_dim,
+      config.dtype,
+      options.cache_dtype,
+    )
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of a page."""
+    codes = EVENTS * self.head_dim
+    codes *= jnp.dtype(self.cache_dtype or self.dtype).itemsize
+    scale = 4 if self.cache_dtype else 0
+    return 2 * self.layers * self.heads * (codes + scale)
+
+  def zeros(self, pages: int, device: Any) -> jax.Array | Quantized:
+    """Keys or values of so many pages."""
+    dims = (self.layers, pages, EVENTS, self.heads, self.head_dim)
+    dtype = self.cache_dtype or self.dtype
+    codes = jnp.zeros(dims, dtype, device=device)
+    if self.cache_dtype is None:
+      return codes
+    blocks = (self.layers, pages, 1, self.heads)
+    return Quantized(codes, jnp.zeros(blocks, jnp.float32, device=device))
+
+
+class Pages:
+  """Pages on the device, allocated once: keys and values of all users.
+
+  The first page stays zero: it stands for what a state does not have, so that
+  what is beside a user's events in a cache is never another user's.
+
+  Attributes:
+    shape: of a page.
+    num_pages: all of them.
+    pool: their keys and values. A program that is given them donated returns
+      those that take their place.
+  """
+
+  pool: Pool
+
+  def __init__(self, shape: Shape, num_pages: int, device: Any = None):
+    """Allocates the pages.
+
+    Args:
+      shape: of a page.
+      num_pages: at least one.
+      device: where; None: JAX's default device.
+    """
+    self.shape, self.num_pages, self._device = shape, num_pages, device
+    self._free: list[int] = []
+    self._allocate()
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of device memory, free pages included."""
+    return self.num_pages * self.shape.nbytes
+
+  @property
+  def num_free(self) -> int:
+    """Pages that `take` can give."""
+    return len(self._free)
+
+  def take(self, number: int) -> list[int]:
+    """Takes so many pages, of those that are free."""
+    if not number:
+      return []
+    taken = self._free[-number:]
+    del self._free[-number:]
+    return taken
+
+  def give(self, pages: list[int]) -> None:
+    """Gives pages back; what they hold means nothing from now on."""
+    self._free.extend(pages)
+
+  def to_read(
+    self, pages: Sequence[Sequence[int]], rows: int, capacity: int
+  ) -> np.ndarray:
+    """Pages of users as an index int32 `[rows, P]`; zeros are read besides."""
+    index = np.zeros((rows, pages_lib.number(capacity)), np.int32)
+    for row, part in enumerate(pages):
+      index[row, : len(part)] = part
+    return index
+
+  def to_write(
+    self,
+    pages: Sequence[Sequence[int]],
+    first: Sequence[int],
+    rows: int,
+    capacity: int,
+  ) -> np.ndarray:
+    """The same to write: of each user those from number `first` on."""
+    # Beyond the last page: dropped.
+    index = np.full(
+      (rows, pages_lib.number(capacity)), self.num_pages, np.int32
+    )
+    for row, (part, begin) in enumerate(zip(pages, first, strict=True)):
+      index[row, begin : len(part)] = part[begin:]
+    return index
+
+  def read(self, index: np.ndarray, capacity: int) -> Pool:
+    """Copies states out, keys and values `[layers, rows, capacity, N, H]`."""
+    return _read(self.pool, index, capacity=capacity)
+
+  def write(self, index: np.ndarray, keys: Any, values: Any) -> None:
+    """Copies states `[layers, rows, L, N, H]` in, in place."""
+    self.pool = _write(self.pool, index, Pool(keys, values))
+
+  def delete(self) -> None:
+    """Frees the memory, as soon as no program reads it."""
+    for array in jax.tree.leaves(self.pool):
+      array.delete()
+
+  def reset(self) -> None:
+    """Starts again, with new memory."""
+    self.delete()
+    self._allocate()
+
+  def _allocate(self) -> None:
+    zeros = [self.shape.zeros(self.num_pages, self._device) for _ in range(2)]
+    self.pool = Pool(*zeros)
+    self._free = list(range(self.num_pages - 1, 0, -1))
+
+
+@functools.partial(jax.jit, static_argnames='capacity')
+def _read(pool, index, *, capacity):
+  return Pool(*(pages_lib.read(x, index, capacity) for x in pool))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(pool, index, states):
+  return Pool(
+    *(pages_lib.write(x, index, y) for x, y in zip(pool, states, strict=True))
+  )

@@ -1,0 +1,105 @@
+"""A pool's programs score, extend and encode as a scorer does its caches."""
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from histjax import scoring
+from histjax.scoring import paged
+from histjax.serving.pages import Pages, Shape
+from histjax.types import History
+from tests import support
+from tests.scoring import scorers
+
+EVENTS = 20
+NEW = 3
+
+
+def scorer(variant, **options) -> scoring.Scorer:
+  return scorers.scorer(
+    variant, history_buckets=(24,), row_buckets=(4,), **options
+  )
+
+
+class PagedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('causal', None), ('bfloat16', None), ('causal', 'int8')
+  )
+  def test_equals_scorer(self, variant, cache_dtype):
+    s = scorer(variant, cache_dtype=cache_dtype)
+    batch = support.batch(
+      np.random.default_rng(0), 3, EVENTS + NEW, shared_visible=True
+    )
+    total = np.maximum(batch.history.length, NEW)
+    old = History(batch.history.features, total - NEW)
+    new = History(
+      {
+        name: np.stack([x[i, n - NEW : n] for i, n in enumerate(total)])
+        for name, x in batch.history.features.items()
+      },
+      np.full(3, NEW, np.int32),
+    )
+    candidates = batch.candidates.replace(visible=None)
+    request = candidates, batch.context
+    pages = Pages(Shape.of(s.config, s.options), 16)
+    of_users = [[5, 2], [1, 9], [7, 3]]
+    place = paged.Place(
+      pages.to_read(of_users, 4, 24),
+      pages.to_write(of_users, [0, 0, 0], 4, 24),
+      np.asarray(old.length),
+      24,
+    )
+    p = paged.PagedScorer(s)
+    tolerance = scorers.TOLERANCE[s.config.dtype]
+
+    def check(pending, wanted):
+      found = scorers.real(pending.result(), batch)
+      np.testing.assert_allclose(
+        found, scorers.real(wanted, batch), **tolerance
+      )
+
+    cache, wanted = s.encode_and_score(old, *request)
+    pool, pending = p.encode(pages.pool, place, old, *request)
+    check(pending, wanted)
+    check(p.score(pool, place, *request), wanted)
+    cache, wanted = s.extend_and_score(cache, new, *request)
+    pool, pending = p.extend(pool, place, new, *request)
+    check(pending, wanted)
+    place = place._replace(length=total)
+    check(p.score(pool, place, *request), wanted)
+    if cache_dtype is None:
+      check(
+        p.score(pool, place, *request),
+        s.score_joint(
+          batch.replace(
+            history=History(batch.history.features, total),
+            candidates=candidates,
+          )
+        ),
+      )
+
+  def test_warm_up(self):
+    s = scorer('causal')
+    pages = Pages(Shape.of(s.config, s.options), 8)
+    p = paged.PagedScorer(s)
+    sizes = {'rows': 4, 'events': 24, 'candidates': 5, 'new_events': 2}
+    pages.pool, done = p.warm_up(pages.pool, **sizes, visible=False)
+    self.assertEqual(done.num_programs, 4)
+    pages.pool, done = p.warm_up(pages.pool, **sizes, visible=False)
+    self.assertEqual(done.num_compilations, 0)
+    for part in (pages.pool.keys, pages.pool.values):
+      self.assertEqual(float(abs(part).max()), 0)
+
+  def test_refused(self):
+    s = scorer('causal')
+    batch = support.batch(np.random.default_rng(0), 3, EVENTS)
+    pages = Pages(Shape.of(s.config, s.options), 8)
+    index = pages.to_read([], 4, 24)
+    place = paged.Place(index, index, np.zeros(2, np.int32), 24)
+    with self.assertRaisesRegex(ValueError, '3 rows, history 2'):
+      paged.PagedScorer(s).score(
+        pages.pool, place, batch.candidates, batch.context
+      )
+
+
+if __name__ == '__main__':
+  absltest.main()

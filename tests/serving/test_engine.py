@@ -1,0 +1,458 @@
+"""Requests: retries, gaps, bad ones, roll-overs, and states without an end."""
+
+import dataclasses
+import threading
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from histjax import scoring
+from histjax.data import requests as requests_lib
+from histjax.data.row_maker import RowMaker
+from histjax.data.rows import RowConfig, collate
+from histjax.scoring import paged
+from histjax.serving import engine as engine_lib
+from histjax.serving.cache_store import State, StoreConfig
+from histjax.serving.engine import Engine, EngineConfig, Request
+from tests import support
+from tests.scoring import scorers
+from tests.serving import worlds
+
+USER = 3
+MILLION = 10**6
+
+
+class EngineTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.rng = np.random.default_rng(0)
+
+  def engine(self, variant='strict', derived=True, *, device_bytes=1 << 18,
+             **options):  # fmt: skip
+    options = {'max_events': 32, 'max_new_events': 2, **options}
+    self.variant, self.derived = variant, derived
+    return Engine(
+      worlds.scorer(variant, derived),
+      EngineConfig(
+        StoreConfig(device_bytes=device_bytes), max_rows=4, **options
+      ),
+      maker=worlds.maker(variant, derived),
+    )
+
+  def one(self, engine, request, source, history=None, seed=0):
+    """The result of one request, compared if its history is given."""
+    (result,) = engine.score([request])
+    if isinstance(result, Exception):
+      raise result
+    self.assertEqual(result.source, source)
+    if history is not None:
+      self.assertEqual(result.num_events, len(history))
+      wanted = worlds.expected(
+        self.variant, self.derived, request, history, seed
+      )
+      worlds.check(result, wanted)
+    return result
+
+  def request(self, history, first=None, **kwargs):
+    return worlds.request(self.rng, USER, history, first, **kwargs)
+
+  def test_sources(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 6, USER)
+    self.one(engine, self.request(past[:3], 0), 'encoded', past[:3])
+    self.one(engine, self.request(past[:3]), 'hit', past[:3])
+    self.one(engine, self.request(past[:5], 3), 'extended', past[:5])
+    retry = self.request(past, 4)  # Event 4 is known.
+    first = self.one(engine, retry, 'extended', past)
+    again = self.one(engine, retry, 'hit', past)
+    for name, values in first.logits.items():
+      np.testing.assert_allclose(again.logits[name], values, rtol=1e-5)
+    found = engine.metrics()
+    self.assertEqual(
+      [found[n] for n in ('hits', 'extends', 'misses')], [2, 2, 1]
+    )
+    self.assertEqual((found['users'], found['states']), (1, 1))
+
+  def test_a_new_user_without_events(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 2, USER)
+    self.one(engine, self.request([]), 'encoded', [])
+    self.one(engine, self.request([]), 'hit', [])
+    self.one(engine, self.request(past, 0), 'extended', past)
+
+  def test_columns_and_keys(self):
+    """As a log: columns or records, 3 or '3'."""
+    engine = self.engine()
+    past = worlds.events(self.rng, 3, USER)
+    request = self.request(past, 0)
+    self.one(engine, request, 'encoded', past)
+    columns = {name: [e[name] for e in past] for name in past[0]}
+    shown = {
+      name: [c[name] for c in request.candidates]
+      for name in request.candidates[0]
+    }
+    other = Request(str(USER), shown, {'age': USER, 'uid': USER}, columns)
+    (result,) = engine.score([other])
+    self.assertEqual(result.source, 'hit')
+    worlds.check(result, worlds.expected('strict', True, request, past))
+
+  def test_gaps_and_strangers(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 5, USER)
+    for request, message in (
+      (self.request(past, 2), 'first=2, but 0 events'),
+      (self.request(past), 'first=5, but 0 events'),
+    ):
+      with self.assertRaisesRegex(engine_lib.UnknownHistory, message):
+        self.one(engine, request, 'hit')
+    self.one(engine, self.request(past[:2], 0), 'encoded', past[:2])
+    with self.assertRaisesRegex(engine_lib.UnknownHistory, 'first=4, but 2'):
+      self.one(engine, self.request(past, 4), 'hit')
+    self.assertEqual(engine.metrics()['unknown'], 3)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+
+  def test_another_past(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 4, USER)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+    other = [dict(e) for e in past]
+    other[2]['item'] = (other[2]['item'] + 1) % 8
+    with self.assertRaisesRegex(ValueError, 'event 2 of user 3 differs'):
+      self.one(engine, self.request(other, 1), 'hit')
+    self.one(engine, self.request(past), 'hit', past)
+    self.one(engine, self.request(other, 0), 'encoded', other)
+    self.one(engine, self.request(other), 'hit', other)
+
+  def test_another_past_that_is_not_kept(self):
+    """Of events that were dropped there is a digest."""
+    engine = self.engine('window', False)
+    past = worlds.events(self.rng, 31, USER)
+    self.one(engine, self.request(past[:30], 0), 'encoded', past[:30])
+    self.assertGreater(engine.store.find('3').past.first, 5)
+    self.one(engine, self.request(past, 0), 'extended', past)
+    other = [dict(e) for e in past]
+    other[1]['item'] = (other[1]['item'] + 1) % 8
+    self.one(engine, self.request(other, 0), 'encoded', other)
+
+  def test_an_old_request_comes_back(self):
+    """It saw what was before it; what was dropped has to be sent again."""
+    schema, features = worlds.fitted(True, request=True)
+    maker = RowMaker(schema, RowConfig(history_length=9), features)
+    config = support.config(schema=schema, encoder__window=3)
+    scorer = scoring.Scorer(config, support.init(config)[1], worlds.BUCKETS)
+    engine = Engine(
+      scorer, EngineConfig(max_events=32, max_rows=4), maker=maker
+    )
+    past = worlds.events(self.rng, 30, USER)
+    for number, e in enumerate(past):
+      e['rid'] = 5 if number == 2 else 100 + number
+    (result,) = engine.score([self.request(past, 0)])
+    self.assertEqual(result.source, 'encoded')
+    self.assertGreater(engine.store.find('3').past.first, 5)
+    request = self.request(past)
+    for shown in request.candidates:
+      shown['rid'] = 5
+    (result,) = engine.score([request])
+    self.assertIsInstance(result, engine_lib.UnknownHistory)
+    self.assertRegex(str(result), 'of so old a request')
+    whole = dataclasses.replace(request, events=past, first=0)
+    (result,) = engine.score([whole])
+    row = requests_lib.make_row(
+      schema,
+      context={'uid': USER, **whole.context},
+      history=past,
+      candidates=whole.candidates,
+      config=maker.config,
+      features=features,
+    )
+    self.assertEqual(row.visible.tolist(), [2] * len(row.visible))
+    batch = collate([row])
+    wanted = scorer.score(
+      scorer.encode(batch.history), batch.candidates, batch.context
+    )
+    worlds.check(result, {k: x[0] for k, x in wanted.items()})
+
+  def test_one_bad_request_fails_alone(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 3, USER)
+    good = self.request(past, 0)
+    bad = [
+      dataclasses.replace(good, user=0.5),
+      dataclasses.replace(good, first=-1),
+      dataclasses.replace(good, user=5, candidates=[]),
+      dataclasses.replace(good, user=6, candidates=[{'item': 99}]),
+      dataclasses.replace(good, user=7, context={}),
+      dataclasses.replace(good, user=8, context={'age': 3, 'uid': 9}),
+      dataclasses.replace(good, user=9, events=past[::-1]),
+      dataclasses.replace(good, user=9, events=[{'ts': 1}]),
+      dataclasses.replace(good, user=10, context=[3]),
+      dataclasses.replace(good, user=11, events=past * 20),
+    ]
+    results = engine.score([*bad[:5], good, *bad[5:]])
+    for i, result in enumerate(results):
+      if i != 5:
+        self.assertIsInstance(result, ValueError, i)
+    worlds.check(results[5], worlds.expected('strict', True, good, past))
+    self.assertEqual(engine.metrics()['users'], 1)
+    with mock.patch.object(paged.PagedScorer, 'score') as score:
+      self.assertLen(engine.score(bad), len(bad))
+    score.assert_not_called()
+
+  def test_too_many_events(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 33, USER)
+    with self.assertRaisesRegex(ValueError, 'has 33 events, more than max_ev'):
+      self.one(engine, self.request(past, 0), 'encoded')
+
+  def test_a_program_that_fails(self):
+    """Its requests fail, their states are lost, and nothing else."""
+    engine = self.engine()
+    past = worlds.events(self.rng, 4, USER)
+    self.one(engine, self.request(past[:3], 0), 'encoded', past[:3])
+    error = RuntimeError('out of memory')
+    with mock.patch.object(paged.PagedScorer, 'extend', side_effect=error):
+      with self.assertRaisesRegex(RuntimeError, 'out of memory'):
+        self.one(engine, self.request(past, 3), 'extended')
+    # What the host keeps is enough to read the events again.
+    self.one(engine, self.request(past, 3), 'encoded', past)
+
+  def test_one_user_twice(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 5, USER)
+    requests = [
+      self.request(past[:3], 0),
+      worlds.request(self.rng, 4, [], 0),
+      self.request(past[:4], 3),
+      self.request(past, 4),
+    ]
+    results = engine.score(requests)
+    sources = ['encoded', 'encoded', 'extended', 'extended']
+    self.assertEqual([r.source for r in results], sources)
+    for request, result, history in zip(
+      requests, results, (past[:3], [], past[:4], past), strict=True
+    ):
+      worlds.check(result, worlds.expected('strict', True, request, history))
+
+  def test_an_evicted_state_is_read_from_the_tail(self):
+    page = 2 * 2 * 16 * 2 * 8 * 4
+    engine = self.engine(device_bytes=3 * page)
+    past = worlds.events(self.rng, 20, USER)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+    other = worlds.events(self.rng, 20, 4)
+    engine.score([worlds.request(self.rng, 4, other, 0)])
+    self.assertEqual(engine.metrics()['evictions'], 1)
+    self.one(engine, self.request(past), 'encoded', past)
+
+  def test_a_state_that_loses_its_place_in_a_batch(self):
+    """Two states where there is room for one: each is made again in turn."""
+    page = 2 * 2 * 16 * 2 * 8 * 4
+    engine = self.engine(device_bytes=3 * page)
+    pasts = {user: worlds.events(self.rng, 20, user) for user in (3, 4)}
+    for number in (18, 19, 20):
+      requests = [
+        worlds.request(
+          self.rng, user, past[:number], 0 if number == 18 else number - 1
+        )
+        for user, past in pasts.items()
+      ]
+      for request, result in zip(requests, engine.score(requests), strict=True):
+        past = pasts[request.user][:number]
+        worlds.check(result, worlds.expected('strict', True, request, past))
+      self.assertEqual(engine.metrics()['states'], 1)
+
+  def test_a_state_that_is_lost_after_it_was_planned_with(self):
+    """The first user's state grows into the second's only page."""
+    page = 2 * 2 * 16 * 2 * 8 * 4
+    engine = self.engine(device_bytes=3 * page)
+    pasts = {
+      3: worlds.events(self.rng, 17, 3),
+      4: worlds.events(self.rng, 9, 4),
+    }
+    engine.score(
+      [
+        worlds.request(self.rng, user, past[:-1], 0)
+        for user, past in pasts.items()
+      ]
+    )
+    self.assertEqual(engine.metrics()['states'], 2)
+    requests = [
+      worlds.request(self.rng, user, past, len(past) - 1)
+      for user, past in pasts.items()
+    ]
+    results = engine.score(requests)
+    self.assertEqual([r.source for r in results], ['extended', 'encoded'])
+    for request, result in zip(requests, results, strict=True):
+      past = pasts[request.user]
+      worlds.check(result, worlds.expected('strict', True, request, past))
+
+  def test_headroom(self):
+    engine = self.engine('truncated', headroom=3)
+    past = worlds.events(self.rng, 12, USER)
+    self.one(engine, self.request(past[:6], 0), 'encoded', past[:6])
+    for number in (7, 8, 9):
+      result = self.one(
+        engine, self.request(past[:number], number - 1), 'extended'
+      )
+      self.assertEqual(result.num_events, number)
+      self.assertEqual(engine.store.find('3').state, State(0, number))
+    self.one(engine, self.request(past[:10], 9), 'encoded', past[:10])
+    self.assertEqual(engine.store.find('3').state, State(4, 10))
+
+  @parameterized.parameters(('window', False), ('window_strict', True))
+  def test_ten_million_events(self, variant, derived):
+    """As exact as at the first events; states and tails stay as small."""
+    engine = self.engine(variant, derived, max_events=16)
+    past = worlds.events(self.rng, 60, USER)
+    self.one(engine, self.request(past[:20], 0), 'encoded')
+    known = engine.store.find('3')
+    moved = dataclasses.replace(
+      known.past,
+      first=known.past.first + 10 * MILLION,
+      visible=known.past.visible + 10 * MILLION,
+    )
+    engine.store.keep('3', moved, known.digest)
+    engine.store.drop('3')
+    sources, bytes_kept = set(), 0
+    for number in range(20, 60, 2):
+      request = dataclasses.replace(
+        self.request(past[: number + 2]),
+        first=10 * MILLION + number,
+        events=past[number : number + 2],
+      )
+      (result,) = engine.score([request])
+      sources.add(result.source)
+      self.assertEqual(result.num_events, 10 * MILLION + number + 2)
+      # Of the last 40 events, which are all that anything depends on.
+      history = past[max(0, number - 38) : number + 2]
+      worlds.check(result, worlds.expected(variant, derived, request, history))
+      bytes_kept = max(bytes_kept, engine.metrics()['host_bytes'])
+      state = engine.store.find('3').state
+      self.assertLessEqual(state.length, 16)
+    self.assertEqual(sources, {'extended', 'encoded'})
+    self.assertLess(bytes_kept, 10_000)
+
+  def test_roll_over(self):
+    engine = self.engine()
+    past = worlds.events(self.rng, 6, USER)
+    self.one(engine, self.request(past[:4], 0), 'encoded', past[:4])
+    before = engine.fingerprint
+    engine.roll_over(
+      worlds.scorer('strict', True, 1), worlds.maker('strict', True)
+    )
+    self.assertNotEqual(engine.fingerprint, before)
+    # New events alone are enough: the others are kept.
+    self.one(engine, self.request(past, 4), 'encoded', past, seed=1)
+    engine.roll_over(
+      worlds.scorer('strict', False), worlds.maker('strict', False)
+    )
+    self.derived = False
+    with self.assertRaises(engine_lib.UnknownHistory):
+      self.one(engine, self.request(past), 'hit')
+    self.one(engine, self.request(past, 0), 'encoded', past)
+
+  def test_what_a_window_dropped_another_model_asks_for(self):
+    engine = self.engine('window', False)
+    past = worlds.events(self.rng, 30, USER)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+    self.assertGreater(engine.store.find('3').past.first, 5)
+    whole = worlds.scorer('causal', False)
+    maker = worlds.maker('window', False)  # The same rows.
+    engine.roll_over(whole, maker)
+    with self.assertRaisesRegex(engine_lib.UnknownHistory, 'from 0 on are ne'):
+      self.one(engine, self.request(past), 'hit')
+    self.variant = 'causal'
+    self.one(engine, self.request(past, 0), 'encoded', past)
+
+  def test_roll_over_under_load(self):
+    """No request is dropped, none has scores of two models."""
+    engine = self.engine()
+    users = range(4)
+    pasts = {user: worlds.events(self.rng, 8, user) for user in users}
+    requests = {
+      user: [
+        dataclasses.replace(
+          worlds.request(self.rng, user, pasts[user], 0, number=4),
+          events=pasts[user][:n],
+        )
+        for n in range(1, 9)
+      ]
+      for user in users
+    }
+    found = {user: [] for user in users}
+
+    def ask(user):
+      for _ in range(3):
+        for request in requests[user]:
+          found[user].append((request, *engine.score([request])))
+
+    threads = [threading.Thread(target=ask, args=[user]) for user in users]
+    for thread in threads:
+      thread.start()
+    for seed in (1, 0, 1, 0):
+      engine.roll_over(
+        worlds.scorer('strict', True, seed), worlds.maker('strict', True)
+      )
+    for thread in threads:
+      thread.join()
+    for user in users:
+      self.assertLen(found[user], 24)
+      for request, result in found[user]:
+        # A history that is shorter than the one known is its beginning.
+        history = pasts[user][: result.num_events]
+        wanted = [
+          worlds.expected('strict', True, request, history, seed)
+          for seed in (0, 1)
+        ]
+        equal = [
+          all(
+            np.allclose(result.logits[n], x[n], **worlds.TOLERANCE) for n in x
+          )
+          for x in wanted
+        ]
+        self.assertIn(equal, ([True, False], [False, True]))
+    counts = engine.store.counts
+    self.assertEqual(counts.hits + counts.extends + counts.misses, 4 * 24)
+
+  def test_compiles_nothing_new(self):
+    engine = self.engine(max_events=16)
+    done = engine.warm_up(candidates=4, visible=True)
+    self.assertEqual(done.num_programs, 2 * (1 + 1 + 2))
+    self.assertIn(engine.store.cheaper(16), ('encode', 'copy'))
+    pasts = {user: worlds.events(self.rng, 12, user) for user in range(3)}
+    with scorers.count_compilations() as compiled:
+      for number in range(1, 13):
+        requests = [
+          worlds.request(
+            self.rng, user, past[:number], max(0, number - 1 - (number > 9))
+          )
+          for user, past in pasts.items()
+        ]
+        for result in engine.score(requests):
+          self.assertNotIsInstance(result, Exception)
+      engine.roll_over(
+        worlds.scorer('strict', True, 1), worlds.maker('strict', True)
+      )
+      for result in engine.score(requests):
+        self.assertEqual(result.source, 'encoded')
+    self.assertEmpty(compiled)
+
+  def test_refused(self):
+    with self.assertRaisesRegex(ValueError, 'max_events=64 is beyond the larg'):
+      self.engine(max_events=64)
+    with self.assertRaisesRegex(ValueError, 'max_events=4 does not hold the 5'):
+      self.engine('window', max_events=4)
+    with self.assertRaisesRegex(ValueError, 'headroom=-1'):
+      EngineConfig(headroom=-1)
+    with self.assertRaisesRegex(ValueError, 'max_rows=0'):
+      EngineConfig(max_rows=0)
+    with self.assertRaisesRegex(ValueError, 'scorer was made of parameters'):
+      Engine(worlds.scorer('strict', True))
+    late = support.config(fusion='target_attention')
+    _, params = support.init(late)
+    with self.assertRaisesRegex(ValueError, 'cannot score from a cached hist'):
+      Engine(scoring.Scorer(late, params))
+
+
+if __name__ == '__main__':
+  absltest.main()
