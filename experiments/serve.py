@@ -1,0 +1,95 @@
+"""Serves a trained run over HTTP, and a page that shows it.
+
+  python experiments/serve.py --workdir=runs/demo
+
+See `histjax.serving.app` for the routes. It listens on this machine alone
+unless --host says otherwise; with a token (--token_file, or the environment's
+HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it.
+"""
+
+import functools
+import importlib
+import os
+import pathlib
+
+from absl import app, flags, logging
+
+from histjax.serving import app as app_lib
+from histjax.serving import batcher, messages, page, server
+from histjax.serving.columns import Columns
+from histjax.serving.engine import Engine
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
+_HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
+_PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
+_TOKEN = flags.DEFINE_string('token_file', None, 'A file with a token.')
+_BATCH = flags.DEFINE_integer('max_batch', 32, 'Requests scored at once.', 1)
+_WAIT = flags.DEFINE_float('max_wait_ms', 2.0, 'For a batch to fill.', 0)
+_QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
+_TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
+_BODY = flags.DEFINE_integer('max_body_bytes', 8 << 20, 'Of a request.', 1)
+_CANDIDATES = flags.DEFINE_integer('max_candidates', 4096, 'Of a request.', 1)
+_EVENTS = flags.DEFINE_integer('max_events', 16_384, 'Of a request.', 1)
+_WARM = flags.DEFINE_list('warm_up', ['128', '256'], 'Events, candidates.')
+_WATCH = flags.DEFINE_float('watch_s', 0.0, 'Roll over to new parameters.', 0)
+_DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
+_PAGE = flags.DEFINE_enum(
+  'page', 'auto', ['auto', 'yes', 'no'], "auto: unless the log is one's own."
+)
+_TITLES = flags.DEFINE_string('titles', None, 'CSV of items and their titles.')
+_MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
+
+
+def serve() -> None:
+  for name in _MODULES.value:
+    importlib.import_module(name)
+  token = os.environ.get('HISTJAX_TOKEN', '')
+  if _TOKEN.value:
+    token = pathlib.Path(_TOKEN.value).read_text().strip()
+  config = app_lib.AppConfig(
+    batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
+    messages.Limits(
+      body_bytes=_BODY.value,
+      candidates=_CANDIDATES.value,
+      events=_EVENTS.value,
+    ),
+    _TIMEOUT.value / 1000,
+    token,
+  )
+  events, candidates = map(int, _WARM.value)
+  engine = Engine(_WORKDIR.value)
+  service = app_lib.Service(
+    engine,
+    lambda: Columns.of_scorer(engine.scorer),
+    config,
+    warm_up=functools.partial(
+      engine.warm_up, rows=1, events=events, candidates=candidates
+    ),
+  )
+  watch = functools.partial(
+    server.watch, service, _WORKDIR.value, engine, _WATCH.value
+  )
+  application = app_lib.make_app(
+    service,
+    background=[watch] if _WATCH.value else [],
+    routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
+  )
+  print(f'http://{_HOST.value}:{_PORT.value}', flush=True)
+  server.Server(
+    service, application, host=_HOST.value, port=_PORT.value,
+    drain_s=_DRAIN.value,
+  ).run()  # fmt: skip
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+  try:
+    serve()
+  except (ValueError, OSError, ImportError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+
+
+if __name__ == '__main__':
+  app.run(main)
