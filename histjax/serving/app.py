@@ -202,6 +202,9 @@ class Service:
       ) from error
     except ValueError as error:
       raise of_value_error(error) from error
+    except Exception as error:  # Told to the log alone; the connection stays.
+      logging.exception('the engine failed')
+      raise messages.refusal(500, 'the server failed') from error
 
   def schema(self) -> dict[str, Any]:
     """`GET /v1/schema`."""
@@ -310,7 +313,10 @@ def of_value_error(error: ValueError) -> messages.BadRequestError:
       field = str(error).partition(mark)[2].partition("'")[0]
       break
   return messages.refusal(
-    422, detail or fix, field=field, fix=fix if detail else None
+    422,
+    detail or fix,
+    field=field,
+    fix=fix if detail else 'see /v1/schema for what each column takes',
   )
 
 

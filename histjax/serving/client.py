@@ -120,7 +120,7 @@ class Client:
       UnavailableError: no answer after all retries.
     """
     request = {
-      'user': user,
+      'user': _plain(user),
       'candidates': _plain(candidates),
       'context': _plain(context or {}),
       'events': _plain(events),

@@ -184,7 +184,7 @@ def refusal(
 ) -> BadRequestError:
   """The exception of a refused request."""
   if value is not None:
-    value = repr(value)
+    value = value if isinstance(value, str) else repr(value)
     value = value if len(value) <= 100 else f'{value[:100]}..'
   title = _TITLES.get(status, 'Refused')
   return BadRequestError(Problem(title, status, detail, field, value, fix))
