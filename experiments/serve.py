@@ -7,13 +7,13 @@ unless --host says otherwise; with a token (--token_file, or the environment's
 HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it.
 """
 
-import functools
 import importlib
 import os
 import pathlib
 
 from absl import app, flags, logging
 
+import histjax
 from histjax.serving import app as app_lib
 from histjax.serving import batcher, messages, page, server
 from histjax.serving.columns import Columns
@@ -27,11 +27,13 @@ _BATCH = flags.DEFINE_integer('max_batch', 32, 'Requests scored at once.', 1)
 _WAIT = flags.DEFINE_float('max_wait_ms', 2.0, 'For a batch to fill.', 0)
 _QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
 _TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
-_BODY = flags.DEFINE_integer('max_body_bytes', 8 << 20, 'Of a request.', 1)
-_CANDIDATES = flags.DEFINE_integer('max_candidates', 4096, 'Of a request.', 1)
-_EVENTS = flags.DEFINE_integer('max_events', 16_384, 'Of a request.', 1)
-_WARM = flags.DEFINE_list('warm_up', ['128', '256'], 'Events, candidates.')
-_WATCH = flags.DEFINE_float('watch_s', 0.0, 'Roll over to new parameters.', 0)
+_LIMITS = flags.DEFINE_string(
+  'limits', '', "Of a request, as 'candidates=2000,body_bytes=1000000'."
+)
+_WARM = flags.DEFINE_list(
+  'warm_up', ['32', '128', '256'], 'Users at once, events, candidates.'
+)
+_WATCH = flags.DEFINE_float('watch_s', 0.0, 'New parameters; 0: never.', 0)
 _DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
 _PAGE = flags.DEFINE_enum(
   'page', 'auto', ['auto', 'yes', 'no'], "auto: unless the log is one's own."
@@ -46,39 +48,35 @@ def serve() -> None:
   token = os.environ.get('HISTJAX_TOKEN', '')
   if _TOKEN.value:
     token = pathlib.Path(_TOKEN.value).read_text().strip()
-  config = app_lib.AppConfig(
-    batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
-    messages.Limits(
-      body_bytes=_BODY.value,
-      candidates=_CANDIDATES.value,
-      events=_EVENTS.value,
-    ),
-    _TIMEOUT.value / 1000,
-    token,
+  rows, events, candidates = map(int, _WARM.value)
+  # Few buckets: each combination is a program to compile.
+  buckets = histjax.ScorerConfig(
+    row_buckets=tuple(sorted({1, 8, rows})), candidate_buckets=(256, 1024)
   )
-  events, candidates = map(int, _WARM.value)
-  engine = Engine(_WORKDIR.value)
+  engine = Engine(_WORKDIR.value, scorer_config=buckets)
   service = app_lib.Service(
     engine,
     lambda: Columns.of_scorer(engine.scorer),
-    config,
-    warm_up=functools.partial(
-      engine.warm_up, rows=1, events=events, candidates=candidates
+    app_lib.AppConfig(
+      batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
+      messages.Limits.parse(_LIMITS.value),
+      _TIMEOUT.value / 1000,
+      token,
+    ),
+    warm_up=lambda: engine.warm_up(
+      rows=rows, events=events, candidates=candidates
     ),
   )
-  watch = functools.partial(
-    server.watch, service, _WORKDIR.value, engine, _WATCH.value
-  )
+  path, every_s = _WORKDIR.value, _WATCH.value
   application = app_lib.make_app(
     service,
-    background=[watch] if _WATCH.value else [],
+    background=[lambda: server.watch(service, path, engine, every_s)],
     routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
   )
-  print(f'http://{_HOST.value}:{_PORT.value}', flush=True)
+  print(f'serves {_HOST.value}:{_PORT.value}', flush=True)
   server.Server(
-    service, application, host=_HOST.value, port=_PORT.value,
-    drain_s=_DRAIN.value,
-  ).run()  # fmt: skip
+    service, application, _HOST.value, _PORT.value, _DRAIN.value
+  ).run()
 
 
 def main(argv):

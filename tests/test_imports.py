@@ -25,6 +25,7 @@ LAYERS = (
   ('data',),
   ('training',),
   ('scoring',),
+  ('serving',),
 )
 
 
@@ -112,7 +113,9 @@ class ImportTest(absltest.TestCase):
     code = (
       'import sys, histjax, histjax.training.workdir;'
       'print([m for m in ("grain", "tensorflow_datasets", "pyarrow",'
-      ' "orbax", "optax", "tensorflow") if m in sys.modules])'
+      ' "orbax", "optax", "tensorflow", "msgspec", "starlette", "uvicorn",'
+      ' "prometheus_client", "httpx", "histjax.serving")'
+      ' if m in sys.modules])'
     )
     result = subprocess.run(
       [sys.executable, '-c', code], capture_output=True, text=True, check=True

@@ -17,10 +17,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hmac
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import (
+  AsyncIterator,
+  Callable,
+  Mapping,
+  Sequence,
+)
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,12 +37,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from histjax.serving import batcher as batcher_lib
-from histjax.serving import messages, openapi, reading
+from histjax.serving import messages, middleware, openapi, reading
 from histjax.serving import metrics as metrics_lib
 from histjax.serving.columns import Columns
 from histjax.serving.engine import Request, Result, UnknownHistory
-
-_OPEN = ('/health/', '/page/', '/openapi.json')
 
 
 class ScoringEngine(Protocol):
@@ -123,7 +125,7 @@ class Service:
     return self.state == 'ready'
 
   def drain(self) -> None:
-    """Says 503 to who asks `/health/ready`; requests are scored until `stop`."""
+    """`/health/ready` says 503; requests are scored until the end."""
     self.state = 'draining'
 
   def check_open(self) -> None:
@@ -283,8 +285,8 @@ def make_app(
   return Starlette(
     routes=[*own, *routes],
     middleware=[
-      Middleware(_Counted, service=service, paths=paths),
-      Middleware(_Authorized, token=service.config.token),
+      Middleware(middleware.Counted, metrics=service.metrics, paths=paths),
+      Middleware(middleware.Authorized, token=service.config.token),
     ],
     exception_handlers={
       messages.BadRequestError: _on_refusal,
@@ -338,86 +340,20 @@ def _reply(
   )
 
 
-def _problem(problem: messages.Problem, **headers: str) -> Response:
-  found = {k.replace('_', '-'): v for k, v in headers.items()}
-  if problem.status in (408, 413, 415):  # The body was not read.
-    found['connection'] = 'close'
-  if problem.status in (429, 503):
-    found.setdefault('retry-after', '1')
-  if problem.status == 401:
-    found['www-authenticate'] = 'Bearer'
-  return Response(
-    messages.encode(messages.JSON, problem),
-    status_code=problem.status,
-    media_type=messages.PROBLEM,
-    headers=found,
-  )
-
-
-async def _on_refusal(http, error: messages.BadRequestError) -> Response:
+async def _on_refusal(http, error: Any) -> Response:
   headers = {}
   if error.retry_after_s is not None:
     headers['retry_after'] = str(max(1, math.ceil(error.retry_after_s)))
-  return _problem(error.problem, **headers)
+  return middleware.problem(error.problem, **headers)
 
 
-async def _on_http(http, error: HTTPException) -> Response:
+async def _on_http(http, error: Any) -> Response:
   refused = messages.refusal(error.status_code, error.detail)
-  response = _problem(refused.problem)
+  response = middleware.problem(refused.problem)
   response.headers.update(error.headers or {})
   return response
 
 
 async def _on_error(http, error: Exception) -> Response:
   """The traceback goes to the log, and not to who sent the request."""
-  return _problem(messages.refusal(500, 'the server failed').problem)
-
-
-class _Authorized:
-  """Asks for the token, where there is one."""
-
-  def __init__(self, app, token: str):
-    self._app = app
-    self._wanted = f'Bearer {token}'.encode() if token else None
-
-  async def __call__(self, scope, receive, send) -> None:
-    path = scope.get('path', '')
-    closed = path != '/' and not path.startswith(_OPEN)
-    if scope['type'] == 'http' and self._wanted is not None and closed:
-      given = dict(scope['headers']).get(b'authorization', b'')
-      if not hmac.compare_digest(given, self._wanted):
-        refused = messages.refusal(
-          401,
-          f'{path} needs a token',
-          field='Authorization',
-          fix="send 'Authorization: Bearer TOKEN'",
-        )
-        await _problem(refused.problem)(scope, receive, send)
-        return
-    await self._app(scope, receive, send)
-
-
-class _Counted:
-  """Counts responses by path and status."""
-
-  def __init__(self, app, service: Service, paths: Collection[str]):
-    self._app, self._service, self._paths = app, service, paths
-
-  async def __call__(self, scope, receive, send) -> None:
-    if scope['type'] != 'http':
-      await self._app(scope, receive, send)
-      return
-    begun, status = time.monotonic(), 500
-
-    async def counted(message):
-      nonlocal status
-      if message['type'] == 'http.response.start':
-        status = message['status']
-      await send(message)
-
-    try:
-      await self._app(scope, receive, counted)
-    finally:
-      path = scope['path'] if scope['path'] in self._paths else 'other'
-      took = time.monotonic() - begun
-      self._service.metrics.observe_request(path, status, took)
+  return middleware.problem(messages.refusal(500, 'the server failed').problem)

@@ -12,7 +12,6 @@ from histjax.data.events import EventLog
 from histjax.schema import Categorical, Dense, Feature, Schema
 
 
-
 @dataclasses.dataclass(frozen=True)
 class User:
   """A user as the log has it.
@@ -42,6 +41,8 @@ class Catalogue:
     time: the column of times; `step` from one event to the next.
     step: in its unit; of texts, seconds.
     request: the column of requests, '' if there is none.
+    is_key_read: the model reads a user's key, so that the page has to send it.
+      Else it sends one of its own, and no user's state has its clicks.
   """
 
   key: str
@@ -53,6 +54,7 @@ class Catalogue:
   time: str
   step: float
   request: str
+  is_key_read: bool
 
 
 def of_log(
@@ -110,6 +112,8 @@ def of_log(
     time=schema.time,
     step=60.0 if log.is_timestamp else max(1.0, round(60 / schema.time_unit)),
     request=schema.request,
+    is_key_read=schema.types.get(schema.user) == 'integer'
+    or schema.user in {f.column for f in schema.context},
   )
 
 

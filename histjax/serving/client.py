@@ -1,8 +1,8 @@
 """A client of the server, with retries.
 
-    with Client('http://127.0.0.1:8000') as client:
-      reply = client.score(7, {'item': [1, 2]}, events=events)
-      reply = client.score(7, {'item': [1, 2]}, events=new, first=reply.num_events)
+with Client('http://127.0.0.1:8000') as client:
+  reply = client.score(7, {'item': [1, 2]}, events=events)
+  reply = client.score(7, {'item': [1, 2]}, events=new, first=reply.num_events)
 """
 
 from __future__ import annotations
@@ -134,9 +134,7 @@ class Client:
       content=messages.encode(messages.MSGPACK, request),
       headers={'content-type': messages.MSGPACK, 'accept': messages.MSGPACK},
     )
-    return msgspec.msgpack.decode(
-      response.content, type=messages.ScoreReply
-    )
+    return msgspec.msgpack.decode(response.content, type=messages.ScoreReply)
 
   def schema(self) -> dict[str, Any]:
     """The columns that the model reads, and the server's limits."""

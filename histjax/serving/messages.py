@@ -147,6 +147,25 @@ class Limits:
       if not value > 0:
         raise ValueError(f'{name}={value} must be above 0')
 
+  @classmethod
+  def parse(cls, text: str) -> Limits:
+    """The limits that a text changes, as 'candidates=2000,events=100'.
+
+    Raises:
+      ValueError: a name is no limit, or a value no number above 0.
+    """
+    kinds = {name: type(x) for name, x in dataclasses.asdict(cls()).items()}
+    found: dict[str, Any] = {}
+    for pair in filter(None, text.split(',')):
+      name, _, value = pair.partition('=')
+      if name not in kinds:
+        raise ValueError(f'limits: {name!r} is none of {sorted(kinds)}')
+      try:
+        found[name] = kinds[name](value)
+      except ValueError:
+        raise ValueError(f'limits: {pair!r} has no number; give one') from None
+    return cls(**found)
+
 
 class BadRequestError(Exception):
   """A request that is refused; `problem` says why."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import msgspec
 
-import histjax
 from histjax.serving import messages
 
 _REFERENCE = '#/components/schemas/{name}'
@@ -43,12 +43,14 @@ def document(*, token: bool, page: bool) -> dict[str, Any]:
     messages.Problem,
     messages.AttentionReply,
   ]
-  _, components = msgspec.json.schema_components(
-    types, ref_template=_REFERENCE
-  )
+  _, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
   paths = {
-    '/health/live': _get('The process answers.', 'text/plain', {503: _SAID[503]}),
-    '/health/ready': _get('Requests are scored.', 'text/plain', {503: _SAID[503]}),
+    '/health/live': _get(
+      'The process answers.', 'text/plain', {503: _SAID[503]}
+    ),
+    '/health/ready': _get(
+      'Requests are scored.', 'text/plain', {503: _SAID[503]}
+    ),
     '/metrics': _get('For Prometheus.', 'text/plain', _closed(token)),
     '/v1/schema': _get(
       'The columns that the model reads.', messages.JSON, _closed(token)
@@ -66,7 +68,7 @@ def document(*, token: bool, page: bool) -> dict[str, Any]:
     )
   found: dict[str, Any] = {
     'openapi': '3.1.0',
-    'info': {'title': 'histjax', 'version': histjax.__version__},
+    'info': {'title': 'histjax', 'version': metadata.version('histjax')},
     'paths': paths,
     'components': {'schemas': components},
   }

@@ -60,19 +60,20 @@ class _Protocol(H11Protocol):
 class Server(uvicorn.Server):
   """Drains at SIGTERM or SIGINT.
 
-  At first `/health/ready` says 503 and requests are scored as before, so that a
-  balancer can look elsewhere; after `drain_s` no connection is accepted, what
-  is in flight is answered, and the process ends. A second signal skips the wait.
+  At first `/health/ready` says 503 and requests are scored as before, so that
+  a balancer can look elsewhere; after `drain_s` no connection is accepted, what
+  is in flight is answered, and the process ends. A second signal skips that
+  wait.
   """
 
   def __init__(
     self,
     service: Service,
     app: Starlette,
-    *,
     host: str = '127.0.0.1',
     port: int = 8000,
     drain_s: float = 1.0,
+    *,
     max_connections: int = 2048,
   ):
     """Makes a server; `run` it in the main thread.
@@ -136,8 +137,10 @@ async def watch(
     service: counts roll-overs.
     workdir: of the run.
     engine: of the service.
-    every_s: seconds between looks.
+    every_s: seconds between looks; 0: none.
   """
+  if not every_s:
+    return
   seen = await asyncio.to_thread(_listing, workdir)
   while True:
     await asyncio.sleep(every_s)

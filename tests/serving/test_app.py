@@ -96,7 +96,10 @@ class TestScores:
   def test_rows_are_records_or_columns(self, served):
     body = bodies.body(3, 2)
     records = {
-      name: [dict(zip(body[name], row)) for row in zip(*body[name].values())]
+      name: [
+        dict(zip(body[name], row, strict=True))
+        for row in zip(*body[name].values(), strict=True)
+      ]
       for name in ('candidates', 'events')
     }
     found = [post(served, x).json() for x in (body, {**body, **records})]
@@ -461,12 +464,18 @@ class TestService:
       *('item', 'category', 'click', 'like', 'time', 'request')
     }
 
+  def test_limits_of_a_text(self):
+    found = messages.Limits.parse('candidates=20,body_seconds=0.5')
+    assert found == messages.Limits(candidates=20, body_seconds=0.5)
+
   @pytest.mark.parametrize(
     ('make', 'said'),
     [
       (lambda: app_lib.AppConfig(timeout_s=0), 'timeout_s=0'),
       (lambda: app_lib.AppConfig(token='short'), 'fewer than 8'),
       (lambda: messages.Limits(candidates=0), 'candidates=0'),
+      (lambda: messages.Limits.parse('events=x'), "'events=x' has no number"),
+      (lambda: messages.Limits.parse('items=3'), "'items' is none of"),
     ],
   )
   def test_bad_configs(self, make, said):

@@ -116,7 +116,7 @@ def test_against_a_server(served):
     one.wait_until_ready()
     assert one.score(7, **body).num_events == 2
     assert one.schema()['model'] == served.service.engine.fingerprint
-    with pytest.raises(client.ServerError, match="422 .*'category'"):
+    with pytest.raises(client.ServerError, match=r"422 .*'category'"):
       one.score(7, {'item': [1]}, context=body['context'])
     with pytest.raises(client.UnknownHistoryError, match='first=0'):
       one.score(8, **{**body, 'first': 5})

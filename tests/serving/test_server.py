@@ -171,11 +171,14 @@ class TestRollOver:
       text = found.http.get('/metrics').text
     assert 'histjax_roll_overs_total{outcome="done"} 1.0' in text
     assert np.abs(np.subtract(old, new)).max() > 1e-3
-    mixed = [x for x in seen if x not in (old, new)]
-    # Of one program and one batch size the same to the bit.
-    assert not mixed
-    assert old in seen
-    assert seen[-1] == new
+    # Each is of the one or the other, to the rounding of float32 in programs
+    # of other sizes; logits are of order 1.
+    seen = np.array(seen)
+    is_old = np.abs(seen - old).max(axis=1) < 1e-5
+    is_new = np.abs(seen - new).max(axis=1) < 1e-5
+    assert (is_old ^ is_new).all()
+    assert is_old[0]
+    assert is_new[-1]
 
   def _until(self, reached, futures):
     while not reached():
@@ -217,7 +220,7 @@ class Process:
     self.process = subprocess.Popen(
       [
         sys.executable, ROOT / 'experiments' / 'serve.py',
-        f'--workdir={workdir}', f'--port={self.port}', '--warm_up=16,16',
+        f'--workdir={workdir}', f'--port={self.port}', '--warm_up=1,16,16',
         *flags,
       ],
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -290,6 +293,7 @@ class TestProcesses:
     for flags, said in (
       ([f'--token_file={tmp_path / "none"}'], 'FileNotFoundError'),
       (['--max_wait_ms=1e9'], 'max_wait_s='),
+      (['--limits=items=3'], "'items' is none of"),
     ):
       with Process(workdir, *flags) as found:
         output, _ = found.process.communicate(timeout=300)

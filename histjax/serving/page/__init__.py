@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from starlette.requests import Request as HttpRequest
@@ -26,7 +25,9 @@ from histjax.serving.engine import Engine
 _FOLDER = pathlib.Path(__file__).parent
 _TYPES = {'html': 'text/html', 'js': 'text/javascript', 'css': 'text/css'}
 _HEADERS = {
-  'content-security-policy': "default-src 'self'; frame-ancestors 'none'",
+  'content-security-policy': (
+    "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
+  ),
   'x-content-type-options': 'nosniff',
 }
 
@@ -34,7 +35,7 @@ _HEADERS = {
 def of_run(
   service: app_lib.Service,
   engine: Engine,
-  wanted: Literal['auto', 'yes', 'no'] = 'auto',
+  wanted: str = 'auto',
   titles: str | None = None,
 ) -> list[Route]:
   """The page's routes for a run whose log can be loaded; else none.
@@ -43,7 +44,7 @@ def of_run(
     service: of the application.
     engine: of the service.
     wanted: 'auto': for the public and synthetic datasets whose files are here;
-      'yes': or an error.
+      'yes': or an error; 'no'.
     titles: a CSV file with a header and two columns, the item and its title.
 
   Raises:
@@ -103,9 +104,7 @@ def routes(
         fix='send one candidate, and all events with first=0',
       )
     try:
-      reply = await service.batcher.run_alone(
-        attention_of, scorer(), message
-      )
+      reply = await service.batcher.run_alone(attention_of, scorer(), message)
     except ValueError as error:
       raise app_lib.of_value_error(error) from error
     except NotImplementedError as error:

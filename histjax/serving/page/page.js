@@ -5,14 +5,19 @@ const SHOWN = 200;  // Rows of the ranking on the page; all are scored.
 
 let catalogue;       // What /v1/catalogue says.
 let user;            // The chosen one: {key, context, events}.
+let key;             // What the server knows it by.
 let sent = 0;        // How many events the server's state has.
 let before = null;   // {item: rank} of the ranking that is shown.
 let token = '';
-let busy = false;
+let work = Promise.resolve();  // One thing after another.
 
 function say(text, bad = false) {
   $('status').textContent = text;
   $('status').className = bad ? 'bad' : '';
+}
+
+function enqueue(step) {
+  work = work.then(step).catch((error) => say(error.message, true));
 }
 
 async function ask(path, body) {
@@ -54,7 +59,7 @@ function next() {
 
 function request(candidates, first) {
   return {
-    user: user.key,
+    user: key,
     context: {...user.context, [catalogue.time]: next()},
     candidates,
     events: eventsFrom(first),
@@ -63,31 +68,41 @@ function request(candidates, first) {
 }
 
 async function score() {
+  let reply;
   try {
-    return await ask('v1/score', request(catalogue.items, sent));
+    reply = await ask('v1/score', request(catalogue.items, sent));
   } catch (error) {
     if (error.status !== 409) throw error;
-    return ask('v1/score', request(catalogue.items, 0));  // All of them.
+    reply = await ask('v1/score', request(catalogue.items, 0));  // All of them.
   }
+  return reply.num_events === numEvents() ? reply : replace();
+}
+
+// Somebody clicked as this user before: another history, then the right one.
+async function replace() {
+  const events = user.events;
+  if (numEvents() > 1) {
+    user.events = eventsFrom(1);
+    try {
+      await ask('v1/score', request(catalogue.items, 0));
+    } finally {
+      user.events = events;
+    }
+    const reply = await ask('v1/score', request(catalogue.items, 0));
+    if (reply.num_events === numEvents()) return reply;
+  }
+  throw new Error('The server knows more events of this user; choose another');
 }
 
 async function rank() {
-  if (busy) return;
-  busy = true;
-  try {
-    const begun = performance.now();
-    const reply = await score();
-    const took = performance.now() - begun;
-    sent = reply.num_events;
-    showCost(reply, took);
-    const best = showRanking(reply);
-    showHistory(await attention(best));
-    say(`${catalogue.titles.length} items ranked.`);
-  } catch (error) {
-    say(error.message, true);
-  } finally {
-    busy = false;
-  }
+  const begun = performance.now();
+  const reply = await score();
+  const took = performance.now() - begun;
+  sent = reply.num_events;
+  showCost(reply, took);
+  const best = showRanking(reply);
+  showHistory(await attention(best));
+  say(`${catalogue.titles.length} items ranked.`);
 }
 
 async function attention(item) {
@@ -146,7 +161,7 @@ function showRanking(reply) {
       cell(moved ? `${moved > 0 ? '▲' : '▼'} ${Math.abs(moved)}` : '',
         moved > 0 ? 'number up' : 'number down'),
       cell(`${(100 * p[item]).toFixed(1)} %`, 'number'));
-    button.addEventListener('click', () => act(item));
+    button.addEventListener('click', () => enqueue(() => act(item)));
     const row = document.createElement('li');
     row.append(button);
     return row;
@@ -178,8 +193,7 @@ function showHistory(looks) {
   $('history').replaceChildren(...rows);
 }
 
-function act(item) {
-  if (busy) return;
+async function act(item) {
   const event = {[catalogue.time]: next()};
   for (const [name, values] of Object.entries(catalogue.items)) {
     event[name] = values[item];
@@ -195,24 +209,21 @@ function act(item) {
   for (const [name, value] of Object.entries(event)) {
     (user.events[name] ||= []).push(value);
   }
-  rank();
+  await rank();
 }
 
-function choose() {
+async function choose() {
   user = structuredClone(catalogue.users[Number($('user').value)]);
+  key = catalogue.is_key_read
+    ? user.key : `${user.key} ${Math.random().toString(36).slice(2)}`;
   sent = 0;
   before = null;
   $('log').replaceChildren();
-  rank();
+  await rank();
 }
 
 async function start() {
-  try {
-    catalogue = await ask('v1/catalogue');
-  } catch (error) {
-    say(error.message, true);
-    return;
-  }
+  catalogue = await ask('v1/catalogue');
   $('login').hidden = true;
   $('user').replaceChildren(...catalogue.users.map((each, i) => new Option(
     i ? `${each.key}, ${each.events[catalogue.time].length} events`
@@ -227,15 +238,18 @@ async function start() {
       label.append(`${name} `, select, ' ');
       return label;
     }));
-  choose();
+  await choose();
 }
 
-$('user').addEventListener('change', choose);
-$('reset').addEventListener('click', choose);
-$('task').addEventListener('change', () => { before = null; rank(); });
+$('user').addEventListener('change', () => enqueue(choose));
+$('reset').addEventListener('click', () => enqueue(choose));
+$('task').addEventListener('change', () => enqueue(() => {
+  before = null;
+  return rank();
+}));
 $('login').addEventListener('submit', (event) => {
   event.preventDefault();
   token = $('token').value;
-  start();
+  enqueue(start);
 });
-start();
+enqueue(start);
