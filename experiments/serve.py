@@ -8,8 +8,6 @@ HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it.
 """
 
 import importlib
-import os
-import pathlib
 
 from absl import app, flags, logging
 
@@ -27,17 +25,11 @@ _BATCH = flags.DEFINE_integer('max_batch', 32, 'Requests scored at once.', 1)
 _WAIT = flags.DEFINE_float('max_wait_ms', 2.0, 'For a batch to fill.', 0)
 _QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
 _TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
-_LIMITS = flags.DEFINE_string(
-  'limits', '', "Of a request, as 'candidates=2000,body_bytes=1000000'."
-)
-_WARM = flags.DEFINE_list(
-  'warm_up', ['32', '128', '256'], 'Users at once, events, candidates.'
-)
+_LIMITS = flags.DEFINE_string('limits', '', "As 'candidates=100,events=99'.")
+_WARM = flags.DEFINE_list('warm_up', ['128', '256'], 'Events, candidates.')
 _WATCH = flags.DEFINE_float('watch_s', 0.0, 'New parameters; 0: never.', 0)
 _DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
-_PAGE = flags.DEFINE_enum(
-  'page', 'auto', ['auto', 'yes', 'no'], "auto: unless the log is one's own."
-)
+_PAGE = flags.DEFINE_enum('page', 'auto', ['auto', 'yes', 'no'], 'Serve it.')
 _TITLES = flags.DEFINE_string('titles', None, 'CSV of items and their titles.')
 _MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
 
@@ -45,23 +37,21 @@ _MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
 def serve() -> None:
   for name in _MODULES.value:
     importlib.import_module(name)
-  token = os.environ.get('HISTJAX_TOKEN', '')
-  if _TOKEN.value:
-    token = pathlib.Path(_TOKEN.value).read_text().strip()
-  rows, events, candidates = map(int, _WARM.value)
+  rows = _BATCH.value
+  events, candidates = map(int, _WARM.value)
   # Few buckets: each combination is a program to compile.
   buckets = histjax.ScorerConfig(
-    row_buckets=tuple(sorted({1, 8, rows})), candidate_buckets=(256, 1024)
+    row_buckets=tuple(sorted({1, 8, 32, rows})), candidate_buckets=(256, 1024)
   )
   engine = Engine(_WORKDIR.value, scorer_config=buckets)
   service = app_lib.Service(
     engine,
     lambda: Columns.of_scorer(engine.scorer),
     app_lib.AppConfig(
-      batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
+      batcher.BatcherConfig(rows, _WAIT.value / 1000, _QUEUE.value),
       messages.Limits.parse(_LIMITS.value),
       _TIMEOUT.value / 1000,
-      token,
+      app_lib.read_token(_TOKEN.value),
     ),
     warm_up=lambda: engine.warm_up(
       rows=rows, events=events, candidates=candidates
@@ -74,9 +64,8 @@ def serve() -> None:
     routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
   )
   print(f'serves {_HOST.value}:{_PORT.value}', flush=True)
-  server.Server(
-    service, application, _HOST.value, _PORT.value, _DRAIN.value
-  ).run()
+  address = _HOST.value, _PORT.value
+  server.Server(service, application, *address, _DRAIN.value).run()
 
 
 def main(argv):

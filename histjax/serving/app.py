@@ -18,6 +18,8 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import os
+import pathlib
 import time
 from collections.abc import (
   AsyncIterator,
@@ -83,6 +85,21 @@ class AppConfig:
         'token has fewer than 8 characters, or others than ASCII; make a '
         'longer one'
       )
+
+
+def read_token(path: str | None = None) -> str:
+  """The token of a file, else of the environment's HISTJAX_TOKEN, else none.
+
+  Raises:
+    ValueError: the file is empty.
+    OSError: it cannot be read.
+  """
+  if path is None:
+    return os.environ.get('HISTJAX_TOKEN', '')
+  token = pathlib.Path(path).read_text(encoding='utf-8').strip()
+  if not token:
+    raise ValueError(f'token_file={path!r} is empty; write a token into it')
+  return token
 
 
 class Service:

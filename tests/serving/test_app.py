@@ -464,6 +464,18 @@ class TestService:
       *('item', 'category', 'click', 'like', 'time', 'request')
     }
 
+  def test_token_files(self, tmp_path, monkeypatch):
+    monkeypatch.delenv('HISTJAX_TOKEN', raising=False)
+    assert app_lib.read_token() == ''
+    monkeypatch.setenv('HISTJAX_TOKEN', 'of the environment')
+    assert app_lib.read_token() == 'of the environment'
+    path = tmp_path / 'token'
+    path.write_text('of a file\n')
+    assert app_lib.read_token(str(path)) == 'of a file'
+    path.write_text('\n')
+    with pytest.raises(ValueError, match='is empty'):
+      app_lib.read_token(str(path))
+
   def test_limits_of_a_text(self):
     found = messages.Limits.parse('candidates=20,body_seconds=0.5')
     assert found == messages.Limits(candidates=20, body_seconds=0.5)

@@ -220,8 +220,8 @@ class Process:
     self.process = subprocess.Popen(
       [
         sys.executable, ROOT / 'experiments' / 'serve.py',
-        f'--workdir={workdir}', f'--port={self.port}', '--warm_up=1,16,16',
-        *flags,
+        f'--workdir={workdir}', f'--port={self.port}', '--warm_up=16,16',
+        '--max_batch=1', *flags,
       ],
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
       env={**os.environ, **variables},
@@ -243,7 +243,9 @@ class TestProcesses:
   def test_two_servers_of_one_workdir_and_a_drain(self, workdir):
     token = 'of one server alone'
     with (
-      Process(workdir, '--drain_s=2', '--max_wait_ms=500') as first,
+      Process(
+        workdir, '--drain_s=2', '--max_wait_ms=500', '--max_batch=8'
+      ) as first,
       Process(workdir, '--page=no', HISTJAX_TOKEN=token) as second,
     ):
       first.wait_until_ready()
