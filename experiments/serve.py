@@ -11,7 +11,6 @@ import importlib
 
 from absl import app, flags, logging
 
-import histjax
 from histjax.serving import app as app_lib
 from histjax.serving import batcher, messages, page, server
 from histjax.serving.columns import Columns
@@ -39,11 +38,9 @@ def serve() -> None:
     importlib.import_module(name)
   rows = _BATCH.value
   events, candidates = map(int, _WARM.value)
-  # Few buckets: each combination is a program to compile.
-  buckets = histjax.ScorerConfig(
-    row_buckets=tuple(sorted({1, 8, 32, rows})), candidate_buckets=(256, 1024)
+  engine = Engine(
+    _WORKDIR.value, scorer_config=server.buckets(rows, events, candidates)
   )
-  engine = Engine(_WORKDIR.value, scorer_config=buckets)
   service = app_lib.Service(
     engine,
     lambda: Columns.of_scorer(engine.scorer),

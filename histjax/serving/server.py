@@ -8,19 +8,21 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import time
+from collections.abc import Iterator
 
 import uvicorn
 from absl import logging
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from histjax.scoring import Scorer
+from histjax.scoring import Scorer, ScorerConfig
 from histjax.serving.app import Service
 from histjax.serving.engine import Engine
 from histjax.training import checkpoints
 
 _HEAD_S = 10.0
 """A request's line and headers must come in this time."""
+_MOST_EVENTS = 16_384
 
 
 class _Protocol(H11Protocol):
@@ -122,6 +124,36 @@ class Server(uvicorn.Server):
     self._loop.call_soon_threadsafe(
       self._loop.call_later, self._drain_s, super().handle_exit, sig, frame
     )
+
+
+def buckets(rows: int, events: int, candidates: int) -> ScorerConfig:
+  """Few: each combination of them is a program to compile.
+
+  One for what is warmed up, of events and candidates, and for more the double;
+  so what is larger compiles when it is first asked for.
+
+  Args:
+    rows: users in a batch, at most.
+    events: of a history.
+    candidates: of a request.
+  """
+  for name, value in (('events', events), ('candidates', candidates)):
+    if value < 1:
+      raise ValueError(f'warm_up: {name}={value} must be at least 1')
+  microbatch = ScorerConfig().microbatch
+  return ScorerConfig(
+    row_buckets=tuple(sorted({1, min(8, rows), rows})),
+    history_buckets=tuple(_doubled(events, _MOST_EVENTS)),
+    candidate_buckets=tuple(_doubled(min(candidates, microbatch), microbatch)),
+  )
+
+
+def _doubled(size: int, most: int) -> Iterator[int]:
+  """`size`, its double and so on, up to the first that holds `most`."""
+  yield size
+  while size < most:
+    size *= 2
+    yield size
 
 
 async def watch(

@@ -205,6 +205,17 @@ class TestRollOver:
       assert scores(found, bodies.body()) == before
 
 
+def test_buckets():
+  found = server.buckets(32, 3000, 100)
+  assert found.row_buckets == (1, 8, 32)
+  assert found.history_buckets == (3000, 6000, 12_000, 24_000)
+  assert found.candidate_buckets == (100, 200, 400, 800, 1600)
+  assert server.buckets(1, 9, 5000).candidate_buckets == (1024,)
+  assert server.buckets(1, 9, 9).row_buckets == (1,)
+  with pytest.raises(ValueError, match='events=0'):
+    server.buckets(1, 0, 1)
+
+
 def free_port():
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))

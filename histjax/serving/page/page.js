@@ -175,6 +175,7 @@ function showHistory(looks) {
   $('count').textContent = number;
   const places = new Map(catalogue.items[catalogue.key].map((x, i) => [x, i]));
   const rows = [];
+  const most = Math.max(...(looks ? looks.weights : []), 1e-9);
   for (let i = number - 1; i >= 0; i--) {
     const row = document.createElement('li');
     const item = user.events[catalogue.key][i];
@@ -182,7 +183,7 @@ function showHistory(looks) {
     const did = Object.keys(catalogue.actions)
       .map((name) => `${name} ${user.events[name][i]}`).join(', ');
     const weight = looks && i >= looks.first ? looks.weights[i - looks.first] : 0;
-    row.style.setProperty('--share', `${(100 * weight).toFixed(1)}%`);
+    row.style.setProperty('--share', `${(100 * weight / most).toFixed(1)}%`);
     if (looks) row.title = `${(100 * weight).toFixed(1)} % of the attention`;
     row.append(
       cell(place === undefined ? `${catalogue.key} ${item}`
