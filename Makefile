@@ -23,7 +23,8 @@ serve: $(VENV)/.installed-experiments,cpu,serving
 	test -d $(DEMO_DIR)/checkpoints || $(VENV)/bin/python \
 	  experiments/train.py --config=experiments/configs/synthetic.py \
 	  --workdir=$(DEMO_DIR)
-	$(VENV)/bin/python experiments/serve.py --workdir=$(DEMO_DIR)
+	$(VENV)/bin/python experiments/serve.py --workdir=$(DEMO_DIR) \
+	  --cache_dir=$(DEMO_DIR)/programs
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest

@@ -26,6 +26,7 @@ _QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
 _TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
 _LIMITS = flags.DEFINE_string('limits', '', "As 'candidates=100,events=99'.")
 _WARM = flags.DEFINE_list('warm_up', ['128', '256'], 'Events, candidates.')
+_CACHE = flags.DEFINE_string('cache_dir', None, 'Of compiled programs.')
 _WATCH = flags.DEFINE_float('watch_s', 0.0, 'New parameters; 0: never.', 0)
 _DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
 _PAGE = flags.DEFINE_enum('page', 'auto', ['auto', 'yes', 'no'], 'Serve it.')
@@ -51,7 +52,10 @@ def serve() -> None:
       app_lib.read_token(_TOKEN.value),
     ),
     warm_up=lambda: engine.warm_up(
-      rows=rows, events=events, candidates=candidates
+      rows=rows,
+      events=events,
+      candidates=candidates,
+      cache_dir=_CACHE.value,
     ),
   )
   path, every_s = _WORKDIR.value, _WATCH.value

@@ -69,7 +69,7 @@ class Columns:
     return cls(known, needed)
 
 
-@functools.lru_cache(maxsize=2)  # Asked for with every request.
+@functools.lru_cache(maxsize=1)  # Asked for with every request.
 def _of_scorer(scorer: Scorer) -> Columns:
   run = scorer.run
   if run is None:

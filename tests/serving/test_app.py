@@ -106,7 +106,8 @@ class TestScores:
     assert found[0]['logits'] == found[1]['logits']
 
   def test_of_a_new_user(self, served):
-    assert post(served, bodies.body(events=[])).json()['num_events'] == 0
+    body = bodies.body(user='nobody', events=[])
+    assert post(served, body).json()['num_events'] == 0
 
   def test_accepts_what_is_asked_for(self, served):
     response = post(served, bodies.body(), accept=messages.MSGPACK)

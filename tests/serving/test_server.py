@@ -250,6 +250,7 @@ class Process:
       one.wait_until_ready(300)
 
 
+@pytest.mark.slow  # A process takes seconds to import everything.
 class TestProcesses:
   def test_two_servers_of_one_workdir_and_a_drain(self, workdir):
     token = 'of one server alone'
