@@ -9,7 +9,7 @@ EQUIVALENCE = tests/scoring tests/models tests/nn \
   tests/ops/history_attention/test_xla.py \
   tests/ops/candidate_tower/test_backends.py
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo serve test test-all lint clean
 
 demo: $(VENV)/.installed-experiments,cpu
 	$(VENV)/bin/python experiments/train.py \
@@ -17,6 +17,14 @@ demo: $(VENV)/.installed-experiments,cpu
 	$(VENV)/bin/python experiments/benchmark.py \
 	  --workdir=$(DEMO_DIR) --lengths=256 --candidates=512 \
 	  --output=$(DEMO_DIR)/benchmark
+
+# What `make demo` trained; first trains it if there is none.
+serve: $(VENV)/.installed-experiments,cpu,serving
+	test -d $(DEMO_DIR)/checkpoints || $(VENV)/bin/python \
+	  experiments/train.py --config=experiments/configs/synthetic.py \
+	  --workdir=$(DEMO_DIR)
+	$(VENV)/bin/python experiments/serve.py --workdir=$(DEMO_DIR) \
+	  --cache_dir=$(DEMO_DIR)/programs
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 
 from jaxlib import version
 
@@ -54,6 +55,8 @@ hypothesis.settings.load_profile('histjax')
 collect_ignore = []
 if (platform.system(), platform.machine()) != ('Linux', 'x86_64'):
   collect_ignore.append('test_tpu_compile.py')  # There is no libtpu to install.
+if shutil.which('chromium') is None:
+  collect_ignore.append('serving/test_page.py')  # There is nothing to show it.
 if 'HISTJAX_DATA_DIR' not in os.environ:
   # Not skipped but not there: without the files there is nothing to test.
   collect_ignore.append('real_data')
@@ -65,6 +68,10 @@ def pytest_configure(config):
     raise pytest.UsageError(
       'HISTJAX_DATA_DIR is not set: CI must run the tests on real data. Set '
       'it to a folder with ml-1m/ and KuaiRand-Pure/'
+    )
+  if os.environ.get('CI') and shutil.which('chromium') is None:
+    raise pytest.UsageError(
+      'chromium is not installed: CI must run the tests of the page'
     )
   _share_compilations(config)
   options = config.option

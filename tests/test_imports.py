@@ -122,8 +122,10 @@ class ImportTest(absltest.TestCase):
     code = (
       'import sys, histjax, histjax.training.workdir;'
       'print([m for m in ("grain", "tensorflow_datasets", "pyarrow",'
-      ' "orbax", "optax", "tensorflow", "safetensors",'
-      ' "histjax.serving") if m in sys.modules])'
+      ' "orbax", "optax", "tensorflow", "msgspec", "starlette", "uvicorn",'
+      ' "prometheus_client", "httpx", "safetensors", "ray",'
+      ' "histjax.serving")'
+      ' if m in sys.modules])'
     )
     result = subprocess.run(
       [sys.executable, '-c', code], capture_output=True, text=True, check=True

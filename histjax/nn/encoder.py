@@ -148,7 +148,8 @@ class Block(nn.Module):
     With `with_self` each sees its own key, too, which is not among those.
 
     The attention's output before its projection, `[B, Q, D]`, is sown as the
-    intermediate `attention`.
+    intermediate `attention`. Where the collection `attention_weights` is
+    mutable, `weights`, `[B, N, Q, L]`, is sown into it (not with `with_self`).
     """
     query = self._turn(self.query(self.attention_norm(x)), position)
     if with_self:
@@ -160,11 +161,19 @@ class Block(nn.Module):
       attended = ops.history_attention(
         query, key, value, key_range, implementation=self.config.attention
       )
+      self._sow_weights(query, key, key_range)
     attended = attended.reshape(x.shape)  # [B, Q, D]
     self.sow('intermediates', 'attention', attended)
     x = x + self.dropout(self.output(attended), deterministic=not train)
     hidden = nn.gelu(self.mlp_in(self.mlp_norm(x)))
     return x + self.dropout(self.mlp_out(hidden), deterministic=not train)
+
+  def _sow_weights(self, query, key, key_range) -> None:
+    """For who asks to see them; else nothing is computed."""
+    name = 'attention_weights'
+    if self.is_mutable_collection(name) and not self.is_initializing():
+      weights = ops.attention_weights(query, key, key_range)
+      self.sow(name, 'weights', weights)
 
   def _heads(self, x):
     return x.reshape(*x.shape[:2], self.config.num_heads, -1)  # [B, L, N, H]

@@ -11,6 +11,7 @@ from histjax.ops.history_attention.api import (
   history_attention,
   history_attention_backend,
 )
+from histjax.ops.history_attention.reference import attention_weights
 from histjax.ops.interaction_head.api import interaction_head
 from histjax.ops.interaction_head.weights import HeadShape, HeadWeights
 from histjax.ops.keys_values.api import keys_values
@@ -21,6 +22,7 @@ __all__ = [
   'HeadWeights',
   'KeyValueWeights',
   'TowerWeights',
+  'attention_weights',
   'candidate_tower',
   'candidate_tower_backend',
   'has_cpu_kernel',

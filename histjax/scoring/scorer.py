@@ -187,6 +187,16 @@ class Scorer:
     )
 
   @property
+  def params(self) -> Mapping[str, Any]:
+    """As they were given, on the device."""
+    return self._params
+
+  @property
+  def run(self) -> run_lib.Run | None:
+    """What `from_workdir` loaded; None of a scorer made of parameters."""
+    return self._run
+
+  @property
   def num_compilations(self) -> int:
     """Programs that XLA compiled in calls of this scorer, of any kind."""
     return self._compilations.number

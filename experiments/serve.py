@@ -1,0 +1,83 @@
+"""Serves a trained run over HTTP, and a page that shows it.
+
+  python experiments/serve.py --workdir=runs/demo
+
+See `histjax.serving.app` for the routes. It listens on this machine alone
+unless --host says otherwise; with a token (--token_file, or the environment's
+HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it.
+"""
+
+import importlib
+
+from absl import app, flags, logging
+
+from histjax.serving import app as app_lib
+from histjax.serving import batcher, messages, page, server
+from histjax.serving.columns import Columns
+from histjax.serving.engine import Engine
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
+_HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
+_PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
+_TOKEN = flags.DEFINE_string('token_file', None, 'A file with a token.')
+_BATCH = flags.DEFINE_integer('max_batch', 32, 'Requests scored at once.', 1)
+_WAIT = flags.DEFINE_float('max_wait_ms', 2.0, 'For a batch to fill.', 0)
+_QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
+_TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
+_LIMITS = flags.DEFINE_string('limits', '', "As 'candidates=100,events=99'.")
+_WARM = flags.DEFINE_list('warm_up', ['128', '256'], 'Events, candidates.')
+_CACHE = flags.DEFINE_string('cache_dir', None, 'Of compiled programs.')
+_WATCH = flags.DEFINE_float('watch_s', 0.0, 'New parameters; 0: never.', 0)
+_DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
+_PAGE = flags.DEFINE_enum('page', 'auto', ['auto', 'yes', 'no'], 'Serve it.')
+_TITLES = flags.DEFINE_string('titles', None, 'CSV of items and their titles.')
+_MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
+
+
+def serve() -> None:
+  for name in _MODULES.value:
+    importlib.import_module(name)
+  rows = _BATCH.value
+  events, candidates = map(int, _WARM.value)
+  engine = Engine(
+    _WORKDIR.value, scorer_config=server.buckets(rows, events, candidates)
+  )
+  service = app_lib.Service(
+    engine,
+    lambda: Columns.of_scorer(engine.scorer),
+    app_lib.AppConfig(
+      batcher.BatcherConfig(rows, _WAIT.value / 1000, _QUEUE.value),
+      messages.Limits.parse(_LIMITS.value),
+      _TIMEOUT.value / 1000,
+      app_lib.read_token(_TOKEN.value),
+    ),
+    warm_up=lambda: engine.warm_up(
+      rows=rows,
+      events=events,
+      candidates=candidates,
+      cache_dir=_CACHE.value,
+    ),
+  )
+  path, every_s = _WORKDIR.value, _WATCH.value
+  application = app_lib.make_app(
+    service,
+    background=[lambda: server.watch(service, path, engine, every_s)],
+    routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
+  )
+  print(f'serves {_HOST.value}:{_PORT.value}', flush=True)
+  address = _HOST.value, _PORT.value
+  server.Server(service, application, *address, _DRAIN.value).run()
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+  try:
+    serve()
+  except (ValueError, OSError, ImportError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,376 @@
+"""The ASGI application: one engine behind HTTP.
+
+    GET  /                 the page               (`serving/page`)
+    GET  /health/live      the process answers
+    GET  /health/ready     503 until it is warm, and again when it drains
+    GET  /metrics          for Prometheus
+    GET  /openapi.json     the messages
+    GET  /v1/schema        the columns that the model reads
+    POST /v1/score         `messages.ScoreRequest` -> `messages.ScoreReply`
+
+Requests are checked here and gathered by `batcher` into calls of the engine.
+Nothing of a request is unpickled, decompressed or opened as a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import time
+from collections.abc import (
+  AsyncIterator,
+  Callable,
+  Mapping,
+  Sequence,
+)
+from typing import Any, Protocol
+
+import numpy as np
+from absl import logging
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from histjax.serving import batcher as batcher_lib
+from histjax.serving import messages, middleware, openapi, reading
+from histjax.serving import metrics as metrics_lib
+from histjax.serving.columns import Columns
+from histjax.serving.engine import Request, Result, UnknownHistory
+
+
+class ScoringEngine(Protocol):
+  """What the application needs of `engine.Engine`."""
+
+  def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
+    """Scores each; one that is bad fails alone."""
+
+  def metrics(self) -> Mapping[str, Any]:
+    """Counters since the start."""
+
+  @property
+  def fingerprint(self) -> str:
+    """Of the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AppConfig:
+  """How requests are served.
+
+  Attributes:
+    batcher: how they are gathered.
+    limits: what they may be.
+    timeout_s: a request's time until its batch begins, if it does not say.
+    token: asked for as `Authorization: Bearer ..`; empty: none.
+  """
+
+  batcher: batcher_lib.BatcherConfig = dataclasses.field(
+    default_factory=batcher_lib.BatcherConfig
+  )
+  limits: messages.Limits = dataclasses.field(default_factory=messages.Limits)
+  timeout_s: float = 2.0
+  token: str = dataclasses.field(default='', repr=False)
+
+  def __post_init__(self):
+    if not 0 < self.timeout_s <= 3600:
+      raise ValueError(f'timeout_s={self.timeout_s} must be in (0, 3600]')
+    if self.token and (len(self.token) < 8 or not self.token.isascii()):
+      raise ValueError(
+        'token has fewer than 8 characters, or others than ASCII; make a '
+        'longer one'
+      )
+
+
+def read_token(path: str | None = None) -> str:
+  """The token of a file, else of the environment's HISTJAX_TOKEN, else none.
+
+  Raises:
+    ValueError: the file is empty.
+    OSError: it cannot be read.
+  """
+  if path is None:
+    return os.environ.get('HISTJAX_TOKEN', '')
+  token = pathlib.Path(path).read_text(encoding='utf-8').strip()
+  if not token:
+    raise ValueError(f'token_file={path!r} is empty; write a token into it')
+  return token
+
+
+class Service:
+  """The application's state: an engine, its queue, what is counted of it."""
+
+  def __init__(
+    self,
+    engine: ScoringEngine,
+    columns: Callable[[], Columns],
+    config: AppConfig | None = None,
+    *,
+    warm_up: Callable[[], Any] = lambda: None,
+  ):
+    """Makes a service; `app` serves it.
+
+    Args:
+      engine: scores.
+      columns: of the run that the engine serves now.
+      config: of requests.
+      warm_up: runs in a thread; requests are scored after it.
+    """
+    self.engine = engine
+    self.columns = columns
+    self.config = config or AppConfig()
+    self.state = 'warming up'
+    self.metrics = metrics_lib.Metrics(
+      engine.metrics,
+      lambda: self.batcher.waiting,
+      lambda: self.ready,
+      lambda: engine.fingerprint,
+    )
+    self.batcher = batcher_lib.Batcher(
+      engine.score, self.config.batcher, observe=self.metrics.observe_batch
+    )
+    self._warm_up = warm_up
+
+  @property
+  def ready(self) -> bool:
+    """Whether new requests should come."""
+    return self.state == 'ready'
+
+  def drain(self) -> None:
+    """`/health/ready` says 503; requests are scored until the end."""
+    self.state = 'draining'
+
+  def check_open(self) -> None:
+    """Raises a refusal, with 503, unless requests are scored."""
+    if self.state not in ('ready', 'draining'):
+      raise messages.refusal(503, self.state, fix='come back later')
+
+  async def run_warm_up(self) -> None:
+    """Warms up, in a thread: `/health/live` answers meanwhile."""
+    try:
+      await asyncio.to_thread(self._warm_up)
+    except Exception:
+      logging.exception('warm-up failed')
+      self.state = 'warm-up failed'
+      return
+    if self.state == 'warming up':
+      self.state = 'ready'
+
+  async def score(self, http: HttpRequest) -> Response:
+    """`POST /v1/score`."""
+    self.check_open()
+    times = [time.monotonic()]
+    body = await reading.read(http, self.config.limits)
+    times.append(time.monotonic())
+    media = messages.media_type(http.headers.get('content-type', ''))
+    message = messages.decode(media, body)
+    messages.check(message, self.columns().known, self.config.limits)
+    times.append(time.monotonic())
+    timeout_s = self.config.timeout_s
+    if message.timeout_ms is not None:
+      timeout_s = min(message.timeout_ms / 1000, 3600.0)
+    read_s, decode_s = np.diff(times).tolist()
+    scored = await self._scored(message, timeout_s - read_s - decode_s)
+    for phase, seconds in (('read', read_s), ('decode', decode_s)):
+      self.metrics.observe_phase(phase, seconds)
+    result: Result = scored.result
+    self.metrics.observe_source(result.source)
+    timings = messages.Timings(
+      *(
+        round(1000 * x, 3)
+        for x in (read_s, decode_s, scored.queue_s, scored.score_s)
+      )
+    )
+    reply = _reply(result, timings, scored.batch_size)
+    return respond(http, media, reply)
+
+  async def _scored(
+    self, message: messages.ScoreRequest, timeout_s: float
+  ) -> batcher_lib.Scored:
+    request = Request(
+      user=message.user,
+      candidates=message.candidates,
+      context=message.context,
+      events=message.events,
+      first=message.first,
+    )
+    try:
+      return await self.batcher.score(request, timeout_s)
+    except batcher_lib.QueueFullError as error:
+      refused = messages.refusal(429, str(error), fix='come back later')
+      refused.retry_after_s = error.retry_after_s
+      raise refused from error
+    except batcher_lib.StoppedError as error:
+      raise messages.refusal(503, 'the server stops') from error
+    except batcher_lib.DeadlineError as error:
+      raise messages.refusal(
+        504, str(error), field='timeout_ms', fix='give it more time'
+      ) from error
+    except UnknownHistory as error:
+      raise messages.refusal(
+        409,
+        str(error),
+        field='first',
+        value=message.first,
+        fix='send the whole history with first=0',
+      ) from error
+    except ValueError as error:
+      raise of_value_error(error) from error
+    except Exception as error:  # Told to the log alone; the connection stays.
+      logging.exception('the engine failed')
+      raise messages.refusal(500, 'the server failed') from error
+
+  def schema(self) -> dict[str, Any]:
+    """`GET /v1/schema`."""
+    columns = self.columns()
+    return {
+      'model': self.engine.fingerprint,
+      'columns': columns.needed,
+      'known': {k: sorted(v) for k, v in columns.known.items()},
+      'limits': dataclasses.asdict(self.config.limits),
+    }
+
+
+def make_app(
+  service: Service,
+  *,
+  background: Sequence[Callable[[], Any]] = (),
+  routes: Sequence[BaseRoute] = (),
+) -> Starlette:
+  """The ASGI application of a service.
+
+  Args:
+    service: what it serves.
+    background: coroutine functions that run as long as it does.
+    routes: more of them, as of `page.routes`.
+  """
+  more = {route.path for route in routes if isinstance(route, Route)}
+  document = openapi.document(
+    token=bool(service.config.token), page='/v1/attention' in more
+  )
+
+  async def ready(http):
+    if not service.ready:
+      raise messages.refusal(503, service.state, fix='come back later')
+    return Response('ready\n', media_type='text/plain')
+
+  async def live(http):
+    if service.state == 'warm-up failed':
+      raise messages.refusal(503, service.state, fix='start it again')
+    return Response('live\n', media_type='text/plain')
+
+  async def metrics(http):
+    text = await asyncio.to_thread(service.metrics.text)
+    return Response(text, media_type=metrics_lib.CONTENT_TYPE)
+
+  async def schema(http):
+    return respond(http, messages.JSON, service.schema())
+
+  async def describe(http):
+    return Response(
+      messages.encode(messages.JSON, document), media_type=messages.JSON
+    )
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app) -> AsyncIterator[None]:
+    service.batcher.start()
+    tasks = [asyncio.create_task(service.run_warm_up())]
+    tasks += [asyncio.create_task(each()) for each in background]
+    try:
+      yield
+    finally:
+      service.drain()
+      await service.batcher.stop()
+      for task in tasks:
+        task.cancel()
+      await asyncio.gather(*tasks, return_exceptions=True)
+
+  own = [
+    Route('/health/live', live),
+    Route('/health/ready', ready),
+    Route('/metrics', metrics),
+    Route('/openapi.json', describe),
+    Route('/v1/schema', schema),
+    Route('/v1/score', service.score, methods=['POST']),
+  ]
+  paths = more | {route.path for route in own}
+  return Starlette(
+    routes=[*own, *routes],
+    middleware=[
+      Middleware(middleware.Counted, metrics=service.metrics, paths=paths),
+      Middleware(middleware.Authorized, token=service.config.token),
+    ],
+    exception_handlers={
+      messages.BadRequestError: _on_refusal,
+      HTTPException: _on_http,
+      Exception: _on_error,
+    },
+    lifespan=lifespan,
+  )
+
+
+def respond(http: HttpRequest, media: str, message: Any) -> Response:
+  """A message as the client accepts it, else as it spoke itself."""
+  accepted = http.headers.get('accept', '')
+  for name in (messages.JSON, messages.MSGPACK):
+    if name in accepted:
+      media = name
+  return Response(messages.encode(media, message), media_type=media)
+
+
+def of_value_error(error: ValueError) -> messages.BadRequestError:
+  """A refusal with what the library says: the field, the value; the fix."""
+  detail, _, fix = str(error).rpartition('; ')
+  field = None
+  for mark in ("column '", "feature '"):
+    if mark in str(error):
+      field = str(error).partition(mark)[2].partition("'")[0]
+      break
+  return messages.refusal(
+    422,
+    detail or fix,
+    field=field,
+    fix=fix if detail else 'see /v1/schema for what each column takes',
+  )
+
+
+def _reply(
+  result: Result, timings: messages.Timings, batch_size: int
+) -> messages.ScoreReply:
+  logits = {k: np.asarray(v, float) for k, v in result.logits.items()}
+  best = next(iter(logits.values()))
+  return messages.ScoreReply(
+    logits={k: v.tolist() for k, v in logits.items()},
+    probabilities={
+      k: (0.5 * (1 + np.tanh(v / 2))).tolist() for k, v in logits.items()
+    },
+    order=np.argsort(-best, kind='stable').tolist(),
+    source=result.source,
+    num_events=result.num_events,
+    timings_ms=timings,
+    batch_size=batch_size,
+  )
+
+
+async def _on_refusal(http, error: Any) -> Response:
+  headers = {}
+  if error.retry_after_s is not None:
+    headers['retry_after'] = str(max(1, math.ceil(error.retry_after_s)))
+  return middleware.problem(error.problem, **headers)
+
+
+async def _on_http(http, error: Any) -> Response:
+  refused = messages.refusal(error.status_code, error.detail)
+  response = middleware.problem(refused.problem)
+  response.headers.update(error.headers or {})
+  return response
+
+
+async def _on_error(http, error: Exception) -> Response:
+  """The traceback goes to the log, and not to who sent the request."""
+  return middleware.problem(messages.refusal(500, 'the server failed').problem)

@@ -1,0 +1,370 @@
+"""What client and server say to each other: JSON for people, MessagePack else.
+
+A body is decoded into these types in one pass that refuses unknown fields and
+values of other types; `Limits` bounds what is read at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+JSON = 'application/json'
+MSGPACK = 'application/vnd.msgpack'
+PROBLEM = 'application/problem+json'
+_ALIASES = {'application/msgpack': MSGPACK, 'application/x-msgpack': MSGPACK}
+
+Value = int | float | str | bool
+Column = list[Value]
+Table = dict[str, Column] | list[dict[str, Value]]
+
+
+class ScoreRequest(
+  msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
+):
+  """Score candidates for a user, after what the user did.
+
+  Attributes:
+    user: the user's key as the log has it.
+    candidates: `{column: [values]}` or `[{column: value}]`; at least one.
+    context: one value a column.
+    events: the user's events, oldest first, from number `first` on.
+    first: how many events the user had before `events`; 0: `events` is the
+      whole history.
+    timeout_ms: from the request's arrival; if its turn has not come by then, it
+      is dropped with status 504. None: the server's.
+  """
+
+  user: int | str
+  candidates: Table
+  context: dict[str, Value] = {}
+  events: Table = []
+  first: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+  timeout_ms: Annotated[float, Meta(gt=0, le=3_600_000)] | None = None
+
+
+class Timings(msgspec.Struct):
+  """Milliseconds of each phase of a request.
+
+  Attributes:
+    read: of the body's arrival.
+    decode: of its checks.
+    queue: waiting for a batch.
+    score: of the batch: rows, states and scores.
+  """
+
+  read: float
+  decode: float
+  queue: float
+  score: float
+
+
+class ScoreReply(msgspec.Struct):
+  """Scores in the order of the candidates.
+
+  Attributes:
+    logits: `{task: [candidates]}`.
+    probabilities: their sigmoids.
+    order: candidates by the first task's score, the best first; ties keep the
+      order of the request.
+    source: 'hit': the user's state was used as it was; 'extended': by the new
+      events; 'encoded': the history was read.
+    num_events: of the user, now in the state; the next request's `first`.
+    timings_ms: by phase.
+    batch_size: requests that were scored together.
+  """
+
+  logits: dict[str, list[float]]
+  probabilities: dict[str, list[float]]
+  order: list[int]
+  source: Literal['hit', 'extended', 'encoded']
+  num_events: int
+  timings_ms: Timings
+  batch_size: int
+
+
+class Problem(msgspec.Struct, omit_defaults=True):
+  """What is wrong with a request (RFC 9457).
+
+  Attributes:
+    title: the status in words.
+    status: of HTTP.
+    detail: what is wrong.
+    field: of the request, or a column.
+    value: what it was, shortened.
+    fix: what to do.
+    type: 'about:blank'.
+  """
+
+  title: str
+  status: int
+  detail: str
+  field: str | None = None
+  value: str | None = None
+  fix: str | None = None
+  type: str = 'about:blank'
+
+
+class AttentionReply(msgspec.Struct):
+  """The last layer's attention of one candidate.
+
+  Attributes:
+    weights: of each event, oldest first, the mean over heads; they sum to 1.
+    first: the number of the first of these events.
+  """
+
+  weights: list[float]
+  first: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What a request may be.
+
+  Attributes:
+    body_bytes: of its body; a compressed one is refused.
+    body_seconds: until its body must be there.
+    candidates: the most.
+    events: the most.
+    columns: of candidates, events and context each.
+    text: characters of a text.
+  """
+
+  body_bytes: int = 8 << 20
+  body_seconds: float = 10.0
+  candidates: int = 4096
+  events: int = 16_384
+  columns: int = 256
+  text: int = 1024
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      if not value > 0:
+        raise ValueError(f'{name}={value} must be above 0')
+
+  @classmethod
+  def parse(cls, text: str) -> Limits:
+    """The limits that a text changes, as 'candidates=2000,events=100'.
+
+    Raises:
+      ValueError: a name is no limit, or a value no number above 0.
+    """
+    kinds = {name: type(x) for name, x in dataclasses.asdict(cls()).items()}
+    found: dict[str, Any] = {}
+    for pair in filter(None, text.split(',')):
+      name, _, value = pair.partition('=')
+      if name not in kinds:
+        raise ValueError(f'limits: {name!r} is none of {sorted(kinds)}')
+      try:
+        found[name] = kinds[name](value)
+      except ValueError:
+        raise ValueError(f'limits: {pair!r} has no number; give one') from None
+    return cls(**found)
+
+
+class BadRequestError(Exception):
+  """A request that is refused; `problem` says why."""
+
+  def __init__(self, problem: Problem, retry_after_s: float | None = None):
+    super().__init__(problem.detail)
+    self.problem = problem
+    self.retry_after_s = retry_after_s
+
+
+_TITLES = {
+  400: 'Malformed request',
+  401: 'No valid token',
+  404: 'Not found',
+  405: 'Method not allowed',
+  408: 'Body too slow',
+  409: 'History not known',
+  413: 'Too large',
+  415: 'Unsupported media type',
+  422: 'Bad value',
+  429: 'Too many requests',
+  500: 'Internal error',
+  503: 'Not ready',
+  504: 'Too late',
+}
+
+
+def refusal(
+  status: int,
+  detail: str,
+  *,
+  field: str | None = None,
+  value: Any = None,
+  fix: str | None = None,
+) -> BadRequestError:
+  """The exception of a refused request."""
+  if value is not None:
+    value = value if isinstance(value, str) else repr(value)
+    value = value if len(value) <= 100 else f'{value[:100]}..'
+  title = _TITLES.get(status, 'Refused')
+  return BadRequestError(Problem(title, status, detail, field, value, fix))
+
+
+_DECODERS: Mapping[str, Any] = {
+  JSON: msgspec.json.Decoder(ScoreRequest),
+  MSGPACK: msgspec.msgpack.Decoder(ScoreRequest),
+}
+_ENCODERS: Mapping[str, Any] = {
+  JSON: msgspec.json.Encoder(),
+  MSGPACK: msgspec.msgpack.Encoder(),
+}
+
+
+def media_type(header: str) -> str:
+  """`JSON` or `MSGPACK`; another is refused with 415."""
+  name = header.partition(';')[0].strip().lower()
+  name = _ALIASES.get(name, name)
+  if name not in _DECODERS:
+    raise refusal(
+      415,
+      f'Content-Type is {header!r}',
+      field='Content-Type',
+      value=header,
+      fix=f'send {JSON} or {MSGPACK}',
+    )
+  return name
+
+
+def decode(media: str, body: bytes | bytearray) -> ScoreRequest:
+  """The request of a body, its types checked.
+
+  Raises:
+    BadRequestError: with 400, or 422 of a well-formed body.
+  """
+  try:
+    return _DECODERS[media].decode(body)
+  except msgspec.ValidationError as error:
+    what, _, path = str(error).partition(' - at `')
+    raise refusal(
+      422,
+      str(error),
+      field=path.rstrip('`').removeprefix('$').lstrip('.') or None,
+      fix=what,
+    ) from error
+  except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    raise refusal(
+      400, f'the body is no {media}: {error}', fix='send what the schema says'
+    ) from error
+
+
+def encode(media: str, message: Any) -> bytes:
+  """A body."""
+  return _ENCODERS[media].encode(message)
+
+
+def size(table: Table) -> int:
+  """The number of rows of a table; of unequal columns, the longest."""
+  if isinstance(table, dict):
+    return max(map(len, table.values()), default=0)
+  return len(table)
+
+
+def check(
+  request: ScoreRequest, known: Mapping[str, frozenset[str]], limits: Limits
+) -> None:
+  """Checks what types do not say, before any work is spent.
+
+  Args:
+    request: as decoded.
+    known: the columns that may be in `candidates`, `events` and `context`.
+    limits: of the server.
+
+  Raises:
+    BadRequestError: 413 for too many, 422 for a bad value.
+  """
+  most = {'candidates': limits.candidates, 'events': limits.events}
+  for field, limit in most.items():
+    table = getattr(request, field)
+    if (number := size(table)) > limit:
+      raise refusal(
+        413,
+        f'{field} has {number} rows, the server takes {limit}',
+        field=field,
+        value=number,
+        fix=f'send at most {limit}',
+      )
+  if not size(request.candidates):
+    raise refusal(
+      422,
+      'candidates is empty',
+      field='candidates',
+      fix='give at least one item to score',
+    )
+  _check_text('user', request.user, limits)
+  _check_columns('context', request.context, known['context'], limits)
+  for name, value in request.context.items():
+    _check_values(f'context.{name}', [value], limits)
+  for field in most:
+    _check_table(field, getattr(request, field), known[field], limits)
+
+
+def _check_table(field, table: Table, known, limits: Limits) -> None:
+  if isinstance(table, dict):
+    _check_columns(field, table, known, limits)
+    for name, values in table.items():
+      _check_values(f'{field}.{name}', values, limits)
+    return
+  for names in {tuple(row): row for row in table}.values():
+    _check_columns(field, names, known, limits)
+  for row in table:
+    for name, value in row.items():
+      _check_values(f'{field}.{name}', [value], limits)
+
+
+def _check_columns(field, columns, known, limits: Limits) -> None:
+  if len(columns) > limits.columns:
+    raise refusal(
+      413,
+      f'{field} has {len(columns)} columns, the server takes {limits.columns}',
+      field=field,
+      value=len(columns),
+      fix=f'send at most {limits.columns}',
+    )
+  unknown = sorted(set(columns) - known)
+  if unknown:
+    shown = [name[:100] for name in unknown[:10]]
+    raise refusal(
+      422,
+      f'{field} has columns that the model does not know: {shown}',
+      field=field,
+      value=shown,
+      fix=f'leave them out; known are {sorted(known)}',
+    )
+
+
+def _check_values(field, values: Column, limits: Limits) -> None:
+  kinds = set(map(type, values))  # Fast where there are no floats or texts.
+  if float in kinds:
+    for row, value in enumerate(values):
+      if isinstance(value, float) and not math.isfinite(value):
+        raise refusal(
+          422,
+          f'{field} row {row} is {value}, not finite',
+          field=field,
+          value=value,
+          fix='send a finite number',
+        )
+  if str in kinds:
+    for value in values:
+      _check_text(field, value, limits)
+
+
+def _check_text(field, value: Value, limits: Limits) -> None:
+  if isinstance(value, str) and len(value) > limits.text:
+    raise refusal(
+      413,
+      f'{field} is a text of {len(value)} characters, the server takes '
+      f'{limits.text}',
+      field=field,
+      value=value[:20],
+      fix=f'send at most {limits.text}',
+    )

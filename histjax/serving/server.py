@@ -1,0 +1,215 @@
+"""The application in uvicorn: deadlines of connections, and a graceful end.
+
+What of uvicorn is no option of it is in this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import time
+from collections.abc import Iterator
+
+import uvicorn
+from absl import logging
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from histjax.scoring import Scorer, ScorerConfig
+from histjax.serving.app import Service
+from histjax.serving.engine import Engine
+from histjax.training import checkpoints
+
+_HEAD_S = 10.0
+"""A request's line and headers must come in this time."""
+_MOST_EVENTS = 16_384
+
+
+class _Protocol(H11Protocol):
+  """Closes connections whose request does not come.
+
+  uvicorn has a limit for what is idle after a response, none for a client that
+  sends nothing, or its headers byte by byte.
+  """
+
+  _deadline: asyncio.TimerHandle | None = None
+
+  def connection_made(self, transport) -> None:
+    super().connection_made(transport)
+    self._arm()
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    if self.cycle is None or self.cycle.response_complete:
+      if self._deadline is None and self.timeout_keep_alive_task is None:
+        self._arm()
+    else:
+      self._disarm()
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    self._disarm()
+    super().connection_lost(exc)
+
+  def _arm(self) -> None:
+    self._deadline = self.loop.call_later(_HEAD_S, self.transport.abort)
+
+  def _disarm(self) -> None:
+    if self._deadline is not None:
+      self._deadline.cancel()
+      self._deadline = None
+
+
+class Server(uvicorn.Server):
+  """Drains at SIGTERM or SIGINT.
+
+  At first `/health/ready` says 503 and requests are scored as before, so that
+  a balancer can look elsewhere; after `drain_s` no connection is accepted, what
+  is in flight is answered, and the process ends. A second signal skips that
+  wait.
+  """
+
+  def __init__(
+    self,
+    service: Service,
+    app: Starlette,
+    host: str = '127.0.0.1',
+    port: int = 8000,
+    drain_s: float = 1.0,
+    *,
+    max_connections: int = 2048,
+  ):
+    """Makes a server; `run` it in the main thread.
+
+    Args:
+      service: of the application.
+      app: of `make_app`.
+      host: address to listen at.
+      port: likewise.
+      drain_s: see above.
+      max_connections: more than these are answered 503.
+    """
+    if not 0 <= drain_s <= 3600:
+      raise ValueError(f'drain_s={drain_s} must be in [0, 3600]')
+    super().__init__(
+      uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=_Protocol,
+        ws='none',
+        lifespan='on',
+        access_log=False,
+        log_level='warning',
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=30,
+        limit_concurrency=max_connections,
+      )
+    )
+    self._service, self._drain_s = service, drain_s
+    self._loop: asyncio.AbstractEventLoop | None = None
+
+  async def startup(self, sockets=None) -> None:
+    """See uvicorn."""
+    self._loop = asyncio.get_running_loop()
+    await super().startup(sockets)
+
+  def handle_exit(self, sig: int, frame) -> None:
+    """See uvicorn; a handler of signals."""
+    if self._service.state == 'draining' or self._loop is None:
+      super().handle_exit(sig, frame)
+      return
+    self._service.drain()
+    self._loop.call_soon_threadsafe(
+      self._loop.call_later, self._drain_s, super().handle_exit, sig, frame
+    )
+
+
+def buckets(rows: int, events: int, candidates: int) -> ScorerConfig:
+  """Few: each combination of them is a program to compile.
+
+  One for what is warmed up, of events and candidates, and for more the double;
+  so what is larger compiles when it is first asked for.
+
+  Args:
+    rows: users in a batch, at most.
+    events: of a history.
+    candidates: of a request.
+  """
+  for name, value in (('events', events), ('candidates', candidates)):
+    if value < 1:
+      raise ValueError(f'warm_up: {name}={value} must be at least 1')
+  microbatch = ScorerConfig().microbatch
+  return ScorerConfig(
+    row_buckets=tuple(sorted({1, min(8, rows), rows})),
+    history_buckets=tuple(_doubled(events, _MOST_EVENTS)),
+    candidate_buckets=tuple(_doubled(min(candidates, microbatch), microbatch)),
+  )
+
+
+def _doubled(size: int, most: int) -> Iterator[int]:
+  """`size`, its double and so on, up to the first that holds `most`."""
+  yield size
+  while size < most:
+    size *= 2
+    yield size
+
+
+async def watch(
+  service: Service, workdir: str, engine: Engine, every_s: float
+) -> None:
+  """Rolls over to the workdir's best parameters whenever they change.
+
+  They are read in a thread, and the engine puts them in place between two
+  batches: no request is dropped, and none is scored by both. What cannot be
+  read is reported and leaves the old ones in place.
+
+  Args:
+    service: counts roll-overs.
+    workdir: of the run.
+    engine: of the service.
+    every_s: seconds between looks; 0: none.
+  """
+  if not every_s:
+    return
+  seen = await asyncio.to_thread(_listing, workdir)
+  while True:
+    await asyncio.sleep(every_s)
+    listing = await asyncio.to_thread(_listing, workdir)
+    if listing == seen:
+      continue
+    seen = listing
+    try:
+      changed = await asyncio.to_thread(_roll_over, workdir, engine)
+    except Exception as error:  # Training goes on, or somebody copies.
+      service.metrics.roll_overs.labels('failed').inc()
+      logging.error('%s is not served: %s', workdir, error)
+      seen = ()  # Again, with what is there then.
+      continue
+    if changed:
+      service.metrics.roll_overs.labels('done').inc()
+
+
+def _roll_over(workdir: str, engine: Engine) -> bool:
+  begun = time.monotonic()
+  scorer = Scorer.from_workdir(workdir, scorer_config=engine.scorer.options)
+  if scorer.fingerprint == engine.fingerprint:
+    return False
+  engine.roll_over(scorer)
+  logging.info(
+    '%s: serves %s after %.1f s',
+    workdir,
+    scorer.fingerprint[:12],
+    time.monotonic() - begun,
+  )
+  return True
+
+
+def _listing(workdir: str) -> tuple:
+  """What changes whenever a checkpoint is written or deleted."""
+  try:
+    folders = pathlib.Path(workdir, checkpoints.FOLDER).iterdir()
+    return tuple(sorted((f.name, f.stat().st_mtime_ns) for f in folders))
+  except OSError:
+    return ()

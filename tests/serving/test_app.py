@@ -1,0 +1,496 @@
+"""The application, over HTTP on the loopback interface."""
+
+import concurrent.futures
+import dataclasses
+import gzip
+import json
+import threading
+import types
+
+import msgspec
+import numpy as np
+import pytest
+
+import histjax
+from histjax.serving import app as app_lib
+from histjax.serving import batcher, columns, messages
+from histjax.serving.engine import Result, UnknownHistory
+from histjax.training import evaluation
+from tests.serving import bodies
+from tests.serving.conftest import connect, running, service_of
+from tests.training import runs
+
+
+def problem_of(response):
+  assert response.headers['content-type'] == messages.PROBLEM
+  found = msgspec.json.decode(response.content, type=messages.Problem)
+  assert found.status == response.status_code
+  return found
+
+
+def post(found, body, **headers):
+  if not isinstance(body, bytes):
+    body = json.dumps(body).encode()
+  headers = {'content-type': messages.JSON, **headers}
+  return found.http.post('/v1/score', content=body, headers=headers)
+
+
+class Stub:
+  """Stands for an engine whose scores are the candidates' items."""
+
+  def __init__(self, scorer):
+    self.scorer, self.fingerprint = scorer, 'stub'
+    self.go, self.begun = threading.Event(), threading.Event()
+    self.go.set()
+
+  def metrics(self):
+    return {'hits': 3, 'transfers': {'bytes': 5}}
+
+  def score(self, requests):
+    self.begun.set()
+    assert self.go.wait(60)
+    return [self._one(x) for x in requests]
+
+  def _one(self, request):
+    if request.user == 'unknown':
+      return UnknownHistory('no state of it')
+    if request.user == 'broken':
+      return RuntimeError('a secret')
+    items = np.asarray(request.candidates['item'], np.float32)
+    return Result({'click': items}, 'hit', 5)
+
+
+class TestScores:
+  @pytest.mark.parametrize('media', [messages.JSON, messages.MSGPACK])
+  def test_are_those_of_the_scorer(self, served, workdir, media):
+    body = bodies.body(9, 4)
+    response = served.http.post(
+      '/v1/score',
+      content=messages.encode(media, body),
+      headers={'content-type': media},
+    )
+    assert response.headers['content-type'] == media
+    decode = msgspec.json if media == messages.JSON else msgspec.msgpack
+    reply = decode.decode(response.content, type=messages.ScoreReply)
+    scorer = histjax.Scorer.from_workdir(workdir)
+    row = scorer.make_row(
+      context=body['context'],
+      history=body['events'],
+      candidates=body['candidates'],
+    )
+    batch = histjax.collate([row])
+    wanted = scorer.score_joint(batch)
+    assert set(reply.logits) == set(wanted) == {'click', 'like'}
+    for task, logits in reply.logits.items():
+      # Float32, of order 1; the joint pass sums in another order.
+      np.testing.assert_allclose(logits, wanted[task][0, :9], atol=1e-5)
+      np.testing.assert_allclose(
+        reply.probabilities[task], 1 / (1 + np.exp(-np.array(logits)))
+      )
+    best = np.argsort(-np.array(reply.logits['click']), kind='stable')
+    assert reply.order == best.tolist()
+    assert reply.num_events == 4
+    assert reply.batch_size == 1
+    assert min(dataclasses.astuple(_plain(reply.timings_ms))) >= 0
+
+  def test_rows_are_records_or_columns(self, served):
+    body = bodies.body(3, 2)
+    records = {
+      name: [
+        dict(zip(body[name], row, strict=True))
+        for row in zip(*body[name].values(), strict=True)
+      ]
+      for name in ('candidates', 'events')
+    }
+    found = [post(served, x).json() for x in (body, {**body, **records})]
+    assert found[0]['logits'] == found[1]['logits']
+
+  def test_of_a_new_user(self, served):
+    body = bodies.body(user='nobody', events=[])
+    assert post(served, body).json()['num_events'] == 0
+
+  def test_accepts_what_is_asked_for(self, served):
+    response = post(served, bodies.body(), accept=messages.MSGPACK)
+    assert response.headers['content-type'] == messages.MSGPACK
+
+  def test_are_those_of_evaluation(self, served):
+    """Logged impressions, request by request, as the server is sent them."""
+    dataset = runs.dataset()
+    rows, log = dataset.splits['test'], dataset.log
+    run = served.service.engine.scorer.run
+    predicted = evaluation.predict(
+      histjax.Ranker(run.config.model),
+      run.params,
+      rows,
+      run.config.pipeline,
+      runs.mesh(),
+    ).predictions()
+    events = np.concatenate(
+      [rows.candidate_events(r) for r in range(len(rows))]
+    )
+    visible = log.visible()
+    wanted = dict(zip(events.tolist(), predicted.logits['click'], strict=True))
+    offsets = log.offsets
+    checked = 0
+    for event in events[::7]:
+      user = int(log.user[event])
+      past = slice(int(offsets[user]), int(visible[event]))
+      names = ('item', 'category', 'click', 'like')
+      body = {
+        'user': log.key(event),
+        'context': {'segment': int(log.features['segment'][event])},
+        'candidates': {
+          n: [int(log.features[n][event])] for n in ('item', 'category')
+        },
+        'events': {n: log.features[n][past].tolist() for n in names},
+      }
+      (logit,) = post(served, body).json()['logits']['click']
+      # Float32, of order 1; evaluation sums in another order.
+      np.testing.assert_allclose(logit, wanted[event], atol=1e-5)
+      checked += 1
+    assert checked > 10
+
+
+def _plain(struct):
+  fields = {f: getattr(struct, f) for f in struct.__struct_fields__}
+  return dataclasses.make_dataclass('Plain', fields)(**fields)
+
+
+BAD = {
+  'no json': (b'{"user": ', 400, None),
+  'no utf-8': (b'\xff\xfe', 400, None),
+  'empty': (b'', 400, None),
+  'deep': (b'[' * 100_000, 422, None),
+  'nan': (b'{"user": 1, "candidates": {"item": [NaN]}}', 400, None),
+  'null': (b'null', 422, None),
+  'unknown field': (bodies.body(path='/etc/passwd'), 422, None),
+  'no user': ({'candidates': {'item': [1]}}, 422, None),
+  'user is a list': (bodies.body(user=[1]), 422, 'user'),
+  'negative first': (bodies.body(first=-1), 422, 'first'),
+  'first is text': (bodies.body(first='0'), 422, 'first'),
+  'timeout 0': (bodies.body(timeout_ms=0), 422, 'timeout_ms'),
+  'no candidates': (bodies.body(candidates={}), 422, 'candidates'),
+  'empty candidates': (
+    bodies.body(candidates={'item': [], 'category': []}), 422, 'candidates',
+  ),
+  'unknown column': (
+    bodies.body(candidates={'item': [1], 'category': [1], 'itme': [1]}),
+    422, 'candidates',
+  ),
+  'outcome of a candidate': (
+    bodies.body(candidates={'item': [1], 'category': [1], 'click': [1]}),
+    422, 'candidates',
+  ),
+  'unknown context': (bodies.body(context={'segmnet': 1}), 422, 'context'),
+  'missing column': (bodies.body(candidates={'item': [1]}), 422, 'category'),
+  'unequal columns': (
+    bodies.body(candidates={'item': [1, 2], 'category': [1]}), 422, None,
+  ),
+  'wrong type': (
+    bodies.body(candidates={'item': ['x'], 'category': [1]}), 422, 'item',
+  ),
+  'fraction': (
+    bodies.body(candidates={'item': [1.5], 'category': [1]}), 422, 'item',
+  ),
+  'negative': (
+    bodies.body(candidates={'item': [-1], 'category': [1]}), 422, 'item',
+  ),
+  'outside the table': (
+    bodies.body(candidates={'item': [20], 'category': [1]}), 422, 'item',
+  ),
+  'null value': (
+    bodies.body(candidates={'item': [None], 'category': [1]}), 422,
+    'candidates[...][0]',
+  ),
+  'nested': (
+    bodies.body(candidates={'item': [[1]], 'category': [1]}), 422,
+    'candidates[...][0]',
+  ),
+  'huge integer': (
+    bodies.body(candidates={'item': [10**30], 'category': [1]}), 422, 'item',
+  ),
+  'huge float': (
+    b'{"user": 1, "candidates": {"item": [1e999]}}', 422,
+    'candidates[...][0]',
+  ),
+  'long text': (bodies.body(user='x' * 2000), 413, 'user'),
+  'many candidates': (bodies.body(5000), 413, 'candidates'),
+  'many events': (bodies.body(3, 20_000), 413, 'events'),
+  'many columns': (
+    bodies.body(context={f'c{i}': 1 for i in range(300)}), 413, 'context',
+  ),
+}  # fmt: skip
+
+
+class TestRefusals:
+  @pytest.mark.parametrize('name', BAD)
+  def test_bad_bodies(self, served, name):
+    body, status, field = BAD[name]
+    response = post(served, body)
+    assert response.status_code == status, response.text
+    problem = problem_of(response)
+    assert problem.field == field
+    assert problem.detail
+    assert len(response.content) < 5000
+    if name not in ('no user', 'null'):
+      assert problem.fix
+
+  @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+  def test_what_is_not_finite(self, served, value):
+    for changes, field in (
+      ({'context': {'segment': value}}, 'context.segment'),
+      (
+        {'candidates': {'item': [1.0, value], 'category': [1, 1]}},
+        'candidates.item',
+      ),
+      ({'events': [{**bodies.EVENT, 'item': value}]}, 'events.item'),
+      ({'timeout_ms': value}, 'timeout_ms'),
+    ):
+      response = served.http.post(
+        '/v1/score',
+        content=messages.encode(messages.MSGPACK, bodies.body(**changes)),
+        headers={'content-type': messages.MSGPACK},
+      )
+      assert response.status_code == 422
+      assert problem_of(response).field == field
+
+  def test_names_unknown_columns_and_the_known(self, served):
+    body = bodies.body(candidates={'item': [1], 'category': [1], 'itme': [1]})
+    problem = problem_of(post(served, body))
+    assert "'itme'" in problem.detail
+    assert "'item'" in problem.fix
+
+  def test_bad_messagepack(self, served):
+    for content, status in ((b'\xc1', 400), (b'\x81', 400), (b'\x01', 422)):
+      response = served.http.post(
+        '/v1/score',
+        content=content,
+        headers={'content-type': messages.MSGPACK},
+      )
+      assert response.status_code == status
+      problem_of(response)
+
+  def test_other_media(self, served):
+    for media in ('text/plain', '', 'application/x-pickle', 'a' * 1000):
+      response = post(served, bodies.body(), **{'content-type': media})
+      assert response.status_code == 415
+      assert messages.JSON in problem_of(response).fix
+
+  def test_compressed_bodies_are_not_opened(self, served):
+    bomb = gzip.compress(bytes(50 << 20))
+    for encoding in ('gzip', 'deflate', 'br', 'gzip, gzip'):
+      response = post(served, bomb, **{'content-encoding': encoding})
+      assert response.status_code == 415
+      assert problem_of(response).field == 'Content-Encoding'
+
+  def test_a_million_candidates(self, served):
+    body = bodies.body(1_000_000)
+    response = post(served, body)
+    assert response.status_code == 413
+    assert problem_of(response).field == 'candidates'
+
+  def test_a_long_body_is_not_read(self, served):
+    with connect(served) as connection:
+      connection.sendall(
+        b'POST /v1/score HTTP/1.1\r\nHost: x\r\n'
+        b'Content-Type: application/json\r\n'
+        b'Content-Length: 99999999999\r\n\r\n{'
+      )
+      assert connection.recv(1 << 16).startswith(b'HTTP/1.1 413')
+
+  def test_a_long_body_in_chunks_is_not_read_to_its_end(self, served):
+    sent = 0
+
+    def chunks():
+      nonlocal sent
+      for _ in range(1000):
+        sent += 1 << 20
+        yield bytes(1 << 20)
+
+    try:
+      response = served.http.post(
+        '/v1/score',
+        content=chunks(),
+        headers={'content-type': messages.JSON},
+      )
+      assert response.status_code == 413
+    except OSError:
+      raise
+    except Exception as error:  # Closed while it was still sending.
+      assert 'rror' in type(error).__name__
+    assert sent < 100 << 20
+
+  def test_paths_and_methods(self, served):
+    for path in ('/nothing', '/page/../engine.py', '/page/%2e%2e/engine.py'):
+      response = served.http.get(path)
+      assert response.status_code == 404
+      problem_of(response)
+    response = served.http.get('/v1/score')
+    assert response.status_code == 405
+    assert response.headers['allow'] == 'POST'
+
+
+class TestService:
+  def test_is_ready_after_warm_up(self, scored):
+    go = threading.Event()
+    service = service_of(Stub(scored.scorer), warm_up=lambda: go.wait(60))
+    with running(service, ready=False) as found:
+      assert found.http.get('/health/live').status_code == 200
+      for response in (
+        found.http.get('/health/ready'), post(found, bodies.body())
+      ):  # fmt: skip
+        assert response.status_code == 503
+        assert response.headers['retry-after'] == '1'
+        assert problem_of(response).detail == 'warming up'
+      go.set()
+      while found.http.get('/health/ready').status_code != 200:
+        threading.Event().wait(0.01)
+      assert post(found, bodies.body()).status_code == 200
+
+  def test_a_failed_warm_up(self, scored):
+    def fail():
+      raise RuntimeError('no memory')
+
+    service = service_of(Stub(scored.scorer), warm_up=fail)
+    with running(service, ready=False) as found:
+      while service.state == 'warming up':
+        threading.Event().wait(0.01)
+      for path in ('/health/live', '/health/ready'):
+        response = found.http.get(path)
+        assert response.status_code == 503
+        assert problem_of(response).detail == 'warm-up failed'
+
+  def test_engine_errors(self, scored):
+    with running(service_of(Stub(scored.scorer))) as found:
+      response = post(found, bodies.body(user='unknown', first=4))
+      assert response.status_code == 409
+      problem = problem_of(response)
+      assert (problem.field, problem.value) == ('first', '4')
+      assert 'first=0' in problem.fix
+      response = post(found, bodies.body(user='broken'))
+      assert response.status_code == 500
+      assert 'secret' not in response.text
+      assert post(found, bodies.body()).json()['source'] == 'hit'
+
+  def test_a_full_queue_and_deadlines(self, scored):
+    stub = Stub(scored.scorer)
+    stub.go.clear()
+    config = app_lib.AppConfig(batcher.BatcherConfig(max_queue=2))
+    with (
+      running(service_of(stub, config)) as found,
+      concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+      first = pool.submit(post, found, bodies.body())
+      assert stub.begun.wait(60)
+      waiting = [
+        pool.submit(post, found, bodies.body(timeout_ms=60_000))
+        for _ in range(2)
+      ]
+      while found.service.batcher.waiting < 2:
+        threading.Event().wait(0.01)
+      refused = post(found, bodies.body())
+      assert refused.status_code == 429
+      assert int(refused.headers['retry-after']) >= 1
+      stub.go.set()
+      for future in (first, *waiting):
+        assert future.result().status_code == 200
+      stub.go.clear()
+      stub.begun.clear()
+      first = pool.submit(post, found, bodies.body())
+      assert stub.begun.wait(60)
+      late = post(found, bodies.body(timeout_ms=20))
+      assert late.status_code == 504
+      assert problem_of(late).field == 'timeout_ms'
+      stub.go.set()
+      assert first.result().status_code == 200
+
+  def test_tokens(self, scored):
+    config = app_lib.AppConfig(token='correct horse')
+    with running(
+      service_of(scored, config), with_page=True, ready=False
+    ) as found:
+      for path in ('/', '/page/page.js', '/health/live', '/openapi.json'):
+        assert found.http.get(path).status_code == 200
+      for given in ('', 'Bearer', 'Bearer correct', 'Basic correct horse'):
+        headers = {'authorization': given}
+        response = found.http.get('/v1/schema', headers=headers)
+        assert response.status_code == 401
+        assert response.headers['www-authenticate'] == 'Bearer'
+        assert post(found, b'', **headers).status_code == 401
+        response = found.http.get('/metrics', headers=headers)
+        assert response.status_code == 401
+      headers = {'authorization': 'Bearer correct horse'}
+      assert found.http.get('/v1/schema', headers=headers).status_code == 200
+    assert 'horse' not in repr(config)
+
+  def test_metrics(self, scored):
+    with running(service_of(Stub(scored.scorer))) as found:
+      post(found, bodies.body())
+      post(found, b'')
+      found.http.get('/nothing')
+      text = found.http.get('/metrics').text
+    for line in (
+      'histjax_requests_total{path="/v1/score",status="200"} 1.0',
+      'histjax_requests_total{path="/v1/score",status="400"} 1.0',
+      'histjax_requests_total{path="other",status="404"} 1.0',
+      'histjax_phase_seconds_count{phase="queue"} 1.0',
+      'histjax_phase_seconds_count{phase="score"} 1.0',
+      'histjax_batch_size_sum 1.0',
+      'histjax_states_total{source="hit"} 1.0',
+      'histjax_store_hits 3.0',
+      'histjax_store_transfers_bytes 5.0',
+      'histjax_ready 1.0',
+      'histjax_model_info{fingerprint="stub"} 1.0',
+    ):
+      assert line in text.splitlines()
+
+  def test_schema(self, served):
+    found = served.http.get('/v1/schema').json()
+    assert found['model'] == served.service.engine.fingerprint
+    assert set(found['columns']['candidates']) == {'item', 'category'}
+    assert set(found['columns']['events']) == {
+      *('item', 'category', 'click', 'like')
+    }
+    assert found['columns']['context']['segment']['maximum'] == 3
+
+  def test_needs_derived_columns(self, scored):
+    run = scored.scorer.run
+    rows = dataclasses.replace(run.config.data.rows, ties='strict')
+    features = types.SimpleNamespace(
+      needs=lambda what: what == 'labels', configs=(1,)
+    )
+    found = columns.Columns.of_run(scored.scorer.config.schema, rows, features)
+    assert set(found.needed['candidates']) == {'item', 'category', 'time'}
+    assert set(found.needed['events']) == {
+      *('item', 'category', 'click', 'like', 'time', 'request')
+    }
+
+  def test_token_files(self, tmp_path, monkeypatch):
+    monkeypatch.delenv('HISTJAX_TOKEN', raising=False)
+    assert app_lib.read_token() == ''
+    monkeypatch.setenv('HISTJAX_TOKEN', 'of the environment')
+    assert app_lib.read_token() == 'of the environment'
+    path = tmp_path / 'token'
+    path.write_text('of a file\n')
+    assert app_lib.read_token(str(path)) == 'of a file'
+    path.write_text('\n')
+    with pytest.raises(ValueError, match='is empty'):
+      app_lib.read_token(str(path))
+
+  def test_limits_of_a_text(self):
+    found = messages.Limits.parse('candidates=20,body_seconds=0.5')
+    assert found == messages.Limits(candidates=20, body_seconds=0.5)
+
+  @pytest.mark.parametrize(
+    ('make', 'said'),
+    [
+      (lambda: app_lib.AppConfig(timeout_s=0), 'timeout_s=0'),
+      (lambda: app_lib.AppConfig(token='short'), 'fewer than 8'),
+      (lambda: messages.Limits(candidates=0), 'candidates=0'),
+      (lambda: messages.Limits.parse('events=x'), "'events=x' has no number"),
+      (lambda: messages.Limits.parse('items=3'), "'items' is none of"),
+    ],
+  )
+  def test_bad_configs(self, make, said):
+    with pytest.raises(ValueError, match=said):
+      make()

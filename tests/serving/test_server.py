@@ -1,0 +1,316 @@
+"""Faults: slow clients, signals, other parameters, several servers."""
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+import histjax
+from histjax.serving import app as app_lib
+from histjax.serving import client, engine, messages, server
+from tests.serving import bodies
+from tests.serving.conftest import connect, running, service_of
+from tests.serving.test_app import Stub, post, problem_of
+from tests.training import runs
+
+ROOT = pathlib.Path(__file__).parents[2]
+HEAD = b'POST /v1/score HTTP/1.1\r\nHost: x\r\n'
+
+
+class TestSlowClients:
+  def test_a_body_that_does_not_come(self, scored):
+    limits = messages.Limits(body_seconds=0.2)
+    config = app_lib.AppConfig(limits=limits)
+    with running(service_of(Stub(scored.scorer), config)) as found:
+      for start in (b'', b'{"us'):
+        with connect(found) as connection:
+          connection.sendall(
+            HEAD + b'Content-Type: application/json\r\n'
+            b'Content-Length: 100\r\n\r\n' + start
+          )
+          answer = connection.recv(1 << 16)
+        assert answer.startswith(b'HTTP/1.1 408')
+        assert b'connection: close' in answer.lower()
+      assert post(found, bodies.body()).status_code == 200
+
+  def test_a_body_that_comes_too_slowly(self, scored):
+    """Each byte in time, the whole body not."""
+    limits = messages.Limits(body_seconds=0.3)
+    config = app_lib.AppConfig(limits=limits)
+    with (
+      running(service_of(Stub(scored.scorer), config)) as found,
+      connect(found) as connection,
+    ):
+      connection.sendall(
+        HEAD + b'Content-Type: application/json\r\n'
+        b'Content-Length: 1000000\r\n\r\n'
+      )
+      connection.settimeout(0.05)
+      answer = b''
+      while not answer:
+        connection.sendall(b' ')
+        try:
+          answer = connection.recv(1 << 16)
+        except TimeoutError:
+          pass
+      assert answer.startswith(b'HTTP/1.1 408')
+
+  @pytest.mark.parametrize('sent', [b'', b'GET /hea', HEAD])
+  def test_headers_that_do_not_come(self, scored, monkeypatch, sent):
+    monkeypatch.setattr(server, '_HEAD_S', 0.2)
+    with (
+      running(service_of(Stub(scored.scorer))) as found,
+      connect(found) as connection,
+    ):
+      connection.sendall(sent)
+      with pytest.raises(ConnectionError):
+        if not connection.recv(1 << 16):
+          raise ConnectionResetError
+
+  def test_headers_of_a_second_request(self, scored, monkeypatch):
+    monkeypatch.setattr(server, '_HEAD_S', 0.2)
+    with (
+      running(service_of(Stub(scored.scorer))) as found,
+      connect(found) as connection,
+    ):
+      connection.sendall(b'GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n')
+      assert connection.recv(1 << 16).startswith(b'HTTP/1.1 200')
+      connection.sendall(b'GET /hea')
+      with pytest.raises(ConnectionError):
+        if not connection.recv(1 << 16):
+          raise ConnectionResetError
+
+  def test_a_client_that_leaves(self, scored):
+    stub = Stub(scored.scorer)
+    with running(service_of(stub)) as found:
+      with connect(found) as connection:
+        connection.sendall(HEAD + b'Content-Length: 100\r\n\r\n{')
+      with connect(found) as connection:
+        connection.sendall(
+          HEAD + b'Content-Type: application/json\r\nContent-Length: 2\r\n'
+          b'\r\n{}'
+        )
+      assert post(found, bodies.body()).status_code == 200
+
+  def test_too_many_connections(self, scored):
+    stub = Stub(scored.scorer)
+    with running(service_of(stub), max_connections=3) as found:
+      with connect(found), connect(found):
+        with connect(found) as third:
+          third.sendall(b'GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n')
+          assert third.recv(1 << 16).startswith(b'HTTP/1.1 503')
+
+  def test_head_of_endless_length(self, scored):
+    with running(service_of(Stub(scored.scorer))) as found:
+      with connect(found) as connection:
+        try:
+          for _ in range(1000):
+            connection.sendall(b'x' * 10_000)
+          answer = connection.recv(1 << 16)
+          assert answer.startswith(b'HTTP/1.1 4')
+        except ConnectionError:  # Closed while it was still sending.
+          pass
+      assert post(found, bodies.body()).status_code == 200
+
+
+def scores(found, body):
+  response = post(found, body)
+  assert response.status_code == 200, response.text
+  return response.json()['logits']['click']
+
+
+class TestRollOver:
+  def test_without_a_dropped_request_or_a_mixed_score(self, workdir, tmp_path):
+    """Other parameters come while requests are scored."""
+    served, other = tmp_path / 'run', tmp_path / 'other'
+    shutil.copytree(workdir, served)
+    runs.run(other, num_steps=5, seed=1)
+    scoring = engine.Engine(served)
+    service = service_of(scoring)
+    body = bodies.body(12, 3)
+    stop = threading.Event()
+    seen = []
+
+    def ask(url):
+      with client.Client(url, retries=0, timeout_s=60) as one:
+        while not stop.is_set():
+          body_ = {k: v for k, v in body.items() if k != 'user'}
+          seen.append(one.score(7, **body_).logits['click'])
+
+    def watch():
+      return server.watch(service, str(served), scoring, 0.05)
+
+    with (
+      running(service, background=[watch]) as found,
+      concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+      old = scores(found, body)
+      futures = [pool.submit(ask, found.url) for _ in range(3)]
+      try:
+        (served / 'checkpoints').rename(tmp_path / 'old')
+        (other / 'checkpoints').rename(served / 'checkpoints')
+        wanted = histjax.Scorer.from_workdir(served).fingerprint
+        self._until(lambda: scoring.fingerprint == wanted, futures)
+        new = scores(found, body)
+        after = len(seen) + 10
+        self._until(lambda: len(seen) >= after, futures)
+      finally:
+        stop.set()
+      for future in futures:
+        future.result()
+      text = found.http.get('/metrics').text
+    assert 'histjax_roll_overs_total{outcome="done"} 1.0' in text
+    assert np.abs(np.subtract(old, new)).max() > 1e-3
+    # Each is of the one or the other, to the rounding of float32 in programs
+    # of other sizes; logits are of order 1.
+    seen = np.array(seen)
+    is_old = np.abs(seen - old).max(axis=1) < 1e-5
+    is_new = np.abs(seen - new).max(axis=1) < 1e-5
+    assert (is_old ^ is_new).all()
+    assert is_old[0]
+    assert is_new[-1]
+
+  def _until(self, reached, futures):
+    while not reached():
+      assert not any(f.done() for f in futures)
+      time.sleep(0.05)
+
+  def test_what_cannot_be_read_is_not_served(self, workdir, tmp_path):
+    served = tmp_path / 'run'
+    shutil.copytree(workdir, served)
+    scoring = engine.Engine(served)
+    service = service_of(scoring)
+
+    def watch():
+      return server.watch(service, str(served), scoring, 0.02)
+
+    with running(service, background=[watch]) as found:
+      before = scores(found, bodies.body())
+      time.sleep(0.1)  # It looked once.
+      (served / 'features.npz').write_bytes(b'damaged')
+      (served / 'checkpoints' / 'other').mkdir()
+      failed = 'histjax_roll_overs_total{outcome="failed"}'
+      while failed not in found.http.get('/metrics').text:
+        time.sleep(0.05)
+      assert scores(found, bodies.body()) == before
+
+
+def test_buckets():
+  found = server.buckets(32, 3000, 100)
+  assert found.row_buckets == (1, 8, 32)
+  assert found.history_buckets == (3000, 6000, 12_000, 24_000)
+  assert found.candidate_buckets == (100, 200, 400, 800, 1600)
+  assert server.buckets(1, 9, 5000).candidate_buckets == (1024,)
+  assert server.buckets(1, 9, 9).row_buckets == (1,)
+  with pytest.raises(ValueError, match='events=0'):
+    server.buckets(1, 0, 1)
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
+
+
+class Process:
+  """`experiments/serve.py` as a user starts it."""
+
+  def __init__(self, workdir, *flags, **variables):
+    self.port = free_port()
+    self.url = f'http://127.0.0.1:{self.port}'
+    self.process = subprocess.Popen(
+      [
+        sys.executable, ROOT / 'experiments' / 'serve.py',
+        f'--workdir={workdir}', f'--port={self.port}', '--warm_up=16,16',
+        '--max_batch=1', *flags,
+      ],
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      env={**os.environ, **variables},
+    )  # fmt: skip
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    self.process.kill()
+    self.process.communicate()
+
+  def wait_until_ready(self, token=''):
+    with client.Client(self.url, token=token) as one:
+      one.wait_until_ready(300)
+
+
+@pytest.mark.slow  # A process takes seconds to import everything.
+class TestProcesses:
+  def test_two_servers_of_one_workdir_and_a_drain(self, workdir):
+    token = 'of one server alone'
+    with (
+      Process(
+        workdir, '--drain_s=2', '--max_wait_ms=500', '--max_batch=8'
+      ) as first,
+      Process(workdir, '--page=no', HISTJAX_TOKEN=token) as second,
+    ):
+      first.wait_until_ready()
+      second.wait_until_ready()
+      body = {k: v for k, v in bodies.body().items() if k != 'user'}
+      with (
+        client.Client(first.url) as one,
+        client.Client(second.url, token=token) as other,
+      ):
+        found = [x.score(7, **body).logits for x in (one, other)]
+        assert found[0] == found[1]
+      assert httpx.get(f'{second.url}/v1/schema').status_code == 401
+      assert httpx.get(f'{second.url}/').status_code == 404
+      assert httpx.get(f'{first.url}/').status_code == 200
+      self._drains(first, body)
+      assert httpx.get(f'{second.url}/health/ready').status_code == 200
+
+  def _drains(self, found, body):
+    """In flight and for a while: scored. Then no more, and the end."""
+    with (
+      httpx.Client(base_url=found.url, timeout=60) as http,
+      concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+      send = [
+        pool.submit(http.post, '/v1/score', json={'user': 1, **body})
+        for _ in range(4)
+      ]
+      while 'histjax_queue_length 4.0' not in http.get('/metrics').text:
+        if all(f.done() for f in send):
+          break  # So fast, or so slow, that it was not seen.
+      found.process.send_signal(signal.SIGTERM)
+      while (ready := http.get('/health/ready')).status_code == 200:
+        pass
+      assert ready.status_code == 503
+      assert problem_of(ready).detail == 'draining'
+      late = http.post('/v1/score', json={'user': 1, **body})
+      assert late.status_code == 200
+      assert [f.result().status_code for f in send] == [200] * 4
+    output, _ = found.process.communicate(timeout=120)
+    # As uvicorn ends: by the signal, once all is done.
+    assert found.process.returncode == -signal.SIGTERM, output
+    assert 'Traceback' not in output
+    with pytest.raises(httpx.ConnectError):
+      httpx.get(f'{found.url}/health/live')
+
+  def test_bad_flags(self, workdir, tmp_path):
+    for flags, said in (
+      ([f'--token_file={tmp_path / "none"}'], 'FileNotFoundError'),
+      (['--max_wait_ms=1e9'], 'max_wait_s='),
+      (['--limits=items=3'], "'items' is none of"),
+    ):
+      with Process(workdir, *flags) as found:
+        output, _ = found.process.communicate(timeout=300)
+      assert found.process.returncode == 1
+      assert said in output
+      assert 'Traceback' not in output
