@@ -382,3 +382,15 @@ def server(workdir: str, port: int, *flags: str) -> Iterator[str]:
   finally:
     process.terminate()
     process.wait(60)
+
+
+def schema(url: str) -> dict[str, Any]:
+  """What the server says of its columns."""
+  return httpx.get(f'{url}/v1/schema').raise_for_status().json()
+
+
+def metrics(url: str) -> dict[str, float]:
+  """The server's own counts, those without labels."""
+  text = httpx.get(f'{url}/metrics').raise_for_status().text
+  lines = [x.split() for x in text.splitlines() if x.startswith('histjax_')]
+  return {x[0]: float(x[1]) for x in lines if len(x) == 2 and '{' not in x[0]}

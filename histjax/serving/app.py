@@ -354,6 +354,7 @@ def _reply(
     num_events=result.num_events,
     timings_ms=timings,
     batch_size=batch_size,
+    model=result.model,
   )
 
 

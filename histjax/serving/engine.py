@@ -75,11 +75,13 @@ class Result:
     source: the user's state was used as it was, extended by the new events, or
       the history was read from the first event needed.
     num_events: of the user, now known.
+    model: `Scorer.fingerprint` of the model that scored it.
   """
 
   logits: Mapping[str, np.ndarray]
   source: Source
   num_events: int
+  model: str = ''
 
 
 class Engine:
@@ -187,7 +189,9 @@ class Engine:
     for i, job, pending in flights:
       try:
         logits = {k: x[0] for k, x in pending.result().items()}
-        found[i] = Result(logits, job.source, job.past.stop)
+        found[i] = Result(
+          logits, job.source, job.past.stop, model.scorer.fingerprint
+        )
       except Exception as error:  # Of this request, or of its program.
         found[i] = error
     return [found[i] for i in range(len(requests))]

@@ -77,6 +77,7 @@ class ScoreReply(msgspec.Struct):
     num_events: of the user, now in the state; the next request's `first`.
     timings_ms: by phase.
     batch_size: requests that were scored together.
+    model: the fingerprint of the model that scored it.
   """
 
   logits: dict[str, list[float]]
@@ -86,6 +87,7 @@ class ScoreReply(msgspec.Struct):
   num_events: int
   timings_ms: Timings
   batch_size: int
+  model: str = ''
 
 
 class Problem(msgspec.Struct, omit_defaults=True):

@@ -1,0 +1,98 @@
+"""Loads a server with users who come back, and checks every score it gave.
+
+  python experiments/load.py --workdir=runs/demo --output=/tmp/load
+
+It starts `experiments/serve.py` on this machine, finds the highest rate at which
+99 of 100 requests are answered within --limit_ms, and scores everything again
+with `Scorer` from the whole history. Each --flag goes to the server.
+"""
+
+import json
+import pathlib
+import socket
+
+from absl import app, flags, logging
+
+from benchmarking import load, machine
+from histjax import Scorer
+from histjax.training import workdir
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'Written with .json.')
+_FLAGS = flags.DEFINE_multi_string('flag', [], "Of serve.py: 'max_batch=8'.")
+_RATE = flags.DEFINE_float('rate', 20.0, 'Requests a second, at first.', 0.1)
+_SECONDS = flags.DEFINE_float('seconds', 10.0, 'Of each rate.', 1, 600)
+_LIMIT = flags.DEFINE_float('limit_ms', 50.0, 'Of p99.', 0)
+_TRIES = flags.DEFINE_integer('tries', 12, 'Rates to try, at most.', 1)
+_USERS = flags.DEFINE_integer('users', 2000, "Drawn by Zipf's law.", 1)
+_HISTORY = flags.DEFINE_integer('history', 100, 'Events at first.', 0)
+_CANDIDATES = flags.DEFINE_integer('candidates', 100, 'Of a request.', 1)
+_BOUND = 1e-4
+"""Of float32 logits: sums run in another order at other batch sizes."""
+
+
+def run() -> None:
+  output = None
+  if _OUTPUT.value is not None:
+    output = workdir.resolve(_OUTPUT.value, '--output')
+    workdir.prepare(output.parent, '--output')
+  scorer = Scorer.from_workdir(_WORKDIR.value)
+  settings = load.Load(
+    users=_USERS.value, history=_HISTORY.value, candidates=_CANDIDATES.value
+  )
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  flags_of_server = [f'--{flag}' for flag in _FLAGS.value]
+  with load.server(_WORKDIR.value, port, *flags_of_server) as url:
+    users = load.Users(settings, load.schema(url), scorer.config.schema.time)
+    records: list[load.Record] = []
+
+    def try_rate(rate: float):
+      new = users.schedule(rate, _SECONDS.value)
+      found = load.summary(new, load.run(url, users, new))
+      records.extend(new)
+      print(f'offered {rate:.1f}/s: {json.dumps(found)}', flush=True)
+      return found
+
+    try_rate(_RATE.value)  # Users come for the first time.
+    best, tried = load.highest_rate(
+      try_rate, first=_RATE.value, limit_ms=_LIMIT.value, tries=_TRIES.value
+    )
+    metrics = load.metrics(url)
+  print(f'{best:.1f} requests/s with p99 <= {_LIMIT.value:g} ms; checking')
+  number, worst, wrong = load.wrong(
+    records, users, {scorer.fingerprint: scorer}, _BOUND
+  )
+  print(f'{number} scores, the largest difference {worst:.2f} of the bound')
+  report = {
+    'suite': 'load',
+    'environment': machine.environment(),
+    'load': vars(settings),
+    'flags': _FLAGS.value,
+    'requests/s': best,
+    'tried': tried,
+    'scores': number,
+    'wrong': wrong,
+    'server': metrics,
+  }
+  if output is not None:
+    path = pathlib.Path(f'{output}.json')
+    path.write_text(json.dumps(report, indent=2) + '\n')
+    print('wrote', path)
+  if wrong:
+    raise ValueError(f'{len(wrong)} replies are wrong: {wrong[0]}')
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+  try:
+    run()
+  except (ValueError, OSError, RuntimeError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+
+
+if __name__ == '__main__':
+  app.run(main)
