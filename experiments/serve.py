@@ -4,11 +4,13 @@
 
 See `histjax.serving.app` for the routes. It listens on this machine alone
 unless --host says otherwise; with a token (--token_file, or the environment's
-HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it.
+HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it. --engine=ray puts
+engines into replicas of Ray Serve (the extra `cluster`).
 """
 
 import functools
 import importlib
+import os
 
 from absl import app, flags, logging
 
@@ -45,7 +47,7 @@ def serve() -> None:
     _TIMEOUT.value / 1000,
     app_lib.read_token(_TOKEN.value),
   )
-  path, every_s = _WORKDIR.value, _WATCH.value
+  path, every_s = os.path.abspath(_WORKDIR.value), _WATCH.value
   events, candidates = map(int, _WARM.value)
   make = functools.partial(
     server.make_engine, path, _BATCH.value, events, candidates, _CACHE.value

@@ -31,28 +31,33 @@ Make = Callable[[], tuple[Engine, Callable[[], Any]]]
 """An engine and what warms it up, as `server.make_engine` returns."""
 
 
-class _Replica:
-  """An engine of its own, in a process of its own."""
+def _replica(most: int) -> type:
+  """The deployment's class; a replica holds at most so many buckets."""
 
-  def __init__(self, make: Make, workdir: str):
-    self._engine, warm_up = make()
-    warm_up()
-    self._workdir, self._generation = workdir, 0
+  class Replica:
+    """An engine of its own, in a process of its own."""
 
-  @serve.multiplexed(max_num_models_per_replica=1 << 20)
-  async def _hold(self, bucket: str) -> str:
-    """Tells the routers that this replica has the bucket."""
-    return bucket
+    def __init__(self, make: Make, workdir: str):
+      self._engine, warm_up = make()
+      warm_up()
+      self._workdir, self._generation = workdir, 0
 
-  async def score(self, requests: list[Request]) -> list[Result | Exception]:
-    await self._hold(serve.get_multiplexed_model_id())
-    return await asyncio.to_thread(self._engine.score, requests)
+    @serve.multiplexed(max_num_models_per_replica=most)
+    async def _hold(self, bucket: str) -> str:
+      """Tells the routers that this replica has the bucket."""
+      return bucket
 
-  async def reconfigure(self, config: Mapping[str, int]) -> None:
-    """Called with each new `user_config`, and with the first."""
-    if config['generation'] > self._generation:
-      await asyncio.to_thread(self._engine.roll_over, self._workdir)
-    self._generation = config['generation']
+    async def score(self, requests: list[Request]) -> list[Result | Exception]:
+      await self._hold(serve.get_multiplexed_model_id())
+      return await asyncio.to_thread(self._engine.score, requests)
+
+    async def reconfigure(self, config: Mapping[str, int]) -> None:
+      """Called with each new `user_config`, and with the first."""
+      if config['generation'] > self._generation:
+        await asyncio.to_thread(self._engine.roll_over, self._workdir)
+      self._generation = config['generation']
+
+  return Replica
 
 
 class RemoteEngine:
@@ -89,8 +94,11 @@ class RemoteEngine:
       raise ValueError(f'replicas={replicas} must be in [1, buckets={buckets}]')
     self._buckets, self._timeout_s = buckets, timeout_s
     self._generation = self._lost = 0
-    deployment: Any = serve.deployment(_Replica)
+    # Some more than its share, so that a new one gets some of the others'.
+    most = -(-5 * buckets // (4 * replicas))
+    deployment: Any = serve.deployment(_replica(most))
     self._deployment = deployment.options(
+      name='engine',
       num_replicas=replicas,
       max_ongoing_requests=64,
       **{'ray_actor_options': {'num_cpus': 1}, **(options or {})},
