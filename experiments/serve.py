@@ -4,19 +4,23 @@
 
 See `histjax.serving.app` for the routes. It listens on this machine alone
 unless --host says otherwise; with a token (--token_file, or the environment's
-HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it.
+HISTJAX_TOKEN) it answers only who has it. SIGTERM drains it. --engine=ray puts
+engines into replicas of Ray Serve (the extra `ray`).
 """
 
+import functools
 import importlib
+import os
 
 from absl import app, flags, logging
 
 from histjax.serving import app as app_lib
 from histjax.serving import batcher, messages, page, server
 from histjax.serving.columns import Columns
-from histjax.serving.engine import Engine
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
+_ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'ray'], 'Where.')
+_REPLICAS = flags.DEFINE_integer('replicas', 2, 'Of --engine=ray.', 1)
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
 _PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
 _TOKEN = flags.DEFINE_string('token_file', None, 'A file with a token.')
@@ -37,28 +41,28 @@ _MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
 def serve() -> None:
   for name in _MODULES.value:
     importlib.import_module(name)
-  rows = _BATCH.value
+  config = app_lib.AppConfig(
+    batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
+    messages.Limits.parse(_LIMITS.value),
+    _TIMEOUT.value / 1000,
+    app_lib.read_token(_TOKEN.value),
+  )
+  path, every_s = os.path.abspath(_WORKDIR.value), _WATCH.value
   events, candidates = map(int, _WARM.value)
-  engine = Engine(
-    _WORKDIR.value, scorer_config=server.buckets(rows, events, candidates)
+  make = functools.partial(
+    server.make_engine, path, _BATCH.value, events, candidates, _CACHE.value
   )
+  engine: app_lib.RunEngine
+  if _ENGINE.value == 'ray':
+    from histjax.serving import cluster
+
+    remote = cluster.RemoteEngine(make, path, replicas=_REPLICAS.value)
+    engine, warm_up = remote, remote.wait
+  else:
+    engine, warm_up = make()
   service = app_lib.Service(
-    engine,
-    lambda: Columns.of_scorer(engine.scorer),
-    app_lib.AppConfig(
-      batcher.BatcherConfig(rows, _WAIT.value / 1000, _QUEUE.value),
-      messages.Limits.parse(_LIMITS.value),
-      _TIMEOUT.value / 1000,
-      app_lib.read_token(_TOKEN.value),
-    ),
-    warm_up=lambda: engine.warm_up(
-      rows=rows,
-      events=events,
-      candidates=candidates,
-      cache_dir=_CACHE.value,
-    ),
+    engine, lambda: Columns.of_scorer(engine.scorer), config, warm_up=warm_up
   )
-  path, every_s = _WORKDIR.value, _WATCH.value
   application = app_lib.make_app(
     service,
     background=[lambda: server.watch(service, path, engine, every_s)],

@@ -38,6 +38,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from histjax.scoring import Scorer
 from histjax.serving import batcher as batcher_lib
 from histjax.serving import messages, middleware, openapi, reading
 from histjax.serving import metrics as metrics_lib
@@ -57,6 +58,17 @@ class ScoringEngine(Protocol):
   @property
   def fingerprint(self) -> str:
     """Of the model."""
+
+
+class RunEngine(ScoringEngine, Protocol):
+  """An engine of a run, which can serve another one."""
+
+  @property
+  def scorer(self) -> Scorer:
+    """Of what is served now."""
+
+  def roll_over(self, scorer: Scorer) -> None:
+    """Serves what another scorer has, from the next batch on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +217,8 @@ class Service:
       refused = messages.refusal(429, str(error), fix='come back later')
       refused.retry_after_s = error.retry_after_s
       raise refused from error
-    except batcher_lib.StoppedError as error:
-      raise messages.refusal(503, 'the server stops') from error
+    except batcher_lib.UnavailableError as error:
+      raise messages.refusal(503, str(error), fix='come back later') from error
     except batcher_lib.DeadlineError as error:
       raise messages.refusal(
         504, str(error), field='timeout_ms', fix='give it more time'

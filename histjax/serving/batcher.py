@@ -30,7 +30,11 @@ class DeadlineError(Exception):
   """The request's turn had not come when its time was over."""
 
 
-class StoppedError(Exception):
+class UnavailableError(Exception):
+  """What would score is not there; it may be in a while."""
+
+
+class StoppedError(UnavailableError):
   """The batcher takes no more requests."""
 
 
@@ -141,7 +145,7 @@ class Batcher:
       Exception: of the function.
     """
     if self._stopping:
-      raise StoppedError
+      raise StoppedError('the server stops')
     if len(self._queue) >= self.config.max_queue:
       batches = len(self._queue) / self.config.max_batch
       raise QueueFullError(len(self._queue), batches * self._batch_s)

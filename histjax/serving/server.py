@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from absl import logging
@@ -16,13 +17,14 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from histjax.scoring import Scorer, ScorerConfig
-from histjax.serving.app import Service
-from histjax.serving.engine import Engine
+from histjax.serving.app import RunEngine, Service
+from histjax.serving.engine import Engine, EngineConfig
 from histjax.training import checkpoints
 
 _HEAD_S = 10.0
 """A request's line and headers must come in this time."""
 _MOST_EVENTS = 16_384
+_NEW_EVENTS = 8  # Of a request; with more the history is read again.
 
 
 class _Protocol(H11Protocol):
@@ -126,6 +128,31 @@ class Server(uvicorn.Server):
     )
 
 
+def make_engine(
+  workdir: str,
+  rows: int,
+  events: int,
+  candidates: int,
+  cache_dir: str | None = None,
+) -> tuple[Engine, Callable[[], Any]]:
+  """The engine of a run with few `buckets`, and what warms it up.
+
+  Args:
+    workdir: of the run.
+    rows: see `buckets`.
+    events: likewise.
+    candidates: likewise.
+    cache_dir: see `Scorer.warm_up`.
+  """
+  engine = Engine(
+    workdir,
+    EngineConfig(max_rows=rows, max_new_events=_NEW_EVENTS),
+    scorer_config=buckets(rows, events, candidates),
+  )
+  sizes = {'rows': rows, 'events': events, 'candidates': candidates}
+  return engine, lambda: engine.warm_up(**sizes, cache_dir=cache_dir)
+
+
 def buckets(rows: int, events: int, candidates: int) -> ScorerConfig:
   """Few: each combination of them is a program to compile.
 
@@ -157,7 +184,7 @@ def _doubled(size: int, most: int) -> Iterator[int]:
 
 
 async def watch(
-  service: Service, workdir: str, engine: Engine, every_s: float
+  service: Service, workdir: str, engine: RunEngine, every_s: float
 ) -> None:
   """Rolls over to the workdir's best parameters whenever they change.
 
@@ -191,7 +218,7 @@ async def watch(
       service.metrics.roll_overs.labels('done').inc()
 
 
-def _roll_over(workdir: str, engine: Engine) -> bool:
+def _roll_over(workdir: str, engine: RunEngine) -> bool:
   begun = time.monotonic()
   scorer = Scorer.from_workdir(workdir, scorer_config=engine.scorer.options)
   if scorer.fingerprint == engine.fingerprint:

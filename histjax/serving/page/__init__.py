@@ -20,7 +20,6 @@ from histjax.scoring.attention import last_attention
 from histjax.serving import app as app_lib
 from histjax.serving import catalogue as catalogue_lib
 from histjax.serving import messages, reading
-from histjax.serving.engine import Engine
 
 _FOLDER = pathlib.Path(__file__).parent
 _TYPES = {'html': 'text/html', 'js': 'text/javascript', 'css': 'text/css'}
@@ -34,7 +33,7 @@ _HEADERS = {
 
 def of_run(
   service: app_lib.Service,
-  engine: Engine,
+  engine: app_lib.RunEngine,
   wanted: str = 'auto',
   titles: str | None = None,
 ) -> list[Route]:

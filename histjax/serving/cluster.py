@@ -1,0 +1,167 @@
+"""The same application, its engines in replicas of Ray Serve on many hosts.
+
+A frontend is the application of `app`, in uvicorn; any number of them, one a
+host, say. It sends each user's requests to the replica that holds the user's
+state: users are hashed into buckets, and Ray Serve's model multiplexing, of
+which a bucket is a "model", keeps a bucket on its replica while that lives. A
+request makes one hop, from frontend to replica: Ray's own proxy is not used.
+
+A replica that is lost takes its states along: requests in flight are answered
+503, and the next ones with `first` > 0 409, after which clients send the whole
+history. So no score is ever of a wrong state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray import serve
+
+from histjax.scoring import Scorer
+from histjax.serving.batcher import UnavailableError
+from histjax.serving.engine import Engine, Request, Result
+
+_NAME = 'histjax'
+Make = Callable[[], tuple[Engine, Callable[[], Any]]]
+"""An engine and what warms it up, as `server.make_engine` returns."""
+
+
+def _replica(most: int) -> type:
+  """The deployment's class; a replica holds at most so many buckets."""
+
+  class Replica:
+    """An engine of its own, in a process of its own."""
+
+    def __init__(self, make: Make, workdir: str):
+      self._engine, warm_up = make()
+      warm_up()
+      self._workdir, self._generation = workdir, 0
+
+    @serve.multiplexed(max_num_models_per_replica=most)
+    async def _hold(self, bucket: str) -> str:
+      """Tells the routers that this replica has the bucket."""
+      return bucket
+
+    async def score(self, requests: list[Request]) -> list[Result | Exception]:
+      await self._hold(serve.get_multiplexed_model_id())
+      return await asyncio.to_thread(self._engine.score, requests)
+
+    async def reconfigure(self, config: Mapping[str, int]) -> None:
+      """Called with each new `user_config`, and with the first."""
+      if config['generation'] > self._generation:
+        await asyncio.to_thread(self._engine.roll_over, self._workdir)
+      self._generation = config['generation']
+
+  return Replica
+
+
+class RemoteEngine:
+  """Engines in replicas, for `app.Service`; use `stop` at the end."""
+
+  def __init__(
+    self,
+    make: Make,
+    workdir: str,
+    *,
+    replicas: int = 2,
+    buckets: int = 256,
+    timeout_s: float = 30.0,
+    options: Mapping[str, Any] | None = None,
+  ):
+    """Starts the replicas; `wait` until they score.
+
+    In the Ray cluster that this process is in, else in that of RAY_ADDRESS or
+    of this host, else in a new one.
+
+    Args:
+      make: called in each replica.
+      workdir: of the run, where every host has it.
+      replicas: to begin with.
+      buckets: of users; many more than replicas, so that they share evenly.
+      timeout_s: of a batch.
+      options: of `serve.deployment`, as `ray_actor_options={'num_gpus': 1}` or
+        `autoscaling_config`.
+
+    Raises:
+      ValueError: there is no replica, or fewer buckets than replicas.
+    """
+    if not 1 <= replicas <= buckets:
+      raise ValueError(f'replicas={replicas} must be in [1, buckets={buckets}]')
+    self._buckets, self._timeout_s = buckets, timeout_s
+    self._generation = self._lost = 0
+    # Some more than its share, so that a new one gets some of the others'.
+    most = -(-5 * buckets // (4 * replicas))
+    deployment: Any = serve.deployment(_replica(most))
+    self._deployment = deployment.options(
+      name='engine',
+      num_replicas=replicas,
+      max_ongoing_requests=64,
+      **{'ray_actor_options': {'num_cpus': 1}, **(options or {})},
+    )
+    self._arguments = make, os.path.abspath(workdir)
+    if not ray.is_initialized():
+      ray.init(log_to_driver=False)  # Forks: before JAX has threads.
+    self.scorer: Scorer = Scorer.from_workdir(workdir)
+    serve.start(
+      proxy_location='Disabled',
+      logging_config={'log_level': 'WARNING', 'enable_access_log': False},
+    )
+    self._handle: Any = None
+
+  def wait(self) -> None:
+    """Returns when all replicas score what is in the workdir now."""
+    config = {'generation': self._generation}
+    bound = self._deployment.options(user_config=config).bind(*self._arguments)
+    self._handle = serve.run(bound, name=_NAME, route_prefix=None)
+
+  @property
+  def fingerprint(self) -> str:
+    """Of the model."""
+    return self.scorer.fingerprint
+
+  def bucket(self, user: str | int) -> str:
+    """The bucket of a user; 7 and '7' are one, as in a log."""
+    digest = hashlib.blake2b(str(user).encode(), digest_size=8).digest()
+    return str(int.from_bytes(digest) % self._buckets)
+
+  def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
+    """Scores each where its user's state is."""
+    parts: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+      parts.setdefault(self.bucket(request.user), []).append(i)
+    answers = {
+      bucket: self._handle.options(multiplexed_model_id=bucket).score.remote(
+        [requests[i] for i in part]
+      )
+      for bucket, part in parts.items()
+    }
+    found: dict[int, Result | Exception] = {}
+    for bucket, answer in answers.items():
+      part = parts[bucket]
+      try:
+        results = answer.result(timeout_s=self._timeout_s)
+      except (ray.exceptions.RayError, TimeoutError) as error:
+        lost = UnavailableError(f'a replica does not answer: {error!r:.200}')
+        results = [lost] * len(part)
+        self._lost += len(part)
+      found |= dict(zip(part, results, strict=True))
+    return [found[i] for i in range(len(requests))]
+
+  def metrics(self) -> Mapping[str, Any]:
+    """Of this frontend."""
+    return {'roll_overs': self._generation, 'lost': self._lost}
+
+  def roll_over(self, scorer: Scorer) -> None:
+    """Serves what is in the workdir now: each replica between two batches."""
+    self._generation += 1
+    self.wait()
+    self.scorer = scorer
+
+  def stop(self) -> None:
+    """Ends the replicas."""
+    serve.delete(_NAME)

@@ -1,0 +1,121 @@
+"""Replicas in Ray: users stay where their states are; one may be lost."""
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+import ray
+
+from histjax.serving import client, cluster, engine
+from tests.serving import bodies
+from tests.serving.conftest import running, service_of
+
+pytestmark = [
+  pytest.mark.slow,
+  # Ray starts its processes so; `serve.py` does it before JAX has threads.
+  pytest.mark.filterwarnings(r'ignore:os\.fork\(\) was called:RuntimeWarning'),
+]
+USERS = range(12)
+
+
+class Telling(engine.Engine):
+  """Tells by `num_events` in which process it is."""
+
+  def score(self, requests):
+    return [
+      dataclasses.replace(x, num_events=os.getpid())
+      if isinstance(x, engine.Result)
+      else x
+      for x in super().score(requests)
+    ]
+
+
+def make(workdir):
+  return Telling(workdir), lambda: None
+
+
+@pytest.fixture(scope='module')
+def remote(workdir):
+  ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+  ray.init(
+    num_cpus=2,
+    include_dashboard=False,
+    log_to_driver=False,
+    object_store_memory=100 << 20,
+  )
+  found = cluster.RemoteEngine(
+    lambda: make(str(workdir)),
+    str(workdir),
+    options={
+      'ray_actor_options': {'num_cpus': 0.5},
+      'health_check_period_s': 1,
+    },
+  )
+  found.wait()
+  yield found
+  found.stop()
+  ray.shutdown()
+
+
+def test_scores_are_those_of_one_process(remote, scored):
+  requests = [
+    engine.Request(**bodies.body(user=user)) for user in (*USERS, 'x')
+  ]
+  bad = dataclasses.replace(requests[0], candidates={'item': [1]})
+  unknown = dataclasses.replace(requests[0], user='nobody', first=3)
+  *found, error, lost = remote.score([*requests, bad, unknown])
+  for one, other in zip(found, scored.score(requests), strict=True):
+    # Float32, of order 1, in programs of other sizes.
+    np.testing.assert_allclose(
+      one.logits['click'], other.logits['click'], atol=1e-5
+    )
+  assert isinstance(error, ValueError)
+  assert isinstance(lost, engine.UnknownHistory)
+
+
+def test_users_stay_and_a_lost_replica_is_replaced(remote, scored):
+  body = {k: v for k, v in bodies.body().items() if k != 'user'}
+  (wanted,) = scored.score([engine.Request(user=0, **body)])
+
+  def ask(one, first=0):
+    replies = [one.score(first + user, **body) for user in USERS]
+    for reply in replies:
+      np.testing.assert_allclose(
+        reply.logits['click'], wanted.logits['click'], atol=1e-5
+      )
+    return [reply.num_events for reply in replies]
+
+  with (
+    running(service_of(remote)) as found,
+    client.Client(found.url, retries=20, timeout_s=60) as one,
+  ):
+    before = ask(one)
+    assert len(set(before)) == 2
+    assert sum(x == y for x, y in zip(before, ask(one), strict=True)) >= 11
+    os.kill(before[0], signal.SIGKILL)
+    assert before[0] not in ask(one)  # Each is answered, and rightly.
+    for first in range(100, 100 + 40 * len(USERS), len(USERS)):
+      # Known users stay with who took them over, others come to the new one.
+      if len(set(ask(one, first)) - set(before)):
+        break
+      threading.Event().wait(1)
+    else:
+      pytest.fail('the replica was not replaced')
+
+
+def test_users_and_buckets(remote, workdir):
+  assert remote.bucket(7) == remote.bucket('7')
+  assert len({remote.bucket(user) for user in range(1000)}) > 200
+  with pytest.raises(ValueError, match='replicas=3'):
+    cluster.RemoteEngine(lambda: None, str(workdir), replicas=3, buckets=2)
+
+
+def test_roll_over(remote):
+  remote.roll_over(remote.scorer)
+  assert remote.metrics()['roll_overs'] == 1
+  (found,) = remote.score([engine.Request(**bodies.body())])
+  assert found.source == 'encoded'
