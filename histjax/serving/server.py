@@ -149,8 +149,13 @@ def make_engine(
     EngineConfig(max_rows=rows, max_new_events=_NEW_EVENTS),
     scorer_config=buckets(rows, events, candidates),
   )
-  sizes = {'rows': rows, 'events': events, 'candidates': candidates}
-  return engine, lambda: engine.warm_up(**sizes, cache_dir=cache_dir)
+
+  def warm_up():
+    return engine.warm_up(
+      rows=rows, events=events, candidates=candidates, cache_dir=cache_dir
+    )
+
+  return engine, warm_up
 
 
 def buckets(rows: int, events: int, candidates: int) -> ScorerConfig:
