@@ -2,9 +2,9 @@
 
   python experiments/load.py --workdir=runs/demo --output=/tmp/load
 
-It starts `experiments/serve.py` on this machine, finds the highest rate at which
-99 of 100 requests are answered within --limit_ms, and scores everything again
-with `Scorer` from the whole history. Each --flag goes to the server.
+It starts `experiments/serve.py` on this machine, finds the highest rate at
+which 99 of 100 requests are answered within --limit_ms, and scores everything
+again with `Scorer` from the whole history. Each --flag goes to the server.
 """
 
 import json
