@@ -7,18 +7,30 @@ which 99 of 100 requests are answered within --limit_ms, and scores everything
 again with `Scorer` from the whole history. Each --flag goes to the server.
 """
 
+import functools
 import json
 import pathlib
 import socket
+from typing import Any
 
 from absl import app, flags, logging
 
-from benchmarking import load, machine
+from benchmarking import load, load_engines, machine
 from histjax import Scorer
+from histjax.serving import app as app_lib
+from histjax.serving import server as server_lib
+from histjax.serving.columns import Columns
 from histjax.training import workdir
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'Written with .json.')
+_ENGINE = flags.DEFINE_enum(
+  'engine',
+  'store',
+  ['store', 'encode', 'plain'],
+  "Behind the server: what serve.py has, or a 'load_engines.Stateless'.",
+)
+_SERVE = flags.DEFINE_integer('serve', 0, 'Only serve --engine, at this port.')
 _FLAGS = flags.DEFINE_multi_string('flag', [], "Of serve.py: 'max_batch=8'.")
 _RATE = flags.DEFINE_float('rate', 20.0, 'Requests a second, at first.', 0.1)
 _SECONDS = flags.DEFINE_float('seconds', 10.0, 'Of each rate.', 1, 600)
@@ -29,6 +41,21 @@ _HISTORY = flags.DEFINE_integer('history', 100, 'Events at first.', 0)
 _CANDIDATES = flags.DEFINE_integer('candidates', 100, 'Of a request.', 1)
 _BOUND = 1e-4
 """Of float32 logits: sums run in another order at other batch sizes."""
+
+
+def serve() -> None:
+  """A stateless engine, as `serve.py` serves the other."""
+  sizes = server_lib.buckets(16, 512, _CANDIDATES.value)
+  scorer = Scorer.from_workdir(_WORKDIR.value, scorer_config=sizes)
+  kind: Any = _ENGINE.value
+  engine = load_engines.Stateless(scorer, kind)
+  service = app_lib.Service(
+    engine,
+    lambda: Columns.of_scorer(scorer),
+    warm_up=functools.partial(engine.warm_up, 16, 512, _CANDIDATES.value),
+  )
+  application = app_lib.make_app(service)
+  server_lib.Server(service, application, port=_SERVE.value).run()
 
 
 def run() -> None:
@@ -43,9 +70,19 @@ def run() -> None:
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  flags_of_server = [f'--{flag}' for flag in _FLAGS.value]
-  with load.server(_WORKDIR.value, port, *flags_of_server) as url:
-    users = load.Users(settings, load.schema(url), scorer.config.schema.time)
+  more = [f'--{flag}' for flag in _FLAGS.value]
+  command = ['serve.py', f'--port={port}']
+  if _ENGINE.value != 'store':
+    command = ['load.py', f'--serve={port}', f'--engine={_ENGINE.value}']
+    more += [f'--candidates={_CANDIDATES.value}']
+  command += [f'--workdir={_WORKDIR.value}', *more]
+  with load.server(command, f'http://127.0.0.1:{port}') as url:
+    users = load.Users(
+      settings,
+      load.schema(url),
+      scorer.config.schema.time,
+      whole=_ENGINE.value != 'store',
+    )
     records: list[load.Record] = []
 
     def try_rate(rate: float):
@@ -68,6 +105,7 @@ def run() -> None:
   report = {
     'suite': 'load',
     'environment': machine.environment(),
+    'engine': _ENGINE.value,
     'load': vars(settings),
     'flags': _FLAGS.value,
     'requests/s': best,
@@ -89,7 +127,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
-    run()
+    (serve if _SERVE.value else run)()
   except (ValueError, OSError, RuntimeError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
 

@@ -27,7 +27,7 @@ from histjax.data.rows import collate
 from histjax.scoring import Scorer
 from histjax.serving import messages
 
-_SERVE = pathlib.Path(__file__).parents[1] / 'serve.py'
+_FOLDER = pathlib.Path(__file__).parents[1]
 _BEGIN = 1_700_000_000
 """Seconds; the time of everybody's first event."""
 
@@ -79,14 +79,23 @@ class Record:
 class Users:
   """Random users whose events are of a server's schema."""
 
-  def __init__(self, load: Load, schema: Mapping[str, Any], time_column: str):
+  def __init__(
+    self,
+    load: Load,
+    schema: Mapping[str, Any],
+    time_column: str,
+    *,
+    whole: bool = False,
+  ):
     """Makes users.
 
     Args:
       load: what they do.
       schema: reply of `GET /v1/schema`.
       time_column: of events and candidates, if they have one.
+      whole: send the whole history each time.
     """
+    self.whole = whole
     self.load, self._columns = load, schema['columns']
     self._time = time_column
     self._rng = np.random.default_rng(load.seed)
@@ -201,7 +210,8 @@ async def _run(url, users, records, timeout, connections) -> float:
 
 async def _send(client, users: Users, record: Record, begin: float) -> None:
   user = record.user
-  first, stop = users.known[user], users.count(user)
+  first = 0 if users.whole else users.known[user]
+  stop = users.count(user)
   while record.sent < 3:
     record.sent += 1
     body = messages.encode(
@@ -359,14 +369,13 @@ def highest_rate(
 
 
 @contextlib.contextmanager
-def server(workdir: str, port: int, *flags: str) -> Iterator[str]:
-  """`experiments/serve.py` in a process of its own, ready; its address."""
-  url = f'http://127.0.0.1:{port}'
+def server(command: Sequence[str], url: str) -> Iterator[str]:
+  """A binary of experiments/ in a process of its own, ready; its address."""
+  name, *arguments = command
   process = subprocess.Popen(
-    [sys.executable, str(_SERVE), f'--workdir={workdir}', f'--port={port}',
-     *flags],
+    [sys.executable, str(_FOLDER / name), *arguments],
     env=os.environ | {'PYTHONUNBUFFERED': '1'},
-  )  # fmt: skip
+  )
   try:
     deadline = time.monotonic() + 600
     while True:

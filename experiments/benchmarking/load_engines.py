@@ -1,0 +1,95 @@
+"""Engines to compare the store with, behind the same server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from histjax import Scorer, collate
+from histjax.data.rows import Row
+from histjax.serving.engine import Request, Result, UnknownHistory
+from histjax.types import RankingBatch
+
+
+class Stateless:
+  """Keeps nothing: each request must have the whole history.
+
+  'encode' reads each history once for all of its candidates; 'plain' once for
+  each candidate, as a ranker without amortization does.
+  """
+
+  def __init__(self, scorer: Scorer, kind: Literal['encode', 'plain']):
+    self.scorer, self._kind = scorer, kind
+
+  @property
+  def fingerprint(self) -> str:
+    """Of the model."""
+    return self.scorer.fingerprint
+
+  def metrics(self) -> Mapping[str, Any]:
+    """Programs compiled so far."""
+    return {'compilations': self.scorer.num_compilations}
+
+  def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
+    """Scores all that are good as one batch."""
+    found: dict[int, Result | Exception] = {}
+    rows: dict[int, Row] = {}
+    for i, request in enumerate(requests):
+      try:
+        rows[i] = self._row(request)
+      except (ValueError, UnknownHistory) as error:
+        found[i] = error
+    if rows:
+      logits = self._scored(collate(list(rows.values())))
+      for place, (i, row) in enumerate(rows.items()):
+        size = len(row.visible)
+        found[i] = Result(
+          {k: x[place, :size] for k, x in logits.items()},
+          'encoded',
+          _number(requests[i].events),
+          self.fingerprint,
+        )
+    return [found[i] for i in range(len(requests))]
+
+  def warm_up(self, rows: int, events: int, candidates: int) -> None:
+    """Compiles what so many users and such requests need."""
+    request = {
+      'context': _zeros(self.scorer.config.schema.context, 1),
+      'candidates': _zeros(self.scorer.config.schema.item, candidates),
+      'history': _zeros(
+        self.scorer.config.schema.item + self.scorer.config.schema.action,
+        events,
+      ),
+    }
+    context = {k: v[0] for k, v in request.pop('context').items()}
+    row = self.scorer.make_row(context=context, **request)
+    for number in (1, 2, 4, 8, 16, 32):
+      if number <= rows:
+        self._scored(collate([row] * number))
+
+  def _row(self, request: Request) -> Row:
+    if request.first:
+      raise UnknownHistory('nothing is kept; send the whole history')
+    name = self.scorer.config.schema.user
+    return self.scorer.make_row(
+      context={name: request.user, **request.context},
+      history=request.events,
+      candidates=request.candidates,
+    )
+
+  def _scored(self, batch: RankingBatch):
+    if self._kind == 'plain':
+      return self.scorer.score_plain(batch)
+    return self.scorer.encode_and_score(
+      batch.history, batch.candidates, batch.context
+    )[1]
+
+
+def _number(events: Any) -> int:
+  if isinstance(events, Mapping):
+    return len(next(iter(events.values()), ()))
+  return len(events)
+
+
+def _zeros(features, number: int) -> dict[str, list[int]]:
+  return {f.column: [0] * number for f in features}
