@@ -11,11 +11,13 @@ engines into replicas of Ray Serve (the extra `ray`).
 import functools
 import importlib
 import os
+from typing import Any
 
 from absl import app, flags, logging
 
+from histjax import quantization
 from histjax.serving import app as app_lib
-from histjax.serving import batcher, messages, page, server
+from histjax.serving import batcher, cache_store, messages, page, server
 from histjax.serving.columns import Columns
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
@@ -30,6 +32,11 @@ _QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
 _TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
 _LIMITS = flags.DEFINE_string('limits', '', "As 'candidates=100,events=99'.")
 _WARM = flags.DEFINE_list('warm_up', ['128', '256'], 'Events, candidates.')
+_STORE = flags.DEFINE_integer('store_mib', 256, 'Of states; as much of events.')
+_TTL = flags.DEFINE_float('ttl_s', None, 'After which users are forgotten.')
+_DTYPE = flags.DEFINE_enum(
+  'cache_dtype', None, quantization.KINDS, "Of states; None: the model's type."
+)
 _CACHE = flags.DEFINE_string('cache_dir', None, 'Of compiled programs.')
 _WATCH = flags.DEFINE_float('watch_s', 0.0, 'New parameters; 0: never.', 0)
 _DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
@@ -47,10 +54,17 @@ def serve() -> None:
     _TIMEOUT.value / 1000,
     app_lib.read_token(_TOKEN.value),
   )
+  dtype: Any = _DTYPE.value
   path, every_s = os.path.abspath(_WORKDIR.value), _WATCH.value
   events, candidates = map(int, _WARM.value)
+  store = cache_store.StoreConfig(
+    _STORE.value << 20, _STORE.value << 20, _TTL.value
+  )
   make = functools.partial(
-    server.make_engine, path, _BATCH.value, events, candidates, _CACHE.value
+    server.make_engine,
+    *(path, _BATCH.value, events, candidates, _CACHE.value),
+    store=store,
+    cache_dtype=dtype,
   )
   engine: app_lib.RunEngine
   if _ENGINE.value == 'ray':

@@ -6,6 +6,7 @@ What of uvicorn is no option of it is in this file.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ from absl import logging
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from histjax.quantization import Kind
 from histjax.scoring import Scorer, ScorerConfig
 from histjax.serving.app import RunEngine, Service
+from histjax.serving.cache_store import StoreConfig
 from histjax.serving.engine import Engine, EngineConfig
 from histjax.training import checkpoints
 
@@ -134,6 +137,8 @@ def make_engine(
   events: int,
   candidates: int,
   cache_dir: str | None = None,
+  store: StoreConfig | None = None,
+  cache_dtype: Kind | None = None,
 ) -> tuple[Engine, Callable[[], Any]]:
   """The engine of a run with few `buckets`, and what warms it up.
 
@@ -143,11 +148,17 @@ def make_engine(
     events: likewise.
     candidates: likewise.
     cache_dir: see `Scorer.warm_up`.
+    store: how much is kept of users.
+    cache_dtype: as `ScorerConfig`.
   """
   engine = Engine(
     workdir,
-    EngineConfig(max_rows=rows, max_new_events=_NEW_EVENTS),
-    scorer_config=buckets(rows, events, candidates),
+    EngineConfig(
+      store or StoreConfig(), max_rows=rows, max_new_events=_NEW_EVENTS
+    ),
+    scorer_config=dataclasses.replace(
+      buckets(rows, events, candidates), cache_dtype=cache_dtype
+    ),
   )
 
   def warm_up():

@@ -17,7 +17,7 @@ import pytest
 
 import histjax
 from histjax.serving import app as app_lib
-from histjax.serving import client, engine, messages, server
+from histjax.serving import cache_store, client, engine, messages, server
 from tests.serving import bodies
 from tests.serving.conftest import connect, running, service_of
 from tests.serving.test_app import Stub, post, problem_of
@@ -214,6 +214,24 @@ def test_buckets():
   assert server.buckets(1, 9, 9).row_buckets == (1,)
   with pytest.raises(ValueError, match='events=0'):
     server.buckets(1, 0, 1)
+
+
+def test_an_engine_of_small_states(workdir, scored):
+  store = cache_store.StoreConfig(1 << 20, 1 << 18)
+  found, _ = server.make_engine(
+    workdir, 1, 16, 16, store=store, cache_dtype='int8'
+  )
+  request = engine.Request(**bodies.body(user='small', num_events=12))
+  for scoring in (found, scored):
+    scoring.score([request])
+  (one,), (other,) = (x.score([request]) for x in (found, scored))
+  assert one.source == other.source == 'hit'
+  assert one.logits['click'].tolist() != other.logits['click'].tolist()
+  # Keys and values of order 1, rounded to 1 / 127 of the largest.
+  np.testing.assert_allclose(
+    one.logits['click'], other.logits['click'], atol=0.05
+  )
+  assert found.store.device_bytes <= 1 << 20
 
 
 def free_port():
