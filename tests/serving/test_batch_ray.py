@@ -14,6 +14,7 @@ from histjax.serving import batch
 from tests.serving import many_users
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # A cluster takes half a minute to start.
 
 
 @pytest.fixture(scope='module')
