@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from histjax import ops
 from histjax.ops.candidate_tower import (
   api,
   hopper,
@@ -490,12 +491,15 @@ class ConfigTest(parameterized.TestCase):
     config = pallas_gpu.default_config(*call, num_heads=4)
     self.assertEqual(config == 'layers', expected)
 
-  @parameterized.parameters(
-    ((32, 1024, 512), False), ((1, 1024, 512), False), ((1, 1, 256), True)
-  )
-  def test_wide_ones_are_to_be_named(self, shape, expected):
-    call = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    self.assertEqual(hopper.suits(call, None, num_heads=8), expected)
+  @parameterized.parameters((4, 16), (4, 32), (4, 64), (8, 64), (4, 128))
+  def test_is_picked_at_each_width(self, num_heads, head_dim):
+    call = suite.make_call(
+      0, (2, 3, 4, num_heads, head_dim), num_layers=1, dtype='bfloat16'
+    )
+    shapes = jax.eval_shape(lambda: call.positional)
+    with ops.target_platform('cuda', compute_capability='9.0'):
+      found = ops.candidate_tower_backend(*shapes, num_heads=num_heads)
+    self.assertEqual(found, 'pallas_gpu')
 
   @parameterized.parameters((64, 1024), (80, 256), (8, 256), (1000, 1024))
   def test_columns_of_a_tile(self, tiles, expected):
