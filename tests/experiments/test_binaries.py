@@ -487,13 +487,13 @@ class TestBinaries:
     output = run(
       'export',
       f'--workdir={folder}/work',
-      f'--output={folder}/other',
+      f'--output={folder}/refused',
       '--platform=cpu',
       flag,
       expect=1,
     )
     assert message in output
-    assert not (folder / 'other').exists()
+    assert not (folder / 'refused').exists()
 
   @pytest.mark.slow
   def test_benchmark(self, trained):
