@@ -113,6 +113,9 @@ def run() -> None:
     'scores': number,
     'wrong': wrong,
     'server': metrics,
+    'ideal_hit_rate': load.ideal_hit_rate(
+      records, int(metrics.get('histjax_store_states', 0))
+    ),
   }
   if output is not None:
     path = pathlib.Path(f'{output}.json')

@@ -22,7 +22,7 @@ from histjax.serving.columns import Columns
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
 _ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'ray'], 'Where.')
-_REPLICAS = flags.DEFINE_integer('replicas', 2, 'Of --engine=ray.', 1)
+_REPLICAS = flags.DEFINE_integer('replicas', None, 'Of ray; None: 2.', 1)
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
 _PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
 _TOKEN = flags.DEFINE_string('token_file', None, 'A file with a token.')
@@ -48,6 +48,10 @@ _MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
 def serve() -> None:
   for name in _MODULES.value:
     importlib.import_module(name)
+  if _ENGINE.value == 'local' and _REPLICAS.value is not None:
+    raise ValueError(
+      f'--replicas={_REPLICAS.value} is of --engine=ray; leave it out'
+    )
   config = app_lib.AppConfig(
     batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
     messages.Limits.parse(_LIMITS.value),
@@ -70,7 +74,7 @@ def serve() -> None:
   if _ENGINE.value == 'ray':
     from histjax.serving import cluster
 
-    remote = cluster.RemoteEngine(make, path, replicas=_REPLICAS.value)
+    remote = cluster.RemoteEngine(make, path, replicas=_REPLICAS.value or 2)
     engine, warm_up = remote, remote.wait
   else:
     engine, warm_up = make()

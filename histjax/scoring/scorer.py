@@ -489,7 +489,8 @@ class Scorer:
       requests: given to `score_many` at once.
       visible: whether candidates may say what they see.
       calls: that will be made: of 'encode', 'score' (which is `score_async` and
-        `score_many`, too), 'extend', 'encode_and_score', 'extend_and_score'.
+        `score_many`, too), 'extend', 'encode_and_score', 'extend_and_score';
+        'encode', which makes the caches of the others, in any case.
       cache_dir: JAX's persistent compilation cache, from now on and for the
         whole process: the next process reads there what this one compiled.
         None: as JAX is configured.

@@ -131,7 +131,7 @@ def read_titles(path: str) -> dict[str, str]:
         f'titles={path!r}: line {number} has {len(row)} columns; give two, the '
         'item and its title'
       )
-  return dict(rows)  # type: ignore[arg-type]
+  return {item: title for item, title in rows}
 
 
 def _raw(feature: Feature, values: np.ndarray) -> np.ndarray:

@@ -38,11 +38,14 @@ class Running:
 
 
 def service_of(scoring, config=None, **options):
-  """A service of an engine, or of what stands for one."""
+  """A service of an engine, or of what stands for one.
+
+  Requests wait for as long as a slow machine compiles.
+  """
   return app_lib.Service(
     scoring,
     lambda: columns.Columns.of_scorer(scoring.scorer),
-    config,
+    config or app_lib.AppConfig(timeout_s=600),
     **options,
   )
 
@@ -61,13 +64,13 @@ def running(service, *, with_page=False, background=(), ready=True, **options):
       threading.Event().wait(0.01)
     port = found.servers[0].sockets[0].getsockname()[1]
     url = f'http://127.0.0.1:{port}'
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=600) as http:
       while ready and http.get('/health/ready').status_code != 200:
         threading.Event().wait(0.01)
       yield Running(url, service, found, http)
   finally:
     found.should_exit = True
-    thread.join(30)
+    thread.join(300)
     assert not thread.is_alive()
 
 
@@ -81,4 +84,4 @@ def served(scored):
 def connect(found: Running) -> socket.socket:
   """A connection that speaks no HTTP by itself."""
   port = int(found.url.rpartition(':')[2])
-  return socket.create_connection(('127.0.0.1', port), timeout=30)
+  return socket.create_connection(('127.0.0.1', port), timeout=300)

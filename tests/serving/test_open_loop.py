@@ -104,7 +104,7 @@ def test_scores_are_checked(kind, workdir, scored):
       SETTINGS, load.schema(found.url), 'time', whole=kind != 'store'
     )
     records = users.schedule(rate=20, seconds=1)
-    seconds = load.run(found.url, users, records, timeout=120)
+    seconds = load.run(found.url, users, records, timeout=600)
     metrics = load.metrics(found.url)
   summary = load.summary(records, seconds)
   assert summary['answered'] == len(records) > 5

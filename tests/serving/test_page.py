@@ -49,10 +49,10 @@ def opened(browser, served):
 def ranked(shown, num_events):
   """Waits until everything is ranked after so many events."""
   sync_api.expect(shown.locator('#events')).to_have_text(
-    str(num_events), timeout=60_000
+    str(num_events), timeout=600_000
   )
   sync_api.expect(shown.locator('#status')).to_have_text(
-    re.compile('items ranked'), timeout=60_000
+    re.compile('items ranked'), timeout=600_000
   )
   sync_api.expect(shown.locator('#history li')).to_have_count(num_events)
 

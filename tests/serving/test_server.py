@@ -142,7 +142,7 @@ class TestRollOver:
     seen = []
 
     def ask(url):
-      with client.Client(url, retries=0, timeout_s=60) as one:
+      with client.Client(url, retries=0, timeout_s=600) as one:
         while not stop.is_set():
           body_ = {k: v for k, v in body.items() if k != 'user'}
           seen.append(one.score(7, **body_).logits['click'])
@@ -296,7 +296,7 @@ class TestProcesses:
   def _drains(self, found, body):
     """In flight and for a while: scored. Then no more, and the end."""
     with (
-      httpx.Client(base_url=found.url, timeout=60) as http,
+      httpx.Client(base_url=found.url, timeout=600) as http,
       concurrent.futures.ThreadPoolExecutor() as pool,
     ):
       send = [
@@ -314,7 +314,7 @@ class TestProcesses:
       late = http.post('/v1/score', json={'user': 1, **body})
       assert late.status_code == 200
       assert [f.result().status_code for f in send] == [200] * 4
-    output, _ = found.process.communicate(timeout=120)
+    output, _ = found.process.communicate(timeout=600)
     # As uvicorn ends: by the signal, once all is done.
     assert found.process.returncode == -signal.SIGTERM, output
     assert 'Traceback' not in output
