@@ -186,9 +186,7 @@ class Batcher:
         results = await loop.run_in_executor(
           self._thread, self._score, [item.request for item in batch]
         )
-      except (
-        Exception
-      ) as error:  # All in it are told.
+      except Exception as error:  # All in it are told.
         results = [error] * len(batch)
       took = time.monotonic() - begun
       self._batch_s += 0.1 * (took - self._batch_s)
