@@ -189,7 +189,8 @@ class Ranker(nn.Module):
     user = self._user(batch.context, batch.history.length.shape[0])
     user = self.feature_dropout(user, deterministic=not train)
     features = self.feature_dropout(features, deterministic=not train)
-    return self._logits(user, features, readout, train=train)
+    logits = self._logits(user, features, readout, train=train)
+    return self._by_task(logits)
 
   def encode(self, history: History) -> HistoryCache:
     """One pass over each history; see `histjax.Scorer.encode`.
@@ -219,6 +220,16 @@ class Ranker(nn.Module):
       count: int32 `[B]`; logits of candidates from there on mean nothing, and
         need not be computed. None: all C count.
     """
+    return self._by_task(self.score_tasks(cache, candidates, context, count))
+
+  def score_tasks(
+    self,
+    cache: HistoryCache,
+    candidates: Candidates,
+    context: Mapping[str, Array],
+    count: Int[Array, 'B'] | None = None,
+  ) -> Float[Array, 'B C T']:
+    """As `score`, of all tasks in one array, as the head computes it."""
     self.config.require_amortizable()
     self._check_visible(candidates.visible, cache.length)
     features, tokens = self._candidate_inputs(candidates)
@@ -266,9 +277,9 @@ class Ranker(nn.Module):
 
   def _logits(self, user, features, readout, *, count=None, train=False):
     self.sow('intermediates', 'readout', readout)
-    logits = self.head.score(  # [B, C, T]
-      user, features, readout, count=count, train=train
-    )
+    return self.head.score(user, features, readout, count=count, train=train)
+
+  def _by_task(self, logits):
     return {
       task.name: logits[..., i]
       for i, task in enumerate(self.config.schema.tasks)

@@ -41,7 +41,7 @@ class Checked(NamedTuple):
   def write(
     self, schema: schema_lib.Schema, views: Mapping[str, layout_lib.View]
   ) -> None:
-    """Writes it, but for lengths, for the program; checks its values."""
+    """Writes it, but for lengths, for the program."""
     inputs.count(self.shape, self.real, views['count'])
     inputs.context(schema, self.context, self.shape[0], views['context'])
     inputs.candidates(
@@ -53,6 +53,11 @@ class Checked(NamedTuple):
         length = self.length[: self.shape[0], None]
         visible = np.broadcast_to(length, self.shape)
       inputs.numbers(visible, views['visible'])
+
+  def check(self, schema: schema_lib.Schema) -> None:
+    """Raises ValueError for the first value that must not be."""
+    inputs.check_context(schema, self.context)
+    inputs.check_candidates(schema, self.candidates, self.real)
 
 
 class Flight:
@@ -73,7 +78,7 @@ class Flight:
     self._fetched: np.ndarray | None = None
 
   def fetch(self) -> np.ndarray:
-    """The logits `[B, C, T]` of all requests, waited for."""
+    """The logits `[T, B, C]` of all requests, waited for."""
     with self._lock:
       if self._fetched is None:
         self._fetched = self._carrier.fetch(self._logits)
@@ -106,10 +111,10 @@ class Pending:
     """
     rows, columns = self._shape
     first = self._first_row
-    found = self._flight.fetch()[first : first + rows, :columns]
+    found = self._flight.fetch()[:, first : first + rows, :columns]
     if not np.isfinite(found).all():
       self._check(found)
-    return {task.name: found[..., i] for i, task in enumerate(self._tasks)}
+    return {task.name: x for task, x in zip(self._tasks, found, strict=True)}
 
   def row(self, index: int, candidates: int) -> Pending:
     """Those of one row and its first candidates, which are checked alone."""
@@ -124,11 +129,11 @@ class Pending:
   def _check(self, found: np.ndarray) -> None:
     bad = ~np.isfinite(found)
     if self._real is not None:
-      bad &= self._real[..., None]
+      bad &= self._real
     if bad.any():
-      row, column, i = np.argwhere(bad)[0]
+      i, row, column = np.argwhere(bad)[0]
       raise ValueError(
         f'the logit {self._tasks[i].name!r} of row {row}, candidate {column} '
-        f'is {found[row, column, i]}: a dense value is too large for the '
+        f'is {found[i, row, column]}: a dense value is too large for the '
         'network, or a parameter is not finite; check these'
       )

@@ -9,6 +9,7 @@ zeros in the padding, so that neither types nor sizes make new programs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,10 +53,15 @@ def check_batch(
       layout_lib.features('candidates', schema.item_features, shape),
     )
   )
-  views = layout.views(np.zeros(layout.size, np.int32))
+  buffer = np.zeros(layout.size, np.int32)
+  views = layout.views(buffer)
   context(schema, batch.context, rows, views['context'])
   history(schema, batch.history, length, views['history'])
   candidates(schema, batch.candidates, shape, real, views['candidates'])
+  if not layout.is_good(buffer):
+    check_context(schema, batch.context)
+    check_history(schema, batch.history, length)
+    check_candidates(schema, batch.candidates, real)
   if seen is not None:
     seen = np.where(True if real is None else real, seen, 0).astype(np.int32)
   return batch.replace(
@@ -90,6 +96,13 @@ def context(
   _write('context', features, schema.context, (num_rows,), None, view)
 
 
+def check_context(
+  schema: schema_lib.Schema, features: Mapping[str, Any]
+) -> None:
+  """Raises ValueError for the first value that must not be."""
+  _check_values('context', features, schema.context, None)
+
+
 def lengths(
   schema: schema_lib.Schema, value: History
 ) -> tuple[np.ndarray, tuple[int, int]]:
@@ -104,9 +117,10 @@ def lengths(
       'they must be [B, L] and [B]'
     )
   _check_integers('history.length', length)
-  if length.size and not 0 <= length.min() <= length.max() <= shape[1]:
+  values = length.tolist()  # Of so few NumPy's reductions take longer.
+  if values and not 0 <= min(values) <= max(values) <= shape[1]:
     raise ValueError(
-      f'history.length spans [{length.min()}, {length.max()}], outside '
+      f'history.length spans [{min(values)}, {max(values)}], outside '
       f'[0, L] with L={shape[1]}'
     )
   length = length.astype(np.int32)
@@ -122,17 +136,25 @@ def history(
 ) -> None:
   """Writes the events up to each length, `[B, L]`; others may be cut."""
   shape = _shape_of(value.features)
-  real = None
-  if shape[1] and length.min(initial=shape[1]) < shape[1]:
-    real = np.arange(shape[1])[None, :] < length[:, None]
-  _write(
-    'history.features',
-    value.features,
-    schema.history_features,
-    shape,
-    real,
-    view,
-  )
+  real = _real_events(shape, length)
+  spec = schema.history_features
+  _write('history.features', value.features, spec, shape, real, view)
+
+
+def check_history(
+  schema: schema_lib.Schema, value: History, length: np.ndarray
+) -> None:
+  """Raises ValueError for the first value that must not be."""
+  real = _real_events(_shape_of(value.features), length)
+  spec = schema.history_features
+  _check_values('history.features', value.features, spec, real)
+
+
+def _real_events(shape, length) -> np.ndarray | None:
+  """bool `[B, L]`, False at padding; None: there is none."""
+  if length.min(initial=shape[1]) == shape[1]:
+    return None
+  return np.arange(shape[1])[None, :] < length[:, None]
 
 
 def candidates_shape(
@@ -178,15 +200,17 @@ def candidates(
   real: np.ndarray | None,
   view: layout_lib.View,
 ) -> None:
-  """Writes the candidates `[B, C]`, checked where they are real."""
-  _write(
-    'candidates.features',
-    value.features,
-    schema.item_features,
-    shape,
-    real,
-    view,
-  )
+  """Writes the candidates `[B, C]`, zeros where they are not real."""
+  spec = schema.item_features
+  _write('candidates.features', value.features, spec, shape, real, view)
+
+
+def check_candidates(
+  schema: schema_lib.Schema, value: Candidates, real: np.ndarray | None
+) -> None:
+  """Raises ValueError for the first value that must not be."""
+  spec = schema.item_features
+  _check_values('candidates.features', value.features, spec, real)
 
 
 def count(
@@ -254,34 +278,35 @@ def _write(
   real: np.ndarray | None,
   view: layout_lib.View,
 ) -> None:
-  """Writes the features of `spec`, of `shape`, checked where `real`.
+  """Writes the features of `spec`, of `shape`, zeros where not `real`.
 
-  The values of all features are checked at once, where they were written.
+  Values are checked by `Layout.is_good`, all of a request at once.
   """
   if not (real is None and _write_as_is(given, shape, view)):
     _check_names(field, given, spec)
     if not _write_converted(field, given, spec, shape, real, view):
-      raise _bad_value(field, given, spec, real)
-  if not view.is_good():
-    raise _bad_value(field, given, spec, real)
+      _check_values(field, given, spec, real)
 
 
 def _write_as_is(given: Any, shape: tuple[int, ...], view: layout_lib.View):
   """Whether features were of the right types and size, and are written."""
   columns = view.columns
-  if (
-    shape != view.part.shape
-    or not isinstance(given, Mapping)
-    or len(given) != len(columns)
-  ):
+  if type(given) is not dict or len(given) != len(columns):
     return False
+  part: Any = ...
+  if shape != view.part.shape:
+    if any(map(operator.gt, shape, view.part.shape)):  # It is to be cut.
+      return False
+    view.ids.fill(0)
+    view.dense.fill(0)
+    part = tuple(map(slice, shape))
   for name, out, dtype in columns:
     value = given.get(name)
     if type(value) is not np.ndarray or value.dtype != dtype:
       return False
     if value.shape != shape:
       return False
-    out[...] = value
+    out[part] = value
   return True
 
 
@@ -323,8 +348,8 @@ def _malformed(field, feature, value, shape) -> ValueError:
   )
 
 
-def _bad_value(field, given, spec, real) -> ValueError:
-  """Finds the first value that must not be."""
+def _check_values(field, given, spec, real) -> None:
+  """Raises ValueError for the first value that must not be."""
   for feature in spec:
     value = np.asarray(given[feature.name])
     if isinstance(feature, schema_lib.Categorical):
@@ -338,11 +363,10 @@ def _bad_value(field, given, spec, real) -> ValueError:
       bad &= real
     if bad.any():
       where = tuple(int(i) for i in np.argwhere(bad)[0])
-      return ValueError(
+      raise ValueError(
         f'{field}[{feature.name!r}]{list(where)} is {value[where]}; expected '
         f'{wanted}'
       )
-  raise AssertionError(f'{field}: no bad value in {given}')
 
 
 def _check_names(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from histjax import schema as schema_lib
+
+_CHUNK = 2**13
+"""Values looked at at once: what is made of them stays in the CPU's cache."""
 
 
 class Part(NamedTuple):
@@ -74,7 +76,7 @@ class View:
   Attributes:
     part: which.
     features: `{name: int32 or float32, part.shape}`.
-    ids: uint32 `[ids, ..]`, all ids: one comparison finds a bad one.
+    ids: uint32 `[ids, ..]`, all ids.
     dense: float32 `[dense, ..]`, all dense values.
   """
 
@@ -87,17 +89,6 @@ class View:
   def columns(self) -> tuple[tuple[str, np.ndarray, np.dtype], ...]:
     """Names, arrays and types of the features."""
     return tuple((name, x, x.dtype) for name, x in self.features.items())
-
-  def is_good(self) -> bool:
-    """Whether all ids are of their tables and all dense values finite."""
-    part = self.part
-    if part.sizes is not None and self.ids.size:
-      axes = tuple(range(1, self.ids.ndim))
-      largest = np.maximum.reduce(self.ids, axis=axes)  # -1 is the largest.
-      if any(map(operator.ge, largest.tolist(), part.sizes)):
-        return False
-    finite = np.isfinite(self.dense)
-    return bool(np.logical_and.reduce(finite, axis=None))
 
   def rows(self, index: int, number: int) -> View:
     """One of `number` equal parts of the rows."""
@@ -127,6 +118,36 @@ class Layout:
   def size(self) -> int:
     """The number of int32 values of a buffer."""
     return sum(part.size for part in self.parts)
+
+  @functools.cached_property
+  def _limits(self) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 `[size]` each: what to look at, and what it must be below."""
+    mask = np.zeros(self.size, np.uint32)
+    limit = np.ones(self.size, np.uint32)
+    for name, view in self.views(mask.view(np.int32)).items():
+      if view.part.sizes is None:  # Any number.
+        continue
+      below = self.views(limit.view(np.int32))[name]
+      for i, size in enumerate(view.part.sizes):
+        view.ids[i] = 2**32 - 1  # An id below 0 is a large one.
+        below.ids[i] = size
+      view.dense.view(np.uint32)[...] = 2**31 - 1  # All but the sign.
+      below.dense[...] = np.inf
+    return mask, limit
+
+  def is_good(self, buffer: np.ndarray) -> bool:
+    """Whether all ids are of their tables and all dense values finite.
+
+    Args:
+      buffer: int32 `[size]`.
+    """
+    mask, limit = self._limits
+    bits = buffer.view(np.uint32)
+    for first in range(0, self.size, _CHUNK):
+      here = slice(first, first + _CHUNK)
+      if ((bits[here] & mask[here]) >= limit[here]).any():
+        return False
+    return True
 
   def views(self, buffer: np.ndarray) -> dict[str, View]:
     """The parts of a buffer, int32 `[size]`, by name."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -56,16 +55,9 @@ def score_microbatched(
     `{task: [B, C]}` float32.
   """
 
-  def score(chunk: Candidates, first) -> dict[str, jax.Array]:
-    here = count
-    if count is not None:
-      here = jnp.clip(count - first, 0, chunk.shape[1])
-    logits: Any = model.apply(
-      variables, cache, chunk, context, here, method='score'
-    )
-    return logits
-
-  return _in_chunks(score, candidates, microbatch)
+  return _microbatched(
+    'score', model, variables, cache, candidates, context, count, microbatch
+  )
 
 
 def score_plain(
@@ -181,14 +173,12 @@ class Program:
     traced: the function as it is compiled: of packed weights (`weights.pack`),
       the cache's keys and values unless it reads histories (tuples of them if
       there are several requests), or a pool's, and the request.
-      It returns logits `[B, C, T]`; if it makes a cache or writes a pool, its
+      It returns logits `[T, B, C]`; if it makes a cache or writes a pool, its
       keys and values before them, and if it scores nothing, a number that is
       there when the request has been read.
     call: the same, compiled.
     backends: the implementations that it runs, once it was traced.
   """
-
-  call: Callable[..., Any]
 
   def __init__(self, plan: Plan, kind: Kind, sizes: Sizes):
     schema, rows = plan.config.schema, sizes.rows * sizes.requests
@@ -245,21 +235,7 @@ class Program:
       options['out_shardings'] = (None, None, plan.transport.output)
     if sizes.donate:
       options['donate_argnums'] = (1, 2)
-    self._options, self._lock = options, threading.Lock()
-    self.call = self._first
-
-  def _first(self, *arguments: Any) -> Any:
-    """Decides how to compile, once it is known what runs."""
-    with self._lock:
-      if self.call == self._first:
-        jax.eval_shape(self.traced, *arguments)
-        if self.backends.get('candidate_tower') == 'pallas_gpu':
-          # So few launches take less time than XLA's CUDA graph of them.
-          self._options['compiler_options'] = {
-            'xla_gpu_enable_command_buffer': ''
-          }
-        self.call = jax.jit(self.traced, **self._options)
-    return self.call(*arguments)
+    self.call: Callable[..., Any] = jax.jit(traced, **options)
 
 
 @functools.cache
@@ -291,16 +267,17 @@ def _score(plan, sizes, variables, keys, values, parts):
   keys, values = _widened(plan, keys, values)
   if sizes.requests > 1:
     keys, values = (jnp.concatenate(x, axis=1) for x in (keys, values))
-  logits = score_microbatched(
+  logits = _microbatched(
+    'score_tasks',
     ranker.Ranker(plan.config),
     variables,
     HistoryCache(keys, values, parts['length']),
     Candidates(parts['candidates'], parts.get('visible')),
     parts['context'],
     parts['count'],
-    microbatch=plan.microbatch,
+    plan.microbatch,
   )
-  return _stacked(plan, logits)
+  return jnp.moveaxis(logits, -1, 0)
 
 
 def _extend(plan, sizes, variables, keys, values, parts):
@@ -412,25 +389,37 @@ _BODIES = {
 
 
 def _stacked(plan, logits):
-  """`[B, C, T]`."""
-  tasks = plan.config.schema.tasks
-  return jnp.stack([logits[task.name] for task in tasks], axis=-1)
+  """`[T, B, C]`."""
+  return jnp.stack([logits[task.name] for task in plan.config.schema.tasks])
+
+
+def _microbatched(
+  method, model, variables, cache, candidates, context, count, microbatch
+) -> Any:
+  def score(chunk: Candidates, first) -> Any:
+    here = count
+    if count is not None:
+      here = jnp.clip(count - first, 0, chunk.shape[1])
+    return model.apply(variables, cache, chunk, context, here, method=method)
+
+  return _in_chunks(score, candidates, microbatch)
 
 
 def _in_chunks(
-  score: Callable[[Candidates, Any], dict[str, jax.Array]],
+  score: Callable[[Candidates, Any], Any],
   candidates: Candidates,
   size: int,
-) -> dict[str, jax.Array]:
+) -> Any:
   """Maps `score` over chunks of `size` candidates of each row.
 
   Args:
-    score: of a chunk and the number of its first candidate, `[B, size]`.
+    score: of a chunk and the number of its first candidate, arrays of
+      `[B, size, ..]`.
     candidates: `[B, C]`, C at most or a multiple of `size`.
     size: of a chunk.
 
   Returns:
-    `[B, C]` arrays.
+    Arrays of `[B, C, ..]`.
   """
   num_rows, count = candidates.shape
   if count <= size:
@@ -445,6 +434,6 @@ def _in_chunks(
   )
   first = jnp.arange(0, count, size, dtype=jnp.int32)
   logits = jax.lax.map(lambda x: score(*x), (chunks, first))
-  return {  # {task: [C / size, B, size]}
-    k: x.swapaxes(0, 1).reshape(num_rows, count) for k, x in logits.items()
-  }
+  return jax.tree.map(  # [C / size, B, size, ..]
+    lambda x: x.swapaxes(0, 1).reshape(num_rows, count, *x.shape[3:]), logits
+  )

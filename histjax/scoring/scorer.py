@@ -106,6 +106,8 @@ class Scorer:
     )
     # `programs.program` keeps them; to find one there is to hash a config.
     self._programs: dict[tuple, programs.Program] = {}
+    # Those of 'score', by what tells them apart.
+    self._of_sizes: dict[tuple, programs.Program] = {}
 
   @classmethod
   def from_workdir(
@@ -374,6 +376,7 @@ class Scorer:
     """
     request = self._check_request(cache, candidates, context)
     program, slot = self._write([request], [cache])
+    self._check_values(program, slot, [request])
     with dispatch.record() as used:
       # A new function: of one that it knows, JAX may keep the trace.
       jax.eval_shape(
@@ -595,8 +598,12 @@ class Scorer:
     )
     if visible is not None:
       inputs.numbers(visible, views['visible'])
+    given = flight.Checked(
+      length, batch.candidates, batch.context, shape, real, visible
+    )
+    self._check_values(program, slot, [given], batch.history, length)
     logits = self._call(program, slot)
-    return self._pending(program, slot, logits, [(shape, real)])[0].result()
+    return self._one_pending(program, slot, logits, given).result()
 
   def _one_pending(
     self,
@@ -605,10 +612,7 @@ class Scorer:
     logits: jax.Array,
     request: flight.Checked,
   ) -> Pending:
-    if program not in self._told:
-      self._log(program)
-    one = [(request.shape, request.real)]
-    return self._pending(program, slot, logits, one)[0]
+    return self._pending(program, slot, logits, [request])[0]
 
   def _check_request(
     self,
@@ -617,9 +621,11 @@ class Scorer:
     context: Mapping[str, Any],
   ) -> flight.Checked:
     self.config.require_amortizable()
-    shape = inputs.candidates_shape(self.config.schema, candidates)
-    info = self._check_cache(cache, shape[0], 'candidates')
-    return self._check_candidates(candidates, context, info.length)
+    request = self._check_candidates(
+      candidates, context, cache_lib.info_of(cache).length
+    )
+    self._check_cache(cache, request.shape[0], 'candidates')
+    return request
 
   def _check_candidates(
     self,
@@ -632,7 +638,7 @@ class Scorer:
     length = length[: shape[0]]
     real = inputs.real_candidates(candidates)
     visible = None
-    if len(length) == shape[0]:  # Or the caller refuses it.
+    if candidates.visible is not None and len(length) == shape[0]:
       visible = inputs.visible(
         candidates, length, real, self.config.encoder.causal
       )
@@ -668,6 +674,8 @@ class Scorer:
     schema = self.config.schema
     inputs.numbers(length, slot.views['length'])
     inputs.history(schema, history, length, slot.views['history'])
+    given = [] if request is None else [request]
+    self._check_values(program, slot, given, history, length)
     return program, slot
 
   def _write_events(
@@ -695,6 +703,8 @@ class Scorer:
     inputs.numbers(new, slot.views['new'])
     schema = self.config.schema
     inputs.history(schema, events, new, slot.views['history'])
+    given = [] if request is None else [request]
+    self._check_values(program, slot, given, events, new)
     return program, slot
 
   def _slot(
@@ -725,16 +735,19 @@ class Scorer:
   ) -> tuple[programs.Program, transport.Slot]:
     """The program of requests of one bucket, and what it is to read."""
     first = caches[0]
-    sizes = programs.Sizes(
+    key = (
       first.num_rows,
       first.capacity,
       self.options.candidates(
-        max(x.shape[1] for x in requests), self.options.microbatch
+        max([x.shape[1] for x in requests]), self.options.microbatch
       ),
-      any(x.visible is not None for x in requests),
-      requests=buckets.of_requests(len(requests)),
+      not all([x.visible is None for x in requests]),
+      len(requests),
     )
-    program = self._program('score', sizes)
+    program = self._of_sizes.get(key)
+    if program is None:  # A `Sizes` takes longer to make than to look up.
+      sizes = programs.Sizes(*key[:4], requests=buckets.of_requests(key[4]))
+      program = self._of_sizes[key] = self._program('score', sizes)
     slot = self._transport.slot(program.layout)
     for views, request, cache in zip(
       slot.requests, requests, caches, strict=False
@@ -745,6 +758,23 @@ class Scorer:
       views['length'].ids.fill(0)
       views['count'].ids.fill(0)
     return program, slot
+
+  def _check_values(
+    self,
+    program: programs.Program,
+    slot: transport.Slot,
+    requests: Sequence[flight.Checked],
+    history: History | None = None,
+    length: np.ndarray | None = None,
+  ) -> None:
+    """Raises ValueError if a value was written that must not be."""
+    if program.layout.is_good(slot.buffer):
+      return
+    if history is not None and length is not None:
+      inputs.check_history(self.config.schema, history, length)
+    for request in requests:
+      request.check(self.config.schema)
+    raise AssertionError('what is not of the request is not good')
 
   def _fly(
     self,
@@ -761,12 +791,13 @@ class Scorer:
       caches = [*caches, *[first] * (more - len(caches))]
       keys = tuple(x.keys for x in caches)
       values = tuple(x.values for x in caches)
+    known = program in self._told
+    if not known:  # No program is compiled for a bad request.
+      self._check_values(program, slot, requests)
     logits = self._call(program, slot, keys, values)
-    if program not in self._told:
-      self._log(program)
-    return self._pending(
-      program, slot, logits, [(x.shape, x.real) for x in requests]
-    )
+    if known:  # While the device is at work.
+      self._check_values(program, slot, requests)
+    return self._pending(program, slot, logits, requests)
 
   def _compile(self, job: ahead.Job) -> None:
     """Runs a program on what is in its slot."""
@@ -829,11 +860,13 @@ class Scorer:
     program: programs.Program,
     slot: transport.Slot,
     logits: jax.Array,
-    requests: Sequence[tuple[tuple[int, int], np.ndarray | None]],
+    requests: Sequence[flight.Checked],
   ) -> list[Pending]:
+    if program not in self._told:
+      self._log(program)
     at_work = flight.Flight(program, slot, logits, self._transport)
-    rows = logits.shape[0] // len(slot.requests)
+    rows = logits.shape[1] // len(slot.requests)
     return [
-      Pending(at_work, i * rows, shape, real, self.config.schema.tasks)
-      for i, (shape, real) in enumerate(requests)
+      Pending(at_work, i * rows, x.shape, x.real, self.config.schema.tasks)
+      for i, x in enumerate(requests)
     ]

@@ -32,11 +32,13 @@ class Slot:
 
   Attributes:
     array: the program's argument, int32 `[layout.size]`.
+    buffer: its memory.
     views: where to write it.
     requests: the same, by the requests that share it.
   """
 
   array: Any
+  buffer: np.ndarray
   views: dict[str, layout_lib.View]
   requests: list[dict[str, layout_lib.View]]
 
@@ -103,7 +105,7 @@ class Transport:
     buffer = np.zeros(layout.size, np.int32)
     if self._pinned is None:
       views = layout.views(buffer)
-      return Slot(buffer, views, layout.split(views))
+      return Slot(buffer, buffer, views, layout.split(views))
     pinned = jax.device_put(buffer, self._pinned)
     pinned.block_until_ready()
     # JAX has no other way to write where it reads. Nothing else does, and no
@@ -114,7 +116,7 @@ class Transport:
     memory.owner = pinned  # For as long as a program or a view has it.
     buffer = np.frombuffer(memory, np.int32)
     views = layout.views(buffer)
-    return Slot(pinned, views, layout.split(views))
+    return Slot(pinned, buffer, views, layout.split(views))
 
   def release(
     self,

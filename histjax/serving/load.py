@@ -120,10 +120,10 @@ class Model:
     parts |= {'candidates': candidates, 'context': context}
     sizes = *cache.keys.shape[1:3], self._fit('candidates', number)
     found = self._run('score', sizes, parts, count, *cache[:2])
-    logits = np.asarray(found)[:rows, :number]
+    logits = np.asarray(found)[:, :rows, :number]
     if not np.isfinite(logits).all():
       raise ValueError('a logit is not finite: features are too large')
-    return {t: logits[..., i] for i, t in enumerate(self.manifest['tasks'])}
+    return dict(zip(self.manifest['tasks'], logits, strict=True))
 
   def _length(self, cache: Cache, rows: int) -> np.ndarray:
     if cache.model != self.manifest['model']:
@@ -154,11 +154,7 @@ class Model:
   def _program(self, name: str):
     if name not in self._programs:
       exported = jax.export.deserialize(bytearray(self._files[f'{name}.jax']))
-      options = None
-      if self.manifest['compute_capability']:
-        # So few launches take less time than XLA's CUDA graph of them.
-        options = {'xla_gpu_enable_command_buffer': ''}
-      self._programs[name] = jax.jit(exported.call, compiler_options=options)
+      self._programs[name] = jax.jit(exported.call)
     return self._programs[name]
 
   def _check_device(self) -> None:

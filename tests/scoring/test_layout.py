@@ -2,7 +2,7 @@
 
 import numpy as np
 from absl.testing import absltest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from histjax import schema as schema_lib
@@ -60,6 +60,34 @@ class LayoutTest(absltest.TestCase):
         np.testing.assert_array_equal(  # Bit for bit, NaN as well.
           value.view(np.int32), wanted.view(np.int32)
         )
+
+  @given(
+    size=st.integers(1, 2**31 - 1),
+    ids=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4),
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4),
+  )
+  @example(size=3, ids=[2], bits=[0x7F7FFFFF])  # The largest of each.
+  @example(size=3, ids=[3], bits=[0])
+  @example(size=3, ids=[-1], bits=[0])
+  @example(size=3, ids=[0], bits=[0xFF800000])  # Minus infinity.
+  @example(size=3, ids=[0], bits=[0x7F800001])  # A NaN.
+  def test_bad_values_are_found(self, size, ids, bits):
+    dense = np.array(bits, np.uint32).view(np.float32)
+    layout = layout_lib.Layout(
+      (
+        layout_lib.numbers('length', (2,)),
+        layout_lib.features(
+          'a', (schema_lib.Categorical('x', size),), (len(ids),)
+        ),
+        layout_lib.features('b', (schema_lib.Dense('y'),), (len(bits),)),
+      )
+    )
+    buffer = np.full(layout.size, -1, np.int32)  # Lengths may be any number.
+    views = layout.views(buffer)
+    views['a'].features['x'][...] = ids
+    views['b'].features['y'][...] = dense
+    good = all(0 <= i < size for i in ids) and bool(np.isfinite(dense).all())
+    self.assertEqual(layout.is_good(buffer), good)
 
   @given(parts=parts(), requests=st.integers(1, 3))
   def test_requests_share_the_rows(self, parts, requests):

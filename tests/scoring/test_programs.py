@@ -134,7 +134,8 @@ class ProgramsTest(parameterized.TestCase):
 
       def program(plan, kind, sizes, made=made, logits=logits):
         made.append(programs.Program(plan, kind, sizes))
-        made[0].call = lambda *arguments: jax.numpy.asarray(logits)
+        by_task = np.moveaxis(logits, -1, 0)
+        made[0].call = lambda *arguments: jax.numpy.asarray(by_task)
         return made[0]
 
       with mock.patch.object(programs, 'program', program):
