@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+KINDS = ('hit', 'extend', 'miss', 'no cache')
+"""Of requests; see `serving`."""
+
 
 def table(cell: Mapping[str, Any]) -> str:
   """One L and C: milliseconds by way, users and kind."""
@@ -18,7 +21,7 @@ def table(cell: Mapping[str, Any]) -> str:
   ]
   for way in ('device', 'in process', 'http'):
     for users, kinds in cell.get(way, {}).items():
-      for kind in sorted(kinds):
+      for kind in KINDS:
         times = kinds[kind]
         p50 = times.get('p50', times.get('call'))
         rest = f'{"":>10} {"":>6}'
@@ -55,7 +58,7 @@ def plot(report: Mapping[str, Any]):
     for count, axis in zip(counts, row, strict=True):
       here = [cell for cell in cells if cell['candidates'] == count]
       for style, users in enumerate(here[0][way]):
-        for color, kind in enumerate(here[0][way][users]):
+        for color, kind in enumerate(KINDS):
           times = [cell[way][users][kind] for cell in here]
           axis.plot(
             [cell['length'] for cell in here],

@@ -145,7 +145,8 @@ class RowMaker:
     if schema.request and schema.request in shown:
       keys = shared if schema.request in shared else shown
       request = values_lib.keys(schema, keys, schema.request, 'candidates')
-      request = np.broadcast_to(request, number)
+      if keys is shared:
+        request = np.repeat(request, number)
     user = np.zeros(1, np.uint64)
     if self.features.needs('user'):
       user = values_lib.user_of(schema, context)
@@ -155,7 +156,7 @@ class RowMaker:
     return Asked(
       context={name: values[0] for name, values in encoded.items()},
       features=values_lib.encode(schema, shown, items, number, 'candidates'),
-      time=np.broadcast_to(time, number),
+      time=np.repeat(time, number) if times is shared else time,
       is_timestamp=bool(is_timestamp),
       request=request,
       user=user,
