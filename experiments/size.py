@@ -31,9 +31,9 @@ _RESULTS = flags.DEFINE_string('results', None, 'JSON of the suite serving.')
 
 def models():
   """Encoders with lengths, and the model's type."""
-  sizes = (_LAYERS.value, _WIDTH.value, _HEADS.value)
+  layers, width, heads = _LAYERS.value, _WIDTH.value, _HEADS.value
   if _WORKDIR.value is not None:
-    if any(sizes):
+    if layers or width or heads:
       raise ValueError(
         f'--workdir={_WORKDIR.value} is of one model; leave --num_layers, '
         '--width and --num_heads out'
@@ -43,14 +43,14 @@ def models():
 
     config = run.load(_WORKDIR.value).config.model
     encoder, dtype = config.encoder, config.dtype
-  elif any(sizes):
-    if not all(sizes):
-      raise ValueError(
-        f'--num_layers, --width and --num_heads are {sizes}; give all or none'
-      )
-    encoder, dtype = EncoderConfig(**dict(
-      zip(('num_layers', 'width', 'num_heads'), sizes, strict=True)
-    )), 'bfloat16'  # fmt: skip
+  elif layers and width and heads:
+    encoder = EncoderConfig(num_layers=layers, width=width, num_heads=heads)
+    dtype = 'bfloat16'
+  elif layers or width or heads:
+    raise ValueError(
+      f'--num_layers={layers} --width={width} --num_heads={heads}: give all or '
+      'none'
+    )
   else:
     return sizing.MODELS, _DTYPE.value or 'bfloat16'
   found = [(encoder, int(length)) for length in _LENGTHS.value]

@@ -16,20 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
-from unittest import mock
 
-import jax
 import numpy as np
 
-from benchmarking import load_engines, machine, rankers, serving_report
+from benchmarking import (
+  load_engines,
+  machine,
+  rankers,
+  serving_device,
+  serving_report,
+)
 from benchmarking.workloads import Request as Workload
 from histjax.data.row_maker import RowMaker
 from histjax.scoring import Scorer, ScorerConfig, pages
-from histjax.scoring.paged import Pool
 from histjax.serving.cache_store import StoreConfig
 from histjax.serving.engine import Engine, EngineConfig, Request, Result
 from histjax.serving.pages import Shape
@@ -43,13 +47,13 @@ NEW_EVENTS = rankers.NEW_EVENTS
 _RING = 4  # Lists of candidates, in turns.
 _TURNS = 3
 _PATIENCE = 20  # Times `seconds`, after which there are no more turns.
-_CALLS = 200  # Of a program, back to back, at most.
 _BOUNDS = {
   # Of 4 layers and the head with 8-bit mantissas between products.
   'bfloat16': 5e-2,
   # On accelerators, float32 products default to fewer bits.
   'float32': 1e-3,
 }
+_PARTS = {'device': 'call', 'in process': 'p50', 'http': 'p50'}
 _SOURCES = {'hit': 'hit', 'extend': 'extended'}  # Others: 'encoded'.
 
 
@@ -330,70 +334,11 @@ def _device(
   found = {}
   _forget(way, len(asked['hit'][0]))
   for kind in ('miss', 'extend', 'hit', 'no cache'):
-    with _recorded(scorer) as calls:
+    with serving_device.recorded(scorer) as calls:
       way.score(kind, asked[kind][0])
-    program, slot = calls[-1]
-    found[kind] = way.store.store.warm_up_programs(
-      lambda pool, call=program.call, array=slot.array, kind=kind: _repeated(
-        call, scorer._weights, array, pool, kind, seconds
-      )
-    )
+    repeated = functools.partial(calls[-1].times, seconds)
+    found[kind] = way.store.store.warm_up_programs(repeated)
   return found
-
-
-def _repeated(call, weights, array, pool: Pool, kind: str, seconds: float):
-  """Calls a program again: it reads and writes the same pages."""
-
-  def one():
-    nonlocal pool
-    if kind == 'no cache':
-      return call(weights, array)
-    out = call(weights, *pool, array)
-    if kind == 'hit':
-      return out
-    pool = Pool(*out[:2])
-    return out[2]
-
-  def enqueue(calls: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(calls):
-      out = one()
-    jax.block_until_ready(out)
-    return (time.perf_counter() - begin) / calls
-
-  samples = [enqueue(1)]
-  if samples[0] < seconds:
-    calls = min(_CALLS, max(1, round(seconds / 3 / samples[0])))
-    samples = [enqueue(calls) for _ in range(3)]
-  times = {'call': float(np.median(samples)), 'kernels': _kernels(one)}
-  return pool, times
-
-
-def _kernels(one: Callable[[], Any]) -> float | None:
-  """Seconds of NVIDIA kernels and copies of a call, if CUPTI tells."""
-  if jax.default_backend() != 'gpu':
-    return None
-  try:
-    from jax.experimental.mosaic.gpu import profiler
-
-    _, calls = profiler.measure(one, aggregate=False, iterations=5)()
-  except (ImportError, AttributeError, TypeError, RuntimeError):
-    return None  # An experimental extra, of no fixed interface.
-  sums = [sum(t for _, t in kernels) for kernels in calls or []]
-  return float(np.median(sums)) / 1e3 if sums else None
-
-
-@contextlib.contextmanager
-def _recorded(scorer: Scorer) -> Iterator[list]:
-  """The programs that a scorer starts meanwhile, and their slots."""
-  calls, call = [], scorer._call
-
-  def recorded(program, slot, *cached):
-    calls.append((program, slot))
-    return call(program, slot, *cached)
-
-  with mock.patch.object(scorer, '_call', recorded):
-    yield calls
 
 
 def _ratios(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -405,6 +350,10 @@ def _ratios(cell: Mapping[str, Any]) -> dict[str, Any]:
       }
       for users, times in cell[way].items()
     }
-    for way, part in (('device', 'call'), ('in process', 'p50'), ('http', 'p50'))
+    for way, part in (
+      ('device', 'call'),
+      ('in process', 'p50'),
+      ('http', 'p50'),
+    )
     if way in cell
   }

@@ -53,9 +53,7 @@ def states(models: Iterable[tuple[EncoderConfig, int]], dtype: str) -> str:
   names = [name if cache else dtype for name, cache in _TYPES]
   rows = [['model', 'L', *names, *(f'users in 1 GB, {x}' for x in names)]]
   for encoder, length in models:
-    sizes = [
-      state_bytes(encoder, length, dtype, cache) for _, cache in _TYPES
-    ]
+    sizes = [state_bytes(encoder, length, dtype, cache) for _, cache in _TYPES]
     rows.append(
       [
         f'{encoder.num_layers} layers, D {encoder.width}',

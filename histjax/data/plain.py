@@ -84,8 +84,20 @@ def time(schema: Schema, values: Any, name: str) -> np.ndarray | None:
   return found.astype(np.int64)
 
 
-def label(schema: Schema, values: Any, task: Task) -> np.ndarray | None:
-  """float32 `[n]` in {0, 1}."""
+def labels(
+  schema: Schema, columns: Mapping[str, Any], length: int
+) -> dict[str, np.ndarray] | None:
+  """Labels of all tasks, float32 `{task: [length]}`; see `encode`."""
+  found = {}
+  for task in schema.tasks:
+    encoded = _label(schema, columns.get(task.column), task)
+    if encoded is None or len(encoded) != length:
+      return None
+    found[task.name] = encoded
+  return found
+
+
+def _label(schema: Schema, values: Any, task: Task) -> np.ndarray | None:
   found = _numbers(schema, values, task.column)
   if found is None:
     return None

@@ -155,10 +155,8 @@ def labels(
   """Labels of all tasks, float32 `{task: [length]}`."""
   if not length:
     return {task.name: np.zeros(0, np.float32) for task in schema.tasks}
-  found = {
-    t.name: plain.label(schema, past.get(t.column), t) for t in schema.tasks
-  }
-  if all(x is not None and len(x) == length for x in found.values()):
+  found = plain.labels(schema, past, length)
+  if found is not None:
     return found
   columns = [task.column for task in schema.tasks]
   table = columns_lib.from_mapping(past, columns, source, schema)

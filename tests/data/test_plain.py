@@ -96,9 +96,7 @@ def outcome(use: str, values, schema: Schema):
 def by_arrow(use: str, values, schema: Schema):
   with mock.patch.multiple(
     plain,
-    **dict.fromkeys(
-      ('encode', 'digests', 'time', 'label'), lambda *_: None
-    ),
+    **dict.fromkeys(('encode', 'digests', 'time', 'labels'), lambda *_: None),
   ):
     return outcome(use, values, schema)
 

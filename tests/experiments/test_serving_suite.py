@@ -48,9 +48,7 @@ class ServingSuiteTest(parameterized.TestCase):
       self.assertLen(lines, 2 + 5 * len(serving.KINDS))
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     paths = benchmarking.write_report(report, str(folder / 'serving'))
-    self.assertEqual(
-      sorted(map(str, folder.iterdir())), sorted(paths)
-    )
+    self.assertEqual(sorted(map(str, folder.iterdir())), sorted(paths))
 
   def test_other_logits_are_no_result(self):
     score = serving.InProcess.score

@@ -22,9 +22,7 @@ class SizingTest(parameterized.TestCase):
     encoder = EncoderConfig(num_layers=3, width=24, num_heads=2)
     shape = pages.Shape(3, 2, 12, 'bfloat16', cache_dtype)
     pool = pages.Pages(shape, 4).pool  # 49 events.
-    self.assertIsInstance(
-      pool.keys, Quantized if cache_dtype else jax.Array
-    )
+    self.assertIsInstance(pool.keys, Quantized if cache_dtype else jax.Array)
     self.assertEqual(
       sizing.state_bytes(encoder, 49, 'bfloat16', cache_dtype),
       sum(x.nbytes for x in jax.tree.leaves(pool)),
@@ -49,7 +47,7 @@ class SizingTest(parameterized.TestCase):
           'length': 64,
           'candidates': 8,
           'in process': {
-            '1': dict.fromkeys(times, {'p50': 1.0}),
+            '1': {kind: {'p50': 1.0} for kind in times},
             '32': {kind: {'p50': p50} for kind, p50 in times.items()},
           },
         }
