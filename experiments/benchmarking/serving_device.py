@@ -26,18 +26,21 @@ class Recorded:
     call: the program.
     weights: its first argument.
     request: its last one.
-    has_pool: whether it reads a pool in between.
+    has_pool: whether it reads a pool in between,
+    donates: and writes it.
   """
 
   call: Callable[..., Any]
   weights: Any
   request: Any
   has_pool: bool
+  donates: bool
 
   def times(
     self, seconds: float, pool: Pool
   ) -> tuple[Pool, dict[str, float | None]]:
-    """`call`, seconds of one of many calls, and `kernels`, see `_kernels`.
+    """`call`, seconds of one of many calls, and `kernels`, see `_kernels`;
+    None of programs that write pages, which cannot be called twice alike.
 
     They read and write the same pages. One that writes is given the pool that
     the one before returned, so that it waits for it.
@@ -52,7 +55,7 @@ class Recorded:
       if not self.has_pool:
         return self.call(self.weights, self.request)
       out = self.call(self.weights, *pool, self.request)
-      if not isinstance(out, tuple):
+      if not self.donates:
         return out
       pool = Pool(*out[:2])
       return out[2]
@@ -68,8 +71,11 @@ class Recorded:
     if samples[0] < seconds:
       calls = min(_CALLS, max(1, round(seconds / 3 / samples[0])))
       samples = [enqueue(calls) for _ in range(3)]
-    times = {'call': float(np.median(samples)), 'kernels': _kernels(one)}
-    return pool, times
+    arguments = (*pool, self.request) if self.has_pool else (self.request,)
+    kernels = None
+    if not self.donates:
+      kernels = _kernels(self.call, self.weights, *arguments)
+    return pool, {'call': float(np.median(samples)), 'kernels': kernels}
 
 
 @contextlib.contextmanager
@@ -78,23 +84,30 @@ def recorded(scorer: Scorer) -> Iterator[list[Recorded]]:
   calls, call = [], scorer._call
 
   def recording(program, slot, *cached):
+    result = call(program, slot, *cached)  # Compiles it, if it was not.
+    has_pool = bool(cached)
     calls.append(
-      Recorded(program.call, scorer._weights, slot.array, bool(cached))
+      Recorded(
+        *(program.call, scorer._weights, slot.array),
+        has_pool,
+        has_pool and isinstance(result, tuple),
+      )
     )
-    return call(program, slot, *cached)
+    return result
 
   with mock.patch.object(scorer, '_call', recording):
     yield calls
 
 
-def _kernels(one: Callable[[], Any]) -> float | None:
+def _kernels(call: Callable[..., Any], *arguments: Any) -> float | None:
   """Seconds of NVIDIA kernels and copies of a call, if CUPTI tells."""
   if jax.default_backend() != 'gpu':
     return None
   try:
     from jax.experimental.mosaic.gpu import profiler
 
-    _, calls = profiler.measure(one, aggregate=False, iterations=5)()
+    measured = profiler.measure(call, aggregate=False, iterations=5)
+    _, calls = measured(*arguments)
   except (ImportError, AttributeError, TypeError, RuntimeError):
     return None  # An experimental extra, of no fixed interface.
   sums = [sum(t for _, t in kernels) for kernels in calls or []]
