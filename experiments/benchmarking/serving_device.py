@@ -39,11 +39,11 @@ class Recorded:
   def times(
     self, seconds: float, pool: Pool
   ) -> tuple[Pool, dict[str, float | None]]:
-    """`call`, seconds of one of many calls, and `kernels`, see `_kernels`;
-    None of programs that write pages, which cannot be called twice alike.
+    """Seconds, `call` of one of many and `kernels` of one, as `_kernels`.
 
-    They read and write the same pages. One that writes is given the pool that
-    the one before returned, so that it waits for it.
+    Calls read and write the same pages. One that writes is given the pool that
+    the one before returned, so that it waits for it; of its kernels nothing is
+    known (None), since what it is given it takes.
 
     Args:
       seconds: for the measurement, about.
