@@ -118,6 +118,8 @@ def scale(raw: np.ndarray, feature: Dense) -> np.ndarray:
     feature: says how.
   """
   values = np.log1p(raw) if feature.log else raw
+  if feature.offset == 0 and feature.scale == 1:
+    return values
   with np.errstate(over='ignore'):
     return (values - feature.offset) / feature.scale
 

@@ -114,7 +114,10 @@ def _index(schema, values, feature: Categorical) -> np.ndarray | None:
   found = _numbers(schema, values, feature.column)
   if found is None or found.dtype.kind == 'f':
     return None
-  if not _within(found, 0, feature.size - 1):
+  if found.dtype == np.int64:  # Below 0 is beyond all others.
+    if np.maximum.reduce(found.view(np.uint64)) >= feature.size:
+      return None
+  elif not _within(found, 0, feature.size - 1):
     return None
   return found.astype(np.int32)
 
@@ -124,10 +127,19 @@ def _dense(schema, values, feature: Dense) -> np.ndarray | None:
   if raw is None:
     return None
   raw = raw.astype(np.float64, copy=False)
-  if not _within(raw, 0 if feature.log else -MAX_RAW, MAX_RAW):
+  least, most = np.minimum.reduce(raw), np.maximum.reduce(raw)
+  if not (-MAX_RAW <= least and most <= MAX_RAW):  # Of NaN neither is so.
     return None
-  scaled = columns_lib.scale(raw, feature)
-  if not _within(scaled, -MAX_DENSE, MAX_DENSE):
+  if feature.log:
+    if least < 0:
+      return None
+    scaled = columns_lib.scale(raw, feature)
+    least, most = np.minimum.reduce(scaled), np.maximum.reduce(scaled)
+  else:  # The ends stay the ends.
+    ends = columns_lib.scale(np.array([least, most]), feature)
+    least, most = ends.tolist()
+    scaled = columns_lib.scale(raw, feature)
+  if not (-MAX_DENSE <= least and most <= MAX_DENSE):
     return None
   return scaled.astype(np.float32)
 
