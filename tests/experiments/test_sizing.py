@@ -1,8 +1,11 @@
 """What the documentation says of sizes is what the script computes."""
 
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 from absl.testing import absltest, parameterized
@@ -37,6 +40,21 @@ class SizingTest(parameterized.TestCase):
     for name in names:
       report = json.loads((ROOT / name).read_text())
       self.assertIn(f'\n\n{sizing.rates(report)}\n\n', DOCS)
+
+  def test_binary(self):
+    results = 'benchmarks/results/2026-11-28-request-epyc-cpu.json'
+    found = subprocess.run(
+      [sys.executable, 'experiments/size.py', f'--results={results}'],
+      cwd=ROOT,
+      env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(
+      found.stdout, sizing.states(sizing.MODELS, 'bfloat16') + '\n'
+    )
+    self.assertIn(f"--results={results} is of suite 'request'", found.stderr)
+    self.assertEqual(found.returncode, 1)
 
   def test_rates(self):
     times = {'hit': 0.5, 'extend': 0.0125, 'miss': 20.0, 'no cache': 40.0}
