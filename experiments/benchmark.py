@@ -5,11 +5,14 @@
   python experiments/benchmark.py --suite=tower --workloads=batch_128,ragged_128
   python experiments/benchmark.py --suite=request --output=/tmp/request
   python experiments/benchmark.py --suite=train_step
+  python experiments/benchmark.py --suite=serving --output=/tmp/serving
 
 'scoring' compares plain, joint and cached scoring of one model, that of a
 training run or one of random parameters; 'cost' says with which powers of L
 and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
-all fusions at one L and C, for `study.py --cost`. The other suites time the
+all fusions at one L and C, for `study.py --cost`. 'serving' times users who
+come back: hit, extend, miss and no cache, on the device, in process and through
+HTTP. The other suites time the
 named workloads of `benchmarking.workloads` against rivals that are
 installed. Prints tables; writes <output>.json and, but for 'fusions' and
 'train_step', the plot <output>.png.
@@ -33,10 +36,11 @@ _SUITES = {
   for name in module.SUITES
 }
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
+_SERVING = 'serving'
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, *_SUITES],
+  [*_OF_ONE_MODEL, _SERVING, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -51,15 +55,21 @@ _CALLS = flags.DEFINE_integer(
   'calls', None, "Of request: the least of 'score', within 20 x --seconds."
 )
 _REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
-# Of the suites scoring, cost and fusions.
+# Of the suites scoring, cost, fusions and, but for the first, serving.
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, if any.')
-_LENGTHS = flags.DEFINE_list('lengths', ['64', '256', '1024'], 'L.')
-_CANDIDATES = flags.DEFINE_list('candidates', ['64', '512'], 'C.')
-_ROWS = flags.DEFINE_integer('rows', 1, 'Users at once.')
+_LENGTHS = flags.DEFINE_list(
+  'lengths', None, 'L; 64,256,1024, or of serving 256,1024,4096.'
+)
+_CANDIDATES = flags.DEFINE_list(
+  'candidates', None, 'C; 64,512, or of serving 128,512,2048.'
+)
+_ROWS = flags.DEFINE_integer('rows', 1, 'Users at once, but of serving.')
 _WIDTH = flags.DEFINE_integer('width', 64, 'Without a workdir: D.')
 _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
 _BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
+_USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: at once.')
+_HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
 
 
 def one_model(suite):
@@ -83,7 +93,10 @@ def one_model(suite):
     )
   if _BFLOAT16.value:
     config = dataclasses.replace(config, dtype='bfloat16')
-  sizes = [[int(n) for n in x.value] for x in (_LENGTHS, _CANDIDATES)]
+  sizes = [
+    _integers(_LENGTHS, (64, 256, 1024)),
+    _integers(_CANDIDATES, (64, 512)),
+  ]
   options: dict[str, Any] = {
     'num_rows': _ROWS.value,
     'seconds': _SECONDS.value or 1.0,
@@ -93,8 +106,8 @@ def one_model(suite):
   if suite == 'fusions':
     if len(sizes[0]) != 1 or len(sizes[1]) != 1:
       raise app.UsageError(
-        f'suite=fusions takes one of --lengths={_LENGTHS.value} and one of '
-        f'--candidates={_CANDIDATES.value}'
+        f'suite=fusions takes one of --lengths={sizes[0]} and one of '
+        f'--candidates={sizes[1]}'
       )
     return cost.fusions(config, sizes[0][0], sizes[1][0], **options)
   if params is None:
@@ -107,6 +120,30 @@ def one_model(suite):
     f'{report["environment"]["device"]}'
   )
   return report
+
+
+def _integers(flag, default):
+  return [int(n) for n in flag.value or default]
+
+
+def serving_suite(save=None):
+  # It needs the packages that read data, and those of a server.
+  from benchmarking import serving
+
+  options = {} if _SECONDS.value is None else {'seconds': _SECONDS.value}
+  return serving.run(
+    workloads.Request(
+      *(1, 1, 1, _WIDTH.value, _LAYERS.value, _HEADS.value),
+      dtype='bfloat16' if _BFLOAT16.value else 'float32',
+    ),
+    _integers(_LENGTHS, serving.LENGTHS),
+    _integers(_CANDIDATES, serving.CANDIDATES),
+    users=_integers(_USERS, serving.USERS),
+    http=_HTTP.value,
+    progress=lambda line: print(line, flush=True),
+    save=save,
+    **options,
+  )
 
 
 def named_suite(name, save=None):
@@ -141,13 +178,13 @@ def main(argv):
     if _OUTPUT.value is not None:  # Fails before the work, not after it.
       output = workdir.resolve(_OUTPUT.value, '--output')
       workdir.prepare(output.parent, '--output')
+    save = output and (lambda x: benchmarking.write_report(x, str(output)))
     if suite in _OF_ONE_MODEL:
       report = one_model(suite)
+    elif suite == _SERVING:
+      report = serving_suite(save)
     else:
-      report = named_suite(
-        suite,
-        output and (lambda x: benchmarking.write_report(x, str(output))),
-      )
+      report = named_suite(suite, save)
   except (ValueError, OSError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if output is not None:

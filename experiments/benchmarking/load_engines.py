@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from histjax import Scorer, collate
+from histjax.data import requests as requests_lib
+from histjax.data.row_maker import RowMaker
 from histjax.data.rows import Row
 from histjax.serving.engine import Request, Result, UnknownHistory
 from histjax.types import RankingBatch
@@ -18,8 +20,21 @@ class Stateless:
   each candidate, as a ranker without amortization does.
   """
 
-  def __init__(self, scorer: Scorer, kind: Literal['encode', 'plain']):
+  def __init__(
+    self,
+    scorer: Scorer,
+    kind: Literal['encode', 'plain'],
+    maker: RowMaker | None = None,
+  ):
+    """Makes an engine.
+
+    Args:
+      scorer: the model.
+      kind: see above.
+      maker: of rows; None: that of the scorer's run.
+    """
     self.scorer, self._kind = scorer, kind
+    self._maker = maker or scorer.row_maker()
 
   @property
   def fingerprint(self) -> str:
@@ -62,7 +77,7 @@ class Stateless:
       ),
     }
     context = {k: v[0] for k, v in request.pop('context').items()}
-    row = self.scorer.make_row(context=context, **request)
+    row = self._made(context=context, **request)
     for number in (1, 2, 4, 8, 16, 32):
       if number <= rows:
         self._scored(collate([row] * number))
@@ -71,10 +86,16 @@ class Stateless:
     if request.first:
       raise UnknownHistory('nothing is kept; send the whole history')
     name = self.scorer.config.schema.user
-    return self.scorer.make_row(
+    return self._made(
       context={name: request.user, **request.context},
       history=request.events,
       candidates=request.candidates,
+    )
+
+  def _made(self, **request: Any) -> Row:
+    maker = self._maker
+    return requests_lib.make_row(
+      maker.schema, config=maker.config, features=maker.features, **request
     )
 
   def _scored(self, batch: RankingBatch):

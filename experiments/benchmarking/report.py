@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarking import cost, scoring
+from benchmarking import cost, scoring, serving_report
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:
@@ -24,6 +24,7 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
     'request': requests_plot,
     'scoring': scoring.plot,
     'cost': cost.plot,
+    'serving': serving_report.plot,
   }
   if report['suite'] not in plots:
     return [str(json_path)]

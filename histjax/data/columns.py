@@ -92,14 +92,12 @@ def encode_dense(columns: Columns, feature: Dense) -> np.ndarray:
     ValueError: a value is no number, not finite, negative under `log`,
       beyond `MAX_RAW`, or beyond `MAX_DENSE` when scaled.
   """
-  values = raw = numbers(columns, feature.column)
+  raw = numbers(columns, feature.column)
   if feature.log:
     parts.check(
       columns, feature.column, raw, raw < 0, 'log needs >= 0; set log=False'
     )
-    values = np.log1p(values)
-  with np.errstate(over='ignore'):
-    scaled = (values - feature.offset) / feature.scale
+  scaled = scale(raw, feature)
   parts.check(
     columns,
     feature.column,
@@ -110,6 +108,20 @@ def encode_dense(columns: Columns, feature: Dense) -> np.ndarray:
     'scale or set log=True',
   )
   return scaled.astype(np.float32)
+
+
+def scale(raw: np.ndarray, feature: Dense) -> np.ndarray:
+  """float64 `[n]`, `(value - offset) / scale` after the optional logarithm.
+
+  Args:
+    raw: float64 `[n]`, finite, and >= 0 under `log`.
+    feature: says how.
+  """
+  values = np.log1p(raw) if feature.log else raw
+  if feature.offset == 0 and feature.scale == 1:
+    return values
+  with np.errstate(over='ignore'):
+    return (values - feature.offset) / feature.scale
 
 
 def encode_label(columns: Columns, task: Task) -> np.ndarray:

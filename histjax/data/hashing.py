@@ -48,7 +48,7 @@ def hash_integers(values: np.ndarray, size: int) -> np.ndarray:
 
 def hash_strings(values: Iterable[str], size: int) -> np.ndarray:
   """Rows in `[0, size)` of string keys, as int32 `[n]`."""
-  keys = [_key(v) for v in values]
+  keys = [key(v) for v in values]
   return hash_integers(np.array(keys, np.uint64), size)
 
 
@@ -60,7 +60,7 @@ def digests(keys: np.ndarray) -> np.ndarray:
   """
   if keys.dtype.kind in 'iu':
     return mix(keys)
-  return mix(np.array([_key(k) for k in keys.tolist()], np.uint64))
+  return mix(np.array([key(k) for k in keys.tolist()], np.uint64))
 
 
 def as_integer(text: str) -> int | None:
@@ -73,7 +73,8 @@ def as_integer(text: str) -> int | None:
   return None
 
 
-def _key(value: str) -> int:
+def key(value: str) -> int:
+  """The integer in `[0, 2**64)` that a text is mixed as."""
   integer = as_integer(value)
   if integer is not None:
     return integer % 2**64

@@ -121,9 +121,11 @@ class RowMaker:
     number = values_lib.length_of(shown)
     if not number:
       raise ValueError('candidates is empty; give at least one item to score')
+    shared = {}
     for name in (schema.time, schema.request):
       if name and name not in shown and name in context:
         shown[name] = [context[name]] * number
+        shared[name] = [context[name]]  # Read once.
     if as_of and self.config.ties != 'strict':
       raise ValueError(
         f'as_of=True with ties={self.config.ties!r}: a log does not say which '
@@ -131,12 +133,20 @@ class RowMaker:
         "ties='strict'"
       )
     with_time = self.needs_time if with_time is None else with_time
+    times = shared if schema.time in shared else shown
     time, is_timestamp = values_lib.times(
-      schema, shown, number, with_time, 'candidates'
+      schema,
+      times,
+      1 if times is shared else number,
+      with_time,
+      'candidates',
     )
     request = None
     if schema.request and schema.request in shown:
-      request = values_lib.keys(schema, shown, schema.request, 'candidates')
+      keys = shared if schema.request in shared else shown
+      request = values_lib.keys(schema, keys, schema.request, 'candidates')
+      if keys is shared:
+        request = np.repeat(request, number)
     user = np.zeros(1, np.uint64)
     if self.features.needs('user'):
       user = values_lib.user_of(schema, context)
@@ -146,7 +156,7 @@ class RowMaker:
     return Asked(
       context={name: values[0] for name, values in encoded.items()},
       features=values_lib.encode(schema, shown, items, number, 'candidates'),
-      time=time,
+      time=np.repeat(time, number) if times is shared else time,
       is_timestamp=bool(is_timestamp),
       request=request,
       user=user,
@@ -285,6 +295,8 @@ class RowMaker:
     known: Mapping[str, np.ndarray] | None = None,
   ) -> past_lib.Past:
     """Adds the derived features of all events but the `old` first."""
+    if not self.features.configs:
+      return past
     new = self.features.of_new_events(
       past.events(self.schema, user), self.config.history_length, known or {}
     )
@@ -348,7 +360,9 @@ class RowMaker:
   ) -> past_lib.Past:
     """With actions and labels of the first `stop` events."""
     schema = self.schema
-    known = {name: values[:stop] for name, values in columns.items()}
+    known = columns
+    if stop < len(past):
+      known = {name: values[:stop] for name, values in columns.items()}
     labels = {}
     if self.features.needs('labels'):
       labels = values_lib.labels(schema, known, stop, source)

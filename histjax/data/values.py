@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from histjax.data import columns as columns_lib
-from histjax.data import hashing
+from histjax.data import hashing, plain
 from histjax.schema import Categorical, Feature, Schema
 
 Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
@@ -92,6 +92,9 @@ def encode(
       )
       for f in features
     }
+  found = plain.encode(schema, columns, features, length)
+  if found is not None:
+    return found
   table = columns_lib.from_mapping(
     columns, [f.column for f in features], source, schema
   )
@@ -105,6 +108,9 @@ def encode(
 
 def keys(schema: Schema, columns, name: str, source: str) -> np.ndarray:
   """Digests of a column of keys, uint64 `[n]`."""
+  found = plain.digests(schema, columns.get(name), name)
+  if found is not None:
+    return found
   table = columns_lib.from_mapping(columns, [name], source, schema)
   codes, keys = columns_lib.encode_keys(table, name)
   return hashing.digests(keys)[codes]
@@ -133,6 +139,9 @@ def times(
       f'{source} lacks column {schema.time!r}, the time, which '
       "a derived feature or ties='strict' needs; give it"
     )
+  found = plain.time(schema, columns[schema.time], schema.time)
+  if found is not None:
+    return found, False
   table = columns_lib.from_mapping(columns, [schema.time], source, schema)
   return columns_lib.encode_time(table, schema.time)
 
@@ -146,6 +155,9 @@ def labels(
   """Labels of all tasks, float32 `{task: [length]}`."""
   if not length:
     return {task.name: np.zeros(0, np.float32) for task in schema.tasks}
+  found = plain.labels(schema, past, length)
+  if found is not None:
+    return found
   columns = [task.column for task in schema.tasks]
   table = columns_lib.from_mapping(past, columns, source, schema)
   return {t.name: columns_lib.encode_label(table, t) for t in schema.tasks}

@@ -56,7 +56,7 @@ def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
 def context(model: Model, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
   """`{name: [B]}`."""
   return {
-    f.name: np.stack([job.asked.context[f.name] for job in jobs])
+    f.name: np.array([job.asked.context[f.name] for job in jobs])
     for f in model.schema.context
   }
 
@@ -65,6 +65,8 @@ def _stacked(
   parts: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], width: int
 ) -> dict[str, np.ndarray]:
   """`{name: [B, width]}`, zeros behind each part's `[n]`."""
+  if len(parts) == 1 and len(parts[0][names[0]]) == width:
+    return {name: parts[0][name][None] for name in names}
   found = {}
   for name in names:
     dtype = parts[0][name].dtype

@@ -42,6 +42,7 @@ import numpy as np
 
 from histjax.data import columns as columns_lib
 from histjax.data import past as past_lib
+from histjax.data import values as values_lib
 from histjax.data.past import Past
 from histjax.data.requests import Events
 from histjax.data.row_maker import Asked, RowMaker, View
@@ -173,11 +174,14 @@ class Model:
 
   def key(self, user: str | int) -> str:
     """The user's canonical key: 7 and '7' are one user, as in a log."""
+    name, schema = self.schema.user, self.schema
     if type(user) is int and 0 <= user < 2**63:  # As below, in no time.
       return str(user)
-    name = self.schema.user
+    if type(user) is str and user.isascii() and not schema.column_types:
+      if user not in schema.null_values:
+        return user
     table = columns_lib.from_mapping(
-      {name: [user]}, [name], 'request.user', self.schema
+      {name: [user]}, [name], 'request.user', schema
     )
     _, keys = columns_lib.encode_keys(table, name)
     return columns_lib.canonical_keys(keys)[0]
@@ -218,32 +222,30 @@ class Model:
     view = self.maker.view(past, asked)
     self._check_kept(past, view.before, asked.time, asked.request)
     candidates = self.maker.candidates(past, asked, view)
-    job = Job(
+    state = None if old is None else self._after(old, past, view)
+    source: Source = 'hit' if state == old else 'extended'
+    if old is None or state is None:
+      source, state, old = 'encoded', self._whole(user, past, view), None
+    return Job(
       user,
       known,
       asked,
       past,
       digest,
       view,
-      'hit',
-      old or State(0, 0),
+      source,
+      state,
       old,
       candidates,
     )
-    state = None if old is None else self._after(old, past, view)
-    if old is None or state is None:
-      return self._encoded(job)
-    source: Source = 'hit' if state == old else 'extended'
-    return dataclasses.replace(job, state=state, source=source)
 
-  def _encoded(self, job: Job) -> Job:
-    """The same, done without a state.
+  def _whole(self, user: str, past: Past, view: View) -> State:
+    """The state of all events that are needed.
 
     Raises:
       ValueError: the history is longer than a state may be.
       UnknownHistory: events are needed that are not kept.
     """
-    view, past = job.view, job.past
     start, stop = view.start, past.stop
     if self.reach is not None:
       start = max(start, int(view.sees.min()) - self.reach, 0)
@@ -262,12 +264,10 @@ class Model:
       )
     if past.first > start:
       raise UnknownHistory(
-        f'of user {job.user!r} the events from {past.first} on are kept, and '
+        f'of user {user!r} the events from {past.first} on are kept, and '
         f'those from {start} on are needed; send the whole history, first=0'
       )
-    return dataclasses.replace(
-      job, source='encoded', state=State(start, stop), old=None
-    )
+    return State(start, stop)
 
   def _after(self, old: State, past: Past, view: View) -> State | None:
     """The state after new events; None: it is not the row's."""
@@ -314,7 +314,10 @@ class Model:
         f'first={first}, but {count} events of user {request.user!r} are '
         'known; send the whole history, first=0'
       )
-    new = self.maker.read(request.events)
+    events = values_lib.read(request.events, 'events')
+    if known is not None and not values_lib.length_of(events):
+      return known.past, known.digest, known.state
+    new = self.maker.read(events)
     if known is not None:
       place = self._first_difference(known, new, first)
       if place is None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
 from histjax.serving import ranked_files
-from tests.serving import many_users
+from tests.serving import full_disk, many_users
 
 
 @hypothesis.given(
@@ -82,8 +82,9 @@ def test_output_is_checked_first(tmp_path):
       ranked_files.Target.of(path, inputs)
 
 
-def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
-  table = pa.table({'user': ['a', '7'], 'rank': [1, 2]})
+def test_written_whole_or_not_at_all(tmp_path):
+  score = np.random.default_rng(0).normal(size=1000)
+  table = pa.table({'user': ['a', '7'] * 500, 'click': score})
   for name, read in (
     ('out.csv', csv.read_csv),
     ('out.parquet', parquet.read_table),
@@ -96,26 +97,26 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
       assert not parts.complete
       parts.write(shard, table)
     path.write_text('before')
-    with monkeypatch.context() as patch:
-      patch.setattr(ranked_files, '_sync', _full_disk)
-      with pytest.raises(OSError, match='No space left'):
-        target.finish(parts)
+    with (
+      full_disk.files_of_at_most(4096),
+      pytest.raises(OSError, match=full_disk.REFUSED),
+    ):
+      target.finish(parts)
     assert path.read_text() == 'before' and target.folder.is_dir()
-    assert target.finish(parts) == 4
+    assert target.finish(parts) == 2000
     assert read(path).to_pydict() == pa.concat_tables([table] * 2).to_pydict()
   assert {p.name for p in tmp_path.iterdir()} == {'out.csv', 'out.parquet'}
 
 
-def _full_disk(path):
-  raise OSError(28, 'No space left on device')
-
-
-def test_a_part_that_cannot_be_written(tmp_path, monkeypatch):
+def test_a_part_that_cannot_be_written(tmp_path):
   parts = ranked_files.Parts.open(tmp_path / 'parts', {'model': 'x'})
   parts.plan(1)
-  monkeypatch.setattr(ranked_files, '_sync', _full_disk)
-  with pytest.raises(OSError, match='No space left'):
-    parts.write(0, pa.table({'user': ['a']}))
+  table = pa.table({'click': np.random.default_rng(0).normal(size=1000)})
+  with (
+    full_disk.files_of_at_most(4096),
+    pytest.raises(OSError, match=full_disk.REFUSED),
+  ):
+    parts.write(0, table)
   assert [p.name for p in parts.folder.iterdir()] == ['_manifest.json']
 
 

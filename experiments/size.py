@@ -1,0 +1,79 @@
+"""Says what users' states take, and what a device answers.
+
+  python experiments/size.py
+  python experiments/size.py --workdir=/tmp/run --lengths=256,1024
+  python experiments/size.py --num_layers=4 --width=128 --num_heads=4
+  python experiments/size.py --results=benchmarks/results/..-serving-h200.json
+
+Prints bytes a user and users a GB, of the table in docs/serving.md unless a
+model is named; and with --results, of `benchmark.py --suite=serving`, the
+requests a second that a device was measured to answer.
+"""
+
+import json
+import pathlib
+
+from absl import app, flags
+
+from benchmarking import sizing
+from histjax import EncoderConfig
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, whose model it is.')
+_LAYERS = flags.DEFINE_integer('num_layers', None, 'Or: its layers,')
+_WIDTH = flags.DEFINE_integer('width', None, 'its D,')
+_HEADS = flags.DEFINE_integer('num_heads', None, 'its N.')
+_DTYPE = flags.DEFINE_enum(
+  'dtype', None, ['bfloat16', 'float32'], "The model's; bfloat16, or the run's."
+)
+_LENGTHS = flags.DEFINE_list('lengths', ['256', '1024', '4096'], 'L.')
+_RESULTS = flags.DEFINE_string('results', None, 'JSON of the suite serving.')
+
+
+def models():
+  """Encoders with lengths, and the model's type."""
+  layers, width, heads = _LAYERS.value, _WIDTH.value, _HEADS.value
+  if _WORKDIR.value is not None:
+    if layers or width or heads:
+      raise ValueError(
+        f'--workdir={_WORKDIR.value} is of one model; leave --num_layers, '
+        '--width and --num_heads out'
+      )
+    # These need the packages that read data.
+    from histjax.training import run
+
+    config = run.load(_WORKDIR.value).config.model
+    encoder, dtype = config.encoder, config.dtype
+  elif layers and width and heads:
+    encoder = EncoderConfig(num_layers=layers, width=width, num_heads=heads)
+    dtype = 'bfloat16'
+  elif layers or width or heads:
+    raise ValueError(
+      f'--num_layers={layers} --width={width} --num_heads={heads}: give all or '
+      'none'
+    )
+  else:
+    return sizing.MODELS, _DTYPE.value or 'bfloat16'
+  found = [(encoder, int(length)) for length in _LENGTHS.value]
+  return found, _DTYPE.value or dtype
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  try:
+    print(sizing.states(*models()))
+    if _RESULTS.value is not None:
+      text = pathlib.Path(_RESULTS.value).read_text(encoding='utf-8')
+      report = json.loads(text)
+      if report.get('suite') != 'serving':
+        raise ValueError(
+          f'--results={_RESULTS.value} is of suite {report.get("suite")!r}; '
+          'give one of benchmark.py --suite=serving'
+        )
+      print(f'\n{sizing.rates(report)}')
+  except (ValueError, OSError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+
+
+if __name__ == '__main__':
+  app.run(main)

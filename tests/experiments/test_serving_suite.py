@@ -1,0 +1,74 @@
+"""Users who come back: what is timed gives the same scores as `Scorer`."""
+
+import pathlib
+import tempfile
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import benchmarking
+from benchmarking import serving, serving_report, workloads
+
+MODEL = workloads.Request(1, 1, 1, 16, num_layers=1, num_heads=2)
+
+
+class ServingSuiteTest(parameterized.TestCase):
+  def test_report(self):
+    saved = []
+    report = serving.run(
+      MODEL,
+      (16, 32),
+      (4,),
+      users=(1, 2),
+      seconds=0.0,
+      progress=lambda line: None,
+      save=lambda report: saved.append(len(report['results'])),
+    )
+    self.assertEqual(saved, [1, 2])
+    self.assertEqual(report['model']['width'], 16)
+    for cell, length in zip(report['results'], (16, 32), strict=True):
+      self.assertEqual((cell['length'], cell['candidates']), (length, 4))
+      self.assertEqual(
+        {way: [*cell[way]] for way in ('device', 'in process', 'http')},
+        {'device': ['1', '2'], 'in process': ['1', '2'], 'http': ['1']},
+      )
+      for way in ('in process', 'http'):
+        for times in cell[way].values():
+          self.assertEqual({*times}, {*serving.KINDS})
+          for kind in times.values():
+            self.assertLessEqual(kind['p50'], kind['p99'])
+      # Layers, keys and values, events, heads, bytes.
+      self.assertEqual(cell['state_bytes'], 1 * 2 * length * 16 * 2)
+      self.assertLess(max(cell['relative_error'].values()), 5e-2)
+      ratio = cell['ratios']['in process']['2']['no cache']
+      times = cell['in process']['2']
+      self.assertEqual(ratio, times['no cache']['p50'] / times['hit']['p50'])
+      lines = serving_report.table(cell).splitlines()
+      self.assertLen(lines, 2 + 5 * len(serving.KINDS))
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    paths = benchmarking.write_report(report, str(folder / 'serving'))
+    self.assertEqual(sorted(map(str, folder.iterdir())), sorted(paths))
+
+  def test_other_logits_are_no_result(self):
+    score = serving.InProcess.score
+
+    def wrong(self, kind, requests):
+      found = score(self, kind, requests)
+      if kind == 'extend':
+        found[0].logits['click'] = np.roll(found[0].logits['click'], 1)
+      return found
+
+    with (
+      mock.patch.object(serving.InProcess, 'score', wrong),
+      self.assertRaisesRegex(ValueError, 'extend: relative error .* Scorer'),
+    ):
+      serving.run(MODEL, (16,), (4,), users=(2,), seconds=0.0, http=False)
+
+  def test_bad_arguments(self):
+    with self.assertRaisesRegex(ValueError, r'lengths=\[10\] must be above 10'):
+      serving.run(MODEL, (10,), (4,))
+
+
+if __name__ == '__main__':
+  absltest.main()
