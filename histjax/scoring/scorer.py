@@ -129,7 +129,13 @@ class Scorer:
     """
     from histjax.training import run as run_lib  # Reads checkpoints.
 
-    run = run_lib.load(workdir, which)
+    return cls.of_run(run_lib.load(workdir, which), scorer_config)
+
+  @classmethod
+  def of_run(
+    cls, run: run_lib.Run, scorer_config: ScorerConfig | None = None
+  ) -> Scorer:
+    """As `from_workdir`, of what `training.run.load` returned."""
     scorer = cls(run.config.model, run.params, scorer_config)
     scorer._run = run
     return scorer

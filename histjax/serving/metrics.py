@@ -46,8 +46,8 @@ class Metrics:
     )  # fmt: skip
     self._phases = prometheus_client.Histogram(
       'histjax_phase_seconds',
-      'read: the body; decode: its checks; queue: of a request; score: of a '
-      'batch, its rows, states and scores.',
+      'read: the body; decode: its checks; queue: of a request; rows: of a '
+      'batch, made on the host; score: states and scores; reply: of a request.',
       ('phase',), buckets=_SECONDS, registry=registry,
     )  # fmt: skip
     self._batches = prometheus_client.Histogram(
@@ -79,10 +79,14 @@ class Metrics:
     """Of a request."""
     self._phases.labels(phase).observe(seconds)
 
-  def observe_batch(self, queue_s: Sequence[float], score_s: float) -> None:
+  def observe_batch(
+    self, queue_s: Sequence[float], seconds: float, results: Sequence[Any]
+  ) -> None:
     """Of a batch: how long each of its requests waited, and its own time."""
     self._batches.observe(len(queue_s))
-    self.observe_phase('score', score_s)
+    rows_s = max(getattr(x, 'rows_s', 0.0) for x in results)
+    self.observe_phase('rows', rows_s)
+    self.observe_phase('score', seconds - rows_s)
     for seconds in queue_s:
       self.observe_phase('queue', seconds)
 
