@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarking import cost, scoring
+from benchmarking import cost, load_plot, scoring
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:
@@ -24,6 +24,7 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
     'request': requests_plot,
     'scoring': scoring.plot,
     'cost': cost.plot,
+    'load': load_plot.plot,
   }
   if report['suite'] not in plots:
     return [str(json_path)]

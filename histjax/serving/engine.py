@@ -159,6 +159,8 @@ class Engine:
       **dataclasses.asdict(store.counts),
       'users': len(store),
       'states': store.num_states,
+      'pages': store.num_pages,
+      'limit_bytes': store.options.device_bytes,
       'device_bytes': store.device_bytes,
       'used_bytes': store.used_bytes,
       'host_bytes': store.host_bytes,
@@ -277,7 +279,8 @@ class Engine:
     model = self._load(scorer, maker)
     _ = model.scorer.fingerprint  # Reads all parameters: not under the lock.
     with self._lock:
-      keep = _means_the_same(self._model.maker, model.maker)
+      old = self._model
+      keep = _means_the_same(old.maker, model.maker)
       self._store.roll_over(
         model.scorer.config,
         model.scorer.fingerprint,
@@ -285,7 +288,11 @@ class Engine:
       )
       self._model = model
       self._roll_overs += 1
-      if self._warmed is not None:
+      programs = model.scorer.config, model.scorer.options
+      if self._warmed is not None and programs != (
+        old.scorer.config,
+        old.scorer.options,
+      ):
         self._warm_up(model, self._warmed)
 
   def _load(
