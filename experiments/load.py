@@ -86,11 +86,12 @@ def serve() -> None:
   engine = load_engines.Stateless(
     scorer, kind, EngineConfig(max_rows=rows, pad_rows=False)
   )
+  warm_up = functools.partial(engine.warm_up, events, candidates)
   service = app_lib.Service(
     engine,
     lambda: Columns.of_scorer(scorer),
     app_lib.AppConfig(batcher.BatcherConfig(_BATCH.value)),
-    warm_up=functools.partial(engine.warm_up, events, candidates),
+    warm_up=functools.partial(server_lib.and_settle, warm_up),
   )
   application = app_lib.make_app(service)
   server_lib.Server(service, application, port=_SERVE.value).run()

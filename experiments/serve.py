@@ -84,7 +84,10 @@ def serve() -> None:
   else:
     engine, warm_up = make()
   service = app_lib.Service(
-    engine, lambda: Columns.of_scorer(engine.scorer), config, warm_up=warm_up
+    engine,
+    lambda: Columns.of_scorer(engine.scorer),
+    config,
+    warm_up=functools.partial(server.and_settle, warm_up),
   )
   application = app_lib.make_app(
     service,

@@ -25,6 +25,7 @@ from ray import serve
 from histjax.scoring import Scorer
 from histjax.serving.batcher import UnavailableError
 from histjax.serving.engine import Engine, Request, Result
+from histjax.serving.server import and_settle
 
 _NAME = 'histjax'
 Make = Callable[[], tuple[Engine, Callable[[], Any]]]
@@ -39,7 +40,7 @@ def _replica(most: int) -> type:
 
     def __init__(self, make: Make, workdir: str):
       self._engine, warm_up = make()
-      warm_up()
+      and_settle(warm_up)
       self._workdir, self._generation = workdir, 0
 
     @serve.multiplexed(max_num_models_per_replica=most)
