@@ -122,7 +122,8 @@ async def _run(url, users, records, timeout, connections, open_loop) -> float:
     tasks = [asyncio.create_task(in_turn(left)) for _ in range(connections)]
   for result in await asyncio.gather(*tasks, return_exceptions=True):
     if isinstance(result, BaseException) and not isinstance(
-      result, (OSError, asyncio.IncompleteReadError)  # Timeouts are OSErrors.
+      result,
+      (OSError, asyncio.IncompleteReadError),  # Timeouts are OSErrors.
     ):
       raise result
   seconds = time.perf_counter() - begin

@@ -40,9 +40,7 @@ def make(workdir: str | os.PathLike[str], size: Size, seed: int = 0) -> None:
     seed: of the parameters; runs of several seeds have one schema.
   """
   data = datasets.DataConfig(
-    datasets.Synthetic(
-      num_users=16, requests_per_user=4, num_items=size.items
-    )
+    datasets.Synthetic(num_users=16, requests_per_user=4, num_items=size.items)
   )
   config = config_lib.TrainConfig(
     model=RankerConfig(

@@ -1,4 +1,4 @@
-"""What a server does under load: how much, how fast, and whether it is right."""
+"""What a server does under load: how much, how fast, and whether rightly."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from histjax import Scorer
 
 ENGINES = ('store', 'encode', 'plain')
 Kind = Literal['store', 'encode', 'plain']
+Start = Callable[
+  [Any, Kind, 'Suite'], contextlib.AbstractContextManager[load_client.Served]
+]
 _FIRST = 'histjax_store_'
 
 
@@ -101,12 +104,12 @@ def compare(
       found, records = measure(server, users, suite, progress)
     answered = [x for x in records if x.latency is not None]
     part = answered[:: max(1, len(answered) // suite.checked)]
-    found['check'] = load_check.check(
-      part, users, {scorer.fingerprint: scorer}
-    )
+    found['check'] = load_check.check(part, users, {scorer.fingerprint: scorer})
     results[kind] = found
-    told = f'{found["rate"]:.1f}/s within the limit' if found['rate'] else (
-      'nothing is answered within the limit'
+    told = (
+      f'{found["rate"]:.1f}/s within the limit'
+      if found['rate']
+      else ('nothing is answered within the limit')
     )
     progress(
       f'{kind}: {told}; {found["capacity"]:.2f}/s without; '
@@ -190,6 +193,7 @@ def check(
   rate: float,
   suite: Suite,
   progress: Callable[[str], None],
+  start: Start | None = None,
 ) -> dict[str, Any]:
   """Every score, while states are evicted and extended and models roll over.
 
@@ -197,8 +201,9 @@ def check(
     workdirs: of runs of one schema, served one after the other.
     link: made, and switched to each.
     rate: requests a second.
-    suite: how; `seconds` is the time of all.
-    progress: told of each change.
+    suite: how; `seconds` is the time of all, or longer, until each was served.
+    progress: told what came of it.
+    start: a server of the link; None: `serving`.
 
   Returns:
     Part of a report; `check` has what is wrong.
@@ -208,7 +213,7 @@ def check(
   suite = dataclasses.replace(suite, more=(*suite.more, '--watch_s=0.2'))
   budget: dict[str, float] = {}
   done = threading.Event()
-  with serving(link, 'store', suite) as server:
+  with (start or serving)(link, 'store', suite) as server:
     users = load.Users(
       suite.load,
       load_client.schema(server.url),
@@ -220,29 +225,41 @@ def check(
       while not done.wait(0.5):
         _watch(budget, server)
 
-    timers = [
-      threading.Timer(i * suite.seconds / len(workdirs), _switch, (link, path))
-      for i, path in enumerate(workdirs)
-      if i
-    ]
-    watcher = threading.Thread(target=watch)
-    for thread in (*timers, watcher):
+    def roll_over() -> None:
+      for path, scorer in zip(workdirs[1:], scorers[1:], strict=True):
+        if done.wait(suite.seconds / len(workdirs)):
+          return
+        _switch(link, path)
+        while load_client.schema(server.url)['model'] != scorer.fingerprint:
+          if done.wait(0.1):
+            return
+
+    switching = threading.Thread(target=roll_over)
+    threads = switching, threading.Thread(target=watch)
+    for thread in threads:
       thread.start()
     try:
-      seconds = load_client.run(server.url, users, records)
+      load_client.run(server.url, users, records, timeout=60)
+      found = load.summary(records, suite.seconds)
+      progress(_line(rate, found))
+      last = False
+      while not last:
+        last = not switching.is_alive()
+        more = users.schedule(rate, 1)
+        load_client.run(server.url, users, more, timeout=60)
+        records += more
     finally:
       done.set()
-      for thread in (*timers, watcher):
+      for thread in threads:
         thread.join()
     metrics = load_client.metrics(server.url)
-  found = load.summary(records, seconds)
-  progress(_line(rate, found))
   answered = [x for x in records if x.latency is not None]
   checked = load_check.check(
     answered, users, {x.fingerprint: x for x in scorers}
   )
   if len(answered) < len(records):
-    checked['wrong'].append(f'requests were dropped: {found["statuses"]}')
+    statuses = {x.status for x in records}
+    checked['wrong'].append(f'requests were dropped: {statuses}')
   checked['wrong'] += [
     f'nothing was scored by {model[:12]}'
     for model, number in checked['models'].items()
@@ -258,7 +275,7 @@ def check(
     f'difference {checked["largest"]:.2f} of the bound; '
     f'{metrics[f"{_FIRST}evictions"]:.0f} evictions, '
     f'{metrics[f"{_FIRST}extends"]:.0f} extensions, '
-    f'{found["sent"] - len(records)} histories sent again'
+    f'{sum(x.sent - 1 for x in records)} histories sent again'
   )
   return {
     'rate': rate,
@@ -291,9 +308,7 @@ def _watch(budget: dict[str, float], server: load_client.Served) -> None:
 
 
 def _line(rate: float, found: dict[str, Any]) -> str:
-  line = (
-    f'  {rate:7.2f}/s: {found["answered"]} of {found["requests"]} answered'
-  )
+  line = f'  {rate:7.2f}/s: {found["answered"]} of {found["requests"]} answered'
   if 'p99' in found:
     line += (
       f', p50 {found["p50"]:.1f} ms, p99 {found["p99"]:.1f} ms, '

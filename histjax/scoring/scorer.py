@@ -537,6 +537,7 @@ class Scorer:
         min(new_events, events),
         visible and self.config.encoder.causal,
         requests,
+        self.options.new_events,
       )
     )
     before = self.num_compilations
@@ -692,7 +693,7 @@ class Scorer:
       capacity = self.options.events(longest)
     sizes = programs.Sizes(
       cache.num_rows,
-      buckets.of_new_events(int(new.max(initial=0))),
+      self.options.new_events(int(new.max(initial=0))),
       capacity=capacity,
       donate=donate and capacity == cache.capacity,
     )

@@ -30,7 +30,8 @@ class Metrics:
     """Makes a registry of its own.
 
     Args:
-      store: the engine's counters, `Engine.metrics`.
+      store: the engine's counters, `Engine.metrics`; of engines in several
+        processes `{'replicas': {name: counters}}` besides.
       waiting: the length of the queue.
       ready: whether requests are scored.
       fingerprint: of the model that is served.
@@ -105,8 +106,21 @@ class _Store(Collector):
 
   def collect(self):
     """What the store counts, as it names it."""
-    for name, value in _flat('histjax_store', self._store()):
+    counts = dict(self._store())
+    replicas = counts.pop('replicas', {})
+    for name, value in _flat('histjax_store', counts):
       yield core.UnknownMetricFamily(name, 'Of the engine.', value)
+    families: dict[str, core.UnknownMetricFamily] = {}
+    for replica, its in replicas.items():
+      for name, value in _flat('histjax_replica', its):
+        family = families.setdefault(
+          name,
+          core.UnknownMetricFamily(
+            name, 'Of the engine of a replica.', labels=['replica']
+          ),
+        )
+        family.add_metric([replica], value)
+    yield from families.values()
     info = core.InfoMetricFamily('histjax_model', 'What is served.')
     info.add_metric([], {'fingerprint': self._fingerprint()})
     yield info

@@ -163,14 +163,15 @@ def make_engine(
   on_cpu = jax.default_backend() == 'cpu'
   rows = min(rows, _CPU_ROWS) if on_cpu else rows
   config = dataclasses.replace(
-    buckets(rows, events or default_events(run), candidates), cache_dtype=cache_dtype
+    buckets(rows, events or default_events(run), candidates),
+    cache_dtype=cache_dtype,
   )
   engine = Engine(
     Scorer.of_run(run, config),
     EngineConfig(
       store or StoreConfig(),
       max_rows=rows,
-      max_new_events=_NEW_EVENTS,
+      max_new_events=config.new_event_buckets[-1],
       pad_rows=not on_cpu,
     ),
     scorer_config=config,
@@ -198,9 +199,7 @@ def and_settle(warm_up: Callable[[], Any]) -> None:
   gc.freeze()
 
 
-def buckets(
-  rows: int, events: Sequence[int], candidates: int
-) -> ScorerConfig:
+def buckets(rows: int, events: Sequence[int], candidates: int) -> ScorerConfig:
   """Few: each combination of them is a program to compile.
 
   What is larger than the largest is refused; it would compile for seconds
@@ -219,6 +218,7 @@ def buckets(
     row_buckets=tuple(sorted({n for n in few if n <= rows} | {rows})),
     history_buckets=tuple(sorted(set(events))),
     candidate_buckets=(min(candidates, ScorerConfig().microbatch),),
+    new_event_buckets=tuple(sorted({1, min(_NEW_EVENTS, *events)})),
   )
 
 

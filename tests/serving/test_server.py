@@ -262,8 +262,12 @@ def test_sizes_of_a_run(workdir):
       run, config=dataclasses.replace(run.config, data=data)
     )
 
-  assert server.default_events(with_rows(kind='snapshot', history_length=100)) == [128]
-  assert server.default_events(with_rows(kind='snapshot', history_length=1000)) == [256, 1024]
+  assert server.default_events(
+    with_rows(kind='snapshot', history_length=100)
+  ) == [128]
+  assert server.default_events(
+    with_rows(kind='snapshot', history_length=1000)
+  ) == [256, 1024]
 
 
 def test_an_engine_of_small_states(workdir, scored):
