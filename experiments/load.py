@@ -50,22 +50,22 @@ _LIMIT = flags.DEFINE_float('limit_ms', 50.0, 'Of p99.', 0)
 _TRIES = flags.DEFINE_integer('tries', 7, 'Rates to try, at most.', 1)
 _RATE = flags.DEFINE_float('rate', 40.0, 'Requests a second of --check.', 0.1)
 # Where --check has another default than the comparison, it comes second.
-_SECONDS = flags.DEFINE_float('seconds', None, 'Of each rate; 12, 36.', 1)
-_STORE = flags.DEFINE_integer('store_mib', None, 'Of states; 1024, 2.', 1)
-_USERS = flags.DEFINE_integer('users', None, "By Zipf's law; 300, 400.", 1)
+_SECONDS = flags.DEFINE_float('seconds', None, 'Of each rate; 10, 36.', 1)
+_STORE = flags.DEFINE_integer('store_mib', None, 'Of states; 768, 2.', 1)
+_USERS = flags.DEFINE_integer('users', None, "By Zipf's law; 500, 400.", 1)
 _HISTORY = flags.DEFINE_integer('history', None, 'At first; 900, 60.', 1)
 _LONGEST = flags.DEFINE_integer('longest', None, 'Later; 1024, 128.', 1)
 _CANDIDATES = flags.DEFINE_integer('candidates', None, '100, 20.', 1)
-_WIDTH = flags.DEFINE_integer('width', None, 'D of runs made; 128, 32.', 8)
+_WIDTH = flags.DEFINE_integer('width', None, 'D of runs made; 64, 32.', 8)
 _LAYERS = flags.DEFINE_integer('layers', None, 'Of runs made; 4, 2.', 1)
 _DEFAULTS = {
-  'seconds': (12.0, 36.0),
-  'store_mib': (1024, 2),
-  'users': (300, 400),
+  'seconds': (10.0, 36.0),
+  'store_mib': (768, 2),
+  'users': (500, 400),
   'history': (900, 60),
   'longest': (1024, 128),
   'candidates': (100, 20),
-  'width': (128, 32),
+  'width': (64, 32),
   'layers': (4, 2),
 }
 
