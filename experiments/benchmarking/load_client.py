@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -191,7 +192,12 @@ def schema(url: str) -> dict[str, Any]:
 
 
 def metrics(url: str) -> dict[str, float]:
-  """The server's own counts, by name and labels."""
+  """The server's own counts, by name and labels, without histograms."""
   text = httpx.get(f'{url}/metrics', timeout=30).raise_for_status().text
   lines = [x.split() for x in text.splitlines() if x.startswith('histjax_')]
-  return {x[0]: float(x[1]) for x in lines if len(x) == 2}
+  left_out = re.compile('_bucket{|_created')
+  return {
+    x[0]: float(x[1])
+    for x in lines
+    if len(x) == 2 and not left_out.search(x[0])
+  }
