@@ -77,6 +77,7 @@ def value(flag: flags.FlagHolder) -> Any:
 
 def serve() -> None:
   """A stateless engine, as `serve.py` serves the other."""
+  kind: Any
   (kind,), (path,) = _ENGINES.value, _WORKDIR.value
   events, candidates = value(_LONGEST), value(_CANDIDATES)
   rows = min(_BATCH.value, 8)

@@ -46,7 +46,7 @@ def check(
     row = scorer.make_row(
       context={name: record.user, **users.context(record.user)},
       history=users.events(record.user, 0, reply.num_events),
-      candidates=record.candidates,
+      candidates={k: v.tolist() for k, v in record.candidates.items()},
     )
     batch = collate([row])
     cache = scorer.encode(batch.history)

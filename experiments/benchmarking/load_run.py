@@ -39,12 +39,13 @@ def make(workdir: str | os.PathLike[str], size: Size, seed: int = 0) -> None:
     size: of the model.
     seed: of the parameters; runs of several seeds have one schema.
   """
-  data = datasets.DataConfig(
-    datasets.Synthetic(num_users=16, requests_per_user=4, num_items=size.items)
+  source = datasets.Synthetic(
+    num_users=16, requests_per_user=4, num_items=size.items
   )
+  data = datasets.DataConfig(source)
   config = config_lib.TrainConfig(
     model=RankerConfig(
-      schema=synthetic.schema(data.source),
+      schema=synthetic.schema(source),
       encoder=EncoderConfig(
         num_layers=size.layers, width=size.width, num_heads=size.heads
       ),

@@ -194,8 +194,8 @@ class Service:
     result: Result = scored.result
     self.metrics.observe_source(result.source)
     score_s = scored.score_s - result.rows_s
-    seconds = read_s, decode_s, scored.queue_s, result.rows_s, score_s
-    timings = messages.Timings(*(round(1000 * x, 3) for x in seconds))
+    spent = read_s, decode_s, scored.queue_s, result.rows_s, score_s
+    timings = messages.Timings(*(round(1000 * x, 3) for x in spent))
     begun = time.monotonic()
     response = respond(http, media, _reply(result, timings, scored.batch_size))
     self.metrics.observe_phase('reply', time.monotonic() - begun)
