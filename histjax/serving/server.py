@@ -32,7 +32,7 @@ from histjax.training import run as run_lib
 _HEAD_S = 10.0
 """A request's line and headers must come in this time."""
 _NEW_EVENTS = 8  # Of a request; with more the history is read again.
-_EVENTS = 512
+_EVENTS = 256
 """Of a history, where the run does not bound it."""
 _CPU_ROWS = 8
 """In a program: on a CPU more of them take as long as several programs."""
@@ -153,7 +153,7 @@ def make_engine(
   Args:
     workdir: of the run.
     rows: see `buckets`; on a CPU no more than 8 share a program.
-    events: see `buckets`; None: what the run's rows need, and a quarter of it.
+    events: see `buckets`; None: what the run's rows need.
     candidates: see `buckets`.
     cache_dir: see `Scorer.warm_up`.
     store: how much is kept of users.
@@ -223,7 +223,7 @@ def buckets(rows: int, events: Sequence[int], candidates: int) -> ScorerConfig:
 
 
 def default_events(run: run_lib.Run) -> list[int]:
-  """Lengths of states: what a row of the run needs, and a quarter of that."""
+  """The length of states that rows of the run need; if long, a quarter, too."""
   reach = run.config.model.receptive_field
   data = run.config.data
   length = (data.eval_rows or data.rows).history_length
@@ -232,7 +232,7 @@ def default_events(run: run_lib.Run) -> list[int]:
     most = bucket_lib.bucket_size(2 * reach)  # As `EngineConfig.max_events`.
   elif length is not None:
     most = bucket_lib.bucket_size(length)
-  return [most // 4, most] if most >= 256 else [most]
+  return [most // 4, most] if most > 512 else [most]
 
 
 async def watch(

@@ -252,7 +252,7 @@ def test_nothing_compiles_after_the_warm_up(workdir):
 
 def test_sizes_of_a_run(workdir):
   run = run_lib.load(workdir)
-  assert server.default_events(run) == [128, 512]
+  assert server.default_events(run) == [256]
 
   def with_rows(**changes):
     data = dataclasses.replace(
