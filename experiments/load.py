@@ -1,58 +1,98 @@
-"""Loads a server with users who come back, and checks every score it gave.
+"""Loads servers with users who come back, and checks the scores they give.
 
-  python experiments/load.py --workdir=runs/demo --output=/tmp/load
+  python experiments/load.py --output=/tmp/load
+  python experiments/load.py --check --output=/tmp/load-check
 
-It starts `experiments/serve.py` on this machine, finds the highest rate at
-which 99 of 100 requests are answered within --limit_ms, and scores everything
-again with `Scorer` from the whole history. Each --flag goes to the server.
+It starts `experiments/serve.py` on this machine and finds the highest rate at
+which 99 of 100 requests are answered within --limit_ms: with the store; with
+the history read on each request ('encode'); and, one request at a time, with
+the model that reads the history for each candidate ('plain'). With --check it
+scores everything again with `Scorer` from the whole history, while states are
+evicted and extended, and three models are served one after the other.
+Writes <output>.json and, but for --check, the plot <output>.png.
 """
 
 import functools
-import json
 import pathlib
-import socket
+import tempfile
 from typing import Any
 
 from absl import app, flags, logging
 
-from benchmarking import load, load_engines, machine
+import benchmarking
+from benchmarking import (
+  load,
+  load_engines,
+  load_run,
+  load_suite,
+  machine,
+)
 from histjax import Scorer
 from histjax.serving import app as app_lib
+from histjax.serving import batcher
 from histjax.serving import server as server_lib
 from histjax.serving.columns import Columns
+from histjax.serving.engine import EngineConfig
 from histjax.training import workdir
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'Written with .json.')
-_ENGINE = flags.DEFINE_enum(
-  'engine',
-  'store',
-  ['store', 'encode', 'plain'],
-  "Behind the server: what serve.py has, or a 'load_engines.Stateless'.",
+_CHECK = flags.DEFINE_bool('check', False, 'Every score, and roll-overs.')
+_WORKDIR = flags.DEFINE_multi_string(
+  'workdir', [], 'Of a run, with --check of several; none: runs are made.'
+)
+_OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
+_ENGINES = flags.DEFINE_multi_enum(
+  'engine', load_suite.ENGINES, load_suite.ENGINES, 'To compare.'
 )
 _SERVE = flags.DEFINE_integer('serve', 0, 'Only serve --engine, at this port.')
-_FLAGS = flags.DEFINE_multi_string('flag', [], "Of serve.py: 'max_batch=8'.")
-_RATE = flags.DEFINE_float('rate', 20.0, 'Requests a second, at first.', 0.1)
-_SECONDS = flags.DEFINE_float('seconds', 10.0, 'Of each rate.', 1, 600)
+_FLAGS = flags.DEFINE_multi_string('flag', [], "Of serve.py: 'ttl_s=60'.")
+_BATCH = flags.DEFINE_integer('max_batch', 8, 'Requests scored at once.', 1)
 _LIMIT = flags.DEFINE_float('limit_ms', 50.0, 'Of p99.', 0)
-_TRIES = flags.DEFINE_integer('tries', 12, 'Rates to try, at most.', 1)
-_USERS = flags.DEFINE_integer('users', 2000, "Drawn by Zipf's law.", 1)
-_HISTORY = flags.DEFINE_integer('history', 100, 'Events at first.', 0)
-_CANDIDATES = flags.DEFINE_integer('candidates', 100, 'Of a request.', 1)
-_BOUND = 1e-4
-"""Of float32 logits: sums run in another order at other batch sizes."""
+_TRIES = flags.DEFINE_integer('tries', 7, 'Rates to try, at most.', 1)
+_RATE = flags.DEFINE_float('rate', 40.0, 'Requests a second of --check.', 0.1)
+# Where --check has another default than the comparison, it comes second.
+_SECONDS = flags.DEFINE_float('seconds', None, 'Of each rate; 10, 36.', 1)
+_STORE = flags.DEFINE_integer('store_mib', None, 'Of states; 768, 2.', 1)
+_USERS = flags.DEFINE_integer('users', None, "By Zipf's law; 500, 400.", 1)
+_HISTORY = flags.DEFINE_integer('history', None, 'At first; 900, 60.', 1)
+_LONGEST = flags.DEFINE_integer('longest', None, 'Later; 1024, 128.', 1)
+_CANDIDATES = flags.DEFINE_integer('candidates', None, '100, 20.', 1)
+_WIDTH = flags.DEFINE_integer('width', None, 'D of runs made; 64, 32.', 8)
+_LAYERS = flags.DEFINE_integer('layers', None, 'Of runs made; 4, 2.', 1)
+_DEFAULTS = {
+  'seconds': (10.0, 36.0),
+  'store_mib': (768, 2),
+  'users': (500, 400),
+  'history': (900, 60),
+  'longest': (1024, 128),
+  'candidates': (100, 20),
+  'width': (64, 32),
+  'layers': (4, 2),
+}
+
+
+def value(flag: flags.FlagHolder) -> Any:
+  given: Any = flag.value
+  return _DEFAULTS[flag.name][_CHECK.value] if given is None else given
 
 
 def serve() -> None:
   """A stateless engine, as `serve.py` serves the other."""
-  sizes = server_lib.buckets(16, 512, _CANDIDATES.value)
-  scorer = Scorer.from_workdir(_WORKDIR.value, scorer_config=sizes)
-  kind: Any = _ENGINE.value
-  engine = load_engines.Stateless(scorer, kind)
+  kind: Any
+  (kind,), (path,) = _ENGINES.value, _WORKDIR.value
+  events, candidates = value(_LONGEST), value(_CANDIDATES)
+  rows = min(_BATCH.value, 8)
+  scorer = Scorer.from_workdir(
+    path, scorer_config=server_lib.buckets(rows, [events], candidates)
+  )
+  engine = load_engines.Stateless(
+    scorer, kind, EngineConfig(max_rows=rows, pad_rows=False)
+  )
+  warm_up = functools.partial(engine.warm_up, events, candidates)
   service = app_lib.Service(
     engine,
     lambda: Columns.of_scorer(scorer),
-    warm_up=functools.partial(engine.warm_up, 16, 512, _CANDIDATES.value),
+    app_lib.AppConfig(batcher.BatcherConfig(_BATCH.value)),
+    warm_up=functools.partial(server_lib.and_settle, warm_up),
   )
   application = app_lib.make_app(service)
   server_lib.Server(service, application, port=_SERVE.value).run()
@@ -60,69 +100,54 @@ def serve() -> None:
 
 def run() -> None:
   output = None
-  if _OUTPUT.value is not None:
+  if _OUTPUT.value is not None:  # Fails before the work, not after it.
     output = workdir.resolve(_OUTPUT.value, '--output')
     workdir.prepare(output.parent, '--output')
-  scorer = Scorer.from_workdir(_WORKDIR.value)
-  settings = load.Load(
-    users=_USERS.value, history=_HISTORY.value, candidates=_CANDIDATES.value
-  )
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  more = [f'--{flag}' for flag in _FLAGS.value]
-  command = ['serve.py', f'--port={port}']
-  if _ENGINE.value != 'store':
-    command = ['load.py', f'--serve={port}', f'--engine={_ENGINE.value}']
-    more += [f'--candidates={_CANDIDATES.value}']
-  command += [f'--workdir={_WORKDIR.value}', *more]
-  with load.server(command, f'http://127.0.0.1:{port}') as url:
-    users = load.Users(
-      settings,
-      load.schema(url),
-      scorer.config.schema.time,
-      whole=_ENGINE.value != 'store',
-    )
-    records: list[load.Record] = []
-
-    def try_rate(rate: float):
-      new = users.schedule(rate, _SECONDS.value)
-      found = load.summary(new, load.run(url, users, new))
-      records.extend(new)
-      print(f'offered {rate:.1f}/s: {json.dumps(found)}', flush=True)
-      return found
-
-    try_rate(_RATE.value)  # Users come for the first time.
-    best, tried = load.highest_rate(
-      try_rate, first=_RATE.value, limit_ms=_LIMIT.value, tries=_TRIES.value
-    )
-    metrics = load.metrics(url)
-  print(f'{best:.1f} requests/s with p99 <= {_LIMIT.value:g} ms; checking')
-  number, worst, wrong = load.wrong(
-    records, users, {scorer.fingerprint: scorer}, _BOUND
-  )
-  print(f'{number} scores, the largest difference {worst:.2f} of the bound')
-  report = {
-    'suite': 'load',
-    'environment': machine.environment(),
-    'engine': _ENGINE.value,
-    'load': vars(settings),
-    'flags': _FLAGS.value,
-    'requests/s': best,
-    'tried': tried,
-    'scores': number,
-    'wrong': wrong,
-    'server': metrics,
-    'ideal_hit_rate': load.ideal_hit_rate(
-      records, int(metrics.get('histjax_store_states', 0))
+  suite = load_suite.Suite(
+    load.Load(
+      users=value(_USERS),
+      history=value(_HISTORY),
+      longest=value(_LONGEST),
+      candidates=value(_CANDIDATES),
     ),
+    limit_ms=_LIMIT.value,
+    seconds=value(_SECONDS),
+    tries=_TRIES.value,
+    max_batch=_BATCH.value,
+    store_mib=value(_STORE),
+    more=tuple(f'--{flag}' for flag in _FLAGS.value),
+  )
+  size = load_run.Size(width=value(_WIDTH), layers=value(_LAYERS))
+  progress = functools.partial(print, flush=True)
+  with tempfile.TemporaryDirectory() as folder:
+    paths = [*_WORKDIR.value]
+    for seed in range(0 if paths else 3 if _CHECK.value else 1):
+      paths.append(f'{folder}/{seed}')
+      load_run.make(paths[-1], size, seed)
+    if _CHECK.value:
+      link = pathlib.Path(folder, 'served')
+      found = load_suite.check(paths, link, _RATE.value, suite, progress)
+      checks = [found['check']]
+    else:
+      if len(paths) != 1:
+        raise ValueError(f'--workdir={paths}: give one, or --check')
+      kinds: Any = list(dict.fromkeys(_ENGINES.value))
+      found = load_suite.compare(paths[0], kinds, suite, progress)
+      checks = [x['check'] for x in found['results'].values()]
+  report = {
+    'suite': 'load-check' if _CHECK.value else 'load',
+    'environment': machine.environment(),
+    'model': None if _WORKDIR.value else vars(size),
+    'load': vars(suite.load),
+    'settings': {k: v for k, v in vars(suite).items() if k != 'load'},
+    **found,
   }
+  for kind, ratio in found.get('ratios', {}).items():
+    print(f'{kinds[0]}: {ratio:.1f} times the requests of {kind}')
   if output is not None:
-    path = pathlib.Path(f'{output}.json')
-    path.write_text(json.dumps(report, indent=2) + '\n')
-    print('wrote', path)
-  if wrong:
-    raise ValueError(f'{len(wrong)} replies are wrong: {wrong[0]}')
+    print('wrote', *benchmarking.write_report(report, str(output)))
+  if wrong := [line for x in checks for line in x['wrong']]:
+    raise ValueError('\n'.join([f'{len(wrong)} are wrong:', *wrong[:10]]))
 
 
 def main(argv):

@@ -27,11 +27,16 @@ _HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
 _PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
 _TOKEN = flags.DEFINE_string('token_file', None, 'A file with a token.')
 _BATCH = flags.DEFINE_integer('max_batch', 32, 'Requests scored at once.', 1)
-_WAIT = flags.DEFINE_float('max_wait_ms', 2.0, 'For a batch to fill.', 0)
+_WAIT = flags.DEFINE_float('max_wait_ms', 0.0, 'For a batch to fill.', 0)
 _QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
 _TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
 _LIMITS = flags.DEFINE_string('limits', '', "As 'candidates=100,events=99'.")
-_WARM = flags.DEFINE_list('warm_up', ['128', '256'], 'Events, candidates.')
+_WARM = flags.DEFINE_list(
+  'warm_up',
+  ['256'],
+  'Lengths of histories and, last, candidates to compile for; what is longer '
+  'is refused. Without lengths: what the run needs.',
+)
 _STORE = flags.DEFINE_integer('store_mib', 256, 'Of states; as much of events.')
 _TTL = flags.DEFINE_float('ttl_s', None, 'After which users are forgotten.')
 _DTYPE = flags.DEFINE_enum(
@@ -52,21 +57,21 @@ def serve() -> None:
     raise ValueError(
       f'--replicas={_REPLICAS.value} is of --engine=ray; leave it out'
     )
+  *events, candidates = map(int, _WARM.value)
   config = app_lib.AppConfig(
     batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
-    messages.Limits.parse(_LIMITS.value),
+    messages.Limits.parse(_LIMITS.value, candidates),
     _TIMEOUT.value / 1000,
     app_lib.read_token(_TOKEN.value),
   )
   dtype: Any = _DTYPE.value
   path, every_s = os.path.abspath(_WORKDIR.value), _WATCH.value
-  events, candidates = map(int, _WARM.value)
   store = cache_store.StoreConfig(
     _STORE.value << 20, _STORE.value << 20, _TTL.value
   )
   make = functools.partial(
     server.make_engine,
-    *(path, _BATCH.value, events, candidates, _CACHE.value),
+    *(path, _BATCH.value, events or None, candidates, _CACHE.value),
     store=store,
     cache_dtype=dtype,
   )
@@ -79,7 +84,10 @@ def serve() -> None:
   else:
     engine, warm_up = make()
   service = app_lib.Service(
-    engine, lambda: Columns.of_scorer(engine.scorer), config, warm_up=warm_up
+    engine,
+    lambda: Columns.of_scorer(engine.scorer),
+    config,
+    warm_up=functools.partial(server.and_settle, warm_up),
   )
   application = app_lib.make_app(
     service,

@@ -1,33 +1,26 @@
-"""Open-loop load on a real server, whose every score is checked.
+"""Open-loop load: who comes when, what they bring, what came of it.
 
 Requests come at times that were drawn before, whether the server keeps up or
 not, and are timed from then on: who waits in a queue is not left out. Users are
-drawn by Zipf's law; each request brings the user's new events.
+drawn by Zipf's law; each request brings the user's new events. Bodies are made
+before the first is sent, and replies are read after the last one came, so that
+a machine that both share has as little as possible to do for the load.
 """
 
 from __future__ import annotations
 
-import asyncio
 import collections
-import contextlib
 import dataclasses
-import os
-import pathlib
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import httpx
 import msgspec
 import numpy as np
 
-from histjax.data.rows import collate
-from histjax.scoring import Scorer
+from histjax.scoring import pages
 from histjax.serving import messages
 
-_FOLDER = pathlib.Path(__file__).parents[1]
 _BEGIN = 1_700_000_000
 """Seconds; the time of everybody's first event."""
 
@@ -40,7 +33,8 @@ class Load:
     users: drawn by Zipf's law, the k-th with weight `k ** -zipf`.
     zipf: exponent.
     history: events of a user's first request.
-    new_events: of each later one, on average; a geometric number.
+    longest: history; who has so many events has no more.
+    new_events: of each later request, on average; a geometric number.
     candidates: of each request.
     seed: of all that is drawn.
   """
@@ -48,6 +42,7 @@ class Load:
   users: int = 2000
   zipf: float = 1.1
   history: int = 100
+  longest: int = 512
   new_events: float = 1.0
   candidates: int = 100
   seed: int = 0
@@ -61,19 +56,28 @@ class Record:
     user: its number.
     at: seconds from the start, as drawn.
     candidates: columns.
+    stop: the user's events, those of this request included.
+    body: what is sent.
     latency: seconds from `at` to the reply; None: there was no good one.
     status: of HTTP, the last one; 0: no connection.
-    reply: as decoded.
+    content: of the reply.
     sent: requests that it took: a 409 is followed by the whole history.
   """
 
   user: int
   at: float
-  candidates: Mapping[str, list[Any]]
+  candidates: Mapping[str, np.ndarray]
+  stop: int
+  body: bytes = b''
   latency: float | None = None
   status: int = 0
-  reply: messages.ScoreReply | None = None
+  content: bytes = b''
   sent: int = 0
+
+  @functools.cached_property
+  def reply(self) -> messages.ScoreReply:
+    """As decoded, of a request with a latency."""
+    return msgspec.msgpack.decode(self.content, type=messages.ScoreReply)
 
 
 class Users:
@@ -100,30 +104,23 @@ class Users:
     self._time = time_column
     self._rng = np.random.default_rng(load.seed)
     self._events: dict[int, dict[str, list[Any]]] = {}
-    self.known: collections.Counter[int] = collections.Counter()
+    self._sent: collections.Counter[int] = collections.Counter()
     weights = np.arange(1, load.users + 1) ** -load.zipf
     self._weights = weights / weights.sum()
 
   def schedule(self, rate: float, seconds: float) -> list[Record]:
-    """Requests of a Poisson process."""
+    """Requests of a Poisson process, with bodies."""
     number = self._rng.poisson(rate * seconds)
     times = np.sort(self._rng.uniform(0, seconds, number))
     users = self._rng.choice(self.load.users, number, p=self._weights)
     return [
-      Record(int(user), float(at), self._table('candidates', 2**30))
-      for user, at in zip(users, times, strict=True)
+      self._record(user, at)
+      for user, at in zip(users.tolist(), times.tolist(), strict=True)
     ]
 
-  def act(self, user: int) -> None:
-    """The user does something; before each request."""
-    if user not in self._events:
-      self._events[user] = self._table('events', 0, self.load.history)
-      return
-    more = int(self._rng.geometric(1 / (1 + self.load.new_events))) - 1
-    events = self._events[user]
-    new = self._table('events', self.count(user), more)
-    for name, values in new.items():
-      events[name] += values
+  def all(self) -> list[Record]:
+    """A request of each user, who was not here before, the rarest first."""
+    return [self._record(user, 0.0) for user in range(self.load.users)[::-1]]
 
   def count(self, user: int) -> int:
     """The user's events so far."""
@@ -137,197 +134,125 @@ class Users:
     """The same in all requests of a user."""
     rng = np.random.default_rng([self.load.seed, user])
     return {
-      name: _values(kind, rng, 1)[0]
+      name: _values(kind, rng, 1)[0].item()
       for name, kind in self._columns['context'].items()
     }
 
-  def _table(self, part: str, place: int, number: int | None = None):
-    number = self.load.candidates if number is None else number
+  def body(self, record: Record, first: int) -> bytes:
+    """A request with the user's events from number `first` on."""
+    user = record.user
+    return messages.encode(
+      messages.MSGPACK,
+      {
+        'user': user,
+        'candidates': {k: v.tolist() for k, v in record.candidates.items()},
+        'context': self.context(user),
+        'events': self.events(user, first, record.stop),
+        'first': first,
+      },
+    )
+
+  def _record(self, user: int, at: float) -> Record:
+    self._act(user)
+    record = Record(
+      user,
+      at,
+      self._table('candidates', 2**30, self.load.candidates),
+      self.count(user),
+    )
+    record.body = self.body(record, 0 if self.whole else self._sent[user])
+    self._sent[user] = record.stop
+    return record
+
+  def _act(self, user: int) -> None:
+    """The user does something; before each request."""
+    if user not in self._events:
+      first = self._table('events', 0, self.load.history)
+      self._events[user] = {k: v.tolist() for k, v in first.items()}
+      return
+    more = int(self._rng.geometric(1 / (1 + self.load.new_events))) - 1
+    more = min(more, max(0, self.load.longest - self.count(user)))
+    new = self._table('events', self.count(user), more)
+    for name, values in new.items():
+      self._events[user][name] += values.tolist()
+
+  def _table(self, part: str, place: int, number: int):
     table = {
       name: _values(kind, self._rng, number)
       for name, kind in self._columns[part].items()
     }
     if self._time in table:
       later = np.arange(number) if part == 'events' else np.zeros(number, int)
-      table[self._time] = (_BEGIN + 60 * (place + later)).tolist()
+      table[self._time] = _BEGIN + 60 * (place + later)
     return table
 
 
-def _values(kind: Mapping[str, Any], rng: np.random.Generator, number: int):
+def _values(
+  kind: Mapping[str, Any], rng: np.random.Generator, number: int
+) -> np.ndarray:
   """Random values of a column, as `/v1/schema` describes it."""
   if 'task' in kind:
     threshold = kind['threshold']
     if threshold is None:
-      return rng.integers(0, 2, number).tolist()
-    return (threshold + rng.integers(-1, 2, number)).tolist()
+      return rng.integers(0, 2, number)
+    return threshold + rng.integers(-1, 2, number)
   if kind['type'] == 'number':
-    return rng.uniform(0, 1, number).tolist()
+    return rng.uniform(0, 1, number)
   least, most = kind.get('minimum', 0), kind.get('maximum', 1 << 20)
-  return rng.integers(least, most + 1, number).tolist()
-
-
-def run(
-  url: str,
-  users: Users,
-  records: Sequence[Record],
-  *,
-  timeout: float = 5.0,
-  connections: int = 64,
-) -> float:
-  """Sends requests at their times; fills in the records.
-
-  Args:
-    url: of the server.
-    users: whose they are.
-    records: of `Users.schedule`.
-    timeout: seconds, of each.
-    connections: at most.
-
-  Returns:
-    Seconds until the last reply.
-  """
-  return asyncio.run(_run(url, users, records, timeout, connections))
-
-
-async def _run(url, users, records, timeout, connections) -> float:
-  limits = httpx.Limits(
-    max_connections=connections, max_keepalive_connections=connections
-  )
-  async with httpx.AsyncClient(
-    base_url=url, timeout=timeout, limits=limits
-  ) as client:
-    begin = time.perf_counter()
-    tasks = []
-    for record in records:
-      wait = begin + record.at - time.perf_counter()
-      if wait > 0:
-        await asyncio.sleep(wait)
-      users.act(record.user)
-      tasks.append(asyncio.create_task(_send(client, users, record, begin)))
-    await asyncio.gather(*tasks)
-    return time.perf_counter() - begin
-
-
-async def _send(client, users: Users, record: Record, begin: float) -> None:
-  user = record.user
-  first = 0 if users.whole else users.known[user]
-  stop = users.count(user)
-  while record.sent < 3:
-    record.sent += 1
-    body = messages.encode(
-      messages.MSGPACK,
-      {
-        'user': user,
-        'candidates': record.candidates,
-        'context': users.context(user),
-        'events': users.events(user, first, stop),
-        'first': first,
-      },
-    )
-    headers = {'content-type': messages.MSGPACK, 'accept': messages.MSGPACK}
-    try:
-      response = await client.post('/v1/score', content=body, headers=headers)
-    except httpx.TransportError:
-      record.status = 0
-      return
-    record.status = response.status_code
-    if record.status == 409 and first:  # It was forgotten there.
-      first = 0
-      continue
-    break
-  if record.status != 200:
-    return
-  record.latency = time.perf_counter() - begin - record.at
-  record.reply = msgspec.msgpack.decode(
-    response.content, type=messages.ScoreReply
-  )
-  users.known[user] = max(users.known[user], record.reply.num_events)
-
-
-def wrong(
-  records: Sequence[Record],
-  users: Users,
-  scorers: Mapping[str, Scorer],
-  bound: float,
-) -> tuple[int, float, list[str]]:
-  """Scores all again, each user's whole history from the beginning.
-
-  Args:
-    records: that were sent.
-    users: whose they are.
-    scorers: by fingerprint.
-    bound: of the difference, absolute and relative.
-
-  Returns:
-    How many scores there are, the largest difference over what is allowed, and
-    what is wrong, a line for each.
-  """
-  found, number, worst = [], 0, 0.0
-  for i, record in enumerate(records):
-    if record.reply is None:
-      continue
-    reply = record.reply
-    scorer = scorers.get(reply.model)
-    if scorer is None:
-      found.append(f'request {i} was scored by {reply.model[:12]}')
-      continue
-    name = scorer.config.schema.user
-    row = scorer.make_row(
-      context={name: record.user, **users.context(record.user)},
-      history=users.events(record.user, 0, reply.num_events),
-      candidates=record.candidates,
-    )
-    batch = collate([row])
-    cache = scorer.encode(batch.history)
-    logits = scorer.score(cache, batch.candidates, batch.context)
-    for task, expected in logits.items():
-      given = np.array(reply.logits[task])
-      number += given.size
-      error = np.abs(given - expected[0, : given.size])
-      allowed = bound * (1 + np.abs(expected[0, : given.size]))
-      worst = max(worst, float((error / allowed).max()))
-      if not (error <= allowed).all():
-        found.append(
-          f'request {i}, {task}, user {record.user}, {reply.source}: off by '
-          f'{error.max():.2e}'
-        )
-  return number, worst, found
+  return rng.integers(least, most + 1, number)
 
 
 def summary(records: Sequence[Record], seconds: float) -> dict[str, Any]:
   """Latencies in ms, rates, and how states were used."""
-  good = [x for x in records if x.latency is not None and x.reply is not None]
+  good = [x for x in records if x.latency is not None]
   latency = [1000 * x.latency for x in good if x.latency is not None]
-  sources = collections.Counter(x.reply.source for x in good if x.reply)
-  sizes = sum(x.reply.batch_size for x in good if x.reply)
-  statuses = collections.Counter(str(x.status) for x in records)
   found: dict[str, Any] = {
     'requests': len(records),
     'answered': len(good),
     'rate': len(good) / seconds,
-    'statuses': dict(statuses),
-    'sources': dict(sources),
-    'batch_size': sizes / max(1, len(good)),
+    'statuses': dict(collections.Counter(str(x.status) for x in records)),
+    'sources': dict(collections.Counter(x.reply.source for x in good)),
+    'sent': sum(x.sent for x in records),
   }
   if latency:
+    found['batch_size'] = float(np.mean([x.reply.batch_size for x in good]))
     for percent in (50, 90, 99):
       found[f'p{percent}'] = float(np.percentile(latency, percent))
+    timings = [msgspec.structs.asdict(x.reply.timings_ms) for x in good]
+    found['phases'] = {
+      name: float(np.median([x[name] for x in timings])) for name in timings[0]
+    }
   return found
 
 
-def ideal_hit_rate(records: Sequence[Record], capacity: int) -> float:
-  """Of a least-recently-used store of so many users, in the drawn order."""
-  kept: collections.OrderedDict[int, None] = collections.OrderedDict()
-  hits = 0
+def hit_rates(
+  records: Sequence[Record], number: int, num_pages: int
+) -> dict[str, float]:
+  """The store's, beside a least-recently-used one's of so many pages.
+
+  Args:
+    records: all that were sent, in the drawn order.
+    number: of the last of them, those that count.
+    num_pages: of the store.
+
+  Returns:
+    `measured`, of answered requests whose user had a state; `ideal`, likewise
+    of the store that knows what comes in which order.
+  """
+  kept: collections.OrderedDict[int, int] = collections.OrderedDict()
+  free, hits = num_pages, []
   for record in records:
-    if record.user in kept:
-      hits += 1
-      kept.move_to_end(record.user)
-      continue
-    kept[record.user] = None
-    if len(kept) > capacity:
-      kept.popitem(last=False)
-  return hits / max(1, len(records))
+    hits.append(record.user in kept)
+    free += kept.pop(record.user, 0)
+    kept[record.user] = pages.number(record.stop)
+    free -= kept[record.user]
+    while free < 0:
+      free += kept.popitem(last=False)[1]
+  last = [x for x in records[-number:] if x.latency is not None]
+  return {
+    'measured': float(np.mean([x.reply.source != 'encoded' for x in last])),
+    'ideal': float(np.mean(hits[-number:])),
+  }
 
 
 def highest_rate(
@@ -340,6 +265,9 @@ def highest_rate(
 ) -> tuple[float, list[dict[str, Any]]]:
   """The highest rate at which all are answered, 99 of 100 within a limit.
 
+  By steps, up or down, until one is good and the next is not; then once between
+  them.
+
   Args:
     try_rate: the `summary` of a run at a rate.
     first: the rate to begin at.
@@ -351,7 +279,8 @@ def highest_rate(
     Requests a second as measured, 0 if not even the lowest would do, and what
     was tried.
   """
-  best, tried, rate, going_up = 0.0, [], first, None
+  best, tried, rate = 0.0, [], first
+  lowest_bad, highest_good = np.inf, 0.0
   for _ in range(tries):
     found = dict(try_rate(rate))
     good = (
@@ -360,46 +289,15 @@ def highest_rate(
     )
     tried.append({'offered': rate, 'good': good, **found})
     if good:
-      best = max(best, found['rate'])
-    if going_up is not None and good != going_up:
+      best, highest_good = max(best, found['rate']), max(highest_good, rate)
+    else:
+      lowest_bad = min(lowest_bad, rate)
+    if lowest_bad / max(highest_good, 1e-9) <= 1.001 * step**0.5:
       break
-    going_up = good
-    rate = rate * step if good else rate / step
+    if highest_good == 0:
+      rate = lowest_bad / step
+    elif lowest_bad == np.inf:
+      rate = highest_good * step
+    else:
+      rate = (lowest_bad * highest_good) ** 0.5
   return best, tried
-
-
-@contextlib.contextmanager
-def server(command: Sequence[str], url: str) -> Iterator[str]:
-  """A binary of experiments/ in a process of its own, ready; its address."""
-  name, *arguments = command
-  process = subprocess.Popen(
-    [sys.executable, str(_FOLDER / name), *arguments],
-    env=os.environ | {'PYTHONUNBUFFERED': '1'},
-  )
-  try:
-    deadline = time.monotonic() + 600
-    while True:
-      if process.poll() is not None:
-        raise RuntimeError(f'the server ended with {process.returncode}')
-      with contextlib.suppress(httpx.TransportError):
-        if httpx.get(f'{url}/health/ready').status_code == 200:
-          break
-      if time.monotonic() > deadline:
-        raise RuntimeError('the server was not ready after 600 s')
-      time.sleep(0.2)
-    yield url
-  finally:
-    process.terminate()
-    process.wait(60)
-
-
-def schema(url: str) -> dict[str, Any]:
-  """What the server says of its columns."""
-  return httpx.get(f'{url}/v1/schema').raise_for_status().json()
-
-
-def metrics(url: str) -> dict[str, float]:
-  """The server's own counts, those without labels."""
-  text = httpx.get(f'{url}/metrics').raise_for_status().text
-  lines = [x.split() for x in text.splitlines() if x.startswith('histjax_')]
-  return {x[0]: float(x[1]) for x in lines if len(x) == 2 and '{' not in x[0]}

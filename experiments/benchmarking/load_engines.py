@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,13 @@ from histjax import Scorer, collate
 from histjax.data import requests as requests_lib
 from histjax.data.row_maker import RowMaker
 from histjax.data.rows import Row
-from histjax.serving.engine import Request, Result, UnknownHistory
+from histjax.serving.engine import (
+  EngineConfig,
+  Request,
+  Result,
+  UnknownHistory,
+  part_size,
+)
 from histjax.types import RankingBatch
 
 
@@ -24,6 +31,7 @@ class Stateless:
     self,
     scorer: Scorer,
     kind: Literal['encode', 'plain'],
+    config: EngineConfig,
     maker: RowMaker | None = None,
   ):
     """Makes an engine.
@@ -31,9 +39,10 @@ class Stateless:
     Args:
       scorer: the model.
       kind: see above.
+      config: of the other engine.
       maker: of rows; None: that of the scorer's run.
     """
-    self.scorer, self._kind = scorer, kind
+    self.scorer, self._kind, self._config = scorer, kind, config
     self._maker = maker or scorer.row_maker()
 
   @property
@@ -46,28 +55,33 @@ class Stateless:
     return {'compilations': self.scorer.num_compilations}
 
   def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
-    """Scores all that are good as one batch."""
+    """Scores all that are good, in programs of so many as the store's."""
     found: dict[int, Result | Exception] = {}
     rows: dict[int, Row] = {}
+    begin = time.perf_counter()
     for i, request in enumerate(requests):
       try:
         rows[i] = self._row(request)
       except (ValueError, UnknownHistory) as error:
         found[i] = error
-    if rows:
-      logits = self._scored(collate(list(rows.values())))
-      for place, (i, row) in enumerate(rows.items()):
-        size = len(row.visible)
+    rows_s = time.perf_counter() - begin
+    left = [*rows]
+    while left:
+      size = part_size(len(left), self._config, self.scorer.options.rows)
+      part, left = left[:size], left[size:]
+      logits = self._scored(collate([rows[i] for i in part]))
+      for place, i in enumerate(part):
         found[i] = Result(
-          {k: x[place, :size] for k, x in logits.items()},
+          {k: x[place, : len(rows[i].visible)] for k, x in logits.items()},
           'encoded',
           _number(requests[i].events),
           self.fingerprint,
+          rows_s,
         )
     return [found[i] for i in range(len(requests))]
 
-  def warm_up(self, rows: int, events: int, candidates: int) -> None:
-    """Compiles what so many users and such requests need."""
+  def warm_up(self, events: int, candidates: int) -> None:
+    """Compiles what requests up to this size need."""
     request = {
       'context': _zeros(self.scorer.config.schema.context, 1),
       'candidates': _zeros(self.scorer.config.schema.item, candidates),
@@ -78,9 +92,8 @@ class Stateless:
     }
     context = {k: v[0] for k, v in request.pop('context').items()}
     row = self._made(context=context, **request)
-    for number in (1, 2, 4, 8, 16, 32):
-      if number <= rows:
-        self._scored(collate([row] * number))
+    for number in self.scorer.options.row_buckets:
+      self._scored(collate([row] * number))
 
   def _row(self, request: Request) -> Row:
     if request.first:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarking import cost, scoring, serving_report
+from benchmarking import cost, load_plot, scoring, serving_report
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:
@@ -25,6 +25,7 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
     'scoring': scoring.plot,
     'cost': cost.plot,
     'serving': serving_report.plot,
+    'load': load_plot.plot,
   }
   if report['suite'] not in plots:
     return [str(json_path)]

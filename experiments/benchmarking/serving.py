@@ -160,16 +160,13 @@ def _in_process(
   number = max(users) * pages.number(max(lengths)) + 1
   store = StoreConfig(device_bytes=number * Shape.of(config, options).nbytes)
   maker = RowMaker(config.schema)
-  engine = Engine(
-    scorer,
-    EngineConfig(
-      dataclasses.replace(store, host_bytes=1 << 30),
-      max_rows=max(users),
-      max_new_events=NEW_EVENTS,
-    ),
-    maker=maker,
+  settings = EngineConfig(
+    dataclasses.replace(store, host_bytes=1 << 30),
+    max_rows=max(users),
+    max_new_events=NEW_EVENTS,
   )
-  stateless = load_engines.Stateless(scorer, 'encode', maker)
+  engine = Engine(scorer, settings, maker=maker)
+  stateless = load_engines.Stateless(scorer, 'encode', settings, maker)
   return InProcess(engine, stateless), scorer
 
 

@@ -55,6 +55,7 @@ def jobs(
   num_new: int,
   visible: bool,
   requests: int = 1,
+  fit_new: Callable[[int], int] = buckets.of_new_events,
 ) -> Iterator[Job]:
   """The programs, those that make a cache before those that take it.
 
@@ -68,13 +69,14 @@ def jobs(
       than a history may have.
     visible: whether candidates may say what they see.
     requests: the most that `score_many` is given of one bucket.
+    fit_new: what so many new events are padded to.
   """
   together = up_to(requests, buckets.of_requests)
   scored = [(n, seen) for n in columns for seen in (False, True)[: 1 + visible]]
   for number in rows:
     for i, length in enumerate(lengths):
       encode = Sizes(number, length)
-      extend = list(_extensions(number, lengths[i:], num_new))
+      extend = list(_extensions(number, lengths[i:], num_new, fit_new))
       yield Job('encode', encode, 0)
       if 'extend' in calls:
         yield from (Job('extend', sizes, length) for sizes in extend)
@@ -92,10 +94,13 @@ def jobs(
 
 
 def _extensions(
-  number: int, lengths: Sequence[int], num_new: int
+  number: int,
+  lengths: Sequence[int],
+  num_new: int,
+  fit_new: Callable[[int], int],
 ) -> Iterator[Sizes]:
   """Of `extend`, given caches whose capacity is the first length."""
-  news = up_to(num_new, buckets.of_new_events)
+  news = up_to(num_new, fit_new)
   fewest = [1, *(size + 1 for size in news)]
   capacity = lengths[0]
   for new, least in zip(news, fewest, strict=False):

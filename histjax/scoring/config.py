@@ -19,10 +19,10 @@ class ScorerConfig:
     plain_microbatch: the same for `score_plain`, where each is a whole pass.
     history_buckets: the lengths to pad histories to, ascending; a longer
       history is refused. Empty: `buckets.bucket_size`, without a limit.
-      (The new events of `extend` are padded to 1, 2, 4, .. in any case.)
     candidate_buckets: the same for candidates, up to `microbatch`; beyond it
       they are padded to a multiple of `microbatch`.
     row_buckets: the same for rows. Empty: powers of two.
+    new_event_buckets: the same for the new events of `extend`.
     cache_dtype: what `encode` keeps keys and values as, 'int8' or
       'float8_e4m3fn' with scales (see `histjax.quantization`); None: the
       model's type.
@@ -33,13 +33,19 @@ class ScorerConfig:
   history_buckets: tuple[int, ...] = ()
   candidate_buckets: tuple[int, ...] = ()
   row_buckets: tuple[int, ...] = ()
+  new_event_buckets: tuple[int, ...] = ()
   cache_dtype: quantization.Kind | None = None
 
   def __post_init__(self):
     for field in ('microbatch', 'plain_microbatch'):
       if getattr(self, field) < 1:
         raise ValueError(f'{field}={getattr(self, field)} must be at least 1')
-    for field in ('history_buckets', 'candidate_buckets', 'row_buckets'):
+    for field in (
+      'history_buckets',
+      'candidate_buckets',
+      'row_buckets',
+      'new_event_buckets',
+    ):
       sizes = buckets.check(field, getattr(self, field))
       object.__setattr__(self, field, sizes)
 
@@ -55,6 +61,10 @@ class ScorerConfig:
     return buckets.fit(
       number, self.history_buckets, 'events in a history', _SMALLEST_HISTORY
     )
+
+  def new_events(self, number: int) -> int:
+    """What so many new events at most are padded to."""
+    return buckets.fit(number, self.new_event_buckets, 'new events', 1)
 
   def candidates(self, number: int, microbatch: int) -> int:
     """What so many candidates a row are padded to."""

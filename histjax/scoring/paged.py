@@ -7,13 +7,12 @@ as a program of a request computes, so there is one and not four.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from histjax import buckets
 from histjax.quantization import Quantized
 from histjax.scoring import ahead, flight, inputs, programs
 from histjax.scoring.flight import Pending
@@ -113,7 +112,7 @@ class PagedScorer:
     request = self._checked(candidates, context, length)
     sizes = programs.Sizes(
       len(place.read),
-      buckets.of_new_events(int(new.max(initial=0))),
+      self._scorer.options.new_events(int(new.max(initial=0))),
       capacity=place.capacity,
       donate=True,
     )
@@ -164,7 +163,7 @@ class PagedScorer:
       for job in _jobs(
         programs.Sizes(number, candidates=count, visible=seen),
         length,
-        min(new_events, length),
+        ahead.up_to(min(new_events, length), options.new_events),
       )
     ]
 
@@ -211,7 +210,7 @@ class PagedScorer:
 
 
 def _jobs(
-  sizes: programs.Sizes, length: int, new_events: int
+  sizes: programs.Sizes, length: int, new_events: Sequence[int]
 ) -> Iterator[ahead.Job]:
   """The programs of a bucket."""
   yield ahead.Job('paged_score', sizes._replace(events=length), length)
@@ -219,6 +218,6 @@ def _jobs(
   yield ahead.Job(
     'paged_encode_and_score', sizes._replace(events=length), length
   )
-  for new in ahead.up_to(new_events, buckets.of_new_events):
+  for new in new_events:
     extend = sizes._replace(events=new, capacity=length)
     yield ahead.Job('paged_extend_and_score', extend, length)

@@ -131,7 +131,13 @@ class Scorer:
     """
     from histjax.training import run as run_lib  # Reads checkpoints.
 
-    run = run_lib.load(workdir, which)
+    return cls.of_run(run_lib.load(workdir, which), scorer_config)
+
+  @classmethod
+  def of_run(
+    cls, run: run_lib.Run, scorer_config: ScorerConfig | None = None
+  ) -> Scorer:
+    """As `from_workdir`, of what `training.run.load` returned."""
     scorer = cls(run.config.model, run.params, scorer_config)
     scorer._run = run
     return scorer
@@ -534,6 +540,7 @@ class Scorer:
         min(new_events, events),
         visible and self.config.encoder.causal,
         requests,
+        self.options.new_events,
       )
     )
     before = self.num_compilations
@@ -694,7 +701,7 @@ class Scorer:
       capacity = self.options.events(longest)
     sizes = programs.Sizes(
       cache.num_rows,
-      buckets.of_new_events(int(new.max(initial=0))),
+      self.options.new_events(int(new.max(initial=0))),
       capacity=capacity,
       donate=donate and capacity == cache.capacity,
     )

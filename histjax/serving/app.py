@@ -44,6 +44,7 @@ from histjax.serving import messages, middleware, openapi, reading
 from histjax.serving import metrics as metrics_lib
 from histjax.serving.columns import Columns
 from histjax.serving.engine import Request, Result, UnknownHistory
+from histjax.serving.planning import TooManyEvents
 
 
 class ScoringEngine(Protocol):
@@ -192,14 +193,13 @@ class Service:
       self.metrics.observe_phase(phase, seconds)
     result: Result = scored.result
     self.metrics.observe_source(result.source)
-    timings = messages.Timings(
-      *(
-        round(1000 * x, 3)
-        for x in (read_s, decode_s, scored.queue_s, scored.score_s)
-      )
-    )
-    reply = _reply(result, timings, scored.batch_size)
-    return respond(http, media, reply)
+    score_s = scored.score_s - result.rows_s
+    spent = read_s, decode_s, scored.queue_s, result.rows_s, score_s
+    timings = messages.Timings(*(round(1000 * x, 3) for x in spent))
+    begun = time.monotonic()
+    response = respond(http, media, _reply(result, timings, scored.batch_size))
+    self.metrics.observe_phase('reply', time.monotonic() - begun)
+    return response
 
   async def _scored(
     self, message: messages.ScoreRequest, timeout_s: float
@@ -230,6 +230,14 @@ class Service:
         field='first',
         value=message.first,
         fix='send the whole history with first=0',
+      ) from error
+    except TooManyEvents as error:
+      raise messages.refusal(
+        413,
+        str(error).partition('; ')[0],
+        field='events',
+        fix='start the server for longer histories (--warm_up), or train with '
+        'history_length or a window',
       ) from error
     except ValueError as error:
       raise of_value_error(error) from error

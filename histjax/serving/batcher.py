@@ -1,10 +1,10 @@
 """Dynamic batching: requests that wait together are scored together.
 
-A batch starts when `max_batch` requests wait, or when the oldest of them has
-waited for `max_wait_s`; while one is scored, in a thread of its own, the next
-gathers, so that under load batches are as large as they can be and nobody waits
-for company. (As in Triton, Ray Serve and LitServe; adaptive windows as
-BentoML's have nothing to learn here, where a batch is short.)
+A batch starts as soon as nothing is scored: while one is, in a thread of its
+own, the next gathers, so that under load batches are as large as they can be,
+and nobody waits for company while the device is idle. `max_wait_s` makes them
+wait, as in Triton and Ray Serve; that pays only where a larger batch takes no
+longer, and each request pays for it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class BatcherConfig:
 
   Attributes:
     max_batch: requests scored together.
-    max_wait_s: how long the oldest waits for others, at most.
+    max_wait_s: how long the oldest waits for others, at most, while nothing is
+      scored.
     max_queue: requests that wait; one more is refused.
   """
 
   max_batch: int = 32
-  max_wait_s: float = 0.002
+  max_wait_s: float = 0.0
   max_queue: int = 256
 
   def __post_init__(self):
@@ -69,7 +70,7 @@ class Scored:
   Attributes:
     result: what the function returned for it.
     queue_s: it waited so long.
-    score_s: the batch took so long.
+    score_s: the call took so long.
     batch_size: requests in it.
   """
 
@@ -95,7 +96,9 @@ class Batcher:
     score: Callable[[Sequence[Any]], Sequence[Any]],
     config: BatcherConfig | None = None,
     *,
-    observe: Callable[[Sequence[float], float], None] = lambda *_: None,
+    observe: Callable[
+      [Sequence[float], float, Sequence[Any]], None
+    ] = lambda *_: None,
   ):
     """Makes a batcher; `start` it in the event loop.
 
@@ -103,14 +106,15 @@ class Batcher:
       score: as many results as requests, in order; runs in the thread. What
         it raises, all of the batch raise.
       config: of batches and queue.
-      observe: told of each batch, `(queue_s of each, score_s)`.
+      observe: told of each batch, `(queue_s of each, score_s, results)`.
     """
     self.config = config or BatcherConfig()
     self._score = score
     self._observe = observe
     self._queue: collections.deque[_Waiting] = collections.deque()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'score')
-    self._batch_s = self.config.max_wait_s  # A moving average.
+    self._aside = concurrent.futures.ThreadPoolExecutor(1, 'aside')
+    self._batch_s = max(self.config.max_wait_s, 1e-3)  # A moving average.
     self._task: asyncio.Task | None = None
     self._stopping = False
 
@@ -131,6 +135,7 @@ class Batcher:
       self._wake.set()
       await self._task
     self._thread.shutdown()
+    self._aside.shutdown(cancel_futures=True)
 
   async def score(self, request: Any, timeout_s: float) -> Scored:
     """The request's result.
@@ -164,10 +169,13 @@ class Batcher:
     finally:
       item.timer.cancel()  # Of a client that is gone, too.
 
-  async def run_alone(self, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns, called in the thread, between batches."""
+  async def run_aside(self, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns, called in a thread for such functions.
+
+    One at a time, beside batches: it may compile, and they do not wait for it.
+    """
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(self._thread, function, *args)
+    return await loop.run_in_executor(self._aside, function, *args)
 
   @staticmethod
   def _expire(future: asyncio.Future, timeout_s: float) -> None:
@@ -191,7 +199,7 @@ class Batcher:
       took = time.monotonic() - begun
       self._batch_s += 0.1 * (took - self._batch_s)
       queued = [begun - item.arrival for item in batch]
-      self._observe(queued, took)
+      self._observe(queued, took, results)
       for item, result, queue_s in zip(batch, results, queued, strict=True):
         if item.future.done():  # Its client is gone.
           continue

@@ -86,7 +86,7 @@ class CacheStore:
     self._device = device
     self._lock = threading.RLock()
     self._seconds: dict[tuple[str, int], float] = {}
-    self._fingerprint = fingerprint
+    self._fingerprint, self._config = fingerprint, config
     self._entries = Entries(options, self._allocate(config), self.counts, clock)
 
   @property
@@ -104,9 +104,14 @@ class CacheStore:
     return self._pages.nbytes
 
   @property
+  def num_pages(self) -> int:
+    """Pages for states, free ones included."""
+    return self._pages.num_pages - 1
+
+  @property
   def used_bytes(self) -> int:
     """Bytes of the pages that hold states."""
-    used = self._pages.num_pages - 1 - self._pages.num_free
+    used = self.num_pages - self._pages.num_free
     return used * self._pages.shape.nbytes
 
   @property
@@ -117,7 +122,7 @@ class CacheStore:
   @property
   def max_events(self) -> int:
     """The longest state that there is room for if it is the only one."""
-    return (self._pages.num_pages - 1) * EVENTS
+    return self.num_pages * EVENTS
 
   def __len__(self) -> int:
     """The number of users of whom something is kept."""
@@ -349,7 +354,9 @@ class CacheStore:
         else:
           self._entries.forget(user)
       self._fingerprint = fingerprint
-      self._seconds.clear()
+      if config != self._config:
+        self._config = config
+        self._seconds.clear()  # Of programs that are not used any more.
       if pages_lib.Shape.of(config, self._scorer_config) != self._pages.shape:
         self._pages.delete()  # Before the new one: the budget holds one.
         self._entries.pages = self._allocate(config)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,15 @@ from ray import serve
 from histjax.scoring import Scorer
 from histjax.serving.batcher import UnavailableError
 from histjax.serving.engine import Engine, Request, Result
+from histjax.serving.server import and_settle
 
 _NAME = 'histjax'
 Make = Callable[[], tuple[Engine, Callable[[], Any]]]
 """An engine and what warms it up, as `server.make_engine` returns."""
+Told = tuple[list[Result | Exception], str, dict[str, float]]
+"""Results, and by which replica, and what that has counted since its start."""
+_FORGET_S = 600.0
+"""After so long a replica that says nothing is no more told of."""
 
 
 def _replica(most: int) -> type:
@@ -39,7 +45,7 @@ def _replica(most: int) -> type:
 
     def __init__(self, make: Make, workdir: str):
       self._engine, warm_up = make()
-      warm_up()
+      and_settle(warm_up)
       self._workdir, self._generation = workdir, 0
 
     @serve.multiplexed(max_num_models_per_replica=most)
@@ -47,9 +53,11 @@ def _replica(most: int) -> type:
       """Tells the routers that this replica has the bucket."""
       return bucket
 
-    async def score(self, requests: list[Request]) -> list[Result | Exception]:
+    async def score(self, requests: list[Request]) -> Told:
       await self._hold(serve.get_multiplexed_model_id())
-      return await asyncio.to_thread(self._engine.score, requests)
+      results = await asyncio.to_thread(self._engine.score, requests)
+      replica = serve.get_replica_context().replica_id.unique_id
+      return results, replica, dict(self._engine.metrics())
 
     async def reconfigure(self, config: Mapping[str, int]) -> None:
       """Called with each new `user_config`, and with the first."""
@@ -94,6 +102,7 @@ class RemoteEngine:
       raise ValueError(f'replicas={replicas} must be in [1, buckets={buckets}]')
     self._buckets, self._timeout_s = buckets, timeout_s
     self._generation = self._lost = 0
+    self._told: dict[str, tuple[float, dict[str, float]]] = {}
     # Some more than its share, so that a new one gets some of the others'.
     most = -(-5 * buckets // (4 * replicas))
     deployment: Any = serve.deployment(_replica(most))
@@ -144,7 +153,8 @@ class RemoteEngine:
     for bucket, answer in answers.items():
       part = parts[bucket]
       try:
-        results = answer.result(timeout_s=self._timeout_s)
+        results, replica, counts = answer.result(timeout_s=self._timeout_s)
+        self._told[replica] = time.monotonic(), counts
       except (ray.exceptions.RayError, TimeoutError) as error:
         lost = UnavailableError(f'a replica does not answer: {error!r:.200}')
         results = [lost] * len(part)
@@ -153,8 +163,14 @@ class RemoteEngine:
     return [found[i] for i in range(len(requests))]
 
   def metrics(self) -> Mapping[str, Any]:
-    """Of this frontend."""
-    return {'roll_overs': self._generation, 'lost': self._lost}
+    """Of this frontend, and what each replica last told with its results."""
+    limit = time.monotonic() - _FORGET_S
+    self._told = {k: v for k, v in self._told.items() if v[0] > limit}
+    return {
+      'roll_overs': self._generation,
+      'lost': self._lost,
+      'replicas': {k: counts for k, (_, counts) in self._told.items()},
+    }
 
   def roll_over(self, scorer: Scorer) -> None:
     """Serves what is in the workdir now: each replica between two batches."""

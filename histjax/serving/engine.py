@@ -10,11 +10,12 @@ request = Request(user=7, candidates=[..], first=50, events=[one_more])
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from histjax.scoring.flight import Pending
 from histjax.scoring.paged import PagedScorer
 from histjax.scoring.scorer import Scorer
 from histjax.serving import batches
-from histjax.serving.cache_store import CacheStore, StoreConfig, Update
+from histjax.serving.cache_store import CacheStore, Counts, StoreConfig, Update
 from histjax.serving.planning import Job, Model, Request, Source, UnknownHistory
 
 __all__ = ['Engine', 'EngineConfig', 'Request', 'Result', 'UnknownHistory']
@@ -49,6 +50,9 @@ class EngineConfig:
     max_new_events: that a state is extended by; if there are more, the events
       needed are read from the first on.
     max_rows: users in one program.
+    pad_rows: whether users who do not fill a bucket of rows share a program
+      that is padded. False: several programs, padded only where no bucket is
+      so small; a CPU computes padded rows, too.
   """
 
   store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
@@ -56,6 +60,7 @@ class EngineConfig:
   max_events: int | None = None
   max_new_events: int = 64
   max_rows: int = 32
+  pad_rows: bool = True
 
   def __post_init__(self):
     if self.headroom < 0:
@@ -76,12 +81,15 @@ class Result:
       the history was read from the first event needed.
     num_events: of the user, now known.
     model: `Scorer.fingerprint` of the model that scored it.
+    rows_s: seconds of the call, of all its requests, in which they were
+      checked and rows were made of them.
   """
 
   logits: Mapping[str, np.ndarray]
   source: Source
   num_events: int
   model: str = ''
+  rows_s: float = 0.0
 
 
 class Engine:
@@ -151,6 +159,8 @@ class Engine:
       **dataclasses.asdict(store.counts),
       'users': len(store),
       'states': store.num_states,
+      'pages': store.num_pages,
+      'limit_bytes': store.options.device_bytes,
       'device_bytes': store.device_bytes,
       'used_bytes': store.used_bytes,
       'host_bytes': store.host_bytes,
@@ -171,26 +181,29 @@ class Engine:
     found: dict[int, Result | Exception] = {}
     flights: list[tuple[int, Job, Pending]] = []
     with self._lock:
-      model = self._model
+      model, counts = self._model, self._store.counts
+      before = counts.rows_seconds
       left = self._by_user(model, requests, found)
       while left:
         now = {i: user for user, (i, *_) in left.items()}
         left = {u: rest for u, (_, *rest) in left.items() if rest}
         jobs: dict[int, Job] = {}
-        for i, user in sorted(now.items()):
-          try:
-            jobs[i] = model.plan(user, self._store.find(user), requests[i])
-          except (ValueError, UnknownHistory) as error:
-            found[i] = error
+        with _timed(counts):
+          for i, user in sorted(now.items()):
+            try:
+              jobs[i] = model.plan(user, self._store.find(user), requests[i])
+            except (ValueError, UnknownHistory) as error:
+              found[i] = error
         self._run(model, requests, jobs, found, flights)
-      self._store.counts.unknown += sum(
+      counts.unknown += sum(
         isinstance(x, UnknownHistory) for x in found.values()
       )
+      rows_s = counts.rows_seconds - before
     for i, job, pending in flights:
       try:
         logits = {k: x[0] for k, x in pending.result().items()}
         found[i] = Result(
-          logits, job.source, job.past.stop, model.scorer.fingerprint
+          logits, job.source, job.past.stop, model.scorer.fingerprint, rows_s
         )
       except Exception as error:  # Of this request, or of its program.
         found[i] = error
@@ -266,7 +279,8 @@ class Engine:
     model = self._load(scorer, maker)
     _ = model.scorer.fingerprint  # Reads all parameters: not under the lock.
     with self._lock:
-      keep = _means_the_same(self._model.maker, model.maker)
+      old = self._model
+      keep = _means_the_same(old.maker, model.maker)
       self._store.roll_over(
         model.scorer.config,
         model.scorer.fingerprint,
@@ -274,7 +288,11 @@ class Engine:
       )
       self._model = model
       self._roll_overs += 1
-      if self._warmed is not None:
+      programs = model.scorer.config, model.scorer.options
+      if self._warmed is not None and programs != (
+        old.scorer.config,
+        old.scorer.options,
+      ):
         self._warm_up(model, self._warmed)
 
   def _load(
@@ -321,7 +339,7 @@ class Engine:
   ) -> None:
     """Starts the programs of jobs, each of another user."""
     for source in ('hit', 'extended', 'encoded'):  # Those in the store first.
-      for part in _groups(model, jobs, source, self.options.max_rows):
+      for part in _groups(model, jobs, source, self.options):
         group = {i: jobs[i] for i in part}
         if source != 'encoded':
           for i in self._lost(model, group):
@@ -356,7 +374,8 @@ class Engine:
   ) -> Pending:
     """Starts one program, which leaves the states that come of it in place."""
     counts, paged = self._store.counts, model.paged
-    request = batches.candidates(model, jobs), batches.context(model, jobs)
+    with _timed(counts):
+      request = batches.candidates(model, jobs), batches.context(model, jobs)
     capacity = model.scorer.options.events(
       max(job.state.length for job in jobs)
     )
@@ -370,7 +389,8 @@ class Engine:
       counts.hits += len(jobs)
       counts.hit_seconds += time.perf_counter() - begin
       return pending
-    history = batches.history(model, jobs)
+    with _timed(counts):
+      history = batches.history(model, jobs)
     program = paged.extend if source == 'extended' else paged.encode
     pending = self._store.update(
       [
@@ -411,6 +431,16 @@ class Engine:
     return done
 
 
+@contextlib.contextmanager
+def _timed(counts: Counts) -> Iterator[None]:
+  """Counts the time as that of rows."""
+  begin = time.perf_counter()
+  try:
+    yield
+  finally:
+    counts.rows_seconds += time.perf_counter() - begin
+
+
 def _max_events(model: Model, options: EngineConfig) -> int | None:
   """As `EngineConfig.max_events`."""
   largest = model.scorer.options.history_buckets[-1:]
@@ -449,10 +479,10 @@ def _means_the_same(one: RowMaker, other: RowMaker) -> bool:
 
 
 def _groups(
-  model: Model, jobs: Mapping[int, Job], source: Source, max_rows: int
+  model: Model, jobs: Mapping[int, Job], source: Source, config: EngineConfig
 ) -> list[list[int]]:
   """Jobs that share a program: of one bucket of events and of candidates."""
-  options = model.scorer.options
+  options, found = model.scorer.options, []
   groups: dict[tuple[int, int], list[int]] = {}
   for i, job in jobs.items():
     if job.source == source:
@@ -461,8 +491,25 @@ def _groups(
         options.candidates(len(job.asked), options.microbatch),
       )
       groups.setdefault(key, []).append(i)
-  return [
-    group[first : first + max_rows]
-    for group in groups.values()
-    for first in range(0, len(group), max_rows)
-  ]
+  for group in groups.values():
+    while group:
+      number = part_size(len(group), config, options.rows)
+      found.append(group[:number])
+      group = group[number:]
+  return found
+
+
+def part_size(
+  number: int, config: EngineConfig, rows: Callable[[int], int]
+) -> int:
+  """How many of so many users the next program takes.
+
+  Args:
+    number: of users.
+    config: as the engine's.
+    rows: what so many are padded to.
+  """
+  number = min(number, config.max_rows)
+  if config.pad_rows:
+    return number
+  return next((n for n in range(number, 0, -1) if rows(n) == n), number)

@@ -81,6 +81,7 @@ class Counts:
     expirations: users who were not seen for `StoreConfig.ttl`.
     refused: states that no room could be made for.
     foreign: states of another model that were not taken.
+    rows_seconds: to check requests and make rows of them.
     get_seconds: to copy states out; where the device works on its own, to ask
       for it.
     put_seconds: to copy states in, likewise.
@@ -98,6 +99,7 @@ class Counts:
   expirations: int = 0
   refused: int = 0
   foreign: int = 0
+  rows_seconds: float = 0.0
   get_seconds: float = 0.0
   put_seconds: float = 0.0
   hit_seconds: float = 0.0

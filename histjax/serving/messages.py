@@ -55,12 +55,14 @@ class Timings(msgspec.Struct):
     read: of the body's arrival.
     decode: of its checks.
     queue: waiting for a batch.
-    score: of the batch: rows, states and scores.
+    rows: of the batch, made on the host.
+    score: of the batch: states and scores.
   """
 
   read: float
   decode: float
   queue: float
+  rows: float
   score: float
 
 
@@ -150,14 +152,21 @@ class Limits:
         raise ValueError(f'{name}={value} must be above 0')
 
   @classmethod
-  def parse(cls, text: str) -> Limits:
+  def parse(cls, text: str, candidates: int | None = None) -> Limits:
     """The limits that a text changes, as 'candidates=2000,events=100'.
 
+    Args:
+      text: may be empty.
+      candidates: that programs are compiled for, the most there may be.
+
     Raises:
-      ValueError: a name is no limit, or a value no number above 0.
+      ValueError: a name is no limit, or a value no number above 0, or beyond
+        what programs are compiled for.
     """
     kinds = {name: type(x) for name, x in dataclasses.asdict(cls()).items()}
     found: dict[str, Any] = {}
+    if candidates is not None:
+      found['candidates'] = candidates
     for pair in filter(None, text.split(',')):
       name, _, value = pair.partition('=')
       if name not in kinds:
@@ -166,6 +175,11 @@ class Limits:
         found[name] = kinds[name](value)
       except ValueError:
         raise ValueError(f'limits: {pair!r} has no number; give one') from None
+    if candidates is not None and found['candidates'] > candidates:
+      raise ValueError(
+        f'limits: candidates={found["candidates"]} is beyond the {candidates} '
+        'that programs are compiled for; raise that (--warm_up)'
+      )
     return cls(**found)
 
 
@@ -292,7 +306,8 @@ def check(
         f'{field} has {number} rows, the server takes {limit}',
         field=field,
         value=number,
-        fix=f'send at most {limit}',
+        fix=f'send at most {limit}, or start the server for more (--warm_up, '
+        '--limits)',
       )
   if not size(request.candidates):
     raise refusal(

@@ -30,7 +30,8 @@ class Metrics:
     """Makes a registry of its own.
 
     Args:
-      store: the engine's counters, `Engine.metrics`.
+      store: the engine's counters, `Engine.metrics`; of engines in several
+        processes `{'replicas': {name: counters}}` besides.
       waiting: the length of the queue.
       ready: whether requests are scored.
       fingerprint: of the model that is served.
@@ -46,8 +47,8 @@ class Metrics:
     )  # fmt: skip
     self._phases = prometheus_client.Histogram(
       'histjax_phase_seconds',
-      'read: the body; decode: its checks; queue: of a request; score: of a '
-      'batch, its rows, states and scores.',
+      'read: the body; decode: its checks; queue: of a request; rows: of a '
+      'batch, made on the host; score: states and scores; reply: of a request.',
       ('phase',), buckets=_SECONDS, registry=registry,
     )  # fmt: skip
     self._batches = prometheus_client.Histogram(
@@ -79,10 +80,14 @@ class Metrics:
     """Of a request."""
     self._phases.labels(phase).observe(seconds)
 
-  def observe_batch(self, queue_s: Sequence[float], score_s: float) -> None:
+  def observe_batch(
+    self, queue_s: Sequence[float], seconds: float, results: Sequence[Any]
+  ) -> None:
     """Of a batch: how long each of its requests waited, and its own time."""
     self._batches.observe(len(queue_s))
-    self.observe_phase('score', score_s)
+    rows_s = max(getattr(x, 'rows_s', 0.0) for x in results)
+    self.observe_phase('rows', rows_s)
+    self.observe_phase('score', seconds - rows_s)
     for seconds in queue_s:
       self.observe_phase('queue', seconds)
 
@@ -101,8 +106,21 @@ class _Store(Collector):
 
   def collect(self):
     """What the store counts, as it names it."""
-    for name, value in _flat('histjax_store', self._store()):
+    counts = dict(self._store())
+    replicas = counts.pop('replicas', {})
+    for name, value in _flat('histjax_store', counts):
       yield core.UnknownMetricFamily(name, 'Of the engine.', value)
+    families: dict[str, core.UnknownMetricFamily] = {}
+    for replica, its in replicas.items():
+      for name, value in _flat('histjax_replica', its):
+        family = families.setdefault(
+          name,
+          core.UnknownMetricFamily(
+            name, 'Of the engine of a replica.', labels=['replica']
+          ),
+        )
+        family.add_metric([replica], value)
+    yield from families.values()
     info = core.InfoMetricFamily('histjax_model', 'What is served.')
     info.add_metric([], {'fingerprint': self._fingerprint()})
     yield info

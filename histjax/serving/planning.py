@@ -54,6 +54,10 @@ from histjax.serving.cache_store import Known, State
 Source = Literal['hit', 'extended', 'encoded']
 
 
+class TooManyEvents(ValueError):  # noqa: N818
+  """The history is longer than a state may be."""
+
+
 class UnknownHistory(LookupError):  # noqa: N818
   """Events before those of a request are not known: send all, with first=0."""
 
@@ -243,7 +247,7 @@ class Model:
     """The state of all events that are needed.
 
     Raises:
-      ValueError: the history is longer than a state may be.
+      TooManyEvents: the history is longer than a state may be.
       UnknownHistory: events are needed that are not kept.
     """
     start, stop = view.start, past.stop
@@ -257,7 +261,7 @@ class Model:
         'history cannot be scored together; send them in several requests'
       )
     if self.max_events is not None and stop - start > self.max_events:
-      raise ValueError(
+      raise TooManyEvents(
         f'the history has {stop - start} events, more than max_events='
         f'{self.max_events}; train with RowConfig.history_length or '
         'encoder.window, or raise max_events and ScorerConfig.history_buckets'

@@ -7,27 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import gc
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import uvicorn
 from absl import logging
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from histjax import buckets as bucket_lib
 from histjax.quantization import Kind
 from histjax.scoring import Scorer, ScorerConfig
 from histjax.serving.app import RunEngine, Service
 from histjax.serving.cache_store import StoreConfig
 from histjax.serving.engine import Engine, EngineConfig
 from histjax.training import checkpoints
+from histjax.training import run as run_lib
 
 _HEAD_S = 10.0
 """A request's line and headers must come in this time."""
-_MOST_EVENTS = 16_384
 _NEW_EVENTS = 8  # Of a request; with more the history is read again.
+_EVENTS = 256
+"""Of a history, where the run does not bound it."""
+_CPU_ROWS = 8
+"""In a program: on a CPU more of them take as long as several programs."""
 
 
 class _Protocol(H11Protocol):
@@ -134,69 +142,97 @@ class Server(uvicorn.Server):
 def make_engine(
   workdir: str,
   rows: int,
-  events: int,
+  events: Sequence[int] | None,
   candidates: int,
   cache_dir: str | None = None,
   store: StoreConfig | None = None,
   cache_dtype: Kind | None = None,
 ) -> tuple[Engine, Callable[[], Any]]:
-  """The engine of a run with few `buckets`, and what warms it up.
+  """The engine of a run with few `buckets`, and what compiles all of them.
 
   Args:
     workdir: of the run.
-    rows: see `buckets`.
-    events: likewise.
-    candidates: likewise.
+    rows: see `buckets`; on a CPU no more than 8 share a program.
+    events: see `buckets`; None: what the run's rows need.
+    candidates: see `buckets`.
     cache_dir: see `Scorer.warm_up`.
     store: how much is kept of users.
     cache_dtype: as `ScorerConfig`.
   """
+  run = run_lib.load(workdir)
+  on_cpu = jax.default_backend() == 'cpu'
+  rows = min(rows, _CPU_ROWS) if on_cpu else rows
+  config = dataclasses.replace(
+    buckets(rows, events or default_events(run), candidates),
+    cache_dtype=cache_dtype,
+  )
   engine = Engine(
-    workdir,
+    Scorer.of_run(run, config),
     EngineConfig(
-      store or StoreConfig(), max_rows=rows, max_new_events=_NEW_EVENTS
+      store or StoreConfig(),
+      max_rows=rows,
+      max_new_events=config.new_event_buckets[-1],
+      pad_rows=not on_cpu,
     ),
-    scorer_config=dataclasses.replace(
-      buckets(rows, events, candidates), cache_dtype=cache_dtype
-    ),
+    scorer_config=config,
+  )
+  made = run.config.data.eval_rows or run.config.data.rows
+  # Without the run, whose parameters are not served for ever.
+  return engine, functools.partial(
+    engine.warm_up,
+    rows=rows,
+    events=config.history_buckets[-1],
+    candidates=candidates,
+    visible=made.ties == 'strict' or bool(run.config.model.schema.request),
+    cache_dir=cache_dir,
   )
 
-  def warm_up():
-    return engine.warm_up(
-      rows=rows, events=events, candidates=candidates, cache_dir=cache_dir
-    )
 
-  return engine, warm_up
+def and_settle(warm_up: Callable[[], Any]) -> None:
+  """Warms up; what is there then is never looked at by garbage collection.
+
+  A pass over all objects of JAX stops every thread, for 0.3 s. For a process
+  that does nothing but serve.
+  """
+  warm_up()
+  gc.collect()
+  gc.freeze()
 
 
-def buckets(rows: int, events: int, candidates: int) -> ScorerConfig:
+def buckets(rows: int, events: Sequence[int], candidates: int) -> ScorerConfig:
   """Few: each combination of them is a program to compile.
 
-  One for what is warmed up, of events and candidates, and for more the double;
-  so what is larger compiles when it is first asked for.
+  What is larger than the largest is refused; it would compile for seconds
+  while others wait.
 
   Args:
     rows: users in a batch, at most.
-    events: of a history.
-    candidates: of a request.
+    events: lengths that histories are padded to.
+    candidates: of a request, at most.
   """
-  for name, value in (('events', events), ('candidates', candidates)):
+  for name, value in (('events', min(events)), ('candidates', candidates)):
     if value < 1:
       raise ValueError(f'warm_up: {name}={value} must be at least 1')
-  microbatch = ScorerConfig().microbatch
+  few = {1, 2, 4, 8} if rows <= 8 else {1, 8}
   return ScorerConfig(
-    row_buckets=tuple(sorted({1, min(8, rows), rows})),
-    history_buckets=tuple(_doubled(events, _MOST_EVENTS)),
-    candidate_buckets=tuple(_doubled(min(candidates, microbatch), microbatch)),
+    row_buckets=tuple(sorted({n for n in few if n <= rows} | {rows})),
+    history_buckets=tuple(sorted(set(events))),
+    candidate_buckets=(min(candidates, ScorerConfig().microbatch),),
+    new_event_buckets=tuple(sorted({1, min(_NEW_EVENTS, *events)})),
   )
 
 
-def _doubled(size: int, most: int) -> Iterator[int]:
-  """`size`, its double and so on, up to the first that holds `most`."""
-  yield size
-  while size < most:
-    size *= 2
-    yield size
+def default_events(run: run_lib.Run) -> list[int]:
+  """The length of states that rows of the run need; if long, a quarter, too."""
+  reach = run.config.model.receptive_field
+  data = run.config.data
+  length = (data.eval_rows or data.rows).history_length
+  most = _EVENTS
+  if reach is not None and (length is None or length >= reach):
+    most = bucket_lib.bucket_size(2 * reach)  # As `EngineConfig.max_events`.
+  elif length is not None:
+    most = bucket_lib.bucket_size(length)
+  return [most // 4, most] if most > 512 else [most]
 
 
 async def watch(

@@ -46,7 +46,8 @@ def load(
     ValueError: `which` is neither, a file is damaged or of another run, or
       the run is of another version of histjax.
   """
-  workdir = workdir_lib.resolve(workdir)
+  # Once: a link may point to another run before all is read.
+  workdir = workdir_lib.resolve(workdir).resolve()
   meta = checkpoints.load_meta(workdir)
   config = identity.of_run(meta['config'], workdir)
   features = features_lib.load(workdir)

@@ -434,7 +434,9 @@ class TestService:
       'histjax_requests_total{path="/v1/score",status="400"} 1.0',
       'histjax_requests_total{path="other",status="404"} 1.0',
       'histjax_phase_seconds_count{phase="queue"} 1.0',
+      'histjax_phase_seconds_count{phase="rows"} 1.0',
       'histjax_phase_seconds_count{phase="score"} 1.0',
+      'histjax_phase_seconds_count{phase="reply"} 1.0',
       'histjax_batch_size_sum 1.0',
       'histjax_states_total{source="hit"} 1.0',
       'histjax_store_hits 3.0',
@@ -480,6 +482,8 @@ class TestService:
   def test_limits_of_a_text(self):
     found = messages.Limits.parse('candidates=20,body_seconds=0.5')
     assert found == messages.Limits(candidates=20, body_seconds=0.5)
+    assert messages.Limits.parse('', 20).candidates == 20
+    assert messages.Limits.parse('candidates=9', 20).candidates == 9
 
   @pytest.mark.parametrize(
     ('make', 'said'),
@@ -489,6 +493,10 @@ class TestService:
       (lambda: messages.Limits(candidates=0), 'candidates=0'),
       (lambda: messages.Limits.parse('events=x'), "'events=x' has no number"),
       (lambda: messages.Limits.parse('items=3'), "'items' is none of"),
+      (
+        lambda: messages.Limits.parse('candidates=21', 20),
+        'candidates=21 is beyond the 20',
+      ),
     ],
   )
   def test_bad_configs(self, make, said):

@@ -10,7 +10,7 @@ from tests.serving import bodies
 
 REPLY = messages.ScoreReply(
   {'click': [1.0]}, {'click': [0.7]}, [0], 'hit', 3,
-  messages.Timings(1.0, 1.0, 1.0, 1.0), 1,
+  messages.Timings(1.0, 1.0, 1.0, 1.0, 1.0), 1,
 )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """Replicas in Ray: users stay where their states are; one may be lost."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -77,6 +79,27 @@ def test_scores_are_those_of_one_process(remote, scored):
   assert isinstance(lost, engine.UnknownHistory)
 
 
+def test_counters_by_replica(remote):
+  """Of all requests so far, where each was scored."""
+  before = remote.metrics()['replicas'].values()
+  before = {n: sum(x[n] for x in before) for n in ('hits', 'misses')}
+  requests = [
+    engine.Request(**bodies.body(user=f'counted {i}')) for i in range(8)
+  ]
+  remote.score(requests)
+  remote.score(requests)
+  service = service_of(remote)
+  replicas = remote.metrics()['replicas']
+  assert len(replicas) == 2
+  assert sum(x['misses'] for x in replicas.values()) == before['misses'] + 8
+  assert sum(x['hits'] for x in replicas.values()) == before['hits'] + 8
+  text = service.metrics.text().decode()
+  for name, counts in replicas.items():
+    for count in ('hits', 'misses', 'extends', 'evictions'):
+      line = f'histjax_replica_{count}{{replica="{name}"}} {counts[count]:.1f}'
+      assert line in text.splitlines()
+
+
 def test_users_stay_and_a_lost_replica_is_replaced(remote, scored):
   body = {k: v for k, v in bodies.body().items() if k != 'user'}
   (wanted,) = scored.score([engine.Request(user=0, **body)])
@@ -119,3 +142,61 @@ def test_roll_over(remote):
   assert remote.metrics()['roll_overs'] == 1
   (found,) = remote.score([engine.Request(**bodies.body())])
   assert found.source == 'encoded'
+
+
+def rates(url, seen, stop):
+  """Asks as fast as there are answers; every reply is looked at."""
+
+  def ask(number):
+    with client.Client(url, retries=30, timeout_s=60) as one:
+      for i in itertools.count():
+        if stop.is_set():
+          return
+        user = f'{number} {i % 5}'
+        body = {k: v for k, v in bodies.body().items() if k != 'user'}
+        logits = one.score(user, **body).logits['click']
+        seen.append((time.monotonic(), logits))
+
+  return [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+
+
+def test_the_rate_is_back_after_a_replica_is_killed(remote, scored):
+  """No score is wrong, no request is lost, and in 30 s all is as before."""
+  body = {k: v for k, v in bodies.body().items() if k != 'user'}
+  (wanted,) = scored.score([engine.Request(user='0 0', **body)])
+  seen: list = []
+  stop = threading.Event()
+  with running(service_of(remote)) as found:
+    with client.Client(found.url, retries=30, timeout_s=60) as one:
+      (process,) = {one.score('0 0', **body).num_events}
+    threads = rates(found.url, seen, stop)
+    for thread in threads:
+      thread.start()
+
+    def rate(seconds):
+      begin, before = time.monotonic(), len(seen)
+      threading.Event().wait(seconds)
+      return (len(seen) - before) / (time.monotonic() - begin)
+
+    rate(3)  # Programs are compiled.
+    usual = rate(4)
+    os.kill(process, signal.SIGKILL)
+    killed = time.monotonic()
+    after = [rate(1)]
+    while after[-1] < 0.8 * usual and time.monotonic() - killed < 30:
+      after.append(rate(1))
+    back = time.monotonic() - killed
+    stop.set()
+    alive = [thread.is_alive() for thread in threads]
+    for thread in threads:
+      thread.join()
+  lost = remote.metrics()['lost']
+  print(
+    f'\n{usual:.0f} requests/s; after the loss {[round(x) for x in after]}, '
+    f'back after {back:.1f} s; {lost} answered 503 and sent again'
+  )
+  assert all(alive)  # No client gave up.
+  assert after[-1] >= 0.8 * usual
+  assert lost < 40
+  for _, logits in seen:
+    np.testing.assert_allclose(logits, wanted.logits['click'], atol=1e-5)

@@ -14,7 +14,7 @@ from histjax.data.rows import RowConfig, collate
 from histjax.scoring import paged
 from histjax.serving import engine as engine_lib
 from histjax.serving.cache_store import State, StoreConfig
-from histjax.serving.engine import Engine, EngineConfig, Request
+from histjax.serving.engine import Engine, EngineConfig, Request, part_size
 from tests import support
 from tests.scoring import scorers
 from tests.serving import worlds
@@ -436,6 +436,20 @@ class EngineTest(parameterized.TestCase):
       for result in engine.score(requests):
         self.assertEqual(result.source, 'encoded')
     self.assertEmpty(compiled)
+
+  def test_users_are_padded_or_not(self):
+    def parts(number, rows, **options):
+      config, found = EngineConfig(max_rows=rows[-1], **options), []
+      fit = scoring.ScorerConfig(row_buckets=rows).rows
+      while number:
+        found.append(part_size(number, config, fit))
+        number -= found[-1]
+      return found
+
+    self.assertEqual(parts(11, (1, 4)), [4, 4, 3])
+    self.assertEqual(parts(11, (1, 4), pad_rows=False), [4, 4, 1, 1, 1])
+    self.assertEqual(parts(7, (1, 2, 4), pad_rows=False), [4, 2, 1])
+    self.assertEqual(parts(3, (2, 4), pad_rows=False), [2, 1])
 
   def test_refused(self):
     with self.assertRaisesRegex(ValueError, 'max_events=64 is beyond the larg'):

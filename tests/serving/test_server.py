@@ -1,6 +1,7 @@
 """Faults: slow clients, signals, other parameters, several servers."""
 
 import concurrent.futures
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 
 import histjax
+from histjax.data import rows as rows_lib
 from histjax.serving import app as app_lib
 from histjax.serving import cache_store, client, engine, messages, server
+from histjax.training import run as run_lib
 from tests.serving import bodies
 from tests.serving.conftest import connect, running, service_of
 from tests.serving.test_app import Stub, post, problem_of
@@ -206,20 +209,71 @@ class TestRollOver:
 
 
 def test_buckets():
-  found = server.buckets(32, 3000, 100)
+  found = server.buckets(32, [3000, 750], 100)
   assert found.row_buckets == (1, 8, 32)
-  assert found.history_buckets == (3000, 6000, 12_000, 24_000)
-  assert found.candidate_buckets == (100, 200, 400, 800, 1600)
-  assert server.buckets(1, 9, 5000).candidate_buckets == (1024,)
-  assert server.buckets(1, 9, 9).row_buckets == (1,)
+  assert found.history_buckets == (750, 3000)
+  assert found.candidate_buckets == (100,)
+  assert server.buckets(1, [9], 5000).candidate_buckets == (1024,)
+  assert server.buckets(1, [9], 9).row_buckets == (1,)
+  assert server.buckets(6, [9], 9).row_buckets == (1, 2, 4, 6)
   with pytest.raises(ValueError, match='events=0'):
-    server.buckets(1, 0, 1)
+    server.buckets(1, [0], 1)
+
+
+def test_nothing_compiles_after_the_warm_up(workdir):
+  """What is no larger than it was warmed up for; the rest is refused."""
+  scoring, warm_up = server.make_engine(str(workdir), 3, [8, 16], 8)
+  warm_up()
+  compiled = scoring.metrics()['compilations']
+  limits = messages.Limits.parse('', candidates=8)
+  config = app_lib.AppConfig(limits=limits, timeout_s=600)
+  with running(service_of(scoring, config)) as found:
+    seen = [post(found, bodies.body(8, n)).json() for n in (16, 16, 0, 2, 13)]
+    assert [x['source'] for x in seen[:2]] == ['encoded', 'hit']
+    later = bodies.body(3, 1)['events']
+    last = post(found, bodies.body(3, events=later, first=13)).json()
+    assert last['source'] == 'extended'
+    assert min(x['timings_ms']['rows'] for x in seen) > 0
+    for n, source in ((1, 'encoded'), (2, 'hit'), (3, 'hit')):
+      requests = [engine.Request(**bodies.body(n, user=i)) for i in range(n)]
+      assert scoring.score(requests)[0].source in (source, 'encoded')
+    for body, field, said in (
+      (bodies.body(9, 2), 'candidates', '9 rows, the server takes 8'),
+      (bodies.body(8, 17), 'events', '17 events, more than max_events=16'),
+    ):
+      response = post(found, body)
+      assert response.status_code == 413
+      problem = problem_of(response)
+      assert problem.field == field
+      assert said in problem.detail
+      assert '--warm_up' in problem.fix
+  assert scoring.metrics()['compilations'] == compiled
+
+
+def test_sizes_of_a_run(workdir):
+  run = run_lib.load(workdir)
+  assert server.default_events(run) == [256]
+
+  def with_rows(**changes):
+    data = dataclasses.replace(
+      run.config.data, eval_rows=rows_lib.RowConfig(**changes)
+    )
+    return dataclasses.replace(
+      run, config=dataclasses.replace(run.config, data=data)
+    )
+
+  assert server.default_events(
+    with_rows(kind='snapshot', history_length=100)
+  ) == [128]
+  assert server.default_events(
+    with_rows(kind='snapshot', history_length=1000)
+  ) == [256, 1024]
 
 
 def test_an_engine_of_small_states(workdir, scored):
   store = cache_store.StoreConfig(1 << 20, 1 << 18)
   found, _ = server.make_engine(
-    workdir, 1, 16, 16, store=store, cache_dtype='int8'
+    workdir, 1, [16], 16, store=store, cache_dtype='int8'
   )
   request = engine.Request(**bodies.body(user='small', num_events=12))
   for scoring in (found, scored):

@@ -103,7 +103,7 @@ def routes(
         fix='send one candidate, and all events with first=0',
       )
     try:
-      reply = await service.batcher.run_alone(attention_of, scorer(), message)
+      reply = await service.batcher.run_aside(attention_of, scorer(), message)
     except ValueError as error:
       raise app_lib.of_value_error(error) from error
     except NotImplementedError as error:

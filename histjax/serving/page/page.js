@@ -130,7 +130,7 @@ function showCost(reply, took) {
   $('events').textContent = reply.num_events;
   $('score').textContent = ms(t.score);
   $('queue').textContent = ms(t.queue);
-  $('decode').textContent = ms(t.read + t.decode);
+  $('decode').textContent = ms(t.read + t.decode + t.rows);
   $('round').textContent = ms(took);
   const line = document.createElement('li');
   line.append(cell(`${reply.source}, ${reply.num_events} events`),
