@@ -209,7 +209,10 @@ def _cell(
       for kind, error in _errors(way, one, asked, scorer).items():
         worst = cell['relative_error']
         worst[kind] = max(worst[kind], error)
+      before = scorer.num_compilations
       times = _times(way, one, asked, seconds)
+      if scorer.num_compilations != before:
+        raise RuntimeError(f'{name}: a program was compiled while it was timed')
       cell.setdefault(name, {})[str(number)] = times
     cell['device'][str(number)] = _device(way, scorer, asked, seconds)
   cell['ratios'] = _ratios(cell)

@@ -57,11 +57,14 @@ def plot(report: Mapping[str, Any]):
   for way, row in zip(ways, axes, strict=True):
     for count, axis in zip(counts, row, strict=True):
       here = [cell for cell in cells if cell['candidates'] == count]
-      for style, users in enumerate(here[0][way]):
+      for style, users in enumerate(
+        sorted({u for cell in here for u in cell[way]}, key=int)
+      ):
+        those = [cell for cell in here if users in cell[way]]
         for color, kind in enumerate(KINDS):
-          times = [cell[way][users][kind] for cell in here]
+          times = [cell[way][users][kind] for cell in those]
           axis.plot(
-            [cell['length'] for cell in here],
+            [cell['length'] for cell in those],
             [1e3 * t.get('p50', t.get('call')) for t in times],
             marker='o',
             markersize=3,

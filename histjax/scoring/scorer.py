@@ -64,8 +64,8 @@ class Scorer:
   Attributes:
     config: of the model.
     options: padding and microbatches.
-    device: where it runs if the parameters were put there; None: on JAX's
-      default device, or on several.
+    device: where it runs: where the parameters were put, else JAX's default
+      device; None: on several.
   """
 
   def __init__(
@@ -91,9 +91,13 @@ class Scorer:
     self._params = jax.device_put(params)
     leaf = jax.tree.leaves(self._params)[0]
     device = dispatch.device_of(leaf if leaf.committed else None)
-    self._weights, spec = weights.pack(config, self._params)
     several = len(leaf.sharding.device_set) > 1
-    self.device = device if leaf.committed and not several else None
+    self.device = None if several else device
+    if not several:
+      # Committed to it, as what programs return then is: to XLA's callers a
+      # program of arrays that are and one of arrays that are not are two.
+      self._params = jax.device_put(self._params, device)
+    self._weights, spec = weights.pack(config, self._params)
     self._transport = transport.of_device(None if several else device)
     self._plan = programs.Plan(
       config,

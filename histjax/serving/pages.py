@@ -79,7 +79,8 @@ class Pages:
     Args:
       shape: of a page.
       num_pages: at least one.
-      device: where; None: JAX's default device.
+      device: `Scorer.device`: programs are compiled for pages that are there;
+        None: on JAX's default device, until a program returns them.
     """
     self.shape, self.num_pages, self._device = shape, num_pages, device
     self._free: list[int] = []

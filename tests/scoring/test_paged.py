@@ -40,7 +40,7 @@ class PagedTest(parameterized.TestCase):
     )
     candidates = batch.candidates.replace(visible=None)
     request = candidates, batch.context
-    pages = Pages(Shape.of(s.config, s.options), 16)
+    pages = Pages(Shape.of(s.config, s.options), 16, s.device)
     of_users = [[5, 2], [1, 9], [7, 3]]
     place = paged.Place(
       pages.to_read(of_users, 4, 24),
@@ -79,7 +79,7 @@ class PagedTest(parameterized.TestCase):
 
   def test_warm_up(self):
     s = scorer('causal')
-    pages = Pages(Shape.of(s.config, s.options), 8)
+    pages = Pages(Shape.of(s.config, s.options), 8, s.device)
     p = paged.PagedScorer(s)
     sizes = {'rows': 4, 'events': 24, 'candidates': 5, 'new_events': 2}
     pages.pool, done = p.warm_up(pages.pool, **sizes, visible=False)
@@ -92,7 +92,7 @@ class PagedTest(parameterized.TestCase):
   def test_refused(self):
     s = scorer('causal')
     batch = support.batch(np.random.default_rng(0), 3, EVENTS)
-    pages = Pages(Shape.of(s.config, s.options), 8)
+    pages = Pages(Shape.of(s.config, s.options), 8, s.device)
     index = pages.to_read([], 4, 24)
     place = paged.Place(index, index, np.zeros(2, np.int32), 24)
     with self.assertRaisesRegex(ValueError, '3 rows, history 2'):

@@ -68,5 +68,10 @@ def assert_equals_reference(found, call: dict) -> None:
   else:
     live = index < np.asarray(call['count'])[:, None]
   # bfloat16 has 2^-9 of rounding, in half a dozen places, of values of order
-  # 1 to 10, of which a logit averages dozens.
-  np.testing.assert_allclose(found[live], expected[live], rtol=0, atol=0.05)
+  # 1 to 10, of which a logit averages dozens: on an H200 a standard deviation
+  # of 0.014, and of 58,500 logits the worst at 0.06.
+  found, expected = found[live], expected[live]
+  np.testing.assert_allclose(found, expected, rtol=0, atol=0.1)
+  if found.size:
+    spread = np.sqrt(np.mean((found - expected) ** 2))
+    np.testing.assert_array_less(spread, 0.03)
