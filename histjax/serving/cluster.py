@@ -31,8 +31,8 @@ from histjax.serving.server import and_settle
 _NAME = 'histjax'
 Make = Callable[[], tuple[Engine, Callable[[], Any]]]
 """An engine and what warms it up, as `server.make_engine` returns."""
-Told = tuple[list[Result | Exception], str, dict[str, float]]
-"""Results, and by which replica, and what that has counted since its start."""
+Told = tuple[list[Result | Exception], str, float, dict[str, float]]
+"""Results, and by which replica, and when by its clock it had counted what."""
 _FORGET_S = 600.0
 """After so long a replica that says nothing is no more told of."""
 
@@ -57,7 +57,7 @@ def _replica(most: int) -> type:
       await self._hold(serve.get_multiplexed_model_id())
       results = await asyncio.to_thread(self._engine.score, requests)
       replica = serve.get_replica_context().replica_id.unique_id
-      return results, replica, dict(self._engine.metrics())
+      return results, replica, time.monotonic(), dict(self._engine.metrics())
 
     async def reconfigure(self, config: Mapping[str, int]) -> None:
       """Called with each new `user_config`, and with the first."""
@@ -102,7 +102,8 @@ class RemoteEngine:
       raise ValueError(f'replicas={replicas} must be in [1, buckets={buckets}]')
     self._buckets, self._timeout_s = buckets, timeout_s
     self._generation = self._lost = 0
-    self._told: dict[str, tuple[float, dict[str, float]]] = {}
+    # By replica: when it was told, when by the replica's clock, and what.
+    self._told: dict[str, tuple[float, float, dict[str, float]]] = {}
     # Some more than its share, so that a new one gets some of the others'.
     most = -(-5 * buckets // (4 * replicas))
     deployment: Any = serve.deployment(_replica(most))
@@ -153,14 +154,22 @@ class RemoteEngine:
     for bucket, answer in answers.items():
       part = parts[bucket]
       try:
-        results, replica, counts = answer.result(timeout_s=self._timeout_s)
-        self._told[replica] = time.monotonic(), counts
+        results, replica, when, counts = answer.result(
+          timeout_s=self._timeout_s
+        )
+        self._keep(replica, when, counts)
       except (ray.exceptions.RayError, TimeoutError) as error:
         lost = UnavailableError(f'a replica does not answer: {error!r:.200}')
         results = [lost] * len(part)
         self._lost += len(part)
       found |= dict(zip(part, results, strict=True))
     return [found[i] for i in range(len(requests))]
+
+  def _keep(self, replica: str, when: float, counts: dict[str, float]) -> None:
+    """Keeps what is the latest; answers come in any order."""
+    before = self._told.get(replica)
+    if before is None or before[1] <= when:
+      self._told[replica] = time.monotonic(), when, counts
 
   def metrics(self) -> Mapping[str, Any]:
     """Of this frontend, and what each replica last told with its results."""
@@ -169,7 +178,7 @@ class RemoteEngine:
     return {
       'roll_overs': self._generation,
       'lost': self._lost,
-      'replicas': {k: counts for k, (_, counts) in self._told.items()},
+      'replicas': {k: counts for k, (_, _, counts) in self._told.items()},
     }
 
   def roll_over(self, scorer: Scorer) -> None:

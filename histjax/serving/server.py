@@ -31,7 +31,7 @@ from histjax.training import run as run_lib
 
 _HEAD_S = 10.0
 """A request's line and headers must come in this time."""
-_NEW_EVENTS = 8  # Of a request; with more the history is read again.
+_NEW_EVENTS = 16  # Of a request; with more the history is read again.
 _EVENTS = 256
 """Of a history, where the run does not bound it."""
 _CPU_ROWS = 8
