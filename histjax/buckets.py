@@ -52,11 +52,6 @@ def fit(n: int, sizes: tuple[int, ...], what: str, smallest: int) -> int:
   )
 
 
-def of_new_events(n: int) -> int:
-  """What the events given to `extend` are padded to: few, so closely."""
-  return bucket_size(n, 1)
-
-
 def of_requests(n: int) -> int:
   """What requests that are scored at once are padded to in number."""
   return bucket_size(n, 1)

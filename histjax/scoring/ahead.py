@@ -53,9 +53,9 @@ def jobs(
   lengths: Sequence[int],
   columns: Sequence[int],
   num_new: int,
+  fit_new: Callable[[int], int],
   visible: bool,
   requests: int = 1,
-  fit_new: Callable[[int], int] = buckets.of_new_events,
 ) -> Iterator[Job]:
   """The programs, those that make a cache before those that take it.
 
@@ -67,9 +67,9 @@ def jobs(
     columns: buckets of candidates.
     num_new: the most events that `extend` is given at once; 0: none. No more
       than a history may have.
+    fit_new: what so many are padded to.
     visible: whether candidates may say what they see.
     requests: the most that `score_many` is given of one bucket.
-    fit_new: what so many new events are padded to.
   """
   together = up_to(requests, buckets.of_requests)
   scored = [(n, seen) for n in columns for seen in (False, True)[: 1 + visible]]

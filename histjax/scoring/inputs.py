@@ -1,10 +1,12 @@
 """Checks what goes into a model, and writes it where the program reads it.
 
-All of it is on the host, before any work. Every complaint is a ValueError that
-names the field, the value and what it should be. Features may be anything that
-`np.asarray` makes an array of ids or numbers; a device array is read back,
-which stalls the device. They become int32 and float32 of the padded shape,
-zeros in the padding, so that neither types nor sizes make new programs.
+All of it is on the host, before any work, but that values of candidates to be
+scored from a cache are looked at while their program runs. Every complaint is a
+ValueError that names the field, the value and what it should be. Features may
+be anything that `np.asarray` makes an array of ids or numbers; a device array
+is read back, which stalls the device. They become int32 and float32 of the
+padded shape, zeros in the padding, so that neither types nor sizes make new
+programs.
 """
 
 from __future__ import annotations
@@ -286,6 +288,7 @@ def _write(
     _check_names(field, given, spec)
     if not _write_converted(field, given, spec, shape, real, view):
       _check_values(field, given, spec, real)
+      raise AssertionError(f'{field}: an id was lost, and none is bad')
 
 
 def _write_as_is(given: Any, shape: tuple[int, ...], view: layout_lib.View):

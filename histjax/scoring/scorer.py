@@ -351,7 +351,7 @@ class Scorer:
       ([checked[i] for i in group], [requests[i][0] for i in group])
       for group in groups.values()
     ]
-    # All good, or none scored.
+    # Types and shapes of all are good, or none is scored.
     written = [self._write(*part) for part in parts]
     found: dict[int, Pending] = {}
     for group, part, ready in zip(groups.values(), parts, written, strict=True):
@@ -542,9 +542,9 @@ class Scorer:
           lambda n: self.options.candidates(n, self.options.microbatch),
         ),
         min(new_events, events),
+        self.options.new_events,
         visible and self.config.encoder.causal,
         requests,
-        self.options.new_events,
       )
     )
     before = self.num_compilations

@@ -266,12 +266,16 @@ class JobsTest(parameterized.TestCase):
     {'sizes': (4, 8), 'events': 6, 'num_new': 6},
     {'sizes': (2, 3, 9, 16), 'events': 12, 'num_new': 3},
     {'sizes': (2, 20), 'events': 15, 'num_new': 15},
+    {'sizes': (2, 20), 'events': 15, 'num_new': 15, 'news': (1, 16)},
     {'sizes': (), 'events': 50, 'num_new': 20},
     {'sizes': (5,), 'events': 5, 'num_new': 0},
   )
-  def test_are_what_requests_need(self, sizes, events, num_new):
+  def test_are_what_requests_need(self, sizes, events, num_new, news=()):
     fit = functools.partial(
       buckets.fit, sizes=sizes, what='events', smallest=16
+    )
+    fit_new = functools.partial(
+      buckets.fit, sizes=news, what='new events', smallest=1
     )
     lengths = ahead.up_to(events, fit)
     needed = set()
@@ -291,20 +295,22 @@ class JobsTest(parameterized.TestCase):
             for donate in {False, fits}:
               extended = Sizes(
                 2,
-                buckets.of_new_events(new),
+                fit_new(new),
                 capacity=capacity if fits else fit(total),
                 donate=donate,
               )
               needed.add(ahead.Job('extend', extended, capacity))
               extended = extended._replace(candidates=3)
               needed.add(ahead.Job('extend_and_score', extended, capacity))
-    found = list(ahead.jobs(ahead.CALLS, [2], lengths, [3], num_new, False))
+    found = list(
+      ahead.jobs(ahead.CALLS, [2], lengths, [3], num_new, fit_new, False)
+    )
     self.assertLen(found, len(set(found)))
     self.assertEqual(set(found), needed)
 
   def test_each_axis(self):
     found = list(
-      ahead.jobs(('score',), [1, 2], [8], [4, 8], 0, True, requests=3)
+      ahead.jobs(('score',), [1, 2], [8], [4, 8], 0, int, True, requests=3)
     )
     scored = {x.sizes for x in found if x.kind == 'score'}
     self.assertEqual(
