@@ -11,6 +11,7 @@ import collections
 import ctypes
 import dataclasses
 import functools
+import os
 import time
 from typing import Any
 
@@ -20,10 +21,10 @@ import numpy as np
 from histjax.scoring import layout as layout_lib
 
 _SPIN = 3e-4
-"""Seconds to look for a result before going to sleep, which is waking up late.
+"""Seconds to look for a result without a pause."""
 
-No longer, since other threads of Python do not run meanwhile.
-"""
+_LOOK = 5e-3
+"""Seconds to look at all before going to sleep, which is waking up late."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +48,10 @@ class Slot:
 def of_device(device: jax.Device | None) -> Transport:
   """The one transport of a device; None: programs are spread over several."""
   if device is None or device.platform != 'gpu':
+    return Transport()
+  if os.environ.get('PJRT_GPU_ENABLE_ASYNC_DISPATCH') not in (None, '', '0'):
+    # Then arrays in pinned memory are said to be ready before they are written
+    # (JAX 0.11.2).
     return Transport()
   kinds = [m.kind for m in device.addressable_memories()]
   return Transport(device if 'pinned_host' in kinds else None)
@@ -139,7 +144,11 @@ class Transport:
   def fetch(self, array: Any) -> np.ndarray:
     """The array in host memory, waited for."""
     if self._pinned is not None:
-      limit = time.perf_counter() + _SPIN
-      while not array.is_ready() and time.perf_counter() < limit:
-        pass
+      begin = time.perf_counter()
+      while not array.is_ready():
+        waited = time.perf_counter() - begin
+        if waited > _LOOK:
+          break
+        if waited > _SPIN:
+          time.sleep(0)  # Other threads of Python run meanwhile.
     return np.asarray(array)
