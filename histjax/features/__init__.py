@@ -11,13 +11,21 @@ computed:
 
 from histjax.features.activity import Activity
 from histjax.features.base import (
+  Counts,
   DerivedFeature,
   Events,
   Impressions,
   Lookback,
   State,
 )
-from histjax.features.fitted import FittedFeatures, fit, load
+from histjax.features.fitted import (
+  FittedFeatures,
+  check_mergeable,
+  collect,
+  fit,
+  load,
+  merge,
+)
 from histjax.features.history_rates import HistoryRates
 from histjax.features.rates import Rates
 from histjax.features.recent_rates import RecentRates
@@ -26,6 +34,7 @@ from histjax.features.time_gap import TimeGap
 
 __all__ = [
   'Activity',
+  'Counts',
   'DerivedFeature',
   'Events',
   'FittedFeatures',
@@ -37,6 +46,9 @@ __all__ = [
   'RecentShares',
   'State',
   'TimeGap',
+  'check_mergeable',
+  'collect',
   'fit',
   'load',
+  'merge',
 ]
