@@ -180,7 +180,7 @@ class Rows(RowSource):
         for f in self.schema.history_features
       },
       candidates={
-        f.name: self._of_candidates(f.name, slots)
+        f.name: self.of_candidates(f.name, slots)
         for f in self.schema.item_features
       },
       visible=(self.visible[slots] - self.start[r]).astype(np.int32),
@@ -192,7 +192,7 @@ class Rows(RowSource):
   def _context(self):
     return self.schema.context
 
-  def _of_candidates(self, name: str, slots) -> np.ndarray:
+  def of_candidates(self, name: str, slots) -> np.ndarray:
     """A feature of the candidates in these places of `events`."""
     if name in self.derived:
       return self.derived[name][slots]
@@ -239,7 +239,7 @@ class Rows(RowSource):
       },
       shown=shown,
       candidates={
-        f.name: self._of_candidates(f.name, shown.index)
+        f.name: self.of_candidates(f.name, shown.index)
         for f in self.schema.item_features
       },
       visible=visible,

@@ -251,6 +251,17 @@ def collect(
   }
 
 
+def counted(
+  configs: Sequence[DerivedFeature], events: Events
+) -> dict[str, np.ndarray]:
+  """The values of `DerivedFeature.counted` of all features, `{name: [n]}`."""
+  return {
+    f'{i}/{name}': values
+    for i, config in enumerate(configs)
+    for name, values in config.counted(events).items()
+  }
+
+
 def merge(
   configs: Sequence[DerivedFeature],
   parts: Sequence[Mapping[str, np.ndarray]],
