@@ -60,7 +60,9 @@ class RecordFormat:
     )
     lengths = rows.stop - rows.start
     head = np.stack([lengths, counts, rows.log.user[first]]).astype(_WORD)
-    head = np.concatenate([head, context.reshape(-1, len(rows))]).T
+    if len(context):
+      head = np.concatenate([head, context])
+    head = np.ascontiguousarray(head.T)
     for r in range(len(rows)):
       slots = slice(rows.offsets[r], rows.offsets[r + 1])
       yield b''.join(
@@ -79,8 +81,8 @@ class RecordFormat:
     stop = _HEAD + len(schema.context)
     context = words[_HEAD:stop]
     middle = stop + len(self._history) * length
-    history = words[stop:middle].reshape(-1, length)
-    shown = words[middle:].reshape(-1, count)
+    history = words[stop:middle].reshape(len(self._history), length)
+    shown = words[middle:].reshape(len(self._items) + 1 + len(schema.tasks), count)
     num_items = len(self._items)
     labels = shown[num_items + 1 :].view('<f4')
     return Row(
