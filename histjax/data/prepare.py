@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +89,8 @@ class Summary:
     num_rows: `{split: rows}`.
     num_shards: of users.
     num_resumed: shards that had been written before.
+    spill_bytes: of the log's events, cut by user; 0: nothing was left to do.
+    seconds: of each stage, this time.
   """
 
   num_events: int
@@ -95,6 +98,8 @@ class Summary:
   num_rows: dict[str, int]
   num_shards: int
   num_resumed: int
+  spill_bytes: int = 0
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def prepare(
@@ -126,11 +131,11 @@ def prepare(
   folder = pathlib.Path(output).expanduser()
   paths = _check(config)
   job, entry = _open(folder, config, paths, options, engine)
+  work = _Run(job, entry, engine, options, progress)
+  num_resumed = job.num_shards
   if not (folder / prepared.DATASET).exists():
     num_resumed = len(_done(job))
-    _Run(job, entry, engine, options, progress).all()
-  else:
-    num_resumed = job.num_shards
+    work.all()
   values = json.loads((folder / prepared.DATASET).read_text())
   shards = values['shards']
   return Summary(
@@ -147,6 +152,8 @@ def prepare(
     },
     len(shards),
     num_resumed,
+    work.spill_bytes,
+    work.seconds,
   )
 
 
@@ -341,11 +348,18 @@ def _done(job: Job) -> list[int]:
 
 
 class _Run:
-  """One call's work."""
+  """One call's work.
+
+  Attributes:
+    spill_bytes: see `Summary`.
+    seconds: likewise.
+  """
 
   def __init__(self, job: Job, manifest, engine, options, progress: Progress):
     self._job, self._manifest, self._engine = job, manifest, engine
     self._options, self._progress = options, progress
+    self.spill_bytes = 0
+    self.seconds: dict[str, float] = {}
 
   def all(self) -> None:
     """What is missing."""
@@ -363,6 +377,9 @@ class _Run:
       for f in range(len(job.files))
     ]
     counts = np.sum([t['counts'] for t in told], axis=0)
+    self.spill_bytes = sum(
+      path.stat().st_size for path in job.work.glob('file-*/*.arrow')
+    )
     self._check_kinds(told)
     self._check_size(counts)
     self._job = job = dataclasses.replace(
@@ -391,7 +408,7 @@ class _Run:
     unit: str,
   ) -> None:
     missing = [i for i in range(len(sizes)) if not is_done(i)]
-    total = sum(sizes)
+    start, total = time.monotonic(), sum(sizes)
     done = before = total - sum(sizes[i] for i in missing)
     self._progress.tell(what, done, total, unit, before)
     step_of = functools.partial(step, self._job)
@@ -399,6 +416,7 @@ class _Run:
     for i in self._engine.run(step_of, sorted(missing, key=lambda i: -sizes[i])):
       done += sizes[i]
       self._progress.tell(what, done, total, unit, before)
+    self.seconds[what] = time.monotonic() - start
 
   def _check_kinds(self, told) -> None:
     """All files tell time alike."""
