@@ -6,16 +6,19 @@
   python experiments/benchmark.py --suite=request --output=/tmp/request
   python experiments/benchmark.py --suite=train_step
   python experiments/benchmark.py --suite=serving --output=/tmp/serving
+  python experiments/benchmark.py --suite=prepare --folder=/tmp/prepare \
+    --config=experiments/configs/events.py --events=1000000
 
 'scoring' compares plain, joint and cached scoring of one model, that of a
 training run or one of random parameters; 'cost' says with which powers of L
 and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
 all fusions at one L and C, for `study.py --cost`. 'serving' times users who
 come back: hit, extend, miss and no cache, on the device, in process and through
-HTTP. The other suites time the
+HTTP. 'prepare' makes a log (`generate`) and shards of it, within --memory, and
+says how fast a training step is fed from these. The other suites time the
 named workloads of `benchmarking.workloads` against rivals that are
-installed. Prints tables; writes <output>.json and, but for 'fusions' and
-'train_step', the plot <output>.png.
+installed. Prints tables; writes <output>.json and, but for 'fusions',
+'prepare' and 'train_step', the plot <output>.png.
 """
 
 import dataclasses
@@ -25,10 +28,12 @@ import jax
 from absl import app, flags, logging
 
 import benchmarking
+import config_util
 from benchmarking import cost, requests, suites, train_steps, workloads
 from benchmarking import report as report_lib
 from histjax import EncoderConfig, Ranker, RankerConfig, testing
 from histjax.training import workdir
+from histjax.training.config import TrainConfig
 
 _SUITES = {
   name: module
@@ -37,10 +42,11 @@ _SUITES = {
 }
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
 _SERVING = 'serving'
+_PREPARE = 'prepare'
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, _SERVING, *_SUITES],
+  [*_OF_ONE_MODEL, _SERVING, _PREPARE, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -69,6 +75,12 @@ _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
 _BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
 _USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: at once.')
+# Of the suite prepare.
+_CONFIG = config_util.Config(TrainConfig, 'Of prepare.', required=False)
+_FOLDER = flags.DEFINE_string('folder', None, 'To work in.')
+_EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.')
+_MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB, its bound.')
+_WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.')
 _HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
 
 
@@ -146,6 +158,28 @@ def serving_suite(save=None):
   )
 
 
+def prepare_suite():
+  import event_log
+  from benchmarking import preparing
+
+  if _FOLDER.value is None:
+    raise ValueError('--suite=prepare needs --folder, to work in')
+  log = event_log.LogConfig(
+    num_events=_EVENTS.value,
+    num_users=max(1, _EVENTS.value // 100),
+    num_items=1_000_000,
+    num_files=max(1, _EVENTS.value // 1_000_000),
+  )
+  return preparing.run(
+    _CONFIG.values(),
+    log,
+    workdir.prepare(_FOLDER.value, '--folder'),
+    gibibytes=_MEMORY.value,
+    num_workers=_WORKERS.value,
+    progress=lambda line: print(line, flush=True),
+  )
+
+
 def named_suite(name, save=None):
   module: Any = _SUITES[name]
   options: dict[str, Any] = {}
@@ -181,6 +215,8 @@ def main(argv):
     save = output and (lambda x: benchmarking.write_report(x, str(output)))
     if suite in _OF_ONE_MODEL:
       report = one_model(suite)
+    elif suite == _PREPARE:
+      report = prepare_suite()
     elif suite == _SERVING:
       report = serving_suite(save)
     else:
@@ -194,4 +230,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=_CONFIG.parse)

@@ -32,6 +32,9 @@ _MANUAL_DIR = flags.DEFINE_string(
 _PATHS = flags.DEFINE_list(
   'paths', None, 'Files of the log, if not where training had them.'
 )
+_PREPARED = flags.DEFINE_string(
+  'prepared', None, 'Folder of prepared rows, if not where training had them.'
+)
 _MODULES = flags.DEFINE_list(
   'modules', [], 'Modules to import first, of derived features of your own.'
 )
@@ -64,7 +67,10 @@ def run():
     output = workdir.prepare_output(_OUTPUT.value, '--output')
   meta = checkpoints.load_meta(_WORKDIR.value)
   values = identity.with_paths(
-    meta['config'], paths=_PATHS.value, manual_dir=_MANUAL_DIR.value
+    meta['config'],
+    paths=_PATHS.value,
+    manual_dir=_MANUAL_DIR.value,
+    prepared=_PREPARED.value,
   )
   config = identity.of_run(values, _WORKDIR.value)
   params, _ = checkpoints.load_params(

@@ -25,6 +25,8 @@ LAYERS = (
     'metrics',
     'quantization',
     'cache',
+    'mixing',
+    'progress',
   ),
   ('testing',),
   ('ops',),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from histjax import config as config_lib
 from histjax import features as features_lib
+from histjax.data import prepared as prepared_lib
 from histjax.data import splits as splits_lib
 from histjax.data import synthetic
 from histjax.data.events import EventLog
-from histjax.data.rows import RowConfig, Rows, make_rows
+from histjax.data.rows import RowConfig, Rows, RowSource, make_rows
 from histjax.features import DerivedFeature, FittedFeatures
 from histjax.schema import Schema, categorical
 
@@ -139,6 +144,8 @@ class DataConfig:
 
   Attributes:
     source: where the log comes from.
+    prepared: a folder of rows that `prepare` made of this config; they are read
+      from there, and the log is not. Empty: from `source`.
     rows: the rows to train on.
     eval_rows: those of validation and test; None: as `rows`.
     tasks: what to predict, by the names of the schema's tasks; empty: all of
@@ -150,6 +157,7 @@ class DataConfig:
   """
 
   source: Source = dataclasses.field(default_factory=Synthetic)
+  prepared: str = ''
   rows: RowConfig = dataclasses.field(default_factory=RowConfig)
   eval_rows: RowConfig | None = None
   tasks: tuple[str, ...] = ()
@@ -178,14 +186,29 @@ class Dataset:
   Attributes:
     schema: the features and tasks.
     splits: `{'train', 'validation', 'test'}`.
-    log: the events that all rows are of.
+    log: the events that all rows are of; None: they are not in memory.
     features: what is derived of them.
+    fingerprint: of a prepared dataset; see `fingerprint.fingerprint`.
   """
 
   schema: Schema
-  splits: dict[str, Rows]
-  log: EventLog
+  splits: Mapping[str, RowSource]
+  log: EventLog | None
   features: FittedFeatures = dataclasses.field(default_factory=FittedFeatures)
+  fingerprint: str = ''
+
+  def in_memory(self, split: str) -> Rows:
+    """The rows of a split.
+
+    Raises:
+      ValueError: they are read from shards.
+    """
+    rows = self.splits[split]
+    if not isinstance(rows, Rows):
+      raise ValueError(
+        'this needs the log in memory; leave data.prepared empty'
+      )
+    return rows
 
 
 def load(config: DataConfig) -> Dataset:
@@ -194,13 +217,15 @@ def load(config: DataConfig) -> Dataset:
   Raises:
     ValueError: files or values in them are bad; the message says which.
   """
+  if config.prepared:
+    return _load_prepared(config)
   log, masks = config.source.load(config.tasks)
   train = masks['train']
   fitted = features_lib.fit(config.features, log.events(), train)
   schema = model_schema(log.schema, fitted, config.without)
   log = dataclasses.replace(log, schema=schema)
   eval_rows = config.eval_rows or config.rows
-  splits = {}
+  splits: dict[str, RowSource] = {}
   for split, mask in masks.items():
     if split == 'train':
       rows = make_rows(log, mask, config.rows, fitted, train=train)
@@ -208,6 +233,31 @@ def load(config: DataConfig) -> Dataset:
       rows = make_rows(log, mask, eval_rows, fitted)
     splits[split] = rows
   return Dataset(schema, splits, log, fitted)
+
+
+def identity(config: DataConfig) -> dict[str, Any]:
+  """`to_dict` of what rows depend on, wherever files lie."""
+  values = config_lib.to_dict(config)
+  for path in ('paths', 'data_dir', 'manual_dir'):
+    values['source'].pop(path, None)
+  values.pop('prepared')
+  return values
+
+
+def _load_prepared(config: DataConfig) -> Dataset:
+  folder = pathlib.Path(config.prepared).expanduser()
+  found = prepared_lib.load(folder)
+  lines = config_lib.differences(
+    found.config, identity(config), (folder.name, 'asked for')
+  )
+  if lines:
+    raise ValueError(
+      f'data.prepared={config.prepared!r} was made with another config; '
+      'prepare the log again, or take over what differs:\n' + '\n'.join(lines)
+    )
+  return Dataset(
+    found.schema, found.splits, None, found.features, found.fingerprint
+  )
 
 
 def model_schema(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from histjax import features as features_lib
 from histjax.data import columns as columns_lib
 from histjax.data import files, hashing
+from histjax.data.parts import Columns
 from histjax.schema import Categorical, Schema
 
 Ties = Literal['order', 'strict']
@@ -73,9 +74,9 @@ class EventLog:
     Raises:
       ValueError: a file or a value in it is bad; the message says which.
     """
-    wanted = _wanted(schema, extra)
+    wanted = columns_of(schema, extra)
     table = files.read(paths, wanted, schema)
-    return cls._from_table(table, schema, extra, require_sorted)
+    return cls.from_parts(table, schema, extra, require_sorted)
 
   @classmethod
   def from_columns(
@@ -87,20 +88,34 @@ class EventLog:
     require_sorted: bool = False,
   ) -> EventLog:
     """As `from_files`, of columns in memory; see `columns.from_mapping`."""
-    wanted = _wanted(schema, extra)
+    wanted = columns_of(schema, extra)
     table = columns_lib.from_mapping(
       columns, wanted, 'the columns given', schema
     )
-    return cls._from_table(table, schema, extra, require_sorted)
+    return cls.from_parts(table, schema, extra, require_sorted)
 
   @classmethod
-  def _from_table(cls, table, schema, extra, require_sorted) -> EventLog:
+  def from_parts(
+    cls,
+    table: Columns,
+    schema: Schema,
+    extra: Sequence[str] = (),
+    require_sorted: bool = False,
+  ) -> EventLog:
+    """As `from_files`, of columns that have been read."""
     if not len(table):
       raise ValueError(f'{table.sources[0]} has no events; give at least one')
     user, keys = columns_lib.encode_keys(table, schema.user)
     time, is_timestamp = columns_lib.encode_time(table, schema.time)
     if require_sorted:
-      _check_sorted(table, schema, user, keys, time)
+      check_sorted(
+        user,
+        keys,
+        time,
+        lambda row, problem: table.fail(
+          schema.time, row, time[row].item(), problem
+        ),
+      )
     order = np.lexsort((time, user))  # Stable: ties keep the log's order.
     features = {
       f.name: (
@@ -197,7 +212,8 @@ def _plain(key) -> int | str:
   return key.item() if isinstance(key, np.generic) else key
 
 
-def _wanted(schema: Schema, extra: Sequence[str]) -> list[str]:
+def columns_of(schema: Schema, extra: Sequence[str] = ()) -> list[str]:
+  """The columns that are read of a log, each once."""
   names = [schema.user, schema.time]
   if schema.request:
     names.append(schema.request)
@@ -208,18 +224,28 @@ def _wanted(schema: Schema, extra: Sequence[str]) -> list[str]:
   return names
 
 
-def _check_sorted(table, schema, user, keys, time) -> None:
+def check_sorted(
+  user: np.ndarray,
+  keys: np.ndarray,
+  time: np.ndarray,
+  fail: Callable[[int, str], object],
+) -> None:
+  """Calls `fail(event, problem)` if a user's times decrease somewhere.
+
+  Args:
+    user: `[n]`, an index into `keys`, in the log's order.
+    keys: `[users]`.
+    time: `[n]`.
+    fail: raises a ValueError.
+  """
   order = np.argsort(user, kind='stable')
   late = (np.diff(user[order]) == 0) & (np.diff(time[order]) < 0)
   if late.any():
     row = int(order[np.flatnonzero(late)[0] + 1])
-    key = _plain(keys[user[row]])
-    table.fail(
-      schema.time,
+    fail(
       row,
-      time[row].item(),
-      f'earlier than an event of user {key!r} further up; sort the log by '
-      'time, or set require_sorted=False to have it sorted',
+      f'earlier than an event of user {_plain(keys[user[row]])!r} further up; '
+      'sort the log by time, or set require_sorted=False to have it sorted',
     )
 
 

@@ -22,7 +22,13 @@ _CSV = ('.csv', '.csv.gz', '.csv.bz2', '.csv.zst')
 _PARQUET = ('.parquet', '.pq')
 _NO_PARTITION = '__HIVE_DEFAULT_PARTITION__'
 _BLOCK = 2**20
+_CSV_ROW = 20
+"""Bytes of a row, at least: so few that no more rows come than are guessed."""
 _MAX_BLOCK = 2**31 - 1
+
+
+class NoEvents(ValueError):  # noqa: N818
+  """Files have no rows."""
 
 
 def read(
@@ -50,12 +56,12 @@ def read(
       or lacks a column; or none has events.
   """
   tables = []
-  for path in _with_header(paths):
+  for path in with_header(paths):
     table = _read(path, list(wanted))
     if table.num_rows:
       tables.append((table, str(path)))
   if not tables:
-    raise _no_events(paths)
+    raise no_events(paths)
   parts, sources = zip(*tables, strict=True)
   return Columns(parts, sources, schema)
 
@@ -86,7 +92,7 @@ def stream(
   Raises:
     ValueError: as `read`, when it comes to that file.
   """
-  files = _with_header(paths)
+  files = with_header(paths)
   sizes = [path.stat().st_size for path in files]
   empty = True
   for i, path in enumerate(files):
@@ -98,7 +104,20 @@ def stream(
         first += table.num_rows
       tell(before + position, sum(sizes))
   if empty:
-    raise _no_events(paths)
+    raise no_events(paths)
+
+
+def num_rows(paths: Sequence[Path]) -> int:
+  """How many rows files have; of CSV files a guess from their sizes."""
+  total = 0
+  for path in paths:
+    with _readable(path):
+      if _format(path) == 'parquet':
+        total += pq.read_metadata(path).num_rows
+      else:
+        packed = path.suffix.lower() != '.csv'
+        total += path.stat().st_size * (4 if packed else 1) // _CSV_ROW
+  return total
 
 
 def digest(
@@ -125,8 +144,15 @@ def digest(
   return total.hexdigest()
 
 
-def _with_header(paths: Sequence[str]) -> list[Path]:
-  """The files, without the empty ones that Spark writes of empty partitions."""
+def with_header(paths: Sequence[str]) -> list[Path]:
+  """The files, without the empty ones that Spark writes of empty partitions.
+
+  Args:
+    paths: as `read`.
+
+  Raises:
+    ValueError: a file is missing, of another format or given twice.
+  """
   return [
     path
     for path, is_part in _expand(paths)
@@ -134,10 +160,11 @@ def _with_header(paths: Sequence[str]) -> list[Path]:
   ]
 
 
-def _no_events(paths: Sequence[str]) -> ValueError:
+def no_events(paths: Sequence[str]) -> NoEvents:
+  """What to raise if files hold no events."""
   names = [str(path) for path, _ in _expand(paths)]
   more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-  return ValueError(f'{names[0]}{more} holds no events; name files with some')
+  return NoEvents(f'{names[0]}{more} holds no events; name files with some')
 
 
 def _expand(paths: Sequence[str]) -> list[tuple[Path, bool]]:

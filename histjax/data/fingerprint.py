@@ -23,9 +23,12 @@ def fingerprint(dataset: Dataset) -> str:
   Args:
     dataset: of `datasets.load`.
   """
+  if dataset.fingerprint:
+    return dataset.fingerprint
   total = hashlib.sha256()
   known: dict[int, bytes] = {}  # Splits share most of their arrays.
-  for split, rows in sorted(dataset.splits.items()):
+  for split in sorted(dataset.splits):
+    rows = dataset.in_memory(split)
     for name, values in _arrays(rows):
       if id(values) not in known:
         known[id(values)] = _digest(values)

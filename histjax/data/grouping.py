@@ -71,7 +71,10 @@ class RowConfig:
 
 
 def group_candidates(
-  log: EventLog, events: np.ndarray, config: RowConfig
+  log: EventLog,
+  events: np.ndarray,
+  config: RowConfig,
+  first_time: int | float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Groups candidates into rows.
 
@@ -79,6 +82,7 @@ def group_candidates(
     log: all events.
     events: int64, the candidates, as indices of events.
     config: how.
+    first_time: of all candidates, if `log` is a part of a larger one.
 
   Returns:
     `(events [c], offsets [rows + 1], visible [c])`: the candidates row by row,
@@ -91,7 +95,9 @@ def group_candidates(
   if config.kind == 'pointwise':
     return events, np.arange(len(events) + 1), visible[events]
   if config.kind == 'snapshot':
-    events, taken, group = _snapshots(log, events, visible, config)
+    events, taken, group = _snapshots(
+      log, events, visible, config, first_time
+    )
     visible = np.minimum(taken, visible[events])
   elif config.kind == 'streaming':
     group, visible = log.user[events].astype(np.int64), visible[events]
@@ -115,14 +121,14 @@ def group_candidates(
   return events, np.append(starts, len(events)), visible
 
 
-def _snapshots(log, events, visible, config):
+def _snapshots(log, events, visible, config, first_time):
   """Candidates with each snapshot: events, where histories end, and groups."""
   user = log.user[events].astype(np.int64)
   if config.snapshot_every is None or not len(events):
     first = np.searchsorted(user, user)  # Users come in order.
     return events, visible[events[first]], user
   unit = 1e-9 if log.is_timestamp else log.schema.time_unit
-  begin = log.time[events].min()
+  begin = log.time[events].min() if first_time is None else first_time
   period = np.floor((log.time - begin) * unit / config.snapshot_every)
   period = period.astype(np.int64)
   parts = []

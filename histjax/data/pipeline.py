@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from histjax import buckets as bucket_sizes
-from histjax.data.rows import Rows
+from histjax.data.rows import RowSource
 from histjax.types import RankingBatch
 
 _ENDLESS = 1_000_000
@@ -92,7 +92,7 @@ class Bucket:
 
 
 def make_buckets(
-  rows: Rows,
+  rows: RowSource,
   config: PipelineConfig,
   *,
   row_multiple: int = 1,
@@ -146,7 +146,7 @@ class BatchIterator(Iterator[RankingBatch]):
   def __init__(
     self,
     dataset: grain.MapDataset,
-    rows: Rows,
+    rows: RowSource,
     buckets: list[Bucket],
     config: PipelineConfig,
   ):
@@ -187,7 +187,7 @@ class BatchIterator(Iterator[RankingBatch]):
 
 
 def train_batches(
-  rows: Rows,
+  rows: RowSource,
   config: PipelineConfig,
   *,
   row_multiple: int = 1,
@@ -224,7 +224,7 @@ def train_batches(
 
 
 def eval_batches(
-  rows: Rows,
+  rows: RowSource,
   config: PipelineConfig,
   *,
   row_multiple: int = 1,
@@ -286,7 +286,7 @@ def _shuffled(batches: _Batches, epoch: int):
 class _Load:
   """Makes this host's part of a batch from its bucket and row numbers."""
 
-  rows: Rows
+  rows: RowSource
   buckets: tuple[Bucket, ...]
   shard_index: int
   shard_count: int
@@ -304,12 +304,11 @@ class _Load:
     )
 
 
-def _order(rows: Rows, buckets: list[Bucket], config: PipelineConfig) -> str:
+def _order(rows: RowSource, buckets: list[Bucket], config: PipelineConfig) -> str:
   """Identifies the order of batches that a position counts in."""
   shapes = [(b.num_events, b.num_candidates, b.num_rows) for b in buckets]
   digest = hashlib.sha256(json.dumps([2, config.seed, shapes]).encode())
-  arrays = [rows.events, rows.offsets, rows.start, rows.stop]
-  for array in arrays + [b.rows for b in buckets]:
+  for array in (*rows.order(), *(b.rows for b in buckets)):
     digest.update(np.ascontiguousarray(array, '<i8').tobytes())
   return digest.hexdigest()[:16]
 
@@ -318,9 +317,9 @@ def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:
   place = np.searchsorted(buckets, sizes)
   if place.max() == len(buckets):
     row = int(np.argmax(sizes))
-    user = rows.log.key(rows.events[rows.offsets[row]])
+    user = rows.keys[rows[row].group]
     raise ValueError(
-      f'pipeline: a row of user {user!r} has {sizes[row]} {what}, more than '
+      f'pipeline: a row of user {str(user)!r} has {sizes[row]} {what}, more than '
       f'the largest of {field}={tuple(buckets.tolist())}; add a larger bucket, '
       'or make shorter rows (RowConfig.history_length, max_candidates)'
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from histjax import mixing
 from histjax.data import columns as columns_lib
 from histjax.data import hashing
 from histjax.schema import (
@@ -68,7 +69,7 @@ def encode(
 def digests(schema: Schema, values: Any, name: str) -> np.ndarray | None:
   """uint64 `[n]` of keys, as `hashing.digests` of `columns.encode_keys`."""
   keys = _keys(schema, values, name)
-  return None if keys is None else hashing.mix(keys)
+  return None if keys is None else mixing.mix(keys)
 
 
 def time(schema: Schema, values: Any, name: str) -> np.ndarray | None:
@@ -183,7 +184,7 @@ def _as_array(values: Any) -> np.ndarray | None:
 
 
 def _keys(schema: Schema, values: Any, name: str) -> np.ndarray | None:
-  """int64 or uint64 `[n]` that `hashing.mix` mixes."""
+  """int64 or uint64 `[n]` that `mixing.mix` mixes."""
   if type(values) in (list, tuple) and values and type(values[0]) is str:
     return _text_keys(schema, values, name)
   found = _numbers(schema, values, name)

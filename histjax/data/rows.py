@@ -7,15 +7,17 @@ are made when they are asked for; only offsets into the log are kept.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from histjax.data import grouping
 from histjax.data.events import EventLog
 from histjax.data.grouping import RowConfig
-from histjax.features import FittedFeatures, Impressions
+from histjax.features import Counts, FittedFeatures, Impressions
 from histjax.schema import Schema
 from histjax.types import Candidates, History, RankingBatch
 
@@ -41,8 +43,80 @@ class Row:
   group: int = 0
 
 
+class LabelSummary(NamedTuple):
+  """Of the labels of a task.
+
+  Attributes:
+    count: how many there are.
+    positive: how many are 1.
+    users: how many users have both kinds.
+  """
+
+  count: int
+  positive: int
+  users: int
+
+
+class RowSource(Sequence[Row]):
+  """Rows by index, in memory or not: what is trained and tested on."""
+
+  config: RowConfig
+
+  @property
+  @abc.abstractmethod
+  def schema(self) -> Schema:
+    """The features and tasks."""
+
+  @property
+  @abc.abstractmethod
+  def keys(self) -> np.ndarray:
+    """`[users]`: the user's own key of each `group`."""
+
+  @property
+  @abc.abstractmethod
+  def history_lengths(self) -> np.ndarray:
+    """int32 `[rows]`."""
+
+  @property
+  @abc.abstractmethod
+  def candidate_counts(self) -> np.ndarray:
+    """int32 `[rows]`."""
+
+  @abc.abstractmethod
+  def batch(
+    self,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    num_rows: int,
+    num_events: int,
+    num_candidates: int,
+  ) -> RankingBatch:
+    """Pads the rows `indices` to one shape.
+
+    Args:
+      indices: int `[at most num_rows]`.
+      num_rows: B; missing rows are empty: length 0, mask False, zeros.
+      num_events: L, at least the longest history.
+      num_candidates: C, at least the most candidates.
+
+    Returns:
+      The rows, padded with zeros at the end of each axis, in NumPy.
+
+    Raises:
+      ValueError: a row does not fit.
+    """
+
+  @abc.abstractmethod
+  def order(self) -> Iterator[np.ndarray]:
+    """int64 arrays that say which rows these are, and in what order."""
+
+  @abc.abstractmethod
+  def label_summary(self, task: str) -> LabelSummary:
+    """Of all candidates."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows(Sequence[Row]):
+class Rows(RowSource):
   """Rows of one log, by index.
 
   Attributes:
@@ -106,7 +180,7 @@ class Rows(Sequence[Row]):
         for f in self.schema.history_features
       },
       candidates={
-        f.name: self._of_candidates(f.name, slots)
+        f.name: self.of_candidates(f.name, slots)
         for f in self.schema.item_features
       },
       visible=(self.visible[slots] - self.start[r]).astype(np.int32),
@@ -118,11 +192,23 @@ class Rows(Sequence[Row]):
   def _context(self):
     return self.schema.context
 
-  def _of_candidates(self, name: str, slots) -> np.ndarray:
+  def of_candidates(self, name: str, slots) -> np.ndarray:
     """A feature of the candidates in these places of `events`."""
     if name in self.derived:
       return self.derived[name][slots]
     return self.features[name][self.events[slots]]
+
+  def order(self) -> Iterator[np.ndarray]:
+    """See `RowSource.order`."""
+    yield from (self.events, self.offsets, self.start, self.stop)
+
+  def label_summary(self, task: str) -> LabelSummary:
+    """See `RowSource.label_summary`."""
+    label = self.log.labels[task][self.events] == 1
+    positives = np.bincount(self.log.user[self.events], label)
+    count = np.bincount(self.log.user[self.events])
+    mixed = (positives > 0) & (positives < count)
+    return LabelSummary(len(label), int(label.sum()), int(mixed.sum()))
 
   def candidate_events(self, index: int) -> np.ndarray:
     """The candidates of a row as indices of events of the log, int64 `[c]`."""
@@ -136,20 +222,7 @@ class Rows(Sequence[Row]):
     num_events: int,
     num_candidates: int,
   ) -> RankingBatch:
-    """Pads the rows `indices` to one shape.
-
-    Args:
-      indices: int `[at most num_rows]`.
-      num_rows: B; missing rows are empty: length 0, mask False, zeros.
-      num_events: L, at least the longest history.
-      num_candidates: C, at least the most candidates.
-
-    Returns:
-      The rows, padded with zeros at the end of each axis, in NumPy.
-
-    Raises:
-      ValueError: a row does not fit.
-    """
+    """See `RowSource.batch`."""
     indices = np.asarray(indices, np.int64)
     first, last = self.offsets[indices], self.offsets[indices + 1]
     begin, end = self.start[indices], self.stop[indices]
@@ -166,7 +239,7 @@ class Rows(Sequence[Row]):
       },
       shown=shown,
       candidates={
-        f.name: self._of_candidates(f.name, shown.index)
+        f.name: self.of_candidates(f.name, shown.index)
         for f in self.schema.item_features
       },
       visible=visible,
@@ -182,6 +255,8 @@ def make_rows(
   features: FittedFeatures | None = None,
   *,
   train: np.ndarray | None = None,
+  before: Mapping[str, Counts] | None = None,
+  first_time: int | float | None = None,
 ) -> Rows:
   """The events of `mask` as candidates, each with its user's past.
 
@@ -192,6 +267,9 @@ def make_rows(
     features: what is derived; `log.schema.derived` names what the rows get.
     train: bool `[n]`, in rows to train on: the training events, whose own
       labels `features` may know. None: features are as a server computes them.
+    before: of a part of a larger log, with `train`; see
+      `FittedFeatures.of_events`.
+    first_time: likewise, of all events to predict.
 
   Raises:
     ValueError: the rows cannot be made as asked; the message says why.
@@ -203,7 +281,7 @@ def make_rows(
       'one for each event of the log'
     )
   events, offsets, visible = grouping.group_candidates(
-    log, np.flatnonzero(mask), config
+    log, np.flatnonzero(mask), config, first_time
   )
   starts = offsets[:-1]
   if len(events):
@@ -222,7 +300,9 @@ def make_rows(
   known, derived = {}, {}
   if features is not None and features.configs:
     past = log.events(config.ties)
-    known = features.of_events(past, config.history_length, train=train)
+    known = features.of_events(
+      past, config.history_length, train=train, before=before
+    )
     impressions = Impressions(
       user=past.user[events],
       begin=begin,

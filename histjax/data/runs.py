@@ -5,9 +5,13 @@ from __future__ import annotations
 import bisect
 import json
 import pathlib
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+
+Values: TypeAlias = np.ndarray | pa.Array
+_SHARD = '/shard'
 
 
 class Runs:
@@ -18,12 +22,19 @@ class Runs:
   ):
     self._folder, self._name, self._bounds = folder, name, bounds
     self._max_bytes = max_bytes
-    self._held: list[dict[str, np.ndarray]] = []
+    self._held: list[dict[str, Any]] = []
     self._number = self._bytes = 0
 
-  def add(self, rows: dict[str, np.ndarray]) -> None:
-    """Rows of `Table.encode`, and `user`, which the shards are cut by."""
-    self._held.append(rows)
+  def add(self, rows: dict[str, Values], place: np.ndarray | None = None):
+    """Adds rows.
+
+    Args:
+      rows: `{name: [n]}`.
+      place: `[n]`, what the shards are cut by; None: the rows' 'user'.
+    """
+    place = rows['user'] if place is None else place
+    shard = np.searchsorted(self._bounds, place, 'right') - 1
+    self._held.append({**rows, _SHARD: shard.astype(np.int32)})
     self._bytes += sum(values.nbytes for values in rows.values())
     if self._bytes >= self._max_bytes:
       self._write()
@@ -34,14 +45,20 @@ class Runs:
       self._write()
 
   def _write(self) -> None:
-    rows = {
-      name: np.concatenate([held[name] for held in self._held])
-      for name in self._held[0]
-    }
+    names = list(self._held[0])
+    rows = {name: _joined([held[name] for held in self._held]) for name in names}
     self._held, self._bytes = [], 0
-    shard = np.searchsorted(self._bounds, rows['user'], 'right') - 1
+    shard = rows.pop(_SHARD)
     order = np.argsort(shard, kind='stable')
-    table = pa.table({name: values[order] for name, values in rows.items()})
+    table = pa.table(
+      {
+        name: values.take(pa.array(order))
+        if isinstance(values, pa.Array)
+        else values[order]
+        for name, values in rows.items()
+      }
+    )
+    del rows
     shards, starts = np.unique(shard[order], return_index=True)
     meta = {'shards': json.dumps(shards.tolist())}
     path = self._folder / f'{self._name}-{self._number:06d}.arrow'
@@ -53,9 +70,15 @@ class Runs:
     self._number += 1
 
 
-def read_runs(folder: pathlib.Path, name: str, shard: int):
-  """A shard's rows of all runs, in the order they were added."""
-  found: list[dict[str, np.ndarray]] = []
+def read_parts(
+  folder: pathlib.Path, name: str, shard: int
+) -> list[dict[str, Values]]:
+  """A shard's rows of each run, in the order they were added.
+
+  Texts are Arrow's, all else is NumPy's. A run without such rows is left out,
+  but for the first one, which tells the columns' types.
+  """
+  found: list[dict[str, Values]] = []
   for path in sorted(folder.glob(f'{name}-*.arrow')):
     with pa.memory_map(str(path)) as source:
       reader = pa.ipc.open_file(source)
@@ -67,5 +90,27 @@ def read_runs(folder: pathlib.Path, name: str, shard: int):
         continue
       else:
         batch = reader.schema.empty_table()
-      found.append({n: np.array(batch[n]) for n in reader.schema.names})
-  return {n: np.concatenate([rows[n] for rows in found]) for n in found[0]}
+      found.append({n: _read(batch[n]) for n in reader.schema.names})
+  return found
+
+
+def read_runs(
+  folder: pathlib.Path, name: str, shard: int
+) -> dict[str, np.ndarray]:
+  """As `read_parts`, joined."""
+  found = read_parts(folder, name, shard)
+  return {n: _joined([rows[n] for rows in found]) for n in found[0]}
+
+
+def _read(values: pa.Array | pa.ChunkedArray) -> Values:
+  if pa.types.is_large_string(values.type):
+    # A copy: the file will be closed.
+    array = pa.concat_arrays(getattr(values, 'chunks', [values]) or [values])
+    return array.take(pa.array(np.arange(len(array))))
+  return np.array(values)
+
+
+def _joined(parts: list[Values]) -> Any:
+  if isinstance(parts[0], pa.Array):
+    return pa.concat_arrays(parts)
+  return np.concatenate(parts)

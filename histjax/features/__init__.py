@@ -11,13 +11,22 @@ computed:
 
 from histjax.features.activity import Activity
 from histjax.features.base import (
+  Counts,
   DerivedFeature,
   Events,
   Impressions,
   Lookback,
   State,
 )
-from histjax.features.fitted import FittedFeatures, fit, load
+from histjax.features.fitted import (
+  FittedFeatures,
+  check_mergeable,
+  collect,
+  counted,
+  fit,
+  load,
+  merge,
+)
 from histjax.features.history_rates import HistoryRates
 from histjax.features.rates import Rates
 from histjax.features.recent_rates import RecentRates
@@ -26,6 +35,7 @@ from histjax.features.time_gap import TimeGap
 
 __all__ = [
   'Activity',
+  'Counts',
   'DerivedFeature',
   'Events',
   'FittedFeatures',
@@ -37,6 +47,10 @@ __all__ = [
   'RecentShares',
   'State',
   'TimeGap',
+  'check_mergeable',
+  'collect',
+  'counted',
   'fit',
   'load',
+  'merge',
 ]

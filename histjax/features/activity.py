@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -40,9 +41,15 @@ class Activity(base.DerivedFeature):
         'each once'
       )
 
-  def fit(self, events: base.Events, train: np.ndarray) -> base.State:
-    """Notes the log's first time."""
+  def collect(self, events: base.Events, train: np.ndarray) -> base.State:
+    """Notes the first time."""
+    del train
     return {'first': np.asarray(events.time.min())}
+
+  def merge(self, parts: Sequence[base.State], schema: Schema) -> base.State:
+    """Notes the log's first time."""
+    del schema
+    return {'first': np.asarray(min(part['first'] for part in parts))}
 
   def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:
     """One dense feature a span, and one more."""

@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
+from histjax.mixing import mix
 from histjax.schema import Categorical, Feature, Schema
 
 State: TypeAlias = Mapping[str, np.ndarray]
 """What a feature has learnt of the training events: arrays by name."""
+
+
+class Counts(NamedTuple):
+  """Of each of some events, those of the same value that come before it.
+
+  Attributes:
+    events: `[t]`, how many.
+    positive: `[t]`, how many of them are positive.
+  """
+
+  events: np.ndarray
+  positive: np.ndarray
 
 
 class Lookback(NamedTuple):
@@ -174,6 +187,9 @@ class DerivedFeature(abc.ABC):
   def fit(self, events: Events, train: np.ndarray) -> State:
     """Learns from the training events.
 
+    A log that is larger than memory is learnt from part by part: give `collect`
+    and `merge` rather than this, and both can be done.
+
     Args:
       events: all of the log. Their schema has the features that come before
         in `DataConfig.features`, their `features` do not.
@@ -182,7 +198,38 @@ class DerivedFeature(abc.ABC):
     Raises:
       ValueError: nothing can be learnt from them.
     """
+    return self.merge([self.collect(events, train)], events.schema)
+
+  def collect(self, events: Events, train: np.ndarray) -> State:
+    """What `merge` needs of some users' events.
+
+    Args:
+      events: all of these users. Their schema has no derived features.
+      train: bool `[n]`, which of them to learn from.
+    """
     del events, train
+    return {}
+
+  def merge(self, parts: Sequence[State], schema: Schema) -> State:
+    """Learns from what was collected of parts of a log.
+
+    Args:
+      parts: of `collect`, each of other users, at least one.
+      schema: with the features that come before in `DataConfig.features`.
+
+    Raises:
+      ValueError: nothing can be learnt from them.
+    """
+    del parts, schema
+    return {}
+
+  def counted(self, events: Events) -> dict[str, np.ndarray]:
+    """The values whose earlier training events `apply_training` counts.
+
+    Returns:
+      `{name: int64 [n]}`; empty: it reads no other users' events.
+    """
+    del events
     return {}
 
   @abc.abstractmethod
@@ -200,7 +247,12 @@ class DerivedFeature(abc.ABC):
     """
 
   def apply_training(
-    self, events: Events, history_length: int | None, state: State, train
+    self,
+    events: Events,
+    history_length: int | None,
+    state: State,
+    train: np.ndarray,
+    before: Mapping[str, Counts] | None = None,
   ) -> dict[str, np.ndarray]:
     """Its values of all events, `{name: [n]}`, for rows to train on.
 
@@ -211,9 +263,63 @@ class DerivedFeature(abc.ABC):
       history_length: as `Events.impressions`.
       state: of `fit`.
       train: bool `[n]`, as `fit`.
+      before: for each of `counted`, of the training events, those of all users
+        that come before; None: `events` are all of the log.
     """
-    del train
+    del train, before
     return self.apply(events, events.impressions(history_length), state)
+
+
+def ranks(events: Events) -> np.ndarray:
+  """A random order of events, uint64 `[n]`.
+
+      rank = mix(mix(user's digest) + number among the user's events)
+
+  It depends on nothing but the user and the event's number, so that it is the
+  same for a part of a log as for all of it.
+  """
+  number = (np.arange(len(events)) - events.begin).astype(np.uint64)
+  return mix(mix(events.user) + number)
+
+
+def count_before(
+  value: np.ndarray, rank: np.ndarray, label: np.ndarray
+) -> Counts:
+  """Counts, for each event, those of its value and of lower rank.
+
+  Args:
+    value: integers `[t]`.
+    rank: `[t]`; of equal ones the earlier event is lower.
+    label: float64 `[t]`, 0 or 1.
+  """
+  order = np.lexsort((rank, value))
+  value = value[order]
+  first = np.searchsorted(value, value, 'left')
+  events, positive = np.empty(len(order)), np.empty(len(order))
+  events[order] = np.arange(len(order)) - first
+  total = np.cumsum(label[order]) - label[order]
+  positive[order] = total - total[first]
+  return Counts(events, positive)
+
+
+def summed(
+  parts: Sequence[State], values: str, *counts: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """The distinct values of all parts, and the sums of what is counted of each.
+
+  Args:
+    parts: of `collect`.
+    values: the name of distinct values `[v]`.
+    *counts: names of numbers `[v]`.
+  """
+  value = np.concatenate([part[values] for part in parts])
+  found, place = np.unique(value, return_inverse=True)
+  totals = []
+  for name in counts:
+    count = np.concatenate([part[name] for part in parts])
+    total = np.bincount(place, count, len(found))  # float64: exact to 2**53.
+    totals.append(total.astype(count.dtype))
+  return found, totals
 
 
 def check_names(

@@ -15,13 +15,14 @@ import numpy as np
 
 from histjax import config as config_lib
 from histjax.features.base import (
+  Counts,
   DerivedFeature,
   Events,
   Impressions,
   Lookback,
   State,
 )
-from histjax.schema import Feature
+from histjax.schema import Feature, Schema
 
 FILE = 'features.npz'
 _VERSION = 1
@@ -109,6 +110,7 @@ class FittedFeatures:
     history_length: int | None,
     *,
     train: np.ndarray | None = None,
+    before: Mapping[str, Counts] | None = None,
   ) -> dict[str, np.ndarray]:
     """The features of all events, as they were when they were shown.
 
@@ -117,18 +119,29 @@ class FittedFeatures:
       history_length: as `Events.impressions`.
       train: bool `[n]`, the training events, for rows to train on; None: as a
         server computes them.
+      before: with `train`, for each of `counted`, of the training events, those
+        of all users that come before; None: `events` are all of the log.
 
     Returns:
       `{name: [n]}`.
     """
     found: dict[str, np.ndarray] = {}
-    for config, state in zip(self.configs, self.states, strict=True):
+    for i, (config, state) in enumerate(
+      zip(self.configs, self.states, strict=True)
+    ):
       now = dataclasses.replace(events, features={**events.features, **found})
       if train is None:
         impressions = now.impressions(history_length)
         found |= config.apply(now, impressions, state)
-      else:
+      elif before is None:
         found |= config.apply_training(now, history_length, state, train)
+      else:
+        own = {
+          name.removeprefix(f'{i}/'): counts
+          for name, counts in before.items()
+          if name.startswith(f'{i}/')
+        }
+        found |= config.apply_training(now, history_length, state, train, own)
     return found
 
   def of_impressions(
@@ -225,6 +238,80 @@ def fit(
     derived = (*schema.derived, *added[-1])
     schema = dataclasses.replace(schema, derived=derived)
   return FittedFeatures(tuple(configs), tuple(states), tuple(added))
+
+
+def collect(
+  configs: Sequence[DerivedFeature], events: Events, train: np.ndarray
+) -> dict[str, np.ndarray]:
+  """What `merge` needs of some users' events; see `DerivedFeature.collect`."""
+  return {
+    f'{i}/{name}': np.asarray(array)
+    for i, config in enumerate(configs)
+    for name, array in config.collect(events, train).items()
+  }
+
+
+def counted(
+  configs: Sequence[DerivedFeature], events: Events
+) -> dict[str, np.ndarray]:
+  """The values of `DerivedFeature.counted` of all features, `{name: [n]}`."""
+  return {
+    f'{i}/{name}': values
+    for i, config in enumerate(configs)
+    for name, values in config.counted(events).items()
+  }
+
+
+def merge(
+  configs: Sequence[DerivedFeature],
+  parts: Sequence[Mapping[str, np.ndarray]],
+  schema: Schema,
+) -> FittedFeatures:
+  """As `fit`, of what was collected of parts of a log.
+
+  Args:
+    configs: the features.
+    parts: of `collect`.
+    schema: of the log.
+
+  Raises:
+    ValueError: one cannot be computed of this log, or not of parts of it; the
+      message says why.
+  """
+  states: list[State] = []
+  added: list[tuple[Feature, ...]] = []
+  for i, config in enumerate(configs):
+    config.check(schema)
+    own = [
+      {
+        name.removeprefix(f'{i}/'): array
+        for name, array in part.items()
+        if name.startswith(f'{i}/')
+      }
+      for part in parts
+    ]
+    states.append(config.merge(own, schema))
+    added.append(config.features(schema, states[-1]))
+    derived = (*schema.derived, *added[-1])
+    schema = dataclasses.replace(schema, derived=derived)
+  return FittedFeatures(tuple(configs), tuple(states), tuple(added))
+
+
+def check_mergeable(configs: Sequence[DerivedFeature]) -> None:
+  """Raises ValueError if one can be fitted to nothing but a whole log."""
+  for config in configs:
+    cls, name = type(config), type(config).__name__
+    if cls.fit is not DerivedFeature.fit:
+      raise ValueError(
+        f'data.features: {name}.fit reads a whole log, which is not in memory; '
+        f'give {name}.collect and {name}.merge in place of it'
+      )
+    trained = cls.apply_training is not DerivedFeature.apply_training
+    if trained and cls.counted is DerivedFeature.counted:
+      raise ValueError(
+        f'data.features: {name}.apply_training reads a whole log, which is not '
+        f'in memory; give {name}.counted, and read `before`'
+      )
 
 
 def load(folder: pathlib.Path) -> FittedFeatures:

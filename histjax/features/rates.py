@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -23,8 +24,8 @@ class Rates(base.DerivedFeature):
 
       rate = logit((k + prior p) / (n + prior)) - logit(p)
 
-  In rows to train on, training events come in one random order and count what
-  comes before them alone (ordered target statistics; Prokhorenkova et al.,
+  In rows to train on, training events come in one random order (`base.ranks`)
+  and count what comes before them alone (ordered target statistics; Prokhorenkova et al.,
   CatBoost, NeurIPS 2018); everywhere else all of them count. To leave out the
   event's own label alone would not do: the rates of one value would then differ
   by the labels left out, and a model that knows the value, by its id or its
@@ -65,32 +66,68 @@ class Rates(base.DerivedFeature):
           'their product must be at most 2**62: cross fewer features'
         )
 
-  def fit(self, events: base.Events, train: np.ndarray) -> base.State:
+  def collect(self, events: base.Events, train: np.ndarray) -> base.State:
     """Counts events and positives by value, in all and of each user."""
-    task = events.schema.tasks[0].name
-    label = events.labels[task][train].astype(np.float64)
-    mean = label.mean() if len(label) else 0.0
-    if not 0 < mean < 1:
-      raise ValueError(
-        f'data.features: Rates of task {task!r}, whose training labels are all '
-        'the same; give both kinds, or leave Rates out'
-      )
+    label = _label(events)[train]
     users, user = np.unique(events.user[train], return_inverse=True)
-    state = {'users': users, 'mean': np.float64(mean)}
+    found: dict[str, np.ndarray] = {
+      'users': users,
+      'num_events': np.asarray(len(label)),
+      'num_positive': np.asarray(label.sum()),
+    }
     for i, by in enumerate(self.by):
       values, value = np.unique(
         _value(events.schema, events.features, by)[train], return_inverse=True
       )
       pairs, pair = np.unique(user * len(values) + value, return_inverse=True)
-      state |= {
+      found |= {
         f'{i}/values': values,
         f'{i}/count': np.bincount(value),
         f'{i}/positive': np.bincount(value, label),
-        f'{i}/pairs': pairs,
+        f'{i}/pair_user': users[pairs // max(len(values), 1)],
+        f'{i}/pair_value': values[pairs % max(len(values), 1)],
         f'{i}/own_count': np.bincount(pair),
         f'{i}/own_positive': np.bincount(pair, label),
       }
-    return {name: np.asarray(x) for name, x in state.items()}
+    return found
+
+  def merge(self, parts: Sequence[base.State], schema: Schema) -> base.State:
+    """Adds up what was counted."""
+    num_events = sum(int(part['num_events']) for part in parts)
+    positive = sum(float(part['num_positive']) for part in parts)
+    if not 0 < positive < num_events:
+      raise ValueError(
+        f'data.features: Rates of task {schema.tasks[0].name!r}, whose '
+        'training labels are all the same; give both kinds, or leave Rates out'
+      )
+
+    def joined(name: str) -> np.ndarray:
+      return np.concatenate([part[name] for part in parts])
+
+    users = np.sort(joined('users'))
+    state = {'users': users, 'mean': np.asarray(positive / num_events)}
+    for i in range(len(self.by)):
+      values, (count, total) = base.summed(
+        parts, f'{i}/values', f'{i}/count', f'{i}/positive'
+      )
+      pair = np.searchsorted(users, joined(f'{i}/pair_user')) * len(values)
+      pair += np.searchsorted(values, joined(f'{i}/pair_value'))
+      order = np.argsort(pair)
+      state |= {
+        f'{i}/values': values,
+        f'{i}/count': count,
+        f'{i}/positive': total,
+        f'{i}/pairs': pair[order],
+        f'{i}/own_count': joined(f'{i}/own_count')[order],
+        f'{i}/own_positive': joined(f'{i}/own_positive')[order],
+      }
+    return state
+
+  def counted(self, events: base.Events) -> dict[str, np.ndarray]:
+    """The values that have rates."""
+    return {
+      by: _value(events.schema, events.features, by) for by in self.by
+    }
 
   def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:
     """One dense feature a rate."""
@@ -131,22 +168,26 @@ class Rates(base.DerivedFeature):
     history_length: int | None,
     state: base.State,
     train: np.ndarray,
+    before: Mapping[str, base.Counts] | None = None,
   ) -> dict[str, np.ndarray]:
     """See the class; of training events those before, in the random order."""
     found = self.apply(events, events.impressions(history_length), state)
-    label = events.labels[events.schema.tasks[0].name][train]
-    label = label.astype(np.float64)
-    rank = np.random.default_rng(0).permutation(int(train.sum()))
+    if not train.any():
+      return found
+    label, rank = _label(events)[train], base.ranks(events)[train]
     user = np.unique(events.user[train], return_inverse=True)[1]
-    for by in self.by:
-      value = _value(events.schema, events.features, by)[train]
-      value = np.unique(value, return_inverse=True)[1]
-      own = value * (user.max() + 1) + user
-      count, positive = (
-        _before(value, rank, weight) - _before(own, rank, weight)
-        for weight in (np.ones(len(rank)), label)
+    for by, value in self.counted(events).items():
+      value = np.unique(value[train], return_inverse=True)[1]
+      if before is None:
+        of_all = base.count_before(value, rank, label)
+      else:
+        of_all = before[by]
+      own = base.count_before(value * (user.max() + 1) + user, rank, label)
+      found[_name(by)][train] = self._rate(
+        of_all.events - own.events,
+        of_all.positive - own.positive,
+        state['mean'],
       )
-      found[_name(by)][train] = self._rate(count, positive, state['mean'])
     return found
 
   def _rate(self, count, positive, mean) -> np.ndarray:
@@ -181,14 +222,9 @@ def _lookup(known: np.ndarray, wanted: np.ndarray):
   return place, known[place] == wanted
 
 
-def _before(group, rank, weight) -> np.ndarray:
-  """For each event, the weight of its group's events of lower rank."""
-  order = np.lexsort((rank, group))
-  group = group[order]
-  before = np.cumsum(weight[order]) - weight[order]
-  found = np.empty(len(order))
-  found[order] = before - before[np.searchsorted(group, group, 'left')]
-  return found
+def _label(events: base.Events) -> np.ndarray:
+  """Of the first task, float64 `[n]`."""
+  return events.labels[events.schema.tasks[0].name].astype(np.float64)
 
 
 def _logit(p):

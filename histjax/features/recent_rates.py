@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,9 +39,10 @@ class RecentRates(base.DerivedFeature):
         'data.features: RecentRates needs Rates, which must come before it'
       )
 
-  def fit(self, events: base.Events, train: np.ndarray) -> base.State:
+  def merge(self, parts: Sequence[base.State], schema: Schema) -> base.State:
     """Notes which rates there are."""
-    return {'rates': np.array(_rates(events.schema))}
+    del parts
+    return {'rates': np.array(_rates(schema))}
 
   def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:
     """One dense feature a rate."""

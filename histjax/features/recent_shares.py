@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -56,12 +57,21 @@ class RecentShares(base.DerivedFeature):
     """Raises ValueError if there are no such features."""
     base.check_names(self, 'of', schema, self.reads())
 
-  def fit(self, events: base.Events, train: np.ndarray) -> base.State:
-    """Finds the values that are not rare."""
-    state = {}
+  def collect(self, events: base.Events, train: np.ndarray) -> base.State:
+    """Counts values."""
+    found = {}
     for name in self.reads():
       value, count = np.unique(events.features[name][train], return_counts=True)
-      state[name] = value[count >= max(1, _LEAST_SHARE * train.sum())]
+      found |= {f'{name}/values': value, f'{name}/count': count}
+    return found
+
+  def merge(self, parts: Sequence[base.State], schema: Schema) -> base.State:
+    """Finds the values that are not rare."""
+    del schema
+    state = {}
+    for name in self.reads():
+      value, (count,) = base.summed(parts, f'{name}/values', f'{name}/count')
+      state[name] = value[count >= max(1, _LEAST_SHARE * count.sum())]
     return state
 
   def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:

@@ -23,7 +23,7 @@ from histjax.scoring.scorer import Scorer
 from histjax.serving import ranked_files
 from histjax.serving.batch_engines import Job, Local, Ray
 from histjax.serving.batch_worker import Load, Model, Options, Worker
-from histjax.serving.progress import Progress
+from histjax.progress import Progress
 from histjax.training.interrupt import Interrupt
 
 __all__ = [

@@ -11,7 +11,7 @@ import numpy as np
 from histjax.data import shards
 from histjax.serving import ranked_files
 from histjax.serving.batch_worker import Load, Model, Options, Worker
-from histjax.serving.progress import Progress
+from histjax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,13 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import numpy as np
 
 from histjax import config as dicts
 from histjax import metrics
 from histjax.data.datasets import DataConfig, Dataset
 from histjax.data.pipeline import PipelineConfig
-from histjax.data.rows import RowConfig, Rows
+from histjax.data.rows import RowConfig, RowSource
 from histjax.models.ranker import RankerConfig
 from histjax.training.losses import RankLossConfig
 from histjax.training.optimizer import OptimizerConfig
@@ -239,24 +238,21 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
     _check_defined(config, split, dataset.splits[split])
 
 
-def _check_defined(config: TrainConfig, split: str, rows: Rows) -> None:
+def _check_defined(config: TrainConfig, split: str, rows: RowSource) -> None:
   """Raises ValueError if a metric to select by has no value on the split."""
   for name in config.criterion:
     task, metric = name.rsplit('/', 1)
     if metric == 'logloss':
       continue
-    label = rows.log.labels[task][rows.events] == 1
-    group = np.zeros(len(label), np.int64)
-    if metric == 'gauc':
-      group = rows.log.user[rows.events]
-    positives = np.bincount(group, label)
-    count = np.bincount(group)
-    if not np.any((positives > 0) & (positives < count)):
+    labels = rows.label_summary(task)
+    if not (
+      labels.users if metric == 'gauc' else 0 < labels.positive < labels.count
+    ):
       what = (
         f'no user has both labels of task {task!r} there'
         if metric == 'gauc'
-        else f'all {len(label)} labels of task {task!r} there are '
-        f'{int(label.any())}'
+        else f'all {labels.count} labels of task {task!r} there are '
+        f'{int(labels.positive > 0)}'
       )
       raise ValueError(
         f'select: {name!r} is undefined on the {split} split: {what}. Select '

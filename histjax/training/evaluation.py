@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 
 from histjax import metrics
 from histjax.data import pipeline as pipeline_lib
-from histjax.data.rows import Rows
+from histjax.data.rows import RowSource
 from histjax.training import sharding, step
 
 
 def evaluate(
   model: nn.Module,
   params: Any,
-  rows: Rows,
+  rows: RowSource,
   pipeline: pipeline_lib.PipelineConfig,
   mesh: Mesh | None = None,
 ) -> dict[str, float]:
@@ -34,7 +34,7 @@ def evaluate(
 def predict(
   model: nn.Module,
   params: Any,
-  rows: Rows,
+  rows: RowSource,
   pipeline: pipeline_lib.PipelineConfig,
   mesh: Mesh | None = None,
   *,

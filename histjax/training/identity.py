@@ -18,7 +18,7 @@ _FREE = (
   'tensorboard',
 )
 """Fields that a resumed run may change: they change no result."""
-_PATHS = ('data_dir', 'manual_dir', 'paths')
+_PATHS = ('data_dir', 'manual_dir', 'paths', 'prepared')
 """Fields of `data`, at any depth, that say where files lie. They may change,
 too: it is the fingerprint that says whether the data is the same."""
 

@@ -7,6 +7,7 @@ from absl.testing import absltest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histjax import mixing
 from histjax.data import hashing
 
 _MASK = 2**64 - 1
@@ -25,7 +26,7 @@ class HashingTest(absltest.TestCase):
     # The first outputs of SplitMix64 seeded with 0 and with 1234567.
     state = np.array([0, 0x9E3779B97F4A7C15, 1234567], np.uint64)
     self.assertEqual(
-      hashing.mix(state).tolist(),
+      mixing.mix(state).tolist(),
       [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 6457827717110365317],
     )
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from histjax.data import datasets
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, make_rows
-from histjax.features import Rates
+from histjax.features import Rates, base
 from histjax.schema import Categorical, Schema, Task
 from tests.data import logs
 
@@ -61,7 +61,7 @@ class RatesTest(parameterized.TestCase):
     mean = label[train].mean(dtype=np.float64)
     # The order that training events come in, as the definition has it.
     rank = np.full(len(log), len(log))
-    rank[train] = np.random.default_rng(0).permutation(train.sum())
+    rank[train] = np.argsort(np.argsort(base.ranks(log.events())[train]))
 
     def expected(i, last):
       others = [

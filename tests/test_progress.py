@@ -2,7 +2,7 @@
 
 from absl.testing import absltest
 
-from histjax.serving.progress import Progress
+from histjax.progress import Progress
 
 
 def test_lines():

@@ -1,0 +1,157 @@
+"""The suite `prepare`: a log to shards of rows, and these to a training step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import event_log
+from benchmarking import machine, memory
+from histjax import config as config_lib
+from histjax.data import datasets, pipeline, prepare
+from histjax.models.ranker import Ranker
+from histjax.training import optimizer as optimizer_lib
+from histjax.training import state as state_lib
+from histjax.training import step as step_lib
+from histjax.training.config import TrainConfig
+
+_FEED = 200
+"""Batches that the pipeline alone is timed over."""
+_STEPS = 20
+"""Of these, as many are trained on."""
+
+
+def run(
+  values: dict[str, Any],
+  log: event_log.LogConfig,
+  folder: pathlib.Path,
+  *,
+  gibibytes: float,
+  num_workers: int,
+  progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Writes a log if it is not there, prepares it, and feeds a step from it.
+
+  Args:
+    values: of a config, as `config_util.Config.values`, whose log has the
+      columns of `event_log`.
+    log: to prepare.
+    folder: to work in; `log/` and `shards/` are left there.
+    gibibytes: of `prepare`, its bound of memory.
+    num_workers: processes.
+    progress: called with a line at a time.
+
+  Returns:
+    A JSON-able report: `suite`, `environment`, `log`, `bytes`, an event of the
+    log, the spill and the shards; `prepare` with `seconds` by stage,
+    `events_per_second` and `peak_bytes`; and `feed`.
+
+  Raises:
+    ValueError: shards are there already, which cannot be timed.
+  """
+  source, shards = folder / 'log', folder / 'shards'
+  if shards.exists():
+    raise ValueError(f'{shards} is there already; delete it')
+  event_log.write(source, log, num_workers=num_workers)
+  values['data']['source']['paths'] = [str(source)]
+  data = config_lib.from_dict(datasets.DataConfig, values['data'])
+  start = time.perf_counter()
+  with memory.PeakMemory() as peak:
+    done = prepare.prepare(
+      data,
+      shards,
+      prepare.Options(gibibytes * 2**30),
+      prepare.Local(num_workers),
+    )
+  seconds = time.perf_counter() - start
+  report = {
+    'suite': 'prepare',
+    'environment': machine.environment(),
+    'log': dataclasses.asdict(log),
+    'users': done.num_users,
+    'rows': done.num_rows,
+    'shards': done.num_shards,
+    'bytes': {
+      'log': _size(source) / done.num_events,
+      'spill': done.spill_bytes / done.num_events,
+      'shards': _size(shards) / done.num_events,
+    },
+    'prepare': {
+      'memory_bound': int(gibibytes * 2**30),
+      'peak_bytes': peak.bytes,
+      'workers': num_workers,
+      'seconds': {'all': seconds, **done.seconds},
+      'events_per_second': done.num_events / seconds,
+    },
+    'results': [],
+  }
+  progress(
+    f'{done.num_events:,} events in {seconds:.0f} s: '
+    f'{done.num_events / seconds:,.0f} a second; peak '
+    f'{peak.bytes / 2**30:.2f} GiB'
+  )
+  report['feed'] = feed(values, data, shards)
+  progress(json.dumps(report['feed'], indent=1))
+  return report
+
+
+def feed(
+  values: dict[str, Any], data: datasets.DataConfig, shards: pathlib.Path
+) -> dict[str, Any]:
+  """How fast shards are read into batches, and how fast a step takes them.
+
+  Returns:
+    `batches_per_second` and `rows_per_second` of the pipeline alone; of the
+    step alone, on batches that are in memory; and `ratio`, of the first to it.
+  """
+  dataset = datasets.load(dataclasses.replace(data, prepared=str(shards)))
+  values = {**values, 'data': data}
+  values['model'] = {**values['model'], 'schema': dataset.schema}
+  config = config_lib.from_dict(TrainConfig, values)
+  batches = pipeline.train_batches(dataset.splits['train'], config.pipeline)
+  some = [next(batches) for _ in range(_STEPS)]  # Opens files, too.
+  rows = candidates = 0
+  start = time.perf_counter()
+  for _ in range(_FEED):
+    batch = next(batches)
+    rows += int(batch.candidates.mask.any(1).sum())
+    candidates += int(batch.candidates.mask.sum())
+  seconds = (time.perf_counter() - start) / _FEED
+  batches.close()
+  model = Ranker(config.model)
+  tx = optimizer_lib.make_optimizer(config.optimizer, 1000)
+  state = state_lib.create_state(model, tx, config.model.schema, 0)
+  step = step_lib.make_train_step(model, tx)
+  for batch in some:  # Compiles each shape.
+    state = step(state, batch)
+  jax.block_until_ready(state)
+  start = time.perf_counter()
+  for batch in some:
+    state = step(state, batch)
+  jax.block_until_ready(state)
+  step_seconds = (time.perf_counter() - start) / _STEPS
+  per_batch = rows / _FEED
+  return {
+    'batch_events': config.pipeline.batch_events,
+    'encoder': config_lib.to_dict(config.model.encoder),
+    'pipeline': {
+      'batches_per_second': 1 / seconds,
+      'rows_per_second': per_batch / seconds,
+      'candidates_per_second': candidates / _FEED / seconds,
+    },
+    'step': {
+      'batches_per_second': 1 / step_seconds,
+      'rows_per_second': per_batch / step_seconds,
+    },
+    'ratio': step_seconds / seconds,
+  }
+
+
+def _size(folder: pathlib.Path) -> int:
+  return sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())

@@ -1,0 +1,104 @@
+"""Where the steps of `prepare` are taken: here, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from histjax.data import workers
+
+Step = Callable[[int], None]
+"""Of a file or a shard; can be pickled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+  """Processes of this machine.
+
+  Attributes:
+    num_workers: how many; 1: this one.
+  """
+
+  num_workers: int = 1
+
+  def __post_init__(self):
+    if self.num_workers < 1:
+      raise ValueError(f'workers={self.num_workers} must be >= 1')
+
+  def check(self) -> None:
+    """Nothing can be missing."""
+
+  def run(self, step: Step, numbers: Sequence[int]) -> Iterator[int]:
+    """Takes the step for each number, and yields those that are done."""
+    for number, _ in workers.each(step, numbers, self.num_workers):
+      yield number
+
+
+@dataclasses.dataclass(frozen=True)
+class Ray:
+  """A Ray cluster, through Ray Data: files and shards are its rows.
+
+  All nodes must see the log and the output by the same paths.
+
+  Attributes:
+    num_workers: tasks at once, at most.
+    num_cpus: of each.
+  """
+
+  num_workers: int = 1
+  num_cpus: float = 1
+
+  def __post_init__(self):
+    if self.num_workers < 1:
+      raise ValueError(f'workers={self.num_workers} must be >= 1')
+
+  def check(self) -> None:
+    """Raises ImportError if Ray is not installed."""
+    try:
+      import ray.data  # noqa: F401
+    except ImportError as error:
+      raise ImportError(
+        f"engine 'ray' needs Ray, which cannot be imported ({error}); install "
+        "the extra: pip install 'histjax[ray]'"
+      ) from error
+
+  def run(self, step: Step, numbers: Sequence[int]) -> Iterator[int]:
+    """Takes the step for each number, and yields those that are done."""
+    import ray
+
+    if not len(numbers):
+      return
+    found = (
+      ray.data.from_items(
+        [{'number': int(number)} for number in numbers],
+        override_num_blocks=len(numbers),
+      )
+      .map_batches(
+        _take,
+        fn_kwargs={'step': step},
+        batch_size=1,
+        compute=ray.data.TaskPoolStrategy(size=self.num_workers),
+        num_cpus=self.num_cpus,
+      )
+      .iter_rows()
+    )
+    for row in found:
+      if row['error']:
+        raise ValueError(row['error'])
+      yield int(row['number'])
+
+
+def _take(
+  batch: dict[str, np.ndarray], step: Step
+) -> dict[str, list[Any]]:
+  errors = []
+  for number in batch['number'].tolist():
+    try:
+      step(number)
+      errors.append('')
+    except ValueError as error:  # As it is, not in an error of Ray's.
+      errors.append(str(error))
+  return {'number': batch['number'].tolist(), 'error': errors}
