@@ -205,7 +205,7 @@ def _scores(config, params, dataset: datasets.Dataset, mesh):
   assert found is not None  # Nothing asked it to stop.
   predictions = found.predictions()
   # Evaluation goes bucket by bucket; see `pipeline.eval_batches`.
-  buckets = pipeline.make_buckets(rows, config.pipeline, row_multiple=mesh.size)
+  buckets = pipeline.make_buckets(rows, config.pipeline)
   event = np.concatenate(
     [rows.candidate_events(r) for bucket in buckets for r in bucket.rows]
   )

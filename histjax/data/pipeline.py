@@ -2,8 +2,11 @@
 
 A batch has the shape of a bucket, so a program is compiled once per bucket.
 Every row comes once an epoch; what is missing in a bucket's last batch are
-empty rows. All hosts walk through the same batches, and each takes its own
-rows of every one: shapes agree at every step, and nothing is dropped.
+empty rows. Which rows are in a batch, and which batch comes next, is a function
+of the rows and the config alone. All hosts walk through the same batches, padded
+with empty rows to a multiple of the devices, and each takes its own part of
+every one: shapes agree at every step, nothing is dropped, and a position counts
+rows, so that other hosts and devices can go on from it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -33,7 +36,10 @@ class PipelineConfig:
 
   Attributes:
     batch_events: events and candidates, padding included, of a batch over all
-      hosts; a batch has as many rows as fit, and at least one a device.
+      hosts; a batch has as many rows as fit, and at least `row_multiple`.
+    row_multiple: rows of a batch are a multiple of it. On n devices batches are
+      padded with empty rows to a multiple of n; to have none, set it to n, or
+      to the most devices that the run may go on with.
     history_buckets: the lengths L that histories are padded to, increasing.
       Empty: up to `auto_buckets` of them from the data.
     candidate_buckets: likewise, the numbers C of candidates. Empty: for each
@@ -45,6 +51,7 @@ class PipelineConfig:
   """
 
   batch_events: int = 32_768
+  row_multiple: int = 1
   history_buckets: tuple[int, ...] = ()
   candidate_buckets: tuple[int, ...] = ()
   auto_buckets: int = 4
@@ -58,6 +65,7 @@ class PipelineConfig:
       object.__setattr__(self, field, sizes)
     for field, least in (
       ('batch_events', 1),
+      ('row_multiple', 1),
       ('auto_buckets', 1),
       ('seed', 0),
       ('num_threads', 0),
@@ -76,7 +84,7 @@ class Bucket:
   Attributes:
     num_events: L.
     num_candidates: C.
-    num_rows: rows of a batch over all hosts.
+    num_rows: rows of a batch over all hosts, without the padding to devices.
     rows: int64 `[n]`, the rows in the bucket.
   """
 
@@ -91,13 +99,7 @@ class Bucket:
     return -(-len(self.rows) // self.num_rows)
 
 
-def make_buckets(
-  rows: RowSource,
-  config: PipelineConfig,
-  *,
-  row_multiple: int = 1,
-  shard_count: int = 1,
-) -> list[Bucket]:
+def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
   """The buckets that hold a row, each row in the smallest that it fits.
 
   Raises:
@@ -118,7 +120,7 @@ def make_buckets(
       longest = int(count[row_l == size].max())
       most[row_l == size] = bucket_sizes.round_up(longest)
     row_c = most
-  multiple = math.lcm(row_multiple, shard_count)
+  multiple = config.row_multiple
   buckets = []
   for num_events, num_candidates in np.unique(
     np.stack([row_l, row_c], 1), axis=0
@@ -141,49 +143,93 @@ class BatchIterator(Iterator[RankingBatch]):
   Attributes:
     buckets: the shapes that batches have.
     batches_per_epoch: batches, of this and of every other host.
+    padding: the share of a batch's rows that are there for the number of
+      devices, in the bucket where it is largest.
   """
 
   def __init__(
     self,
-    dataset: grain.MapDataset,
+    batches: _Batches,
     rows: RowSource,
-    buckets: list[Bucket],
     config: PipelineConfig,
+    *,
+    row_multiple: int,
+    shard_index: int,
+    shard_count: int,
   ):
-    self.buckets = buckets
-    self.batches_per_epoch = sum(b.num_batches for b in buckets)
-    self._order = _order(rows, buckets, config)
-    options = grain.ReadOptions(
+    if not 0 <= shard_index < shard_count:
+      raise ValueError(
+        f'shard_index={shard_index} must be in [0, shard_count={shard_count})'
+      )
+    if row_multiple < 1:
+      raise ValueError(f'row_multiple={row_multiple} must be >= 1')
+    multiple = math.lcm(row_multiple, shard_count)
+    self.buckets = list(batches.buckets)
+    self.batches_per_epoch = batches.batches_per_epoch
+    self.padding = max(
+      1 - b.num_rows / _round_up(b.num_rows, multiple) for b in self.buckets
+    )
+    self._batches, self._next = batches, 0
+    self._order = _order(rows, self.buckets, config)
+    load = _Load(rows, batches.buckets, multiple, shard_index, shard_count)
+    self._dataset = grain.MapDataset.source(batches).map(load)
+    self._options = grain.ReadOptions(
       num_threads=config.num_threads,
       prefetch_buffer_size=config.prefetch if config.num_threads else 0,
     )
-    self._iterator = iter(dataset.to_iter_dataset(options))
+    self._iterator = self._start()
 
   def __next__(self) -> RankingBatch:
-    return next(self._iterator)
+    batch = next(self._iterator)
+    self._next += 1
+    return batch
 
   def get_state(self) -> dict[str, Any]:
-    """The position, to be kept as JSON: that after the last batch given."""
-    return {**self._iterator.get_state(), 'order': self._order}
+    """The position, to be kept as JSON: that after the last batch given.
 
-  def set_state(self, state: dict[str, Any]) -> None:
+    Returns:
+      `epoch`; `rows`, how many of it were given, by all hosts together; and
+      `order`, which says of what order of batches that is.
+    """
+    epoch, place = divmod(self._next, self.batches_per_epoch)
+    rows = int(self._batches.rows_before(epoch)[place])
+    return {'epoch': epoch, 'rows': rows, 'order': self._order}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
     """Goes to a position, such that the next batch is the one after it.
+
+    Args:
+      state: of `get_state`, of any number of hosts and devices.
 
     Raises:
       ValueError: the state is of other rows, buckets, batch sizes or seed.
     """
-    state = dict(state)
-    if state.pop('order', None) != self._order:
+    if state.get('order') != self._order:
       raise ValueError(
         'the saved position in the data is of another order of batches: the '
-        'rows, the seed, batch_events, the buckets or the number of devices '
-        'have changed; restore them, or start a new run'
+        'rows, the seed, batch_events, row_multiple or the buckets have '
+        'changed, or it is of an earlier version of histjax; restore them, or '
+        'start a new run'
       )
-    self._iterator.set_state(state)
+    epoch, rows = state['epoch'], state['rows']
+    before = self._batches.rows_before(epoch)[:-1]
+    place = int(np.searchsorted(before, rows))
+    if place == len(before) or before[place] != rows:
+      raise ValueError(
+        f'the saved position in the data, after {rows} rows of epoch {epoch}, '
+        'is between two batches; it was changed: restore the checkpoint'
+      )
+    self._iterator.close()
+    self._next = epoch * self.batches_per_epoch + place
+    self._iterator = self._start()
 
   def close(self) -> None:
     """Ends the threads. The iterator cannot be used any more."""
     self._iterator.close()
+
+  def _start(self) -> Any:
+    rest = self._dataset.slice(slice(self._next, None))
+    return iter(rest.to_iter_dataset(self._options))
 
 
 def train_batches(
@@ -200,8 +246,8 @@ def train_batches(
   Args:
     rows: what to train on.
     config: how they become batches.
-    row_multiple: rows of a batch over all hosts are a multiple of it: the
-      number of devices.
+    row_multiple: rows of a batch over all hosts are padded to a multiple of
+      it, the number of devices.
     shard_index: this host.
     shard_count: hosts; each yields the same number of batches, of the same
       shapes, with `1 / shard_count` of the rows of each.
@@ -213,14 +259,15 @@ def train_batches(
   Raises:
     ValueError: a row does not fit the buckets, or an argument is bad.
   """
-  _check_shard(shard_index, shard_count, row_multiple)
-  buckets = make_buckets(
-    rows, config, row_multiple=row_multiple, shard_count=shard_count
+  buckets = tuple(make_buckets(rows, config))
+  return BatchIterator(
+    _Batches(buckets, config.seed, num_epochs or _ENDLESS),
+    rows,
+    config,
+    row_multiple=row_multiple,
+    shard_index=shard_index,
+    shard_count=shard_count,
   )
-  batches = _Batches(tuple(buckets), config.seed, num_epochs or _ENDLESS)
-  dataset = grain.MapDataset.source(batches)
-  load = _Load(rows, tuple(buckets), shard_index, shard_count)
-  return BatchIterator(dataset.map(load), rows, buckets, config)
 
 
 def eval_batches(
@@ -232,13 +279,14 @@ def eval_batches(
   shard_count: int = 1,
 ) -> BatchIterator:
   """Every row once, in order, bucket by bucket; see `train_batches`."""
-  _check_shard(shard_index, shard_count, row_multiple)
-  buckets = make_buckets(
-    rows, config, row_multiple=row_multiple, shard_count=shard_count
+  return BatchIterator(
+    _Batches(tuple(make_buckets(rows, config)), None, 1),
+    rows,
+    config,
+    row_multiple=row_multiple,
+    shard_index=shard_index,
+    shard_count=shard_count,
   )
-  dataset = grain.MapDataset.source(_Batches(tuple(buckets), None, 1))
-  load = _Load(rows, tuple(buckets), shard_index, shard_count)
-  return BatchIterator(dataset.map(load), rows, buckets, config)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -258,11 +306,25 @@ class _Batches:
   seed: int | None
   num_epochs: int
 
+  @functools.cached_property
+  def batches_per_epoch(self) -> int:
+    """The same in every epoch."""
+    return sum(b.num_batches for b in self.buckets)
+
+  def rows_before(self, epoch: int) -> np.ndarray:
+    """int64 `[batches + 1]`: rows of an epoch before each batch, and all."""
+    order, _ = _shuffled(self, epoch)
+    counts = [
+      min(b.num_rows, len(b.rows) - i * b.num_rows)
+      for b, i in ((self.buckets[number], i) for number, i in order)
+    ]
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
   def __len__(self) -> int:
-    return self.num_epochs * sum(b.num_batches for b in self.buckets)
+    return self.num_epochs * self.batches_per_epoch
 
   def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
-    epoch, place = divmod(index, len(self) // self.num_epochs)
+    epoch, place = divmod(index, self.batches_per_epoch)
     order, rows = _shuffled(self, epoch)
     number, batch = order[place]
     start = batch * self.buckets[number].num_rows
@@ -288,13 +350,14 @@ class _Load:
 
   rows: RowSource
   buckets: tuple[Bucket, ...]
+  multiple: int
   shard_index: int
   shard_count: int
 
   def __call__(self, batch: tuple[int, np.ndarray]) -> RankingBatch:
     number, indices = batch
     bucket = self.buckets[number]
-    share = bucket.num_rows // self.shard_count
+    share = _round_up(bucket.num_rows, self.multiple) // self.shard_count
     start = self.shard_index * share
     return self.rows.batch(
       indices[start : start + share],
@@ -304,10 +367,12 @@ class _Load:
     )
 
 
-def _order(rows: RowSource, buckets: list[Bucket], config: PipelineConfig) -> str:
+def _order(
+  rows: RowSource, buckets: list[Bucket], config: PipelineConfig
+) -> str:
   """Identifies the order of batches that a position counts in."""
   shapes = [(b.num_events, b.num_candidates, b.num_rows) for b in buckets]
-  digest = hashlib.sha256(json.dumps([2, config.seed, shapes]).encode())
+  digest = hashlib.sha256(json.dumps([3, config.seed, shapes]).encode())
   for array in (*rows.order(), *(b.rows for b in buckets)):
     digest.update(np.ascontiguousarray(array, '<i8').tobytes())
   return digest.hexdigest()[:16]
@@ -326,8 +391,5 @@ def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:
   return buckets[place]
 
 
-def _check_shard(index: int, count: int, row_multiple: int) -> None:
-  if not 0 <= index < count:
-    raise ValueError(f'shard_index={index} must be in [0, shard_count={count})')
-  if row_multiple < 1:
-    raise ValueError(f'row_multiple={row_multiple} must be >= 1')
+def _round_up(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple

@@ -130,7 +130,10 @@ class TrainBatchesTest(parameterized.TestCase):
     chex.assert_trees_all_equal(rest, again, strict=True)
 
   @parameterized.parameters(
-    {'seed': 1}, {'batch_events': 300}, {'history_buckets': (64,)}
+    {'seed': 1},
+    {'batch_events': 300},
+    {'row_multiple': 3},
+    {'history_buckets': (64,)},
   )
   def test_position_of_another_order_is_refused(self, **fields):
     rows = some_rows()
@@ -162,18 +165,77 @@ class TrainBatchesTest(parameterized.TestCase):
       joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
       chex.assert_trees_all_equal(joined, batch, strict=True)
 
-  def test_position_does_not_depend_on_the_hosts(self):
+  @parameterized.parameters((1, 1), (2, 1), (8, 2), (6, 3), (8, 8), (1, 3))
+  def test_batches_are_the_same_on_any_devices_and_hosts(self, devices, hosts):
     rows = some_rows()
-    one = pipeline.train_batches(rows, config(), row_multiple=4)
-    for _ in range(5):
-      next(one)
-    two = pipeline.train_batches(
-      rows, config(), row_multiple=4, shard_index=1, shard_count=2
+    whole = list(pipeline.train_batches(rows, config(), num_epochs=2))
+    shards = [
+      pipeline.train_batches(
+        rows,
+        config(),
+        row_multiple=devices,
+        shard_index=i,
+        shard_count=hosts,
+        num_epochs=2,
+      )
+      for i in range(hosts)
+    ]
+    unit = math.lcm(devices, hosts)
+    waste = max(
+      (-b.num_rows % unit) / (b.num_rows + -b.num_rows % unit)
+      for b in shards[0].buckets
     )
-    two.set_state(one.get_state())
-    whole, part = next(one), next(two)
-    half = len(whole.group) // 2
-    np.testing.assert_array_equal(whole.group[half:], part.group)
+    self.assertAlmostEqual(shards[0].padding, waste)
+    for batch, *parts in zip(whole, *shards, strict=True):
+      joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+      n = len(batch.group)
+      self.assertLen(joined.group, n + -n % unit)
+      chex.assert_trees_all_equal(
+        jax.tree.map(lambda x, n=n: x[:n], joined), batch, strict=True
+      )
+      self.assertFalse(joined.candidates.mask[n:].any())
+      self.assertFalse(joined.history.length[n:].any())
+
+  @parameterized.parameters((8, 2, 1, 1), (1, 1, 8, 4), (4, 1, 2, 2))
+  def test_position_is_taken_up_by_others(self, devices, hosts, to, by):
+    rows = some_rows()
+    one = pipeline.train_batches(
+      rows, config(), row_multiple=devices, shard_count=hosts
+    )
+    given = pipeline.train_batches(rows, config())
+    steps = one.batches_per_epoch + 5  # In the second epoch.
+    for _ in range(steps):
+      next(one)
+    count = sum(len(items(next(given))) > 0 for _ in range(steps))
+    self.assertEqual(count, steps)
+    state = json.loads(json.dumps(one.get_state()))
+    self.assertEqual(state['epoch'], 1)
+    fresh = pipeline.train_batches(rows, config(), num_epochs=2)
+    seen = [
+      int((next(fresh).candidates.mask).any(1).sum()) for _ in range(steps)
+    ]
+    self.assertEqual(state['rows'], sum(seen[one.batches_per_epoch :]))
+    parts = [
+      pipeline.train_batches(
+        rows, config(), row_multiple=to, shard_index=i, shard_count=by
+      )
+      for i in range(by)
+    ]
+    for part in parts:
+      part.set_state(state)
+      self.assertEqual(part.get_state(), state)
+    for _ in range(3):
+      joined = [i for part in parts for i in items(next(part))]
+      self.assertEqual(joined, items(next(given)))
+
+  def test_position_between_two_batches_is_refused(self):
+    batches = pipeline.train_batches(some_rows(), config())
+    next(batches)
+    state = batches.get_state()
+    with self.assertRaisesRegex(ValueError, 'is between two batches'):
+      batches.set_state({**state, 'rows': state['rows'] + 1})
+    with self.assertRaisesRegex(ValueError, 'earlier version of histjax'):
+      batches.set_state({'next_index': 1, 'order': 'of before'})
 
 
 class EvalBatchesTest(parameterized.TestCase):
@@ -196,20 +258,17 @@ class BucketTest(parameterized.TestCase):
   @given(
     seed=st.integers(0, 99),
     events=st.integers(1, 500),
-    multiple=st.sampled_from([1, 3, 8]),
-    hosts=st.sampled_from([1, 2]),
+    unit=st.sampled_from([1, 3, 8]),
     auto=st.integers(1, 5),
   )
-  def test_smallest_that_fits(self, seed, events, multiple, hosts, auto):
+  def test_smallest_that_fits(self, seed, events, unit, auto):
     rows = some_rows(seed)
-    fields = config(batch_events=events, auto_buckets=auto)
     buckets = pipeline.make_buckets(
-      rows, fields, row_multiple=multiple, shard_count=hosts
+      rows, config(batch_events=events, auto_buckets=auto, row_multiple=unit)
     )
     self.assertLessEqual(len(buckets), auto)
     sizes = sorted({b.num_events for b in buckets})
     found = []
-    unit = math.lcm(multiple, hosts)
     for bucket in buckets:
       found += bucket.rows.tolist()
       length = rows.history_lengths[bucket.rows]
@@ -221,7 +280,7 @@ class BucketTest(parameterized.TestCase):
       )
       self.assertEqual(bucket.num_rows % unit, 0)
       cost = bucket.num_events + bucket.num_candidates
-      # As many rows as fit; at least one for each device.
+      # As many rows as fit; at least `row_multiple`.
       self.assertGreater((bucket.num_rows + unit) * cost, events)
       if bucket.num_rows > unit:
         self.assertLessEqual(bucket.num_rows * cost, events)
@@ -273,6 +332,7 @@ class BucketTest(parameterized.TestCase):
     ),
     ({'candidate_buckets': (0,)}, 'candidate_buckets'),
     ({'batch_events': 0}, 'batch_events=0'),
+    ({'row_multiple': 0}, 'pipeline: row_multiple=0'),
     ({'seed': -1}, 'seed=-1'),
     ({'num_threads': -1}, 'num_threads=-1'),
     ({'prefetch': -1}, 'prefetch=-1'),
