@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from histjax import buckets as bucket_sizes
+from histjax.data import packing
 from histjax.data.rows import Rows
 from histjax.types import RankingBatch
 
@@ -32,18 +33,24 @@ class PipelineConfig:
   """How rows become batches.
 
   Attributes:
+    pack: put several rows into one where they fit, each as if it were alone;
+      the model has to be one that `RankerConfig.require_packable` accepts.
+      False: every row is padded by itself.
     batch_events: events and candidates, padding included, of a batch over all
       hosts; a batch has as many rows as fit, and at least one a device.
     history_buckets: the lengths L that histories are padded to, increasing.
       Empty: up to `auto_buckets` of them from the data.
     candidate_buckets: likewise, the numbers C of candidates. Empty: for each
-      history bucket, the most candidates that a row of it has.
-    auto_buckets: at most this many history buckets are made up.
+      history bucket, the most candidates that a row of it has. With `pack` the
+      shapes are their pairs, as many of one as of the other.
+    auto_buckets: at most this many history buckets, or with `pack` shapes, are
+      made up.
     seed: of the order of rows and batches.
     num_threads: threads that make batches ahead; 0: none, in the caller's.
     prefetch: batches made ahead.
   """
 
+  pack: bool = False
   batch_events: int = 32_768
   history_buckets: tuple[int, ...] = ()
   candidate_buckets: tuple[int, ...] = ()
@@ -56,6 +63,13 @@ class PipelineConfig:
     for field in ('history_buckets', 'candidate_buckets'):
       sizes = bucket_sizes.check(f'pipeline: {field}', getattr(self, field))
       object.__setattr__(self, field, sizes)
+    wide, tall = len(self.history_buckets), len(self.candidate_buckets)
+    if self.pack and wide != tall:
+      raise ValueError(
+        f'pipeline: history_buckets={self.history_buckets} and '
+        f'candidate_buckets={self.candidate_buckets} must be as many with '
+        'pack=True, which takes their pairs as shapes; or leave both empty'
+      )
     for field, least in (
       ('batch_events', 1),
       ('auto_buckets', 1),
@@ -78,17 +92,41 @@ class Bucket:
     num_candidates: C.
     num_rows: rows of a batch over all hosts.
     rows: int64 `[n]`, the rows in the bucket.
+    bins: of packed rows, int64 `[bins + 1]`: `rows[bins[i]:bins[i + 1]]` share
+      a row of a batch. None: each row has one.
   """
 
   num_events: int
   num_candidates: int
   num_rows: int
   rows: np.ndarray
+  bins: np.ndarray | None = None
+
+  @property
+  def units(self) -> np.ndarray:
+    """What a batch has `num_rows` of: rows, or the numbers of bins."""
+    return self.rows if self.bins is None else np.arange(len(self.bins) - 1)
 
   @property
   def num_batches(self) -> int:
     """Batches an epoch."""
-    return -(-len(self.rows) // self.num_rows)
+    return -(-len(self.units) // self.num_rows)
+
+  def batch(self, rows: Rows, units: np.ndarray, num_rows: int) -> RankingBatch:
+    """A batch of some units, padded to `num_rows`."""
+    pieces = None
+    if self.bins is not None:
+      first, pieces = self.bins[units], np.diff(self.bins)[units]
+      place = np.cumsum(pieces) - pieces
+      index = np.arange(pieces.sum()) + np.repeat(first - place, pieces)
+      units = self.rows[index]
+    return rows.batch(
+      units,
+      num_rows=num_rows,
+      num_events=self.num_events,
+      num_candidates=self.num_candidates,
+      pieces=pieces,
+    )
 
 
 def make_buckets(
@@ -105,7 +143,10 @@ def make_buckets(
   """
   if not len(rows):
     raise ValueError('there are no rows; the split has no events')
+  multiple = math.lcm(row_multiple, shard_count)
   length, count = rows.history_lengths, rows.candidate_counts
+  if config.pack:
+    return _packed(rows, length, count, config, multiple)
   made_up = bucket_sizes.of_data(length, config.auto_buckets)
   wide = np.array(config.history_buckets or made_up, np.int64)
   row_l = _fit(rows, length, wide, 'history_buckets', 'events of history')
@@ -118,7 +159,6 @@ def make_buckets(
       longest = int(count[row_l == size].max())
       most[row_l == size] = bucket_sizes.round_up(longest)
     row_c = most
-  multiple = math.lcm(row_multiple, shard_count)
   buckets = []
   for num_events, num_candidates in np.unique(
     np.stack([row_l, row_c], 1), axis=0
@@ -130,6 +170,43 @@ def make_buckets(
         num_candidates,
         max(multiple, fits // multiple * multiple),
         np.flatnonzero((row_l == num_events) & (row_c == num_candidates)),
+      )
+    )
+  return buckets
+
+
+def _packed(rows: Rows, length, count, config, multiple: int) -> list[Bucket]:
+  """The buckets of packed rows."""
+  into = list(
+    zip(config.history_buckets, config.candidate_buckets, strict=True)
+  )
+  if into:
+    for sizes, field, what in (
+      (length, 'history_buckets', 'events of history'),
+      (count, 'candidate_buckets', 'candidates'),
+    ):
+      _fit(rows, sizes, np.array(getattr(config, field)), field, what)
+  else:
+    # Smaller ones than a batch holds of at least 8 for each device.
+    most = config.batch_events // (8 * multiple)
+    into = packing.shapes(length, count, most=most, limit=config.auto_buckets)
+  buckets = []
+  for part in packing.pack(
+    length, count, into, np.random.default_rng(config.seed)
+  ):
+    number = len(part.offsets) - 1
+    fits = config.batch_events // (part.num_events + part.num_candidates)
+    fits = max(1, fits // multiple)
+    # Batches of about one size, rather than a last one that is padding.
+    share = -(-number // multiple)
+    share = -(-share // -(-share // fits))
+    buckets.append(
+      Bucket(
+        part.num_events,
+        part.num_candidates,
+        share * multiple,
+        part.rows,
+        part.offsets,
       )
     )
   return buckets
@@ -274,7 +351,7 @@ def _shuffled(batches: _Batches, epoch: int):
   """`[(bucket, batch)]` and each bucket's rows, in the order of an epoch."""
   buckets, seed = batches.buckets, batches.seed
   order = [(n, i) for n, b in enumerate(buckets) for i in range(b.num_batches)]
-  rows = [bucket.rows for bucket in buckets]
+  rows = [bucket.units for bucket in buckets]
   if seed is None:
     return order, rows
   rng = np.random.default_rng((seed, epoch))
@@ -296,12 +373,7 @@ class _Load:
     bucket = self.buckets[number]
     share = bucket.num_rows // self.shard_count
     start = self.shard_index * share
-    return self.rows.batch(
-      indices[start : start + share],
-      num_rows=share,
-      num_events=bucket.num_events,
-      num_candidates=bucket.num_candidates,
-    )
+    return bucket.batch(self.rows, indices[start : start + share], share)
 
 
 def _order(rows: Rows, buckets: list[Bucket], config: PipelineConfig) -> str:
@@ -309,7 +381,9 @@ def _order(rows: Rows, buckets: list[Bucket], config: PipelineConfig) -> str:
   shapes = [(b.num_events, b.num_candidates, b.num_rows) for b in buckets]
   digest = hashlib.sha256(json.dumps([2, config.seed, shapes]).encode())
   arrays = [rows.events, rows.offsets, rows.start, rows.stop]
-  for array in arrays + [b.rows for b in buckets]:
+  arrays += [b.rows for b in buckets]
+  arrays += [b.bins for b in buckets if b.bins is not None]
+  for array in arrays:
     digest.update(np.ascontiguousarray(array, '<i8').tobytes())
   return digest.hexdigest()[:16]
 
