@@ -5,6 +5,8 @@
 | bidirectional          | [0, length)               | [0, visible)          |
 | causal                 | [0, min(i+1, length))     | [0, visible)          |
 | causal with a window W | the last W of the causal  | the last W of those   |
+
+In packed rows `start` is the first event of the query's own segment.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ def history_range(
   *,
   causal: bool,
   window: int | None = None,
+  first: Int[Array, 'B L'] | None = None,
 ) -> KeyRange:
   """What each history event sees of the history.
 
@@ -30,14 +33,22 @@ def history_range(
     num_events: L, real events and padding.
     causal: an event sees itself and earlier ones; else every real event.
     window: with `causal`, at most this many of them, the most recent.
+    first: with `causal`, the first event that each may see, as
+      `Segments.events`; None: 0.
 
   Returns:
-    Ranges `[B, L]`. Padding events see what the last event sees.
+    Ranges `[B, L]`. Padding events see what the last event sees; none, where
+    `first` is the length.
 
   Raises:
-    ValueError: a window without `causal`, or below 1.
+    ValueError: a window, or `first`, without `causal`; a window below 1.
   """
   _check_window(window)
+  if first is not None and not causal:
+    raise ValueError(
+      'first needs causal=True: in a bidirectional history an event would see '
+      'the segments after its own'
+    )
   if window is not None and not causal:
     raise ValueError(
       f'window={window} needs causal=True: a bidirectional history has no '
@@ -49,7 +60,7 @@ def history_range(
     ordinal = jnp.arange(1, num_events + 1, dtype=jnp.int32)[None]
     stop = jnp.minimum(stop, jnp.broadcast_to(ordinal, shape))
   structure = 'causal' if causal else 'prefix'
-  return _last(stop, window, structure)
+  return _last(stop, window, structure, first)
 
 
 def candidate_range(
@@ -57,6 +68,7 @@ def candidate_range(
   *,
   window: int | None = None,
   whole_history: bool = False,
+  first: Int[Array, 'B C'] | None = None,
 ) -> KeyRange:
   """What each candidate sees of the history: `[visible - window, visible)`.
 
@@ -65,6 +77,7 @@ def candidate_range(
     window: at most this many of them, the most recent.
     whole_history: `visible` is known to be the row's history length for all
       of its candidates.
+    first: the first event that each may see, as `Segments.candidates`; None: 0.
 
   Returns:
     Ranges `[B, C]`.
@@ -73,9 +86,8 @@ def candidate_range(
     ValueError: a window below 1.
   """
   _check_window(window)
-  return _last(
-    visible.astype(jnp.int32), window, 'prefix' if whole_history else 'any'
-  )
+  structure = 'prefix' if whole_history else 'any'
+  return _last(visible.astype(jnp.int32), window, structure, first)
 
 
 def concatenate(history: KeyRange, candidates: KeyRange) -> KeyRange:
@@ -127,10 +139,13 @@ def check_bidirectional(
     )
 
 
-def _last(stop, window, structure) -> KeyRange:
-  if window is None:
+def _last(stop, window, structure, first) -> KeyRange:
+  if window is None and first is None:
     return KeyRange(jnp.zeros_like(stop), stop, structure)
-  return KeyRange(jnp.maximum(stop - window, 0), stop, 'any')
+  start = jnp.int32(0) if first is None else first.astype(jnp.int32)
+  if window is not None:
+    start = jnp.maximum(stop - window, start)
+  return KeyRange(start, stop, 'any')
 
 
 def _check_window(window: int | None) -> None:

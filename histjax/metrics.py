@@ -182,7 +182,7 @@ class RankingMetrics:
     logits: Mapping[str, Float[Array, 'B C']],
     labels: Mapping[str, Float[Array, 'B C']],
     mask: Bool[Array, 'B C'] | None,
-    group: Int[Array, 'B'],
+    group: Int[Array, 'B ...'],
   ) -> None:
     """Adds a batch.
 
@@ -190,7 +190,7 @@ class RankingMetrics:
       logits: `{task: [B, C]}`.
       labels: `{task: [B, C]}`, 0 or 1.
       mask: the candidates that count; None: all.
-      group: int32 `[B]`, the user of each row.
+      group: int32, the user of each row `[B]` or candidate `[B, C]`.
 
     Raises:
       ValueError: a task is missing, a logit that counts is not finite, or a
@@ -198,7 +198,10 @@ class RankingMetrics:
     """
     shape = np.shape(logits[self.tasks[0]])
     keep = np.ones(shape, bool) if mask is None else np.asarray(mask)
-    groups = np.broadcast_to(np.asarray(group)[:, None], shape)
+    groups = np.asarray(group)
+    groups = np.broadcast_to(
+      groups[:, None] if groups.ndim == 1 else groups, shape
+    )
     chunk = Predictions({}, {}, groups[keep].astype(np.int32))
     for task in self.tasks:
       for name, values in (('logits', logits), ('labels', labels)):

@@ -81,20 +81,43 @@ class Candidates(flax.struct.PyTreeNode):
     return next(iter(self.features.values())).shape
 
 
+class Segments(flax.struct.PyTreeNode):
+  """Which of the rows packed into one, the segments, all in it belongs to.
+
+  Events of a segment are consecutive, and so are its candidates. Each sees
+  its own segment alone, whose first event has position 0.
+
+  Attributes:
+    events: int32 `[B, L]`, the first event of each event's segment.
+    candidates: int32 `[B, C]`, the first event of each candidate's segment.
+    index: int32 `[B, C]`, the number of each candidate's segment in the row.
+  """
+
+  events: Int[Array, 'B L']
+  candidates: Int[Array, 'B C']
+  index: Int[Array, 'B C']
+
+
 class RankingBatch(flax.struct.PyTreeNode):
   """A batch of rows: a user, a history, candidates and (if known) labels.
 
+  A packed row holds several, one after the other: `history.length` counts the
+  events of all, `candidates.visible` from the row's first event on.
+
   Attributes:
-    context: `{name: [B]}`, features of the user or the request.
+    context: `{name: [B]}`, features of the user or the request; packed:
+      `{name: [B, C]}`.
     history: the events.
     candidates: the items to score.
     labels: `{task: [B, C]}` float32 in {0, 1}; empty when scoring.
-    group: int32 `[B]`, the user of each row as a dense index. GAUC averages
-      over it. The model never reads it.
+    group: int32 `[B]`, packed `[B, C]`, the user as a dense index. GAUC
+      averages over it. The model never reads it.
+    segments: of packed rows; None: they are not packed.
   """
 
-  context: dict[str, Shaped[Array, 'B']]
+  context: dict[str, Shaped[Array, 'B ...']]
   history: History
   candidates: Candidates
   labels: dict[str, Float[Array, 'B C']]
-  group: Int[Array, 'B']
+  group: Int[Array, 'B ...']
+  segments: Segments | None = None

@@ -100,6 +100,18 @@ def check_batch(batch: RankingBatch, schema: schema_lib.Schema) -> None:
     assert np.isin(labels[checked.candidates.mask], (0, 1)).all()
 
 
+def check_rows_are_zero_at_padding(batch: RankingBatch) -> None:
+  """Checks that what stands for nothing is 0."""
+  shown = batch.candidates.mask
+  events = next(iter(batch.history.features.values()))
+  real = np.arange(events.shape[1]) < batch.history.length[:, None]
+  for values in (*batch.candidates.features.values(), *batch.labels.values()):
+    assert not values[~shown].any()
+  assert not batch.candidates.visible[~shown].any()
+  for values in batch.history.features.values():
+    assert not values[~real].any()
+
+
 @functools.cache
 def _shapes(config):
   """Of the parameters; compiling `init` would take longer than most tests."""

@@ -23,6 +23,7 @@ import grain
 import numpy as np
 
 from histjax import buckets as bucket_sizes
+from histjax.data import packing
 from histjax.data.rows import RowSource
 from histjax.types import RankingBatch
 
@@ -35,6 +36,9 @@ class PipelineConfig:
   """How rows become batches.
 
   Attributes:
+    pack: put several rows into one where they fit, each as if it were alone;
+      the model has to be one that `RankerConfig.require_packable` accepts.
+      False: every row is padded by itself.
     batch_events: events and candidates, padding included, of a batch over all
       hosts; a batch has as many rows as fit, and at least `row_multiple`.
     row_multiple: rows of a batch are a multiple of it. On n devices batches are
@@ -43,13 +47,16 @@ class PipelineConfig:
     history_buckets: the lengths L that histories are padded to, increasing.
       Empty: up to `auto_buckets` of them from the data.
     candidate_buckets: likewise, the numbers C of candidates. Empty: for each
-      history bucket, the most candidates that a row of it has.
-    auto_buckets: at most this many history buckets are made up.
+      history bucket, the most candidates that a row of it has. With `pack` the
+      shapes are their pairs, as many of one as of the other.
+    auto_buckets: at most this many history buckets, or with `pack` shapes, are
+      made up.
     seed: of the order of rows and batches.
     num_threads: threads that make batches ahead; 0: none, in the caller's.
     prefetch: batches made ahead.
   """
 
+  pack: bool = False
   batch_events: int = 32_768
   row_multiple: int = 1
   history_buckets: tuple[int, ...] = ()
@@ -63,6 +70,13 @@ class PipelineConfig:
     for field in ('history_buckets', 'candidate_buckets'):
       sizes = bucket_sizes.check(f'pipeline: {field}', getattr(self, field))
       object.__setattr__(self, field, sizes)
+    wide, tall = len(self.history_buckets), len(self.candidate_buckets)
+    if self.pack and wide != tall:
+      raise ValueError(
+        f'pipeline: history_buckets={self.history_buckets} and '
+        f'candidate_buckets={self.candidate_buckets} must be as many with '
+        'pack=True, which takes their pairs as shapes; or leave both empty'
+      )
     for field, least in (
       ('batch_events', 1),
       ('row_multiple', 1),
@@ -86,17 +100,43 @@ class Bucket:
     num_candidates: C.
     num_rows: rows of a batch over all hosts, without the padding to devices.
     rows: int64 `[n]`, the rows in the bucket.
+    bins: of packed rows, int64 `[bins + 1]`: `rows[bins[i]:bins[i + 1]]` share
+      a row of a batch. None: each row has one.
   """
 
   num_events: int
   num_candidates: int
   num_rows: int
   rows: np.ndarray
+  bins: np.ndarray | None = None
+
+  @property
+  def units(self) -> np.ndarray:
+    """What a batch has `num_rows` of: rows, or the numbers of bins."""
+    return self.rows if self.bins is None else np.arange(len(self.bins) - 1)
 
   @property
   def num_batches(self) -> int:
     """Batches an epoch."""
-    return -(-len(self.rows) // self.num_rows)
+    return -(-len(self.units) // self.num_rows)
+
+  def batch(
+    self, rows: RowSource, units: np.ndarray, num_rows: int
+  ) -> RankingBatch:
+    """A batch of some units, padded to `num_rows`."""
+    pieces = None
+    if self.bins is not None:
+      first, pieces = self.bins[units], np.diff(self.bins)[units]
+      place = np.cumsum(pieces) - pieces
+      index = np.arange(pieces.sum()) + np.repeat(first - place, pieces)
+      units = self.rows[index]
+    return rows.batch(
+      units,
+      num_rows=num_rows,
+      num_events=self.num_events,
+      num_candidates=self.num_candidates,
+      pieces=pieces,
+    )
 
 
 def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
@@ -107,7 +147,10 @@ def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
   """
   if not len(rows):
     raise ValueError('there are no rows; the split has no events')
+  multiple = config.row_multiple
   length, count = rows.history_lengths, rows.candidate_counts
+  if config.pack:
+    return _packed(rows, length, count, config, multiple)
   made_up = bucket_sizes.of_data(length, config.auto_buckets)
   wide = np.array(config.history_buckets or made_up, np.int64)
   row_l = _fit(rows, length, wide, 'history_buckets', 'events of history')
@@ -120,7 +163,6 @@ def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
       longest = int(count[row_l == size].max())
       most[row_l == size] = bucket_sizes.round_up(longest)
     row_c = most
-  multiple = config.row_multiple
   buckets = []
   for num_events, num_candidates in np.unique(
     np.stack([row_l, row_c], 1), axis=0
@@ -132,6 +174,45 @@ def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
         num_candidates,
         max(multiple, fits // multiple * multiple),
         np.flatnonzero((row_l == num_events) & (row_c == num_candidates)),
+      )
+    )
+  return buckets
+
+
+def _packed(
+  rows: RowSource, length, count, config, multiple: int
+) -> list[Bucket]:
+  """The buckets of packed rows."""
+  into = list(
+    zip(config.history_buckets, config.candidate_buckets, strict=True)
+  )
+  if into:
+    for sizes, field, what in (
+      (length, 'history_buckets', 'events of history'),
+      (count, 'candidate_buckets', 'candidates'),
+    ):
+      _fit(rows, sizes, np.array(getattr(config, field)), field, what)
+  else:
+    # Smaller ones than a batch holds 8 of for each of `row_multiple`.
+    most = config.batch_events // (8 * multiple)
+    into = packing.shapes(length, count, most=most, limit=config.auto_buckets)
+  buckets = []
+  for part in packing.pack(
+    length, count, into, np.random.default_rng(config.seed)
+  ):
+    number = len(part.offsets) - 1
+    fits = config.batch_events // (part.num_events + part.num_candidates)
+    fits = max(1, fits // multiple)
+    # Batches of about one size, rather than a last one that is padding.
+    share = -(-number // multiple)
+    share = -(-share // -(-share // fits))
+    buckets.append(
+      Bucket(
+        part.num_events,
+        part.num_candidates,
+        share * multiple,
+        part.rows,
+        part.offsets,
       )
     )
   return buckets
@@ -315,7 +396,7 @@ class _Batches:
     """int64 `[batches + 1]`: rows of an epoch before each batch, and all."""
     order, _ = _shuffled(self, epoch)
     counts = [
-      min(b.num_rows, len(b.rows) - i * b.num_rows)
+      min(b.num_rows, len(b.units) - i * b.num_rows)
       for b, i in ((self.buckets[number], i) for number, i in order)
     ]
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -336,7 +417,7 @@ def _shuffled(batches: _Batches, epoch: int):
   """`[(bucket, batch)]` and each bucket's rows, in the order of an epoch."""
   buckets, seed = batches.buckets, batches.seed
   order = [(n, i) for n, b in enumerate(buckets) for i in range(b.num_batches)]
-  rows = [bucket.rows for bucket in buckets]
+  rows = [bucket.units for bucket in buckets]
   if seed is None:
     return order, rows
   rng = np.random.default_rng((seed, epoch))
@@ -359,12 +440,7 @@ class _Load:
     bucket = self.buckets[number]
     share = _round_up(bucket.num_rows, self.multiple) // self.shard_count
     start = self.shard_index * share
-    return self.rows.batch(
-      indices[start : start + share],
-      num_rows=share,
-      num_events=bucket.num_events,
-      num_candidates=bucket.num_candidates,
-    )
+    return bucket.batch(self.rows, indices[start : start + share], share)
 
 
 def _order(
@@ -373,7 +449,8 @@ def _order(
   """Identifies the order of batches that a position counts in."""
   shapes = [(b.num_events, b.num_candidates, b.num_rows) for b in buckets]
   digest = hashlib.sha256(json.dumps([3, config.seed, shapes]).encode())
-  for array in (*rows.order(), *(b.rows for b in buckets)):
+  packed = [b.bins for b in buckets if b.bins is not None]
+  for array in (*rows.order(), *(b.rows for b in buckets), *packed):
     digest.update(np.ascontiguousarray(array, '<i8').tobytes())
   return digest.hexdigest()[:16]
 
@@ -382,9 +459,9 @@ def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:
   place = np.searchsorted(buckets, sizes)
   if place.max() == len(buckets):
     row = int(np.argmax(sizes))
-    user = rows.keys[rows[row].group]
+    user = rows.keys.tolist()[rows[row].group]
     raise ValueError(
-      f'pipeline: a row of user {str(user)!r} has {sizes[row]} {what}, more than '
+      f'pipeline: a row of user {user!r} has {sizes[row]} {what}, more than '
       f'the largest of {field}={tuple(buckets.tolist())}; add a larger bucket, '
       'or make shorter rows (RowConfig.history_length, max_candidates)'
     )

@@ -413,7 +413,9 @@ class _Run:
     self._progress.tell(what, done, total, unit, before)
     step_of = functools.partial(step, self._job)
     # The largest first, so that none is left at the end.
-    for i in self._engine.run(step_of, sorted(missing, key=lambda i: -sizes[i])):
+    for i in self._engine.run(
+      step_of, sorted(missing, key=lambda i: -sizes[i])
+    ):
       done += sizes[i]
       self._progress.tell(what, done, total, unit, before)
     self.seconds[what] = time.monotonic() - start

@@ -91,9 +91,7 @@ class Ray:
       yield int(row['number'])
 
 
-def _take(
-  batch: dict[str, np.ndarray], step: Step
-) -> dict[str, list[Any]]:
+def _take(batch: dict[str, np.ndarray], step: Step) -> dict[str, list[Any]]:
   errors = []
   for number in batch['number'].tolist():
     try:

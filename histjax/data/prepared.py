@@ -106,9 +106,7 @@ def load(folder: pathlib.Path) -> Prepared:
     )
     for split in SPLITS
   }
-  return Prepared(
-    values['config'], schema, splits, fitted, fingerprint(values)
-  )
+  return Prepared(values['config'], schema, splits, fitted, fingerprint(values))
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -249,6 +247,7 @@ class PreparedRows(RowSource):
     num_rows: int,
     num_events: int,
     num_candidates: int,
+    pieces: Sequence[int] | np.ndarray | None = None,
   ) -> RankingBatch:
     """See `RowSource.batch`."""
     rows = self._read(np.asarray(indices, np.int64))
@@ -257,6 +256,7 @@ class PreparedRows(RowSource):
       num_rows=num_rows,
       num_events=num_events,
       num_candidates=num_candidates,
+      pieces=pieces if rows or pieces is None else [1],
     )
     return batch if rows else jax.tree.map(np.zeros_like, batch)
 

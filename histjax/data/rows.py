@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from histjax.data import grouping
+from histjax.data import batching, grouping
 from histjax.data.events import EventLog
 from histjax.data.grouping import RowConfig
 from histjax.features import Counts, FittedFeatures, Impressions
 from histjax.schema import Schema
-from histjax.types import Candidates, History, RankingBatch
+from histjax.types import RankingBatch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,14 +90,17 @@ class RowSource(Sequence[Row]):
     num_rows: int,
     num_events: int,
     num_candidates: int,
+    pieces: Sequence[int] | np.ndarray | None = None,
   ) -> RankingBatch:
     """Pads the rows `indices` to one shape.
 
     Args:
-      indices: int `[at most num_rows]`.
+      indices: int `[at most num_rows]`; packed, any number of them.
       num_rows: B; missing rows are empty: length 0, mask False, zeros.
       num_events: L, at least the longest history.
       num_candidates: C, at least the most candidates.
+      pieces: int `[at most num_rows]`, of packed rows: how many of the
+        `indices` each packs, in their order. None: they are not packed.
 
     Returns:
       The rows, padded with zeros at the end of each axis, in NumPy.
@@ -221,17 +224,21 @@ class Rows(RowSource):
     num_rows: int,
     num_events: int,
     num_candidates: int,
+    pieces: Sequence[int] | np.ndarray | None = None,
   ) -> RankingBatch:
     """See `RowSource.batch`."""
     indices = np.asarray(indices, np.int64)
     first, last = self.offsets[indices], self.offsets[indices + 1]
     begin, end = self.start[indices], self.stop[indices]
     users = self.events[first]
-    history = _Grid(begin, end, num_rows, num_events, 'events')
-    shown = _Grid(first, last, num_rows, num_candidates, 'candidates')
+    history = batching.Grid(begin, end, num_rows, num_events, 'events', pieces)
+    shown = batching.Grid(
+      first, last, num_rows, num_candidates, 'candidates', pieces
+    )
     events = self.events[shown.index]
-    visible = self.visible[shown.index] - _fill(begin, num_rows)[:, None]
-    return _batch(
+    # Events are numbered from the first of the row that they are packed into.
+    visible = self.visible[shown.index] - shown.of_piece(begin - history.place)
+    return batching.batch(
       context={f.name: self.features[f.name][users] for f in self._context},
       history=history,
       history_features={
@@ -245,6 +252,7 @@ class Rows(RowSource):
       visible=visible,
       labels={name: y[events] for name, y in self.log.labels.items()},
       group=self.log.user[users],
+      packed=pieces is not None,
     )
 
 
@@ -333,15 +341,18 @@ def collate(
   num_rows: int | None = None,
   num_events: int | None = None,
   num_candidates: int | None = None,
+  pieces: Sequence[int] | np.ndarray | None = None,
 ) -> RankingBatch:
   """Pads rows to one shape and stacks them.
 
   Args:
-    rows: at most `num_rows`, at least one, all of one schema.
+    rows: at most `num_rows`, packed any number, at least one, all of one
+      schema.
     num_rows: B; missing rows are empty: length 0, mask False, zeros. None: as
       many as there are.
     num_events: L, at least the longest history; None: its length, or 1.
     num_candidates: C, at least the most candidates; None: their number.
+    pieces: as `RowSource.batch`.
 
   Returns:
     The batch, padded with zeros at the end of each axis, in NumPy.
@@ -354,10 +365,12 @@ def collate(
   lengths = [len(next(iter(r.history.values()))) for r in rows]
   counts = [len(r.visible) for r in rows]
 
-  num_rows = len(rows) if num_rows is None else num_rows
-  num_events = max(1, *lengths) if num_events is None else num_events
+  packs = [1] * len(rows) if pieces is None else pieces
+  num_rows = len(packs) if num_rows is None else num_rows
+  if num_events is None:
+    num_events = max(1, batching.sums(lengths, packs).max())
   if num_candidates is None:
-    num_candidates = max(counts)
+    num_candidates = batching.sums(counts, packs).max()
 
   def join(field):
     return {
@@ -367,110 +380,26 @@ def collate(
 
   def grid(sizes, width, what):
     end = np.cumsum(sizes)
-    return _Grid(end - sizes, end, num_rows, width, what)
+    return batching.Grid(end - sizes, end, num_rows, width, what, pieces)
 
   shown = grid(counts, num_candidates, 'candidates')
+  history = grid(lengths, num_events, 'events')
 
   def candidates(field):
-    return {name: _take(x, shown) for name, x in join(field).items()}
+    return {name: batching.take(x, shown) for name, x in join(field).items()}
 
-  return _batch(
+  return batching.batch(
     context={
       name: np.stack([r.context[name] for r in rows])
       for name in rows[0].context
     },
-    history=grid(lengths, num_events, 'events'),
+    history=history,
     history_features=join('history'),
     shown=shown,
     candidates=candidates('candidates'),
-    visible=_take(np.concatenate([r.visible for r in rows]), shown),
+    visible=batching.take(np.concatenate([r.visible for r in rows]), shown)
+    + shown.of_piece(history.place),
     labels=candidates('labels'),
     group=np.array([r.group for r in rows], np.int32),
+    packed=pieces is not None,
   )
-
-
-class _Grid:
-  """Where each slot `[num_rows, width]` of a batch is in flat arrays.
-
-  Attributes:
-    count: int32 `[num_rows]`, the real slots of each row.
-    real: bool `[num_rows, width]`.
-    index: int64 `[num_rows, width]`; 0 where not real.
-  """
-
-  def __init__(self, begin, end, num_rows: int, width: int, what: str):
-    check_fits('rows', len(begin), num_rows, 'num_rows')
-    self.count = _fill(end - begin, num_rows).astype(np.int32)
-    longest = int(self.count.max(initial=0))
-    check_fits(what, longest, width, f'num_{what}')
-    offset = np.arange(width)[None]
-    self.real = offset < self.count[:, None]
-    begin = _fill(begin, num_rows)[:, None]
-    self.index = np.where(self.real, begin + offset, 0)
-
-
-def _fill(values: np.ndarray, size: int) -> np.ndarray:
-  """Zeros behind the values, up to `size`."""
-  return np.pad(values, (0, size - len(values)))
-
-
-def _take(source: np.ndarray, grid: _Grid) -> np.ndarray:
-  if not len(source):
-    return np.zeros(grid.index.shape, source.dtype)
-  return source[grid.index]
-
-
-def _batch(
-  *,
-  context: Mapping[str, np.ndarray],
-  history: _Grid,
-  history_features: Mapping[str, np.ndarray],
-  shown: _Grid,
-  candidates: Mapping[str, np.ndarray],
-  visible: np.ndarray,
-  labels: Mapping[str, np.ndarray],
-  group: np.ndarray,
-) -> RankingBatch:
-  """A batch of the rows that the grids describe, zeros where nothing is real.
-
-  Args:
-    context: `[rows]`.
-    history: of the events.
-    history_features: flat.
-    shown: of the candidates.
-    candidates: `[num_rows, width]`, anything where not real.
-    visible: likewise.
-    labels: likewise.
-    group: `[rows]`.
-  """
-  num_rows = len(history.count)
-
-  def keep(values, real):
-    return np.where(real, values, values.dtype.type(0))
-
-  return RankingBatch(
-    context={name: _fill(x, num_rows) for name, x in context.items()},
-    history=History(
-      features={
-        name: keep(_take(x, history), history.real)
-        for name, x in history_features.items()
-      },
-      length=history.count,
-    ),
-    candidates=Candidates(
-      features={name: keep(x, shown.real) for name, x in candidates.items()},
-      visible=keep(visible, shown.real).astype(np.int32),
-      mask=shown.real,
-    ),
-    labels={name: keep(x, shown.real) for name, x in labels.items()},
-    group=_fill(group, num_rows),
-  )
-
-
-def check_fits(what: str, size, room: int, argument: str) -> None:
-  """Raises a ValueError if `size` things do not fit into `room`."""
-  if size > room:
-    raise ValueError(
-      f'{size} {what} do not fit into {argument}={room}; raise it, or '
-      'shorten the row'
-    )

@@ -125,9 +125,7 @@ class Rates(base.DerivedFeature):
 
   def counted(self, events: base.Events) -> dict[str, np.ndarray]:
     """The values that have rates."""
-    return {
-      by: _value(events.schema, events.features, by) for by in self.by
-    }
+    return {by: _value(events.schema, events.features, by) for by in self.by}
 
   def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:
     """One dense feature a rate."""

@@ -107,6 +107,31 @@ class RankerConfig:
         f'{list(fusion.amortizable())}'
       )
 
+  def require_packable(self) -> None:
+    """Raises ValueError, with what to use instead, if rows cannot be packed.
+
+    Then what one user's events become would depend on who shares the row.
+    """
+    if not fusion.FUSIONS[self.fusion].packable:
+      raise ValueError(
+        f'fusion={self.fusion!r} cannot take packed rows: it makes a sequence '
+        'of the whole row for each candidate, its neighbours included. Set '
+        'pipeline.pack=False, or use a fusion that can: '
+        f'{list(fusion.packable())}'
+      )
+    if not self.encoder.causal:
+      raise ValueError(
+        'encoder.causal=False cannot take packed rows: a bidirectional event '
+        'would see the users after its own. Set pipeline.pack=False, or train '
+        'with encoder.causal=True'
+      )
+    if self.encoder.positions == 'recency':
+      raise ValueError(
+        "encoder.positions='recency' cannot take packed rows: it counts from "
+        'the end of the row, not of the user. Set pipeline.pack=False, or '
+        "train with encoder.positions='rotary'"
+      )
+
   def require_extendable(self) -> None:
     """Raises ValueError if new events change what is cached of old ones."""
     self.require_amortizable()
@@ -174,9 +199,14 @@ class Ranker(nn.Module):
       `{task: [B, C]}` float32. Values at padding mean nothing.
 
     Raises:
-      ValueError: a feature of the schema is missing, or `visible` varies in a
-        row whose history is bidirectional (checked only outside of jit).
+      ValueError: a feature of the schema is missing, rows are packed that may
+        not be, or `visible` varies in a row whose history is bidirectional
+        (checked only outside of jit).
     """
+    options = {}
+    if batch.segments is not None:
+      self.config.require_packable()
+      options['segments'] = batch.segments
     self._check_visible(batch.candidates.visible, batch.history.length)
     features, tokens = self._candidate_inputs(batch.candidates, train=train)
     readout = self.fusion(
@@ -184,6 +214,7 @@ class Ranker(nn.Module):
       tokens,
       batch.history.length,
       batch.candidates.visible,
+      **options,
       train=train,
     )
     user = self._user(batch.context, batch.history.length.shape[0])

@@ -104,8 +104,11 @@ class InteractionHead(nn.Module):
     # Logits are float32 whatever the rest is computed in.
     self.logits = nn.Dense(self.num_tasks, dtype=jnp.float32)
 
-  def user_half(self, user: Float[Array, 'B U']) -> dict[str, Array]:
-    """What the head needs of the user: `{'user', 'mlp', 'cross'}: [B, ..]`."""
+  def user_half(self, user: Float[Array, 'B ... U']) -> dict[str, Array]:
+    """What the head needs of the user: `{'user', 'mlp', 'cross'}: [B, ..]`.
+
+    Of packed rows, `[B, C, ..]`, the user of each candidate.
+    """
     half = {'user': user, 'mlp': self.mlp_user(user)}
     if self.config.kind == 'dcn_v2':
       half['cross'] = self.cross_user(user)
@@ -119,16 +122,17 @@ class InteractionHead(nn.Module):
     train: bool = False,
   ) -> Float[Array, 'B C T']:
     """Logits of the tasks, float32."""
-    hidden = user_half['mlp'][:, None, :] + self.mlp_candidate(candidate)
+    half = {k: x[:, None] if x.ndim == 2 else x for k, x in user_half.items()}
+    hidden = half['mlp'] + self.mlp_candidate(candidate)
     hidden = self.dropout(nn.relu(hidden), deterministic=not train)
     for layer in self.mlp:
       hidden = self.dropout(nn.relu(layer(hidden)), deterministic=not train)
     if self.config.kind == 'mlp':
       return self.logits(hidden)
-    user = user_half['user'][:, None, :]
+    user = half['user']
     user = jnp.broadcast_to(user, (*candidate.shape[:2], user.shape[-1]))
     x0 = jnp.concatenate([user, candidate], axis=-1)
-    low_rank = user_half['cross'][:, None, :] + self.cross_candidate(candidate)
+    low_rank = half['cross'] + self.cross_candidate(candidate)
     x = x0 * self.cross_out[0](low_rank) + x0
     for down, up in zip(self.cross_in, self.cross_out[1:], strict=True):
       x = x0 * up(down(x)) + x
@@ -136,7 +140,7 @@ class InteractionHead(nn.Module):
 
   def score(
     self,
-    user: Float[Array, 'B U'],
+    user: Float[Array, 'B ... U'],
     features: Float[Array, 'B C F'],
     readout: Float[Array, 'B C D'],
     *,
@@ -149,7 +153,7 @@ class InteractionHead(nn.Module):
     packed parameters, the target such a kernel, and the config names no other.
 
     Args:
-      user: `[B, U]`.
+      user: `[B, U]`; of packed rows, which have no kernel, `[B, C, U]`.
       features: `[B, C, F]`.
       readout: `[B, C, D]`.
       count: int32 `[B]`; logits of candidates from there on mean nothing.
@@ -161,6 +165,7 @@ class InteractionHead(nn.Module):
     """
     named = self.config.implementation
     packed = self.has_variable('tower', 'weights') and not train
+    packed &= user.ndim == 2
     if packed and named != 'xla':
       try:
         return ops.interaction_head(

@@ -43,6 +43,11 @@ def check_batch(
       than the history has.
   """
   check_type(batch, RankingBatch, 'batch')
+  if batch.segments is not None:
+    raise ValueError(
+      'batch.segments: the rows are packed, which is for training; score users '
+      'in rows of their own, as histjax.collate makes them without `pieces`'
+    )
   length, (rows, events) = lengths(schema, batch.history)
   shape = candidates_shape(schema, batch.candidates)
   check_rows(shape[0], rows)

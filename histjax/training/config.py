@@ -106,6 +106,8 @@ class TrainConfig:
         "data.rows.kind='streaming', 'snapshot' or 'request', or "
         'rank_loss.weight=0'
       )
+    if self.pipeline.pack:
+      self.model.require_packable()
     self._check_tasks()
     self.check_rows('data.rows', self.data.rows)
     if self.data.eval_rows is not None:

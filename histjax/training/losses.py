@@ -78,6 +78,7 @@ def rank_loss_sum(
   visible: Int[Array, 'B C'] | None = None,
   *,
   span: int | None = None,
+  segment: Int[Array, 'B C'] | None = None,
   task_weights: Mapping[str, float] | None = None,
 ) -> tuple[Float[jax.Array, ''], Float[jax.Array, '']]:
   """The loss of pairs with different labels in a row, and its weight.
@@ -99,6 +100,7 @@ def rank_loss_sum(
     mask: the candidates that count; None: all.
     visible: int32, how many events came before each; None: the same number.
     span: see `RankLossConfig`; None: all pairs of a row.
+    segment: of packed rows, `Segments.index`; each segment is a row b.
     task_weights: `{task: w_t}`; tasks left out, and None, mean 1.
 
   Returns:
@@ -107,14 +109,28 @@ def rank_loss_sum(
   near = None
   if span is not None and visible is not None:
     near = jnp.abs(visible[:, :, None] - visible[:, None, :]) < span
+  same = None
+  if segment is not None:
+    same = segment[:, :, None] == segment[:, None, :]
 
   def task_sum(z, y, keep):
     positive, negative = keep & (y == 1), keep & (y != 1)
     pair = positive[:, :, None] & negative[:, None, :]
     if near is not None:
       pair &= near
+    if same is not None:
+      pair &= same
     loss = jax.nn.softplus(z[:, None, :] - z[:, :, None])  # [B, i, j]
-    loss = jnp.sum(jnp.where(pair, loss, 0.0), axis=(1, 2))
+    loss = jnp.where(pair, loss, 0.0)
+    if same is not None:  # What rows sum up, each candidate has for its own.
+      p, n = (
+        jnp.sum(same & x[:, None, :], axis=2, dtype=jnp.float32)
+        for x in (positive, negative)
+      )
+      weight = (p + n) / jnp.maximum(p * n, 1.0)
+      total = jnp.sum(weight * jnp.sum(loss, axis=2))
+      return total, jnp.sum(keep & (p * n > 0), dtype=jnp.float32)
+    loss = jnp.sum(loss, axis=(1, 2))
     p = jnp.sum(positive, axis=1, dtype=jnp.float32)
     n = jnp.sum(negative, axis=1, dtype=jnp.float32)
     count = jnp.where(p * n > 0, p + n, 0.0)
@@ -160,6 +176,7 @@ def batch_loss(
     mask,
     visible,
     span=rank_loss.span,
+    segment=None if batch.segments is None else batch.segments.index,
     task_weights=task_weights,
   )
   return loss + rank_loss.weight * mean(*parts)

@@ -53,7 +53,7 @@ def items(batch) -> list[int]:
 
 
 class TrainBatchesTest(parameterized.TestCase):
-  @parameterized.parameters('pointwise', 'streaming')
+  @parameterized.product(kind=('pointwise', 'streaming'), pack=(False, True))
   @support.examples(8)
   @given(
     seed=st.integers(0, 999),
@@ -61,18 +61,23 @@ class TrainBatchesTest(parameterized.TestCase):
     multiple=st.sampled_from([1, 2, 8]),
     threads=st.sampled_from([0, 2]),
   )
-  def test_every_row_once_an_epoch(self, kind, seed, users, multiple, threads):
+  def test_every_row_once_an_epoch(
+    self, kind, pack, seed, users, multiple, threads
+  ):
     rows = some_rows(seed, users, kind=kind)
     assume(len(rows))
     batches = pipeline.train_batches(
       rows,
-      config(seed=seed, num_threads=threads),
+      config(seed=seed, num_threads=threads, pack=pack),
       row_multiple=multiple,
       num_epochs=2,
     )
     epochs = [[], []]
     for number, batch in enumerate(batches):
-      support.check_batch(batch, SCHEMA)
+      if pack:
+        support.check_rows_are_zero_at_padding(batch)
+      else:
+        support.check_batch(batch, SCHEMA)
       self.assertEqual(len(batch.group) % multiple, 0)
       epochs[number // batches.batches_per_epoch] += items(batch)
     batches.close()
@@ -113,10 +118,12 @@ class TrainBatchesTest(parameterized.TestCase):
     for _ in range(5 * batches.batches_per_epoch):
       next(batches)
 
-  @parameterized.product(threads=(0, 2), steps=(0, 1, 7, 23))
-  def test_resumes_bit_for_bit(self, threads, steps):
-    rows = some_rows()
-    fields = config(num_threads=threads)
+  @parameterized.product(
+    threads=(0, 2), steps=(0, 1, 7, 23), pack=(False, True)
+  )
+  def test_resumes_bit_for_bit(self, threads, steps, pack):
+    rows = some_rows(users=200 if pack else 40)
+    fields = config(num_threads=threads, pack=pack)
     batches = pipeline.train_batches(rows, fields, num_epochs=3)
     for _ in range(steps):
       next(batches)
@@ -134,6 +141,7 @@ class TrainBatchesTest(parameterized.TestCase):
     {'batch_events': 300},
     {'row_multiple': 3},
     {'history_buckets': (64,)},
+    {'pack': True},
   )
   def test_position_of_another_order_is_refused(self, **fields):
     rows = some_rows()
@@ -145,15 +153,15 @@ class TrainBatchesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'another order of batches'):
       other.set_state(state)
 
-  @parameterized.product(hosts=(2, 4), train=(True, False))
-  def test_hosts_share_each_batch(self, hosts, train):
-    rows = some_rows()
+  @parameterized.product(hosts=(2, 4), train=(True, False), pack=(False, True))
+  def test_hosts_share_each_batch(self, hosts, train, pack):
+    rows = some_rows(users=200 if pack else 40)
 
     def batches(**kwargs):
       if train:
         kwargs['num_epochs'] = 2
       make = pipeline.train_batches if train else pipeline.eval_batches
-      return list(make(rows, config(), row_multiple=4, **kwargs))
+      return list(make(rows, config(pack=pack), row_multiple=4, **kwargs))
 
     whole = batches()
     shards = [batches(shard_index=i, shard_count=hosts) for i in range(hosts)]
@@ -312,6 +320,43 @@ class BucketTest(parameterized.TestCase):
     buckets = pipeline.make_buckets(rows, config(auto_buckets=4))
     self.assertEqual([b.num_events for b in buckets], sizes)
 
+  @support.examples(10)
+  @given(
+    seed=st.integers(0, 99),
+    events=st.sampled_from([1, 2000, 9000]),
+    unit=st.sampled_from([1, 3, 8]),
+  )
+  def test_packed(self, seed, events, unit):
+    rows = some_rows(seed, users=300)
+    buckets = pipeline.make_buckets(
+      rows, config(batch_events=events, pack=True, row_multiple=unit)
+    )
+    found = []
+    for bucket in buckets:
+      found += bucket.rows.tolist()
+      self.assertEqual(bucket.num_rows % unit, 0)
+      if bucket.num_rows > unit:
+        cost = bucket.num_events + bucket.num_candidates
+        self.assertLessEqual(bucket.num_rows * cost, events)
+      # The last batch is about as full as the others.
+      missing = bucket.num_batches * bucket.num_rows - len(bucket.units)
+      self.assertLess(missing, bucket.num_batches * unit)
+    self.assertEqual(sorted(found), list(range(len(rows))))
+
+  def test_packed_into_given_shapes(self):
+    rows = some_rows()
+    sizes = {'history_buckets': (20, 70), 'candidate_buckets': (18, 60)}
+    buckets = pipeline.make_buckets(rows, config(pack=True, **sizes))
+    self.assertEqual(
+      [(b.num_events, b.num_candidates) for b in buckets], [(20, 18), (70, 60)]
+    )
+    for field, message in (
+      ({'history_buckets': (5,), 'candidate_buckets': (60,)}, 'history_buck'),
+      ({'history_buckets': (60,), 'candidate_buckets': (5,)}, 'candidate_bu'),
+    ):
+      with self.assertRaisesRegex(ValueError, rf'user \d+ has .*{message}'):
+        pipeline.make_buckets(rows, config(pack=True, **field))
+
   def test_no_history_has_one_empty_slot(self):
     rows = some_rows(kind='pointwise', history_length=0)
     (bucket,) = pipeline.make_buckets(rows, config())
@@ -337,6 +382,7 @@ class BucketTest(parameterized.TestCase):
     ({'num_threads': -1}, 'num_threads=-1'),
     ({'prefetch': -1}, 'prefetch=-1'),
     ({'auto_buckets': 0}, 'auto_buckets=0'),
+    ({'pack': True, 'history_buckets': (8,)}, r'candidate_buckets=\(\) must'),
   )
   def test_bad_config(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -1,11 +1,10 @@
 """Prepared rows are those of a log in memory, whatever it was cut into."""
 
 import dataclasses
-import json
+import itertools
 import pathlib
 import tempfile
 
-import numpy as np
 import pyarrow as pa
 from absl.testing import absltest, parameterized
 from hypothesis import given
@@ -17,7 +16,6 @@ from histjax.data import datasets, prepare
 from histjax.data import splits as splits_lib
 from histjax.data.prepare import Options
 from histjax.data.rows import RowConfig
-from histjax.features import base
 from histjax.progress import Progress
 from histjax.schema import Categorical
 from tests import support
@@ -48,7 +46,7 @@ def write(folder, data, cuts) -> tuple[str, ...]:
   data = {**data, 'item_kind': data['item_id'] % 3}
   size = len(data['uid'])
   places = sorted({0, size, *(int(c * size) for c in cuts)})
-  for number, (a, b) in enumerate(zip(places[:-1], places[1:], strict=True)):
+  for number, (a, b) in enumerate(itertools.pairwise(places)):
     day = pathlib.Path(folder) / 'log' / f'day={number}'
     day.mkdir(parents=True)
     part = {k: v[a:b] for k, v in data.items()}
@@ -88,9 +86,7 @@ KINDS = (
 class SameRowsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(
-      self.enterContext(tempfile.TemporaryDirectory())
-    )
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
   @parameterized.parameters(*[(rows,) for rows in KINDS])
   @support.examples(6)

@@ -12,6 +12,7 @@ call into a part that depends on the history alone and a part per candidate:
 
 Here `history` and `candidates` are tokens `[B, L, D]` and `[B, C, D]`,
 `length` is int32 `[B]`, and `visible` int32 `[B, C]` or None for all events.
+A *packable* one also takes the `segments` of packed rows, by that name.
 
 One that has a *tower* scores by `ops.candidate_tower` when it is given packed
 weights: `apply({'params': params, 'tower': fusion.pack(params, dtype)}, ..)`.
@@ -40,6 +41,11 @@ def amortizable() -> tuple[str, ...]:
   return tuple(name for name, f in FUSIONS.items() if f.amortizable)
 
 
+def packable() -> tuple[str, ...]:
+  """The names of the fusions that take packed rows."""
+  return tuple(name for name, f in FUSIONS.items() if f.packable)
+
+
 __all__ = [
   'FUSIONS',
   'AppendCross',
@@ -51,4 +57,5 @@ __all__ = [
   'NoHistory',
   'TargetAttention',
   'amortizable',
+  'packable',
 ]

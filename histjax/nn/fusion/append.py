@@ -15,6 +15,7 @@ from histjax import ops
 from histjax.nn.fusion import base
 from histjax.nn.fusion import tower as tower_lib
 from histjax.ops import devices, dispatch
+from histjax.types import Segments
 
 EVENTS_OF_A_TILE = 64  # Of the Hopper kernels.
 
@@ -23,12 +24,14 @@ class _SharedHistory(base.Transformer):
   """Blocks in which no event sees a candidate: keys and values serve all."""
 
   amortizable = True
+  packable = True
 
   def encode(
     self,
     history: Float[Array, 'B L D'],
     length: Int[Array, 'B'],
     *,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
     """Keys and values of every layer; one pass over the history.
@@ -36,11 +39,12 @@ class _SharedHistory(base.Transformer):
     Args:
       history: tokens `[B, L, D]`.
       length: int32 `[B]`.
+      segments: of packed rows.
       train: whether dropout is on.
     """
-    tower = self._packed(history=True, train=train)
-    position = base.ordinals(history.shape)
-    key_range = self._history_range(length, history.shape[1])
+    tower = self._packed(history=True, train=train, segments=segments)
+    position = base.ordinals(history.shape, segments)
+    key_range = self._history_range(length, history.shape[1], segments)
     x = self._place_events(history, length)
     if tower is not None:
       cache = self._written(0, x, None, None, length)
@@ -137,7 +141,11 @@ class _SharedHistory(base.Transformer):
     )
 
   def _packed(
-    self, *, history: bool = False, train: bool = False
+    self,
+    *,
+    history: bool = False,
+    train: bool = False,
+    segments: Segments | None = None,
   ) -> ops.TowerWeights | None:
     """The packed weights for `ops.candidate_tower`; None: block by block.
 
@@ -148,9 +156,15 @@ class _SharedHistory(base.Transformer):
       history: whether events are read, for which on a CPU without the kernel
         blocks are faster.
       train: whether dropout is on, which the operation does not have.
+      segments: of packed rows, whose positions it does not have either.
     """
     if not self.has_variable('tower', 'weights'):
       return None
+    if segments is not None:
+      raise ValueError(
+        "the collection 'tower' is for scoring and the batch has packed rows, "
+        'which are for training; leave one of them out'
+      )
     if train:
       raise ValueError(
         "the collection 'tower' is for scoring; with train=True, leave it out"
@@ -217,13 +231,17 @@ class _SharedHistory(base.Transformer):
       key_range = key_range.replace(structure='ascending')
     return position, key_range
 
-  def _candidates_see(self, length, visible, num_candidates):
+  def _candidates_see(self, length, visible, num_candidates, segments=None):
     """The candidates' key ranges and their positions, behind what they see."""
     position = base.visible_events(length, visible, num_candidates)
+    first = None if segments is None else segments.candidates
     key_range = ranges.candidate_range(
-      position, window=self.config.window, whole_history=visible is None
+      position,
+      window=self.config.window,
+      whole_history=visible is None,
+      first=first,
     )
-    return key_range, position
+    return key_range, position if first is None else position - first
 
 
 def _scattered(cached, layer, row, slot, new):
@@ -264,6 +282,7 @@ class AppendCross(_SharedHistory):
     length: Int[Array, 'B'],
     visible: Int[Array, 'B C'] | None,
     *,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates; the final norm's output.
@@ -273,19 +292,21 @@ class AppendCross(_SharedHistory):
       candidates: tokens `[B, C, D]`.
       length: int32 `[B]`.
       visible: int32 `[B, C]`, or None for all events.
+      segments: of packed rows.
       train: whether dropout is on.
     """
-    if self._packed(history=True, train=train) is not None:
+    tower = self._packed(history=True, train=train, segments=segments)
+    if tower is not None:
       keys, values = self.encode(history, length)
       return self.score(keys, values, length, candidates, visible)
     num_events, num_candidates = history.shape[1], candidates.shape[1]
     candidate_range, candidate_position = self._candidates_see(
-      length, visible, num_candidates
+      length, visible, num_candidates, segments
     )
     joint_range = ranges.concatenate(
-      self._history_range(length, num_events), candidate_range
+      self._history_range(length, num_events, segments), candidate_range
     )
-    event_position = base.ordinals(history.shape)
+    event_position = base.ordinals(history.shape, segments)
     x = jnp.concatenate(
       [
         self._place_events(history, length),
@@ -357,11 +378,20 @@ class AppendIsolated(_SharedHistory):
     length: Int[Array, 'B'],
     visible: Int[Array, 'B C'] | None,
     *,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates; the final norm's output."""
-    keys, values = self.encode(history, length, train=train)
-    return self.score(keys, values, length, candidates, visible, train=train)
+    keys, values = self.encode(history, length, segments=segments, train=train)
+    return self.score(
+      keys,
+      values,
+      length,
+      candidates,
+      visible,
+      segments=segments,
+      train=train,
+    )
 
   def score(
     self,
@@ -372,12 +402,13 @@ class AppendIsolated(_SharedHistory):
     visible: Int[Array, 'B C'] | None,
     *,
     count: Int[Array, 'B'] | None = None,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates, from the cached keys and values."""
     del count
     key_range, position = self._candidates_see(
-      length, visible, candidates.shape[1]
+      length, visible, candidates.shape[1], segments
     )
     x = self._place_candidates(candidates)
     x = self.token_dropout(x, deterministic=not train)

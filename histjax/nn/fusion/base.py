@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from histjax import key_range as ranges
 from histjax.nn import embedding
 from histjax.nn import encoder as encoder_lib
-from histjax.types import KeyRange
+from histjax.types import KeyRange, Segments
 
 
 class Fusion(nn.Module):
@@ -26,6 +26,7 @@ class Fusion(nn.Module):
     amortizable: whether it has `encode`, `score` and `extend`.
     obstacle: if it has not, why: the end of a sentence for users.
     has_tower: whether `pack` makes weights for `ops.candidate_tower`.
+    packable: whether it takes the `segments` of packed rows.
   """
 
   config: encoder_lib.EncoderConfig
@@ -34,6 +35,7 @@ class Fusion(nn.Module):
   amortizable = False
   obstacle = ''
   has_tower = False
+  packable = False
 
   @staticmethod
   def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
@@ -87,12 +89,13 @@ class Transformer(Fusion):
       return candidates
     return candidates + self.recency[0].astype(self.dtype)[None, None, :]
 
-  def _history_range(self, length, num_events) -> KeyRange:
+  def _history_range(self, length, num_events, segments=None) -> KeyRange:
     return ranges.history_range(
       length,
       num_events,
       causal=self.config.causal,
       window=self.config.window,
+      first=None if segments is None else segments.events,
     )
 
 
@@ -109,7 +112,10 @@ def visible_events(
   return visible.astype(jnp.int32)
 
 
-def ordinals(shape: tuple[int, ...]) -> Int[Array, 'B L']:
-  """int32 `[B, L]`, `0, 1, .., L - 1` in each row."""
+def ordinals(
+  shape: tuple[int, ...], segments: Segments | None = None
+) -> Int[Array, 'B L']:
+  """int32 `[B, L]`, `0, 1, ..` in each row, or in each of its segments."""
   ordinal = jnp.arange(shape[1], dtype=jnp.int32)
-  return jnp.broadcast_to(ordinal[None, :], shape[:2])
+  ordinal = jnp.broadcast_to(ordinal[None, :], shape[:2])
+  return ordinal if segments is None else ordinal - segments.events

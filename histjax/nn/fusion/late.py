@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax import key_range as ranges
 from histjax.nn.fusion import base
+from histjax.types import Segments
 
 _OBSTACLE = (
   'without a Transformer it has no keys and values to keep, and score_joint '
@@ -35,6 +36,7 @@ class TargetAttention(base.Fusion):
   """
 
   obstacle = _OBSTACLE
+  packable = True
 
   @nn.compact
   def __call__(
@@ -44,11 +46,12 @@ class TargetAttention(base.Fusion):
     length: Int[Array, 'B'],
     visible: Int[Array, 'B C'] | None,
     *,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates; memory grows as `B C L D`."""
     visible = base.visible_events(length, visible, candidates.shape[1])
-    history, read = _read(history, visible, self.config.window)
+    history, read = _read(history, visible, self.config.window, segments)
     dropout = nn.Dropout(self.config.dropout, deterministic=not train)
     history, candidates = dropout(history), dropout(candidates)
 
@@ -75,6 +78,7 @@ class MeanPool(base.Fusion):
   """
 
   obstacle = _OBSTACLE
+  packable = True
 
   @nn.compact
   def __call__(
@@ -84,11 +88,12 @@ class MeanPool(base.Fusion):
     length: Int[Array, 'B'],
     visible: Int[Array, 'B C'] | None,
     *,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The means, `[B, C, D]`; they differ where `visible` does."""
     visible = base.visible_events(length, visible, candidates.shape[1])
-    history, read = _read(history, visible, self.config.window)
+    history, read = _read(history, visible, self.config.window, segments)
     dropout = nn.Dropout(self.config.dropout, deterministic=not train)
     total = jnp.einsum(
       'bcl,bld->bcd', read.astype(self.dtype), dropout(history)
@@ -101,6 +106,7 @@ class NoHistory(base.Fusion):
   """Zeros: the ranker without the history, to see what that is worth."""
 
   obstacle = 'it reads none; score_joint costs what candidates do'
+  packable = True
 
   def __call__(
     self,
@@ -109,18 +115,20 @@ class NoHistory(base.Fusion):
     length: Int[Array, 'B'],
     visible: Int[Array, 'B C'] | None,
     *,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """Zeros `[B, C, D]`."""
-    del history, length, visible, train
+    del history, length, visible, segments, train
     return jnp.zeros_like(candidates)
 
 
-def _read(history, visible, window):
+def _read(history, visible, window, segments):
   """Events, zeros where no candidate sees them, and who sees which `[B, C, L]`.
 
   Padding may hold anything, NaN included, which a weight of 0 does not undo.
   """
-  key_range = ranges.candidate_range(visible, window=window)
+  first = None if segments is None else segments.candidates
+  key_range = ranges.candidate_range(visible, window=window, first=first)
   read = ranges.mask(key_range, history.shape[1])
   return jnp.where(read.any(axis=1)[..., None], history, 0), read
