@@ -4,10 +4,10 @@
     --config=experiments/configs/study_cross_only.py
 
 The cells of `study.py` that these two fusions have, with the same rows, trials
-and seeds, and differences to append_cross; and both on streaming rows of
-MovieLens 1M, where 500 events of history are cheap, with five seeds. (The
-users of KuaiRand-Pure have few events: 50 are nearly all.) The same command
-goes on where it was stopped.
+and seeds, and differences to append_cross; and both on streaming rows, where
+500 events of history are cheap, with five seeds. (On kuairand 50 events are
+nearly all of a user's.) 70 cells, for a GPU; the same command goes on where it
+was stopped.
 """
 
 from configs import study
@@ -23,6 +23,8 @@ def get_config():
       'streaming_ml1m': study.streaming(50),
       'cross_streaming_500': study.streaming(500, 'cross_only'),
       'streaming_500': study.streaming(500),
+      'cross_streaming_kuairand': study.streaming_kuairand('cross_only'),
+      'streaming_kuairand': study.streaming_kuairand(),
     }
     config.ablation_seeds = config.seeds
   return config
