@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ def run(
   fusions: Sequence[str] = (),
   num_rows: int = 1,
   seconds: float = 0.5,
-  repeats: int = 3,
+  repeats: int = 5,
   progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Times `encode`, `score` from its cache, and `extend` by one event.
@@ -47,7 +48,7 @@ def run(
     fusions: amortizable ones; empty: all of them.
     num_rows: users at once.
     seconds: least time spent on `encode`, and on `score`.
-    repeats: their least number of calls.
+    repeats: rounds, in which fusions take turns.
     progress: called with a line per fusion and length.
 
   Returns:
@@ -72,10 +73,13 @@ def run(
   progress(HEADER)
   results = []
   for length in lengths:
-    for name in fusions or fusion_lib.amortizable():
-      scorer = cost.random_scorer(config, name)
-      batch = random_batch(config.schema, num_rows, length, num_candidates)
-      entry = _measure(scorer, batch, seconds, repeats)
+    batch = random_batch(config.schema, num_rows, length, num_candidates)
+    scorers = {
+      name: cost.random_scorer(config, name)
+      for name in fusions or fusion_lib.amortizable()
+    }
+    measured = _measure(scorers, batch, seconds, repeats)
+    for name, entry in measured.items():
       results.append({'fusion': name, 'history_length': length, **entry})
       progress(
         f'{name:16} {length:6} {1e3 * entry["encode"]["median"]:10.2f} '
@@ -96,30 +100,43 @@ def run(
   }
 
 
-def _measure(scorer, batch, seconds, repeats) -> dict[str, Any]:
+def _measure(scorers, batch, seconds, repeats) -> dict[str, dict[str, Any]]:
+  """Each fusion's entry; they take turns, so that all see the same machine."""
   full, candidates = batch.history, batch.candidates  # Of full histories.
-  cache = scorer.encode(full)
+  found: dict[str, dict[str, Any]] = {}
+  calls: dict[tuple[str, str], Callable[[], Any]] = {}
+  for name, scorer in scorers.items():
+    cache = scorer.encode(full)
+    calls[name, 'encode'] = functools.partial(scorer.encode, full)
+    calls[name, 'score'] = functools.partial(
+      scorer.score, cache, candidates, batch.context
+    )
+    num_rows, length = len(full.length), int(full.length[0])
+    found[name] = {
+      'bytes': cache.nbytes,
+      'formula': {
+        call: num_rows * cost.formula_of(way, length, m, scorer.config)
+        for call, way, m in (
+          ('encode', 'joint', 0),
+          ('score', 'cached', candidates.shape[1]),
+        )
+      },
+    }
+  for call in calls.values():  # Compiles.
+    jax.block_until_ready(call())
+  times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+  for _ in range(repeats):
+    for key, call in calls.items():
+      times[key] += timing_lib.samples(call, seconds / repeats)
+  for (name, call), seen in times.items():
+    found[name][call] = _timing(seen)
+  for name, scorer in scorers.items():
+    found[name]['extend'] = _timing(_extends(scorer, full))
+  return found
 
-  def timed(call):
-    timing = timing_lib.measure(call, repeats=repeats, seconds=seconds)
-    return dataclasses.asdict(timing)
 
-  num_rows, length = len(full.length), int(full.length[0])
-  count = {
-    way: num_rows * cost.formula_of(way, length, m, scorer.config)
-    for way, m in (('joint', 0), ('cached', candidates.shape[1]))
-  }
-  return {
-    'encode': timed(lambda: scorer.encode(full)),
-    'score': timed(lambda: scorer.score(cache, candidates, batch.context)),
-    'extend': _extends(scorer, full),
-    'bytes': cache.nbytes,
-    'formula': {'encode': count['joint'], 'score': count['cached']},
-  }
-
-
-def _extends(scorer, full: History) -> dict[str, Any]:
-  """By one event, in place, to the whole history."""
+def _extends(scorer, full: History) -> list[float]:
+  """Seconds of appending one event, in place, up to the whole history."""
   first = full.length - _EXTENDS
   cache = scorer.encode(full.replace(length=first))
   one = np.ones_like(full.length)
@@ -131,6 +148,9 @@ def _extends(scorer, full: History) -> dict[str, Any]:
     cache = scorer.extend(cache, event)
     jax.block_until_ready(cache)
     times.append(time.perf_counter() - start)
-  times = times[1:]  # The first compiles.
+  return times[1:]  # The first compiles.
+
+
+def _timing(times: Sequence[float]) -> dict[str, Any]:
   low, median, high = np.percentile(times, (10, 50, 90)).tolist()
   return dataclasses.asdict(timing_lib.Timing(median, low, high, len(times)))
