@@ -12,13 +12,14 @@
 'scoring' compares plain, joint and cached scoring of one model, that of a
 training run or one of random parameters; 'cost' says with which powers of L
 and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
-all fusions at one L and C, for `study.py --cost`. 'serving' times users who
-come back: hit, extend, miss and no cache, on the device, in process and through
-HTTP. 'prepare' makes a log (`generate`) and shards of it, within --memory, and
-says how fast a training step is fed from these. The other suites time the
-named workloads of `benchmarking.workloads` against rivals that are
+all fusions at one L and C, for `study.py --cost`; 'histories' times encode,
+score and extend of amortizable ones at long L and one C. 'serving' times users
+who come back: hit, extend, miss and no cache, on the device, in process and
+through HTTP. 'prepare' makes a log (`generate`) and shards of it, within
+--memory, and says how fast a training step is fed from these. The other suites
+time the named workloads of `benchmarking.workloads` against rivals that are
 installed. Prints tables; writes <output>.json and, but for 'fusions',
-'prepare' and 'train_step', the plot <output>.png.
+'histories', 'prepare' and 'train_step', the plot <output>.png.
 """
 
 import dataclasses
@@ -29,7 +30,14 @@ from absl import app, flags, logging
 
 import benchmarking
 import config_util
-from benchmarking import cost, requests, suites, train_steps, workloads
+from benchmarking import (
+  cost,
+  histories,
+  requests,
+  suites,
+  train_steps,
+  workloads,
+)
 from benchmarking import report as report_lib
 from histjax import EncoderConfig, Ranker, RankerConfig, testing
 from histjax.training import workdir
@@ -40,7 +48,7 @@ _SUITES = {
   for module in (suites, requests, train_steps)
   for name in module.SUITES
 }
-_OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
+_OF_ONE_MODEL = ('scoring', 'cost', 'fusions', 'histories')
 _SERVING = 'serving'
 _PREPARE = 'prepare'
 _SUITE = flags.DEFINE_enum(
@@ -61,7 +69,11 @@ _CALLS = flags.DEFINE_integer(
   'calls', None, "Of request: the least of 'score', within 20 x --seconds."
 )
 _REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
-# Of the suites scoring, cost, fusions and, but for the first, serving.
+_FUSIONS = flags.DEFINE_list(
+  'fusions', [], 'Of histories: amortizable ones; empty: all.'
+)
+# Of the suites scoring, cost, fusions, histories and, but for the first, of
+# serving.
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, if any.')
 _LENGTHS = flags.DEFINE_list(
   'lengths', None, 'L; 64,256,1024, or of serving 256,1024,4096.'
@@ -122,6 +134,12 @@ def one_model(suite):
         f'--candidates={sizes[1]}'
       )
     return cost.fusions(config, sizes[0][0], sizes[1][0], **options)
+  if suite == 'histories':
+    (candidates,) = _integers(_CANDIDATES, (512,))
+    lengths = _integers(_LENGTHS, (1000, 10_000))
+    return histories.run(
+      config, lengths, candidates, fusions=_FUSIONS.value, **options
+    )
   if params is None:
     batch = testing.random_batch(config.schema, 1, 16, 16)
     params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']

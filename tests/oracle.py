@@ -71,6 +71,7 @@ def readout(params, fusion, encoder, tokens, target, visible):
     'append_cross': _append_cross,
     'append_isolated': _append_isolated,
     'append_self': _append_self,
+    'cross_only': _cross_only,
     'concat': _concat,
     'target_attention': _target_attention,
     'mean_pool': _mean_pool,
@@ -123,6 +124,19 @@ def _append_isolated(p, encoder, tokens, target, visible):
       encoder,
     )
     tokens = _updated(block, tokens, keys, values, encoder)
+  return p['final_norm'].norm(target)
+
+
+def _cross_only(p, encoder, tokens, target, visible):
+  """Keys and values of the raw events in every layer; only it is updated."""
+  for i in range(encoder.num_layers):
+    block = p[f'blocks_{i}']
+    seen = _last(visible, encoder)
+    keys, values = {}, {}
+    for j in seen:
+      keys[j] = _turned(block, 'key', tokens[j], j, encoder)
+      values[j] = _turned(block, 'value', tokens[j], None, encoder)
+    target = _block(block, target, visible, seen, keys, values, encoder)
   return p['final_norm'].norm(target)
 
 

@@ -8,7 +8,9 @@ With l layers, n events, m candidates and width d, a layer's matrices cost
     paper    O(l (n + m) d^2 + l (n + m)^2 d)  its bound of a joint pass
     cached   O(l m d^2 + l n m d)              the history was read before
 
-(arXiv 2412.06924, section 3). `formula` has the constants.
+(arXiv 2412.06924, section 3). Where events do not attend, as in `cross_only`,
+they cost `O(l n d^2)`: the joint pass is `O(l (n + m) d^2 + l n m d)`.
+`formula` has the constants.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def formula(
   width: int,
   mlp_width: int | None = None,
   own_keys: bool = False,
+  events_attend: bool = True,
 ) -> float:
   """Floating-point operations of the blocks' matrix products, of one row.
 
@@ -58,6 +61,8 @@ def formula(
     width: d.
     mlp_width: f; None: 4 d.
     own_keys: whether each candidate attends to itself, too.
+    events_attend: whether events go through the layers, or are only made keys
+      and values of in each.
   """
   n, m, d = num_events, num_candidates, width
   keys_values = 4 * d * d
@@ -68,9 +73,8 @@ def formula(
   own = keys_values + 4 * d if own_keys else 0
   cached = num_layers * (rest + own + 4 * n * d)  # Of one candidate.
   # Nothing reads the last layer's events, only their keys and values.
-  encode = n * (
-    num_layers * keys_values + (num_layers - 1) * (rest + 4 * n * d)
-  )
+  updates = num_layers - 1 if events_attend else 0
+  encode = n * (num_layers * keys_values + updates * (rest + 4 * n * d))
   return {
     'cached': m * cached,
     'joint': encode + m * cached,
@@ -121,14 +125,14 @@ def run(
   }
   results = []
   for name in fusion_lib.amortizable():
-    scorer = _scorer(config, name)
+    scorer = random_scorer(config, name)
     model = scorer.config
     progress(f'{name}\n{scoring_suite.HEADER}')
     for n, m in sorted(points):
       batch = random_batch(config.schema, num_rows, n, m)
       entry = scoring_suite.time_ways(scorer, batch, ceiling, seconds)
       progress(scoring_suite.line(entry))
-      counted = {w: num_rows * _formula(w, n, m, model) for w in _DRAWN}
+      counted = {w: num_rows * formula_of(w, n, m, model) for w in _DRAWN}
       results.append({'fusion': name, **entry, 'formula': counted})
   report = {
     'suite': 'cost',
@@ -175,7 +179,7 @@ def fusions(
   found: dict[str, float] = {}
   results = []
   for name in fusion_lib.FUSIONS:
-    scorer = _scorer(config, name)
+    scorer = random_scorer(config, name)
     batch = random_batch(config.schema, num_rows, num_events, num_candidates)
     way, call = 'joint', functools.partial(scorer.score_joint, batch)
     if scorer.config.amortizable:
@@ -201,8 +205,8 @@ def fusions(
   }
 
 
-def _scorer(config: RankerConfig, fusion: str) -> scoring.Scorer:
-  """Of random parameters."""
+def random_scorer(config: RankerConfig, fusion: str) -> scoring.Scorer:
+  """A scorer with another fusion, of random parameters."""
   model = dataclasses.replace(config, fusion=fusion)
   example = random_batch(config.schema, 1, 16, 16)
   params = jax.jit(Ranker(model).init)(jax.random.key(0), example)['params']
@@ -321,7 +325,8 @@ def _along(results, fusion: str, axis: str, middle: Mapping[str, int]):
   return sorted(rows, key=lambda r: r[axis])
 
 
-def _formula(way: str, n: int, m: int, config: RankerConfig) -> float:
+def formula_of(way: str, n: int, m: int, config: RankerConfig) -> float:
+  """`formula` of a model."""
   return formula(
     way,
     n,
@@ -330,4 +335,5 @@ def _formula(way: str, n: int, m: int, config: RankerConfig) -> float:
     width=config.encoder.width,
     mlp_width=config.encoder.mlp_width,
     own_keys=config.fusion == 'append_isolated',
+    events_attend=config.fusion != 'cross_only',
   )

@@ -57,6 +57,7 @@ class RankerConfig:
         f'fusion={self.fusion!r} is unknown; choose from '
         f'{sorted(fusion.FUSIONS)}'
       )
+    fusion.FUSIONS[self.fusion].check(self.encoder)
     if self.encoder.candidate_tower is not None and not self.has_tower:
       raise ValueError(
         f'encoder.candidate_tower={self.encoder.candidate_tower!r}, but '

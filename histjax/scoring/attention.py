@@ -43,10 +43,10 @@ def last_attention(
     NotImplementedError: its candidates do not attend to the history alone.
   """
   config.require_amortizable()
-  if config.fusion != 'append_cross':
+  if not config.has_tower:
     raise NotImplementedError(
       f'fusion={config.fusion!r}: candidates do not attend to the history '
-      "alone, as those of 'append_cross' do"
+      "alone, as those of 'append_cross' and 'cross_only' do"
     )
   arrays = HistoryCache(cache.keys, cache.values, cache.length)
   return _last_attention(config, params, arrays, candidates, context)

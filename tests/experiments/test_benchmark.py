@@ -15,6 +15,7 @@ import benchmarking
 from benchmarking import (
   contenders,
   cost,
+  histories,
   machine,
   report,
   suites,
@@ -136,7 +137,7 @@ TINY_HEAD = interaction.InteractionConfig(kind='mlp', mlp_widths=(1,))
 
 class CostTest(parameterized.TestCase):
   @marks.slow_unless(lambda fusion: fusion == 'append_isolated')
-  @parameterized.parameters('append_cross', 'append_isolated')
+  @parameterized.parameters('append_cross', 'append_isolated', 'cross_only')
   def test_formulas_are_what_xla_counts(self, fusion):
     config = support.config(
       fusion=fusion,
@@ -149,12 +150,12 @@ class CostTest(parameterized.TestCase):
       batch = testing.random_batch(config.schema, 1, n, m)
       counted = benchmarking.flops(config, batch)
       for way in cost.WAYS:
-        expected = cost._formula(way, n, m, config)
+        expected = cost.formula_of(way, n, m, config)
         # Norms, softmax, rotations and the head come on top of it.
         self.assertBetween(counted[way] / expected, 1.0, 1.12)
       self.assertGreater(
-        cost._formula('paper', n, m, config),
-        cost._formula('joint', n, m, config),
+        cost.formula_of('paper', n, m, config),
+        cost.formula_of('joint', n, m, config),
       )
 
   @pytest.mark.slow
@@ -206,6 +207,26 @@ class CostTest(parameterized.TestCase):
     (path,) = benchmarking.write_report(result, temporary(self, 'fusions'))
     with open(path) as f:
       self.assertEqual(json.load(f), result)
+
+  def test_histories(self):
+    found = histories.run(
+      support.config(), [24], 8, fusions=['cross_only'], seconds=0, repeats=1
+    )
+    (row,) = found['results']
+    self.assertEqual(row['extend']['calls'], 15)
+    # Keys and values, float32, of two layers of 32 events (a bucket).
+    self.assertEqual(row['bytes'], 2 * 2 * 32 * 16 * 4)
+    self.assertEqual(row['formula']['encode'], 24 * 2 * 4 * 16**2)
+    (path,) = benchmarking.write_report(found, temporary(self, 'histories'))
+    with open(path) as f:
+      self.assertEqual(json.load(f), found)
+
+  @parameterized.parameters(
+    (['concat'], [24], "fusions has 'concat'"), ([], [16], 'above 16')
+  )
+  def test_histories_refused(self, fusions, lengths, message):
+    with self.assertRaisesRegex(ValueError, message):
+      histories.run(support.config(), lengths, 8, fusions=fusions)
 
   @parameterized.parameters(([16], [16, 32]), ([16, 32], [32, 16]))
   def test_one_point_has_no_slope(self, lengths, candidates):

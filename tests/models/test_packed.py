@@ -29,13 +29,15 @@ ENCODERS = {
   'window': {'window': 3},
   'bidirectional': {'causal': False},
   'recency': {'causal': False, 'positions': 'recency', 'num_recency': 4},
+  'cross_only': {'window': 3},
 }
 
 
 @functools.cache
 def make(encoder):
   """A model, its variables without and with packed weights, and a batch."""
-  config = support.config(dtype='bfloat16')
+  fusion = 'cross_only' if encoder == 'cross_only' else 'append_cross'
+  config = support.config(dtype='bfloat16', fusion=fusion)
   config = dataclasses.replace(
     config, encoder=dataclasses.replace(config.encoder, **ENCODERS[encoder])
   )
@@ -92,7 +94,7 @@ class PackedTest(parameterized.TestCase):
     real = np.arange(EVENTS) < np.asarray(batch.history.length)[:, None]
     self.assert_near(found, expected, real)
 
-  @parameterized.parameters('causal', 'window')
+  @parameterized.parameters('causal', 'window', 'cross_only')
   def test_extend(self, encoder):
     model, params, packed, batch = make(encoder)
     events = batch.history

@@ -38,6 +38,7 @@ VARIANTS = {
     'encoder__num_layers': 1,
   },
   'concat': {'fusion': 'concat'},
+  'cross_window': {'fusion': 'cross_only', 'encoder__window': 2},
   'concat_window': {'fusion': 'concat', 'encoder__window': 2},
   'mlp': {
     'interaction': support.interaction.InteractionConfig(
@@ -303,6 +304,10 @@ class RankerTest(parameterized.TestCase):
     (
       {'fusion': 'append_isolated', 'encoder__candidate_tower': 'xla'},
       "candidate_tower='xla', but fusion='append_isolated' has no tower; set",
+    ),
+    (
+      {'fusion': 'cross_only', 'encoder__causal': False},
+      "causal=False, but with fusion='cross_only' events see no",
     ),
     ({'encoder__num_layers': 0}, 'encoder.num_layers=0'),
     ({'encoder__positions': 'sine'}, "encoder.positions='sine'"),

@@ -23,7 +23,13 @@ ENCODERS = {
   'bidirectional': {'causal': False},
   'recency': {'causal': False, 'positions': 'recency', 'num_recency': 4},
 }
-TRANSFORMERS = ('append_cross', 'append_isolated', 'append_self', 'concat')
+TRANSFORMERS = (
+  'append_cross',
+  'append_isolated',
+  'append_self',
+  'concat',
+  'cross_only',
+)
 # The other fusions have no positions and no order.
 CASES = tuple(
   (fusion, encoder)
@@ -187,7 +193,8 @@ class FusionTest(parameterized.TestCase):
 
   def test_only_a_shared_history_is_amortizable(self):
     self.assertEqual(
-      fusion_lib.amortizable(), ('append_cross', 'append_isolated')
+      fusion_lib.amortizable(),
+      ('append_cross', 'append_isolated', 'cross_only'),
     )
     for fusion in fusion_lib.FUSIONS.values():
       self.assertEqual(fusion.amortizable, hasattr(fusion, 'encode'))

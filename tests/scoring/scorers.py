@@ -41,6 +41,10 @@ ISOLATED = {
   },
   'isolated_bfloat16': {'fusion': 'append_isolated', 'dtype': 'bfloat16'},
 }
+CROSS_ONLY = {
+  'cross': {'fusion': 'cross_only'},
+  'cross_window': {'fusion': 'cross_only', 'encoder__window': 3},
+}
 _SCORERS: dict = {}
 
 
@@ -48,7 +52,7 @@ def scorer(variant='causal', **options) -> scoring.Scorer:
   """One scorer per variant for the whole file: compiling takes the time."""
   key = (variant, tuple(sorted(options.items())))
   if key not in _SCORERS:
-    fields = dict({**VARIANTS, **ISOLATED}[variant])
+    fields = dict({**VARIANTS, **ISOLATED, **CROSS_ONLY}[variant])
     if 'candidate_tower' in options:
       fields['encoder__candidate_tower'] = options.pop('candidate_tower')
     config = support.config(**fields)

@@ -35,7 +35,7 @@ class WeightsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     {}, {'encoder__window': 3}, {'encoder__num_layers': 1},
-    {'encoder__causal': False},
+    {'encoder__causal': False}, {'fusion': 'cross_only'},
   )  # fmt: skip
   def test_of_the_last_layer(self, **fields):
     """Weights times cached values is what the last block attended to."""

@@ -22,7 +22,7 @@ def scorer(variant, **options) -> scoring.Scorer:
 
 class PagedTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('causal', None), ('bfloat16', None), ('causal', 'int8')
+    ('causal', None), ('bfloat16', None), ('causal', 'int8'), ('cross', 'int8')
   )
   def test_equals_scorer(self, variant, cache_dtype):
     s = scorer(variant, cache_dtype=cache_dtype)

@@ -11,6 +11,7 @@ from histjax import scoring
 from histjax.types import Candidates, History
 from tests import marks, support
 from tests.scoring.scorers import (
+  CROSS_ONLY,
   ISOLATED,
   TOLERANCE,
   VARIANTS,
@@ -24,7 +25,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 class EquivalenceTest(parameterized.TestCase):
-  @parameterized.parameters(*VARIANTS, *ISOLATED)
+  @parameterized.parameters(*VARIANTS, *ISOLATED, *CROSS_ONLY)
   @given(seed=SEEDS)
   def test_joint_equals_plain_equals_cached(self, variant, seed):
     s = scorer(variant)
@@ -43,7 +44,7 @@ class EquivalenceTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    'causal', 'window', 'bfloat16', 'isolated', 'isolated_window'
+    'causal', 'window', 'bfloat16', 'isolated', 'isolated_window', *CROSS_ONLY
   )
   @given(seed=SEEDS)
   def test_extend_event_by_event_equals_encode_at_once(self, variant, seed):
@@ -98,7 +99,9 @@ class EquivalenceTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(again.keys, cache.keys, **TOLERANCE['float32'])
 
-  @parameterized.parameters('causal', 'bidirectional', 'bfloat16', 'isolated')
+  @parameterized.parameters(
+    'causal', 'bidirectional', 'bfloat16', 'isolated', 'cross'
+  )
   @given(seed=SEEDS)
   def test_encode_and_score_are_the_two(self, variant, seed):
     s = scorer(variant)
@@ -177,6 +180,7 @@ class EquivalenceTest(parameterized.TestCase):
   @parameterized.parameters(
     ('append_cross', 5),  # Two layers of 3: five events back.
     ('append_isolated', 5),
+    ('cross_only', 3),  # Events have seen nothing.
     ('append_self', 3),
     ('concat', 7),  # The mean reads events, which have seen two windows.
     ('mean_pool', 3),

@@ -299,7 +299,9 @@ class EngineTest(parameterized.TestCase):
     self.one(engine, self.request(past[:10], 9), 'encoded', past[:10])
     self.assertEqual(engine.store.find('3').state, State(4, 10))
 
-  @parameterized.parameters(('window', False), ('window_strict', True))
+  @parameterized.parameters(
+    ('window', False), ('window_strict', True), ('cross_window', False)
+  )
   def test_ten_million_events(self, variant, derived):
     """As exact as at the first events; states and tails stay as small."""
     engine = self.engine(variant, derived, max_events=16)

@@ -50,6 +50,10 @@ VARIANTS = {
     {'encoder__window': 3},
     RowConfig(history_length=9, ties='strict'),
   ),
+  'cross_window': (
+    {'fusion': 'cross_only', 'encoder__window': 3},
+    RowConfig(),
+  ),
   'short_window': ({'encoder__window': 5}, RowConfig(history_length=6)),
   'bidirectional': (
     {'encoder__causal': False},

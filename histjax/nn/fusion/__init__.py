@@ -22,12 +22,14 @@ from __future__ import annotations
 
 from histjax.nn.fusion.append import AppendCross, AppendIsolated
 from histjax.nn.fusion.base import Fusion
+from histjax.nn.fusion.cross import CrossOnly
 from histjax.nn.fusion.late import MeanPool, NoHistory, TargetAttention
 from histjax.nn.fusion.per_candidate import AppendSelf, Concat
 
 FUSIONS: dict[str, type[Fusion]] = {
   'append_cross': AppendCross,
   'append_isolated': AppendIsolated,
+  'cross_only': CrossOnly,
   'append_self': AppendSelf,
   'concat': Concat,
   'target_attention': TargetAttention,
@@ -52,6 +54,7 @@ __all__ = [
   'AppendIsolated',
   'AppendSelf',
   'Concat',
+  'CrossOnly',
   'Fusion',
   'MeanPool',
   'NoHistory',

@@ -335,6 +335,7 @@ class AppendCross(_SharedHistory):
     visible: Int[Array, 'B C'] | None,
     *,
     count: Int[Array, 'B'] | None = None,
+    train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates, from the cached keys and values.
 
@@ -346,18 +347,20 @@ class AppendCross(_SharedHistory):
       visible: int32 `[B, C]`, or None for all events.
       count: int32 `[B]`; candidates from there on mean nothing, and need not
         be computed. None: all C count.
+      train: whether dropout is on.
     """
     key_range, position = self._candidates_see(
       length, visible, candidates.shape[1]
     )
     x = self._place_candidates(candidates)
-    tower = self._packed()
+    tower = self._packed(train=train)
     if tower is not None:
       return self._tower(
         x, position, keys, values, key_range, tower, count=count
       )
+    x = self.token_dropout(x, deterministic=not train)
     for block, key, value in zip(self.blocks, keys, values, strict=True):
-      x = block(x, position, key, value, key_range)
+      x = block(x, position, key, value, key_range, train=train)
     return self.final_norm(x)
 
 

@@ -54,6 +54,11 @@ class Fusion(nn.Module):
     del num_layers
     return 1
 
+  @staticmethod
+  def check(config: encoder_lib.EncoderConfig) -> None:
+    """Raises ValueError at an encoder that the fusion cannot have."""
+    del config
+
 
 class Transformer(Fusion):
   """A fusion of blocks, a final norm and positions."""

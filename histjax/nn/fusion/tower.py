@@ -1,4 +1,4 @@
-"""The parameters of `AppendCross`, packed for its kernels."""
+"""The parameters of `AppendCross` and `CrossOnly`, packed for kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from histjax import ops
 
 
 def pack_tower(params: Mapping[str, Any], dtype: DTypeLike) -> ops.TowerWeights:
-  """The weights of an `AppendCross` for `ops.candidate_tower`.
+  """The weights of such a fusion for `ops.candidate_tower`.
 
   Args:
     params: its parameters: `blocks_0`, `blocks_1`, .., `final_norm`.
