@@ -41,7 +41,7 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/mypy
 
 # The site, in docs/_build/index.html.
-docs: $(VENV)/.installed-test,docs
+docs: $(VENV)/.installed-docs
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -q -W --keep-going \
 	  -b html docs docs/_build
 

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import docutils.nodes
 from sphinx.util import nodes
 
 import histjax
@@ -27,6 +28,7 @@ suppress_warnings = ['myst.header']
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
+autodoc_inherit_docstrings = False
 autodoc_member_order = 'bysource'
 autodoc_preserve_defaults = True
 autodoc_typehints_format = 'short'
@@ -55,10 +57,12 @@ def _mark_code(app, what, name, obj, options, lines):
 
   Their other text is Markdown, too: one pair of backquotes is code.
   """
-  del app, what, name, obj, options
+  del app, name, obj, options
   marked: list[str] = []
+  if what in ('attribute', 'data', 'property'):
+    marked.append('')  # Else Napoleon takes text before a colon for a type.
   code = False
-  indent = 0
+  indent = 0  # Of the text before.
   for line in lines:
     depth = len(line) - len(line.lstrip())
     if line.strip():
@@ -78,9 +82,21 @@ def _mark_code(app, what, name, obj, options, lines):
 def _escape(line: str) -> str:
   """Escapes what is markup in reStructuredText and not in Markdown."""
   parts = re.split(r'(`[^`]*`)', line)
+  line = ''.join(_code(p) if p.startswith('`') else _text(p) for p in parts)
+  return re.sub(r'(?<=`)(?=s\b)', r'\\ ', line)  # The plural of code.
+
+
+def _code(part: str) -> str:
+  """A name may become a link; other code may have colons."""
+  return part if re.fullmatch(r'`[\w.]+`', part) else f'`{part}`'
+
+
+def _text(part: str) -> str:
+  """Bullets and `*emphasis*` are the same in both."""
+  same = r'(^\s*\* |\*\w[^*`]*\*)'
   return ''.join(
-    part if part.startswith('`') else re.sub(r'([*|]|_(?=\W|$))', r'\\\1', part)
-    for part in parts
+    x if re.fullmatch(same, x) else re.sub(r'([*|]|_(?=\W|$))', r'\\\1', x)
+    for x in re.split(same, part)
   )
 
 
@@ -89,23 +105,38 @@ def _resolve(app, env, node, contnode):
   target = node.get('reftarget', '')
   if node.get('refdomain') != 'py' or not re.fullmatch(r'[\w.]+', target):
     return None
-  domain = env.get_domain('py')
-  target = target.removeprefix('histjax.')
+  return _link(app, env, node['refdoc'], target, contnode)
+
+
+def _link(app, env, docname, target, content):
+  """A link to the only public object whose name ends so, or None."""
+  end = target.removeprefix('histjax.')
   found = {
     name: entry
-    for name, entry in domain.objects.items()
-    if name == target or name.endswith(f'.{target}')
+    for name, entry in env.get_domain('py').objects.items()
+    if name == end or name.endswith(f'.{end}')
   }
   if not found:
     return None
   least = min(name.count('.') for name in found)
   found = {n: e for n, e in found.items() if n.count('.') == least}
-  if len(found) != 1:
+  ((name, entry), *others) = found.items()
+  bare = '.' not in end and end[0].islower()  # As `length`, any attribute.
+  if others or (bare and entry.objtype != 'function'):
     return None
-  ((name, entry),) = found.items()
   return nodes.make_refnode(
-    app.builder, node['refdoc'], entry.docname, entry.node_id, contnode, name
+    app.builder, docname, entry.docname, entry.node_id, content, name
   )
+
+
+def _link_pages(app, doctree, docname):
+  """Links the full names of public objects in the code of pages."""
+  for node in list(doctree.findall(docutils.nodes.literal)):
+    name = re.fullmatch(r'(histjax\.[\w.]+|Scorer\.\w+)', node.astext())
+    if name and not isinstance(node.parent, docutils.nodes.reference):
+      link = _link(app, app.env, docname, name[0], node.deepcopy())
+      if link is not None:
+        node.replace_self(link)
 
 
 def _first_page(app, docname, source):
@@ -136,11 +167,7 @@ def _sign(app, what, name, obj, options, signature, annotation):
   """Leaves out what Linen adds to the signature of every module."""
   del app, what, name, obj, options
   if signature:
-    signature = re.sub(
-      r', parent[:=].*?(?=, name[:=])|, name: [^,)]*(?==None)=None',
-      '',
-      signature,
-    )
+    signature = re.sub(r', parent[:=].*, name: .* = None', '', signature)
   return signature, annotation
 
 
@@ -149,4 +176,5 @@ def setup(app):
   app.connect('autodoc-process-docstring', _mark_code, priority=400)
   app.connect('autodoc-process-signature', _sign)
   app.connect('missing-reference', _resolve)
+  app.connect('doctree-resolved', _link_pages)
   app.connect('source-read', _first_page)
