@@ -34,12 +34,14 @@ autodoc_preserve_defaults = True
 autodoc_typehints_format = 'short'
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
+napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 # Single backquotes: code, and a link if it is the name of something public.
 default_role = 'py:obj'
 
 html_theme = 'furo'
+pygments_style = 'default'
 html_title = 'histjax'
 html_static_path = ['_static']
 html_css_files = ['site.css']
@@ -60,7 +62,8 @@ def _mark_code(app, what, name, obj, options, lines):
   del app, name, obj, options
   marked: list[str] = []
   if what in ('attribute', 'data', 'property'):
-    marked.append('')  # Else Napoleon takes text before a colon for a type.
+    # An empty comment: Napoleon takes a first line's `text:` for a type.
+    marked += ['..', '']
   code = False
   indent = 0  # Of the text before.
   for line in lines:
@@ -101,7 +104,7 @@ def _text(part: str) -> str:
 
 
 def _resolve(app, env, node, contnode):
-  """Links the end of a public name, as `Scorer.score`, if it is the only one."""
+  """Links what is the end of a public name, as `Scorer.score`."""
   target = node.get('reftarget', '')
   if node.get('refdomain') != 'py' or not re.fullmatch(r'[\w.]+', target):
     return None
@@ -129,8 +132,17 @@ def _link(app, env, docname, target, content):
   )
 
 
+def _skip(app, what, name, obj, skip, options):
+  """Every Flax dataclass has `replace`."""
+  del app, what, obj, options
+  return True if name == 'replace' else skip
+
+
 def _link_pages(app, doctree, docname):
   """Links the full names of public objects in the code of pages."""
+  for field in doctree.findall(docutils.nodes.field_name):
+    if field.astext() == 'Variables':
+      field.children = [docutils.nodes.Text('Attributes')]
   for node in list(doctree.findall(docutils.nodes.literal)):
     name = re.fullmatch(r'(histjax\.[\w.]+|Scorer\.\w+)', node.astext())
     if name and not isinstance(node.parent, docutils.nodes.reference):
@@ -175,6 +187,7 @@ def setup(app):
   """Called by Sphinx."""
   app.connect('autodoc-process-docstring', _mark_code, priority=400)
   app.connect('autodoc-process-signature', _sign)
+  app.connect('autodoc-skip-member', _skip)
   app.connect('missing-reference', _resolve)
   app.connect('doctree-resolved', _link_pages)
   app.connect('source-read', _first_page)

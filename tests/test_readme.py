@@ -316,8 +316,8 @@ def write_log(folder):
   items = {
     'item': rng.integers(0, 30, n),
     'price': rng.uniform(1, 9, n),
-    'country': rng.choice(['de', 'fr'], n),
-    'user': rng.integers(0, 20, n),
+    'user': (user := rng.integers(0, 20, n)),
+    'country': np.array(['de', 'fr'])[user % 2],
     'time': np.arange(n) * 3600,
   }
   log = items | {'clicked': rng.integers(0, 2, n)}

@@ -36,8 +36,8 @@ class PipelineConfig:
       hosts; a batch has as many rows as fit, and at least one a device.
     history_buckets: the lengths L that histories are padded to, increasing.
       Empty: up to `auto_buckets` of them from the data.
-    candidate_buckets: the numbers C that candidates are padded to. Empty: for each
-      history bucket, the most candidates that a row of it has.
+    candidate_buckets: the numbers C that candidates are padded to. Empty: for
+      each history bucket, the most candidates that a row of it has.
     auto_buckets: at most this many history buckets are made up.
     seed: of the order of rows and batches.
     num_threads: threads that make batches ahead; 0: none, in the caller's.

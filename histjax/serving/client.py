@@ -108,8 +108,9 @@ class Client:
 
     Args:
       user: the key, as in the log.
-      candidates: the items to score, `[{column: value}]` or `{column: [values]}`
-        under the log's column names; columns may be NumPy arrays.
+      candidates: the items to score, `[{column: value}]` or
+        `{column: [values]}`, under the log's column names; columns may be
+        NumPy arrays.
       context: one value a column.
       events: what the user did since, oldest first, in the same form.
       first: the number of the first of them in the user's whole history: the

@@ -56,7 +56,8 @@ class ExportConfig:
     candidates: sizes to pad a user's candidates to.
     new_events: sizes to pad what is given to `extend` to; (): it is not
       exported. None: 1 and 16, where the model's histories can be extended.
-    microbatch: candidates per row scored at once; more candidates must be a multiple.
+    microbatch: candidates per row scored at once; more candidates must be a
+      multiple.
     repick: pick implementations anew, whatever the model's config names.
   """
 
