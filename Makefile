@@ -9,7 +9,7 @@ EQUIVALENCE = tests/scoring tests/models tests/nn \
   tests/ops/history_attention/test_xla.py \
   tests/ops/candidate_tower/test_backends.py
 
-.PHONY: demo serve test test-all lint clean
+.PHONY: demo serve test test-all lint docs dist clean
 
 demo: $(VENV)/.installed-experiments,cpu
 	$(VENV)/bin/python experiments/train.py \
@@ -40,6 +40,16 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, in docs/_build/index.html.
+docs: $(VENV)/.installed-docs
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -q -W --keep-going \
+	  -b html docs docs/_build
+
+# What would be uploaded, checked and installed into an empty environment of
+# each Python that is there.
+dist: $(VENV)/.installed-dist
+	VENV=$(VENV) .ci/dist
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), \
 	  "histjax needs Python 3.11 or newer; set PYTHON=..."'
@@ -50,4 +60,4 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info

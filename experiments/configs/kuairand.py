@@ -1,4 +1,4 @@
-"""KuaiRand-Pure, streaming rows; protocol `kuairand` (README, Data).
+"""KuaiRand-Pure, streaming rows; protocol `kuairand` (docs/logs.md).
 
   python experiments/train.py --config=experiments/configs/kuairand.py \
     --workdir=/tmp/kuairand

@@ -1,4 +1,4 @@
-"""KuaiRand-Pure, snapshot rows; protocol `kuairand` (README, Data).
+"""KuaiRand-Pure, snapshot rows; protocol `kuairand` (docs/logs.md).
 
   python experiments/train.py \
     --config=experiments/configs/kuairand_snapshot.py --workdir=/tmp/snapshot

@@ -1,4 +1,4 @@
-"""MovieLens 1M, streaming rows; protocol `ml1m` (README, Data).
+"""MovieLens 1M, streaming rows; protocol `ml1m` (docs/logs.md).
 
   python experiments/train.py --config=experiments/configs/movielens.py \
     --workdir=/tmp/movielens

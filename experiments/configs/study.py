@@ -7,7 +7,7 @@
 cores one run of kuairand/none takes a minute, one of ml1m/concat hours. Expect
 every fusion above the floors of user and item in AUC (ml1m 0.787; kuairand
 0.716); the user's running rate alone has 0.734 on kuairand, which only
-target_attention reaches (README, Results).
+target_attention reaches (docs/results/fusions.md).
 
 All fusions train on the same pointwise rows, in the same order: the last 50
 events, one candidate. Only the fusion differs. Rows of other kinds (streaming)

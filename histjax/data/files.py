@@ -80,9 +80,9 @@ def stream(
   its columns is in memory at once.
 
   Args:
-    paths: as `read`.
-    wanted: likewise.
-    schema: likewise.
+    paths: files or folders of files, as `read` takes them.
+    wanted: the columns to read.
+    schema: says what counts as missing.
     max_rows: of a piece.
     tell: is told how many bytes of how many have been read.
 

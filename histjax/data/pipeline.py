@@ -46,9 +46,9 @@ class PipelineConfig:
       to the most devices that the run may go on with.
     history_buckets: the lengths L that histories are padded to, increasing.
       Empty: up to `auto_buckets` of them from the data.
-    candidate_buckets: likewise, the numbers C of candidates. Empty: for each
-      history bucket, the most candidates that a row of it has. With `pack` the
-      shapes are their pairs, as many of one as of the other.
+    candidate_buckets: the numbers C that candidates are padded to. Empty: for
+      each history bucket, the most candidates that a row of it has. With `pack`
+      the shapes are their pairs, as many of one as of the other.
     auto_buckets: at most this many history buckets, or with `pack` shapes, are
       made up.
     seed: of the order of rows and batches.

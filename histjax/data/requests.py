@@ -39,8 +39,8 @@ def make_row(
     context: one value a column.
     history: the user's events, oldest first, as `[{column: value}]` or
       `{column: [values]}`; may be empty.
-    candidates: the items to score, likewise; at least one. The time and the
-      request, where the schema has them, may be in `context` instead.
+    candidates: the items to score, in the same form; at least one. The time
+      and the request, where the schema has them, may be in `context` instead.
     config: as the model was trained; only `kind`, `history_length`,
       `on_overflow` and `ties` are read. None: `RowConfig()`.
     features: what computes `schema.derived`, as training saved it.

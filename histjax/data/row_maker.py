@@ -108,8 +108,9 @@ class RowMaker:
     """Encodes a request.
 
     Args:
-      context: as `make_row`.
-      candidates: likewise.
+      context: one value a column.
+      candidates: the items to score, `[{column: value}]` or
+        `{column: [values]}`; at least one.
       with_time: whether their time is read; None: if something needs it.
       as_of: as `make_row`.
 

@@ -47,11 +47,11 @@ class SyntheticConfig:
     num_items: items.
     num_categories: categories.
     quality_scale: standard deviation of the items' qualities, in logits.
-    segment_scale: likewise of the users' segments.
+    segment_scale: standard deviation of the users' segments, in logits.
     strength: logits per unit of liking.
     decay: of liking, a request; in [0, 1).
     bias: logit of a click on an average item without history.
-    like_bias: likewise of a like, given the click.
+    like_bias: logit of a like, given the click.
   """
 
   seed: int = 0

@@ -114,7 +114,7 @@ class Impressions:
       `shown`: of events in between it is known that they were shown, and not
       what came of them.
     time: `[c]`, as in `Events`.
-    features: `{name: [c]}`, likewise.
+    features: `{name: [c]}`, ids and values of the features of items.
     event: int64 `[c]`, which events they are; None: they are not among them.
   """
 

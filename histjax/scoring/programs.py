@@ -48,7 +48,8 @@ def score_microbatched(
     cache: of `model.encode`.
     candidates: `[B, C]`, C at most or a multiple of `microbatch`.
     context: `{name: [B]}`.
-    count: as `Ranker.score`.
+    count: int32 `[B]`; logits of candidates from there on mean nothing. None:
+      all C count.
     microbatch: candidates per row and step.
 
   Returns:
@@ -112,8 +113,8 @@ class Plan:
 
   Attributes:
     config: of the model.
-    microbatch: as `ScorerConfig`.
-    plain_microbatch: likewise.
+    microbatch: candidates per row scored at once from a cache.
+    plain_microbatch: the same for plain scoring.
     spec: how parameters are packed.
     target: to trace for.
     transport: how requests come and logits go.

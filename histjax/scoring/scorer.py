@@ -249,15 +249,16 @@ class Scorer:
     """`encode` and `score` in one program: a new user's request.
 
     Args:
-      history: as `encode`.
-      candidates: `[B, C]`, as `score`.
-      context: likewise.
+      history: `[B, L]`, real events first; `length` at most L.
+      candidates: `[B, C]`; row b belongs to row b of the history.
+      context: `{name: [B]}`, as it is at the time of the request.
 
     Returns:
       The cache and the logits.
 
     Raises:
-      ValueError: as `encode` and `score`.
+      ValueError: the fusion is not amortizable, an input is malformed, or a
+        logit is not finite.
     """
     cache, pending = self.encode_and_score_async(history, candidates, context)
     return cache, pending.result()
@@ -328,13 +329,14 @@ class Scorer:
     one.
 
     Args:
-      requests: `(cache, candidates, context)` of each, as in `score`.
+      requests: `(cache, candidates, context)` of each: what `score` takes.
 
     Returns:
       The logits of each.
 
     Raises:
-      ValueError: as `score`; then the logits of none are returned.
+      ValueError: one that `score` would refuse; then the logits of none are
+        returned.
     """
     return [x.result() for x in self.score_many_async(requests)]
 
@@ -370,18 +372,18 @@ class Scorer:
     not used, name it as `EncoderConfig.candidate_tower` and read the error.
 
     Args:
-      cache: as `score`.
-      candidates: likewise.
-      context: likewise.
+      cache: of `encode`, `extend`, `take` or `stack`.
+      candidates: `[B, C]`; row b belongs to user b of the cache.
+      context: `{name: [B]}`, as it is at the time of the request.
 
     Returns:
-      `{operation: implementation}`: `{'candidate_tower': 'pallas_tpu'}` is one
-      kernel for all layers; `{'candidate_tower': 'xla', 'history_attention':
-      'cudnn'}` is layer by layer, with that kernel in each; `{}` is plain JAX
-      alone, as the fusion 'append_isolated' scores.
+      `{operation: implementation}`. With `{'candidate_tower': 'pallas_tpu'}`
+      one kernel computes all layers. With 'xla' as the candidate tower and
+      'cudnn' as the history attention it goes layer by layer, with that kernel
+      in each. `{}` is plain JAX alone, as the fusion 'append_isolated' scores.
 
     Raises:
-      ValueError: as `score`.
+      ValueError: a request that `score` would refuse.
       NotImplementedError: the named implementation cannot run here.
     """
     request = self._check_request(cache, candidates, context)
@@ -436,11 +438,12 @@ class Scorer:
     """`extend` and `score` in one program: a returning user's request.
 
     Args:
-      cache: as `extend`.
-      events: likewise.
-      candidates: as `score`.
-      context: likewise.
-      donate: as `extend`.
+      cache: of `encode`, `extend`, `take` or `stack`.
+      events: `[B, E]`, `length[b]` of them new for user b (0 for none).
+      candidates: `[B, C]`; row b belongs to user b of the cache.
+      context: `{name: [B]}`, as it is at the time of the request.
+      donate: the events are written into the memory of `cache`, which must not
+        be used after; False: into a copy.
 
     Returns:
       The new cache and the logits.

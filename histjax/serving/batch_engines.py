@@ -69,7 +69,7 @@ class Ray:
   Attributes:
     num_workers: each with a model of its own.
     num_gpus: of each worker.
-    num_cpus: likewise.
+    num_cpus: of each worker.
   """
 
   num_workers: int = 1

@@ -55,8 +55,8 @@ class Model:
       modules: to import first, of derived features of your own.
 
     Raises:
-      FileNotFoundError: as `Scorer.from_workdir`.
-      ValueError: likewise.
+      FileNotFoundError: there is no complete checkpoint of the run.
+      ValueError: a file is damaged or of another run or version.
     """
     for name in modules:
       importlib.import_module(name)
@@ -80,8 +80,8 @@ class Options:
     top_k: candidates of a user to keep.
     allow_new_users: rank even if no user at all is in the log.
     users_per_batch: scored at once, at most.
-    memory: bytes, see `shards.Limits`.
-    users_per_shard: likewise.
+    memory: bytes that a shard's rows may take; see `shards.Limits`.
+    users_per_shard: at most; None: as many as `memory` allows.
   """
 
   task: str | None = None

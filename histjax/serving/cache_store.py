@@ -344,7 +344,7 @@ class CacheStore:
 
     Args:
       config: of the other model.
-      fingerprint: likewise.
+      fingerprint: of its config and parameters; see `Scorer.fingerprint`.
       keep_events: what the host keeps means the same to the other model.
     """
     with self._lock:

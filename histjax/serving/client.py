@@ -107,11 +107,14 @@ class Client:
     """Scores candidates for a user, after what the user did.
 
     Args:
-      user: see `engine.Request`.
-      candidates: likewise; columns may be NumPy arrays.
-      context: likewise.
-      events: likewise.
-      first: likewise.
+      user: the key, as in the log.
+      candidates: the items to score, `[{column: value}]` or
+        `{column: [values]}`, under the log's column names; columns may be
+        NumPy arrays.
+      context: one value a column.
+      events: what the user did since, oldest first, in the same form.
+      first: the number of the first of them in the user's whole history: the
+        last reply's `num_events`, or 0 for a whole history.
       timeout_ms: until its batch must have begun; None: the server's.
 
     Raises:

@@ -52,11 +52,12 @@ class ExportConfig:
     compute_capability: of the NVIDIA GPU: '9.0' is Hopper, which has kernels
       (from JAX 0.11 on), '' any, without kernels. None: '9.0' for 'cuda'.
     rows: users at once, ascending; requests are padded to one of these.
-    events: in a history, likewise; the last is how long one can get.
-    candidates: of a user, likewise.
-    new_events: given to `extend` at once, likewise; (): it is not exported.
-      None: 1 and 16, where the model's histories can be extended.
-    microbatch: as `ScorerConfig`; more candidates must be a multiple.
+    events: sizes to pad histories to; the last is how long one can get.
+    candidates: sizes to pad a user's candidates to.
+    new_events: sizes to pad what is given to `extend` to; (): it is not
+      exported. None: 1 and 16, where the model's histories can be extended.
+    microbatch: candidates per row scored at once; more candidates must be a
+      multiple.
     repick: pick implementations anew, whatever the model's config names.
   """
 
@@ -129,9 +130,11 @@ def export_workdir(
 
   Raises:
     FileNotFoundError: there is no such run; see `training.run.load`.
-    ValueError: as `export_model`, or the run is damaged.
-    NotImplementedError: as `export_model`.
-    OSError: likewise.
+    ValueError: the model or the options cannot be exported, or the run is
+      damaged.
+    NotImplementedError: an implementation that the config names cannot run on
+      the platform.
+    OSError: the directory cannot be written.
   """
   directory.check_output(output)
   from histjax.training import run as run_lib  # Reads checkpoints.

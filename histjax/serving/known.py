@@ -113,8 +113,8 @@ class Update:
 
   Attributes:
     user: the canonical key.
-    past: as `Known`.
-    digest: likewise.
+    past: the user's events, as `Known` holds them.
+    digest: of all of them, as `Known` holds it.
     state: that a program writes.
     same: how many events it begins with that are those of the state that the
       user has; 0: it does not read that.

@@ -97,7 +97,7 @@ class Server(uvicorn.Server):
       service: of the application.
       app: of `make_app`.
       host: address to listen at.
-      port: likewise.
+      port: to listen at.
       drain_s: see above.
       max_connections: more than these are answered 503.
     """

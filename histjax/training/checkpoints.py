@@ -232,8 +232,8 @@ def load_params(
       they are for; None: not checked.
 
   Returns:
-    `(params, config)`: the parameters on the default device, and the config
-    of the run as a dict, for `histjax.config.from_dict`.
+    The parameters, on the default device, and the config of the run as a dict,
+    for `histjax.config.from_dict`.
 
   Raises:
     FileNotFoundError: there is no complete checkpoint, or no best one yet.

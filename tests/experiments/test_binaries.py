@@ -243,7 +243,7 @@ class TestBinaries:
     (folder / 'my_features.py').write_text(
       re.findall(
         r'```python\n(# my_features.py.*?)```',
-        (ROOT / 'README.md').read_text(),
+        (ROOT / 'docs/extending/feature.md').read_text(),
         re.DOTALL,
       )[0]
     )

@@ -1,7 +1,6 @@
-"""A derived feature of one's own is one file: README's."""
+"""A derived feature of one's own is one file: that of the documentation."""
 
 import pathlib
-import re
 import tempfile
 
 import numpy as np
@@ -10,16 +9,16 @@ from absl.testing import absltest
 from histjax import config as config_lib
 from histjax import features
 from histjax.data import datasets
+from tests import docs_pages
 
-README = pathlib.Path(__file__).parents[2] / 'README.md'
+PAGE = 'docs/extending/feature.md'
 
 
 class OwnFeatureTest(absltest.TestCase):
-  def test_readme_s(self):
-    (code,) = re.findall(
-      r'```python\n(# my_features.py.*?)```', README.read_text(), re.DOTALL
-    )
-    exec(code, {'__name__': 'my_features'})
+  def test_the_documentation_s(self):
+    names = {'__name__': 'my_features'}
+    for code in docs_pages.blocks(PAGE, 'python'):
+      exec(code, names)
     config = config_lib.from_dict(
       datasets.DataConfig,
       {

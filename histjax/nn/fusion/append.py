@@ -341,7 +341,7 @@ class AppendCross(_SharedHistory):
 
     Args:
       keys: of `encode` or `extend`.
-      values: likewise.
+      values: of `encode` or `extend`.
       length: int32 `[B]`, events cached.
       candidates: tokens `[B, C, D]`.
       visible: int32 `[B, C]`, or None for all events.

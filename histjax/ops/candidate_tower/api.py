@@ -102,7 +102,7 @@ def candidate_tower(
     position: int32 `[B, C]`, the rotary positions of the queries; None: they
       are not rotated.
     keys: `[layers, B, L, N, H]`, of the matrices' type, rotated already.
-    values: `[layers, B, L, N, H]`, likewise.
+    values: `[layers, B, L, N, H]`, of the matrices' type.
     key_range: int32 `[B, C]` each. Its `structure` opens faster paths. Keys
       and values before or after all ranges of their row may hold anything,
       NaN included, unless 'xla' runs with an attention that needs them finite,
@@ -158,24 +158,26 @@ def candidate_tower_backend(
   as `implementation` and read the error.
 
   Args:
-    candidates: as `candidate_tower`, or its `jax.ShapeDtypeStruct`, as are
-      the other arrays.
-    position: likewise.
-    keys: likewise.
-    values: likewise.
-    key_range: likewise.
-    weights: likewise.
-    num_heads: likewise.
-    count: likewise.
-    final_norm: likewise.
-    implementation: likewise.
+    candidates: tokens `[B, C, D]`; as all arrays here, or a
+      `jax.ShapeDtypeStruct`.
+    position: int32 `[B, C]`, or None: queries are not rotated.
+    keys: `[layers, B, L, N, H]`.
+    values: `[layers, B, L, N, H]`.
+    key_range: int32 `[B, C]` each.
+    weights: see `TowerWeights`.
+    num_heads: N, with `N H = D`.
+    count: int32 `[B]`, or None: all C candidates count.
+    final_norm: whether the result is the last norm's, or the residual stream.
+    implementation: the name of a backend; None: the fastest that supports the
+      call.
 
   Returns:
     'pallas_gpu', 'pallas_tpu', 'numba_cpu', 'xla' or 'reference'.
 
   Raises:
-    ValueError: as `candidate_tower`.
-    NotImplementedError: as `candidate_tower`.
+    ValueError: an argument is malformed, or no such implementation.
+    NotImplementedError: the named implementation cannot compute this call on
+      this device; the message says why.
   """
   call = _Call(candidates, position, keys, values, key_range, weights, count)
   _check(call, num_heads, implementation)

@@ -105,19 +105,20 @@ def history_attention_backend(
   not, name it as `implementation` and read the error.
 
   Args:
-    query: as `history_attention`, or its `jax.ShapeDtypeStruct`, as are the
-      other arrays.
-    key: likewise.
-    value: likewise.
-    key_range: likewise.
-    implementation: likewise.
+    query: `[B, Q, N, H]`; as all arrays here, or a `jax.ShapeDtypeStruct`.
+    key: `[B, L, N, H]`, of the same type.
+    value: `[B, L, N, H]`, of the same type.
+    key_range: int32 `[B, Q]` each.
+    implementation: the name of a backend; None: the fastest that supports the
+      call.
 
   Returns:
     'pallas_gpu', 'cudnn', 'pallas_tpu', 'xla' or 'reference'.
 
   Raises:
-    ValueError: as `history_attention`.
-    NotImplementedError: as `history_attention`.
+    ValueError: an argument is malformed, or no such implementation.
+    NotImplementedError: the named implementation cannot compute this call on
+      this device; the message says why.
   """
   _check(query, key, value, key_range, implementation)
   target = dispatch.target_of(query)

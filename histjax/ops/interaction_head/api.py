@@ -61,7 +61,7 @@ def interaction_head(
   Args:
     user: `[B, U]`.
     features: `[B, C, F]`, of the candidates, of the same type.
-    readout: `[B, C, D]`, likewise.
+    readout: `[B, C, D]`, of the same type.
     weights: see `HeadWeights`; its `tiles` are of that type.
     count: int32 `[B]`. Logits of candidates `c >= count[b]` are finite but mean
       nothing, and need not be computed. None: all C count.

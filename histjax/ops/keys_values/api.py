@@ -73,7 +73,7 @@ def keys_values(
   Args:
     events: the residual stream `[B, E, D]`, of the matrix' type or float32.
     keys: `[layers, B, L, N, H]`, of the matrix' type.
-    values: `[layers, B, L, N, H]`, likewise.
+    values: `[layers, B, L, N, H]`, of the matrix' type.
     weights: see `KeyValueWeights`.
     layer: the layer, of the weights and of the cache.
     rotate: whether keys are rotated, by their slot in the cache.
