@@ -26,8 +26,8 @@ from histjax.scoring import Scorer, ScorerConfig
 from histjax.serving.app import RunEngine, Service
 from histjax.serving.cache_store import StoreConfig
 from histjax.serving.engine import Engine, EngineConfig
-from histjax.training import checkpoints
 from histjax.training import run as run_lib
+from histjax.training import step_folders
 
 _HEAD_S = 10.0
 """A request's line and headers must come in this time."""
@@ -288,7 +288,7 @@ def _roll_over(workdir: str, engine: RunEngine) -> bool:
 def _listing(workdir: str) -> tuple:
   """What changes whenever a checkpoint is written or deleted."""
   try:
-    folders = pathlib.Path(workdir, checkpoints.FOLDER).iterdir()
+    folders = step_folders.of(pathlib.Path(workdir)).iterdir()
     return tuple(sorted((f.name, f.stat().st_mtime_ns) for f in folders))
   except OSError:
     return ()
