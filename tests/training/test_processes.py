@@ -55,7 +55,7 @@ def test_eight_devices(one, tmp_path):
 
 
 def test_two_processes_of_four_devices(one, tmp_path, monkeypatch):
-  """Eight devices of one process, of two; one is killed; two, or two devices."""
+  """Eight devices of one, of two; one is killed; two go on, or two devices."""
   work = tmp_path / 'work'
   with monkeypatch.context() as patch:
     test_loop.on_call(
