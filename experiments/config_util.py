@@ -13,6 +13,7 @@ is not part of the config.
 from __future__ import annotations
 
 import pathlib
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -95,15 +96,14 @@ class Config:
 
 
 def _at(error: BaseException) -> str:
-  """Where a config file, which is none of our code, raised an error."""
-  here = pathlib.Path(__file__).parent
+  """The line of a config file behind an error."""
+  library = pathlib.Path(config_lib.__file__).parent
+  others = {library, pathlib.Path(sysconfig.get_path('stdlib'))}
   for frame in reversed(traceback.extract_tb(error.__traceback__)):
     path = pathlib.Path(frame.filename)
-    ours = path.parent == here or not {'site-packages', 'absl'}.isdisjoint(
-      path.parts
-    )
-    if path.suffix == '.py' and path.is_file() and not ours:
-      return f' ({path}, line {frame.lineno})'
+    if path.is_file() and path.parent != pathlib.Path(__file__).parent:
+      if others.isdisjoint(path.parents) and 'site-packages' not in path.parts:
+        return f' ({path}, line {frame.lineno})'
   return ''
 
 
