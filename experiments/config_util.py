@@ -12,6 +12,9 @@ is not part of the config.
 
 from __future__ import annotations
 
+import pathlib
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,11 +65,15 @@ class Config:
     rest, self._overrides = overrides.split_argv(argv, 'config')
     try:
       return flags.FLAGS(rest)
-    except (flags.Error, ValueError, OSError) as error:
+    except Exception as error:  # The file is code, and may raise anything.
       cause: BaseException = error
-      while cause.__context__ is not None:  # What the file itself raised.
+      while cause.__context__ is not None and isinstance(
+        cause, (flags.Error, ValueError, OSError)
+      ):  # What the file itself raised, and not how it came to be told.
         cause = cause.__context__
-      raise SystemExit(f'{type(cause).__name__}: {cause}') from error
+      raise SystemExit(
+        f'{type(cause).__name__}: {cause}{_at(cause)}'
+      ) from error
 
   def values(self) -> dict[str, Any]:
     """The config, with what the command line sets.
@@ -86,6 +93,18 @@ class Config:
           'dataset; change the data'
         )
     return overrides.apply(self._cls, values, self._overrides)
+
+
+def _at(error: BaseException) -> str:
+  """The line of a config file behind an error."""
+  library = pathlib.Path(config_lib.__file__).parent
+  others = {library, pathlib.Path(sysconfig.get_path('stdlib'))}
+  for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    path = pathlib.Path(frame.filename)
+    if path.is_file() and path.parent != pathlib.Path(__file__).parent:
+      if others.isdisjoint(path.parents) and 'site-packages' not in path.parts:
+        return f' ({path}, line {frame.lineno})'
+  return ''
 
 
 def config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:

@@ -56,6 +56,9 @@ _ALLOW_NEW_USERS = flags.DEFINE_bool(
 _MODULES = flags.DEFINE_list(
   'modules', [], 'Modules to import first, of derived features of your own.'
 )
+_LATEST = flags.DEFINE_bool(
+  'latest', False, 'The latest parameters, not the best on validation.'
+)
 _AS_OF = flags.DEFINE_bool(
   'as_of', False, 'Candidates see the events before them, and no later ones.'
 )
@@ -78,6 +81,7 @@ def rank_files() -> None:
       _WORKDIR.value,
       as_of=_AS_OF.value,
       modules=tuple(_MODULES.value),
+      which='latest' if _LATEST.value else 'best',
     ),
     _EVENTS.value,
     _CANDIDATES.value,

@@ -10,7 +10,6 @@ engines into replicas of Ray Serve (the extra `ray`).
 
 import functools
 import importlib
-import os
 from typing import Any
 
 from absl import app, flags, logging
@@ -19,6 +18,7 @@ from histjax import quantization
 from histjax.serving import app as app_lib
 from histjax.serving import batcher, cache_store, messages, page, server
 from histjax.serving.columns import Columns
+from histjax.training import workdir
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
 _ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'ray'], 'Where.')
@@ -47,6 +47,7 @@ _WATCH = flags.DEFINE_float('watch_s', 0.0, 'New parameters; 0: never.', 0)
 _DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
 _PAGE = flags.DEFINE_enum('page', 'auto', ['auto', 'yes', 'no'], 'Serve it.')
 _TITLES = flags.DEFINE_string('titles', None, 'CSV of items and their titles.')
+_LATEST = flags.DEFINE_bool('latest', False, 'Parameters, not the best.')
 _MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
 
 
@@ -57,6 +58,8 @@ def serve() -> None:
     raise ValueError(
       f'--replicas={_REPLICAS.value} is of --engine=ray; leave it out'
     )
+  if not all(x.isdecimal() for x in _WARM.value):
+    raise ValueError(f'--warm_up={_WARM.value} must be whole numbers')
   *events, candidates = map(int, _WARM.value)
   config = app_lib.AppConfig(
     batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
@@ -65,7 +68,8 @@ def serve() -> None:
     app_lib.read_token(_TOKEN.value),
   )
   dtype: Any = _DTYPE.value
-  path, every_s = os.path.abspath(_WORKDIR.value), _WATCH.value
+  path, every_s = str(workdir.resolve(_WORKDIR.value)), _WATCH.value
+  which: Any = 'latest' if _LATEST.value else 'best'
   store = cache_store.StoreConfig(
     _STORE.value << 20, _STORE.value << 20, _TTL.value
   )
@@ -74,12 +78,15 @@ def serve() -> None:
     *(path, _BATCH.value, events or None, candidates, _CACHE.value),
     store=store,
     cache_dtype=dtype,
+    which=which,
   )
   engine: app_lib.RunEngine
   if _ENGINE.value == 'ray':
     from histjax.serving import cluster
 
-    remote = cluster.RemoteEngine(make, path, replicas=_REPLICAS.value or 2)
+    remote = cluster.RemoteEngine(
+      make, path, replicas=_REPLICAS.value or 2, which=which
+    )
     engine, warm_up = remote, remote.wait
   else:
     engine, warm_up = make()
@@ -91,7 +98,7 @@ def serve() -> None:
   )
   application = app_lib.make_app(
     service,
-    background=[lambda: server.watch(service, path, engine, every_s)],
+    background=[lambda: server.watch(service, path, engine, every_s, which)],
     routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
   )
   print(f'serves {_HOST.value}:{_PORT.value}', flush=True)

@@ -2,13 +2,21 @@
 
   python experiments/train.py --config=experiments/configs/synthetic.py \
     --workdir=/tmp/synthetic [--config.num_epochs=1]
+
+With --multi_host this is one of several processes: on SLURM, Open MPI, Cloud
+TPU and Kubernetes they find each other; elsewhere each is told where the first
+one is, how many there are, and which one it is. See docs/training.md.
 """
+
+import contextlib
+import logging as std_logging
 
 import jax
 from absl import app, flags, logging
 
 import config_util
 from histjax.data import datasets, synthetic
+from histjax.training import watchdog
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.loop import train_and_evaluate
@@ -23,20 +31,32 @@ _WORKDIR = flags.DEFINE_string(
 _MULTI_HOST = flags.DEFINE_bool(
   'multi_host', False, 'Whether this is one process of several (one a host).'
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address', None, 'host:port of the first process.'
+)
+_COUNT = flags.DEFINE_integer('num_processes', None, 'How many there are.')
+_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
+_ID = flags.DEFINE_integer('process_id', None, 'Of this one, from 0.')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+def joined() -> contextlib.AbstractContextManager[None]:
+  """Within, this is one process of several, if it is meant to be."""
+  given = (_COORDINATOR.value, _COUNT.value, _ID.value)
   if _MULTI_HOST.value:
-    jax.distributed.initialize()
-  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+    return watchdog.joined(*given)
+  if given != (None, None, None):
+    raise ValueError(
+      '--coordinator_address, --num_processes and --process_id are of '
+      '--multi_host; add it, or leave them out'
+    )
+  return contextlib.nullcontext()
+
+
+def run(values, workdir):
   try:
-    values = _CONFIG.values()
-    workdir = workdir_lib.prepare(_WORKDIR.value)
     config, dataset = config_util.load(values)
     result = train_and_evaluate(config, workdir, dataset=dataset)
-  except (ValueError, OSError, ImportError, ArithmeticError) as error:
+  except _ERRORS as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if result['interrupted'] or jax.process_index():
     return
@@ -48,6 +68,21 @@ def main(argv):
         f'{task}: test AUC {auc:.4f}; the best possible is {bayes:.4f}; '
         f'{(auc - 0.5) / (bayes - 0.5):.1%} of its margin over 0.5'
       )
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  # Orbax tells of every file and, at length, of errors that are raised, too.
+  logging.set_verbosity(logging.FATAL)
+  std_logging.getLogger('histjax').setLevel(std_logging.WARNING)
+  try:
+    values = _CONFIG.values()
+    workdir = workdir_lib.prepare(_WORKDIR.value)
+    with joined():
+      run(values, workdir)
+  except _ERRORS as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
 
 
 if __name__ == '__main__':

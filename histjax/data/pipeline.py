@@ -3,10 +3,10 @@
 A batch has the shape of a bucket, so a program is compiled once per bucket.
 Every row comes once an epoch; what is missing in a bucket's last batch are
 empty rows. Which rows are in a batch, and which batch comes next, is a function
-of the rows and the config alone. All hosts walk through the same batches, padded
-with empty rows to a multiple of the devices, and each takes its own part of
-every one: shapes agree at every step, nothing is dropped, and a position counts
-rows, so that other hosts and devices can go on from it.
+of the rows and the config alone. All hosts walk through the same batches,
+padded with empty rows to a multiple of the devices, and each takes its own part
+of every one: shapes agree at every step, nothing is dropped, and a position
+counts rows, so that other hosts and devices can go on from it.
 """
 
 from __future__ import annotations

@@ -186,11 +186,14 @@ class FittedFeatures:
     temporary = folder / f'{FILE}.{os.getpid()}.tmp'
     meta = json.dumps({**self._meta(), 'digest': self.digest()})
     arrays = {**self._arrays(), _META: np.frombuffer(meta.encode(), np.uint8)}
-    with open(temporary, 'wb') as file:
-      np.savez_compressed(file, allow_pickle=False, **arrays)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, folder / FILE)
+    try:
+      with open(temporary, 'wb') as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, folder / FILE)
+    finally:
+      temporary.unlink(missing_ok=True)  # As when the disk is full.
 
   def _meta(self) -> dict[str, Any]:
     return {

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class Model:
     *,
     as_of: bool = False,
     modules: Sequence[str] = (),
+    which: Literal['best', 'latest'] = 'best',
   ) -> Model:
     """The model of a trained run; rows are as its validation makes them.
 
@@ -53,6 +54,7 @@ class Model:
       workdir: of the run.
       as_of: see `joins.Join`.
       modules: to import first, of derived features of your own.
+      which: the parameters that are best on validation, or the latest.
 
     Raises:
       FileNotFoundError: there is no complete checkpoint of the run.
@@ -60,7 +62,7 @@ class Model:
     """
     for name in modules:
       importlib.import_module(name)
-    run = run_lib.load(workdir)
+    run = run_lib.load(workdir, which)
     config = run.config
     rows = config.data.eval_rows or config.data.rows
     join = joins.Join(config.model.schema, rows, run.features, as_of)

@@ -18,7 +18,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import serve
@@ -80,6 +80,7 @@ class RemoteEngine:
     buckets: int = 256,
     timeout_s: float = 30.0,
     options: Mapping[str, Any] | None = None,
+    which: Literal['best', 'latest'] = 'best',
   ):
     """Starts the replicas; `wait` until they score.
 
@@ -94,6 +95,7 @@ class RemoteEngine:
       timeout_s: of a batch.
       options: of `serve.deployment`, as `ray_actor_options={'num_gpus': 1}` or
         `autoscaling_config`.
+      which: parameters that `make` takes.
 
     Raises:
       ValueError: there is no replica, or fewer buckets than replicas.
@@ -116,7 +118,7 @@ class RemoteEngine:
     self._arguments = make, os.path.abspath(workdir)
     if not ray.is_initialized():
       ray.init(log_to_driver=False)  # Forks: before JAX has threads.
-    self.scorer: Scorer = Scorer.from_workdir(workdir)
+    self.scorer: Scorer = Scorer.from_workdir(workdir, which)
     serve.start(
       proxy_location='Disabled',
       logging_config={'log_level': 'WARNING', 'enable_access_log': False},

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -106,6 +106,7 @@ class Engine:
     options: EngineConfig | None = None,
     *,
     scorer_config: ScorerConfig | None = None,
+    which: Literal['best', 'latest'] = 'best',
     maker: RowMaker | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
@@ -115,6 +116,7 @@ class Engine:
       scorer: of a workdir; or the workdir.
       options: what is kept.
       scorer_config: of the scorers of workdirs.
+      which: parameters of a workdir to take.
       maker: of rows; None: that of the scorer's run.
       clock: in seconds, for `StoreConfig.ttl`.
 
@@ -122,7 +124,7 @@ class Engine:
       ValueError: the fusion is not amortizable, or options are at odds.
     """
     self.options = options or EngineConfig()
-    self._scorer_config = scorer_config
+    self._scorer_config, self._which = scorer_config, which
     self._lock = threading.Lock()
     self._model = self._load(scorer, maker)
     self._roll_overs = 0
@@ -299,7 +301,7 @@ class Engine:
     self, scorer: Scorer | str | os.PathLike[str], maker: RowMaker | None
   ) -> Model:
     if not isinstance(scorer, Scorer):
-      scorer = Scorer.from_workdir(scorer, scorer_config=self._scorer_config)
+      scorer = Scorer.from_workdir(scorer, self._which, self._scorer_config)
     scorer.config.require_amortizable()
     maker = maker or scorer.row_maker()
     options = self.options

@@ -12,7 +12,7 @@ import gc
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import uvicorn
@@ -26,8 +26,8 @@ from histjax.scoring import Scorer, ScorerConfig
 from histjax.serving.app import RunEngine, Service
 from histjax.serving.cache_store import StoreConfig
 from histjax.serving.engine import Engine, EngineConfig
-from histjax.training import checkpoints
 from histjax.training import run as run_lib
+from histjax.training import step_folders
 
 _HEAD_S = 10.0
 """A request's line and headers must come in this time."""
@@ -147,6 +147,7 @@ def make_engine(
   cache_dir: str | None = None,
   store: StoreConfig | None = None,
   cache_dtype: Kind | None = None,
+  which: Literal['best', 'latest'] = 'best',
 ) -> tuple[Engine, Callable[[], Any]]:
   """The engine of a run with few `buckets`, and what compiles all of them.
 
@@ -158,8 +159,9 @@ def make_engine(
     cache_dir: see `Scorer.warm_up`.
     store: how much is kept of users.
     cache_dtype: as `ScorerConfig`.
+    which: the parameters that are best on validation, or the latest.
   """
-  run = run_lib.load(workdir)
+  run = run_lib.load(workdir, which)
   on_cpu = jax.default_backend() == 'cpu'
   rows = min(rows, _CPU_ROWS) if on_cpu else rows
   config = dataclasses.replace(
@@ -175,6 +177,7 @@ def make_engine(
       pad_rows=not on_cpu,
     ),
     scorer_config=config,
+    which=which,
   )
   made = run.config.data.eval_rows or run.config.data.rows
   # Without the run, whose parameters are not served for ever.
@@ -236,9 +239,13 @@ def default_events(run: run_lib.Run) -> list[int]:
 
 
 async def watch(
-  service: Service, workdir: str, engine: RunEngine, every_s: float
+  service: Service,
+  workdir: str,
+  engine: RunEngine,
+  every_s: float,
+  which: Literal['best', 'latest'] = 'best',
 ) -> None:
-  """Rolls over to the workdir's best parameters whenever they change.
+  """Rolls over to the workdir's parameters whenever they change.
 
   They are read in a thread, and the engine puts them in place between two
   batches: no request is dropped, and none is scored by both. What cannot be
@@ -249,6 +256,7 @@ async def watch(
     workdir: of the run.
     engine: of the service.
     every_s: seconds between looks; 0: none.
+    which: parameters, the best or the latest.
   """
   if not every_s:
     return
@@ -260,7 +268,7 @@ async def watch(
       continue
     seen = listing
     try:
-      changed = await asyncio.to_thread(_roll_over, workdir, engine)
+      changed = await asyncio.to_thread(_roll_over, workdir, engine, which)
     except Exception as error:  # Training goes on, or somebody copies.
       service.metrics.roll_overs.labels('failed').inc()
       logging.error('%s is not served: %s', workdir, error)
@@ -270,9 +278,11 @@ async def watch(
       service.metrics.roll_overs.labels('done').inc()
 
 
-def _roll_over(workdir: str, engine: RunEngine) -> bool:
+def _roll_over(
+  workdir: str, engine: RunEngine, which: Literal['best', 'latest']
+) -> bool:
   begun = time.monotonic()
-  scorer = Scorer.from_workdir(workdir, scorer_config=engine.scorer.options)
+  scorer = Scorer.from_workdir(workdir, which, engine.scorer.options)
   if scorer.fingerprint == engine.fingerprint:
     return False
   engine.roll_over(scorer)
@@ -288,7 +298,7 @@ def _roll_over(workdir: str, engine: RunEngine) -> bool:
 def _listing(workdir: str) -> tuple:
   """What changes whenever a checkpoint is written or deleted."""
   try:
-    folders = pathlib.Path(workdir, checkpoints.FOLDER).iterdir()
+    folders = step_folders.of(pathlib.Path(workdir)).iterdir()
     return tuple(sorted((f.name, f.stat().st_mtime_ns) for f in folders))
   except OSError:
     return ()

@@ -6,16 +6,18 @@ step, rng, loss window, and the parameters in training if `params` is their
 average) and `meta` (JSON: the config, the fingerprint of the data, the place in
 it, and what is known of validation), and a list of all its files, see
 `integrity`. Orbax writes it under a temporary name and renames it, so a step is
-there or it is not. A copy may still be cut off: what is proven to be
-incomplete is passed over, any other error is raised, and nothing is deleted.
+there or it is not. A copy may still be cut off. The rule of reading: the latest
+checkpoint that is whole is used, one that lacks files is passed over and left
+where it is, and any other error, as of a disk or a network, is raised. Nothing
+is renamed or deleted because of what was read.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -23,14 +25,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from histjax.training import integrity, trees
+from histjax.training import integrity, processes, step_folders, trees
 from histjax.training import workdir as workdir_lib
 from histjax.training.state import TrainState
 
-FOLDER = 'checkpoints'
-_REPLACED = 'replaced-'
-
-_log = logging.getLogger(__name__)
+_USE_LATEST = "take the latest one: --latest, or which='latest' in Python"
 
 
 class Checkpoints:
@@ -54,7 +53,7 @@ class Checkpoints:
       raise ValueError(f'keep_checkpoints={keep} must be at least 1')
     self.workdir = workdir_lib.prepare(workdir)
     if jax.process_index() == 0:
-      _finish_replacing(_folder(self.workdir))
+      step_folders.finish_replacing(step_folders.of(self.workdir))
     self._preserve = _LatestAndBest(keep)
     self._saving = 0
     self._manager = _manager(
@@ -74,39 +73,77 @@ class Checkpoints:
     """Saves at `state.step`, and then deletes what need not be kept.
 
     A checkpoint of the same step is replaced; it stays until the new one is
-    complete.
+    complete. One that is not whole makes room as `incomplete-<step>`.
 
     Args:
       state: it may be donated as soon as this returns.
       meta: JSON-able; `meta['best_step']`, a step or None, is kept too.
+
+    Raises:
+      OSError: this checkpoint, or the one before, cannot be written, as when
+        the disk is full. What was there before still is.
     """
     step = int(state.step)
+    with self._writing():
+      self._manager.wait_until_finished()
     self._preserve.best_step = meta['best_step']
-    self._manager.wait_until_finished()
     self._saving = step
     replaces = step in self._manager.all_steps()
-    if replaces:
-      self._rename(step, _folder(self.workdir) / f'{_REPLACED}{step}')
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.scoring_params),
-        state=ocp.args.StandardSave(trees.flatten(state)),
-        meta=ocp.args.JsonSave({**meta, 'format': integrity.FORMAT}),
-      ),
-      force=True,
-    )
-    if replaces:
-      self._manager.wait_until_finished()
+    folder = step_folders.of(self.workdir)
+    with self._writing():
+      if step in self._preserve.incomplete:
+        self._rename(step, step_folders.unused(folder / f'incomplete-{step}'))
+        self._preserve.incomplete.remove(step)
+        replaces = False
+      elif replaces:
+        self._rename(step, folder / f'{step_folders.REPLACED}{step}')
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state.scoring_params),
+          state=ocp.args.StandardSave(trees.flatten(state)),
+          meta=ocp.args.JsonSave({**meta, 'format': integrity.FORMAT}),
+        ),
+        force=True,
+      )
+      if replaces:
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+          step_folders.finish_replacing(folder)
+
+  def check(self) -> None:
+    """Raises OSError if the last save has failed, without waiting for it."""
+    with self._writing():
+      self._manager.check_for_errors()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says which checkpoint failed, and which one is still good."""
+    try:
+      yield
+    except Exception as e:  # Orbax raises errors of many kinds.
+      folder = step_folders.of(self.workdir)
       if jax.process_index() == 0:
-        _finish_replacing(_folder(self.workdir))
+        with contextlib.suppress(OSError):
+          step_folders.finish_replacing(folder)
+      good = step_folders.whole(folder)
+      raise OSError(
+        f'the checkpoint of step {self._saving} could not be written to '
+        f'{folder} ({type(e).__name__}: {_shortened(e)}). '
+        + (
+          f'The last good one is that of step {good}'
+          if good is not None
+          else 'There is none yet'
+        )
+        + ': make room, and run the same again to go on from there'
+      ) from e
 
   def _list(self) -> None:
     """Lists what was written; Orbax renames the folder after it."""
     if jax.process_index() > 0:
       return
     name = f'{self._saving}.orbax-checkpoint-tmp*'
-    folders = list(_folder(self.workdir).glob(name))
+    folders = list(step_folders.of(self.workdir).glob(name))
     if not folders:
       raise RuntimeError(f'Orbax has no folder {name} to write files.json to')
     for folder in folders:
@@ -119,14 +156,40 @@ class Checkpoints:
       ValueError: it is of another version of histjax.
       OSError: it cannot be read.
     """
-    for _, meta in _complete_steps(self._manager):
+    folder = step_folders.of(self.workdir)
+    steps = self._manager.all_steps()
+    for _, meta in step_folders.complete_steps(folder, steps):
       return meta
     return None
+
+  def _latest(self) -> int | None:
+    """The latest complete step, as process 0 finds it."""
+    steps, found = sorted(self._manager.all_steps(), reverse=True), None
+    folder = step_folders.of(self.workdir)
+    if jax.process_index() == 0:
+      lacking: dict[int, str] = {}
+      for step, _ in step_folders.complete_steps(
+        folder, steps, lacking.__setitem__
+      ):
+        found = step
+        break
+      step_folders.report(folder, lacking, found)
+      if steps and found is None:
+        raise FileNotFoundError(
+          f'none of the checkpoints in {folder} is whole '
+          f'({lacking[steps[0]]} in that of step {steps[0]}): put the files '
+          'back, or train in another workdir'
+        )
+    # Storage that is shared may not show the same to all at the same time.
+    found = json.loads(processes.exchange(json.dumps(found))[0])
+    if found is not None:
+      self._preserve.incomplete = {step for step in steps if step > found}
+    return found
 
   def restore_params(self, step: int, template: Any) -> Any:
     """The parameters of one step, on the devices of the template's."""
     self._manager.wait_until_finished()
-    folder = _folder(self.workdir) / str(step)
+    folder = step_folders.of(self.workdir) / str(step)
     with integrity.naming(folder):
       integrity.check_opens(folder / 'params')
       found = self._manager.restore(
@@ -143,7 +206,7 @@ class Checkpoints:
     """The latest complete checkpoint, or None if there is none.
 
     Later ones of which files are missing (a copy that was cut off) are
-    reported and renamed to `incomplete-<step>`.
+    reported, and left where they are: they are neither counted nor deleted.
 
     Args:
       template: a state of the same shapes, on the devices to restore to.
@@ -154,42 +217,52 @@ class Checkpoints:
     Raises:
       ValueError: the checkpoint is of another model or optimizer, or of
         another version of histjax.
-      FileNotFoundError: the checkpoint of the best step is not there, or not
-        complete.
-      OSError: it cannot be read. No checkpoint is renamed then.
+      FileNotFoundError: there are checkpoints, and none is complete, or that
+        of the best step is not.
+      OSError: it cannot be read.
     """
+    step = self._latest()
+    if step is None:
+      return None
     where = jax.tree.map(_abstract, template.scoring_params)
     rest = jax.tree.map(_abstract, trees.flatten(template))
-    for step, meta in _complete_steps(self._manager, self._set_aside):
-      folder = _folder(self.workdir) / str(step)
-      self._check_best(step, meta['best_step'])
-      with integrity.naming(folder):
-        for item in ('params', 'state'):
-          integrity.check_opens(folder / item)
-        stored = self._manager.item_metadata(step)
-        trees_stored = [stored[item].tree for item in ('params', 'state')]
-      for tree, expected in zip(trees_stored, (where, rest), strict=True):
-        trees.check_same(f'the checkpoint {folder}', tree, expected)
-      with integrity.naming(folder):
-        found = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(where),
-            state=ocp.args.StandardRestore(rest),
-          ),
-        )
-      return trees.unflatten(template, found['params'], found['state']), meta
-    return None
+    folder = step_folders.of(self.workdir) / str(step)
+    with integrity.naming(folder):
+      meta = integrity.read_meta(folder)
+      if meta is None:
+        raise FileNotFoundError('meta is missing')
+      meta.pop('format')
+      for item in ('params', 'state'):
+        integrity.check_opens(folder / item)
+      stored = self._manager.item_metadata(step)
+      trees_stored = [stored[item].tree for item in ('params', 'state')]
+    self._check_best(step, meta['best_step'])
+    for tree, expected in zip(trees_stored, (where, rest), strict=True):
+      trees.check_same(f'the checkpoint {folder}', tree, expected)
+    with integrity.naming(folder):
+      found = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(where),
+          state=ocp.args.StandardRestore(rest),
+        ),
+      )
+    return trees.unflatten(template, found['params'], found['state']), meta
 
   def close(self) -> None:
-    """Waits until everything is on disk."""
-    self._manager.close()
+    """Waits until everything is on disk.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with self._writing():
+      self._manager.close()
 
   def _check_best(self, step: int, best: int | None) -> None:
     """Fails now, not after all the training, if the best are lost."""
     if best is None or best == step:
       return
-    folder = _folder(self.workdir) / str(best)
+    folder = step_folders.of(self.workdir) / str(best)
     with integrity.naming(folder):
       lost = integrity.missing(folder)
     if lost is not None:
@@ -199,19 +272,9 @@ class Checkpoints:
         'back from a copy, or train in another workdir'
       )
 
-  def _set_aside(self, step: int, lost: str) -> None:
-    target = _unused(_folder(self.workdir) / f'incomplete-{step}')
-    _log.warning(
-      'The checkpoint %s is not complete and is renamed to %s: %s',
-      _folder(self.workdir) / str(step),
-      target.name,
-      lost,
-    )
-    self._rename(step, target)
-
   def _rename(self, step: int, target: pathlib.Path) -> None:
     if jax.process_index() == 0:
-      (_folder(self.workdir) / str(step)).rename(target)
+      (step_folders.of(self.workdir) / str(step)).rename(target)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'histjax_checkpoint_{step}')
     self._manager.reload()
@@ -249,7 +312,7 @@ def load_params(
     step, meta = _newest(manager, workdir)
     if which == 'best':
       step = _best(workdir, step, meta)
-    folder = _folder(workdir) / str(step)
+    folder = step_folders.of(workdir) / str(step)
     with integrity.naming(folder):
       integrity.check_opens(folder / 'params')
       stored = manager.item_metadata(step)['params'].tree
@@ -287,50 +350,33 @@ def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-  """Keeps the last `keep` checkpoints and the one of `best_step`."""
+  """Keeps the last `keep` checkpoints, that of `best_step`, and `incomplete`.
+
+  Those that are not whole do not count: they would take the place of a good
+  one. Nor are they deleted, since files may turn up.
+  """
 
   def __init__(self, keep: int):
     self.keep = keep
     self.best_step: int | None = None
+    self.incomplete: set[int] = set()
 
   def should_preserve(self, checkpoints, *, context):
     del context
-    first = len(checkpoints) - self.keep
-    return [
-      i >= first or c.step == self.best_step for i, c in enumerate(checkpoints)
-    ]
+    whole = sorted({c.step for c in checkpoints} - self.incomplete)
+    kept = {*whole[-self.keep :], *self.incomplete, self.best_step}
+    return [c.step in kept for c in checkpoints]
 
 
-def _folder(workdir: pathlib.Path) -> pathlib.Path:
-  return workdir / FOLDER
-
-
-def _unused(path: pathlib.Path) -> pathlib.Path:
-  """`path`, or the first of `<path>-2`, `<path>-3`, .. that is not there."""
-  number, found = 1, path
-  while os.path.lexists(found):
-    number += 1
-    found = path.with_name(f'{path.name}-{number}')
-  return found
-
-
-def _finish_replacing(folder: pathlib.Path) -> None:
-  """Deletes checkpoints that were replaced, or puts them back if not."""
-  for old in sorted(folder.glob(f'{_REPLACED}*')):
-    new = folder / old.name.removeprefix(_REPLACED)
-    if new.exists():
-      with integrity.naming(new):
-        lost = integrity.missing(new)
-      if lost is None:
-        shutil.rmtree(old)
-        continue
-      new.rename(_unused(folder / f'incomplete-{new.name}'))
-    old.rename(new)
+def _shortened(error: Exception) -> str:
+  """Orbax and TensorStore tell long stories, whose end is the cause."""
+  text = str(error).strip().partition('\n')[0]
+  return text if len(text) < 400 else f'{text[:150]} .. {text[-200:]}'
 
 
 def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
-    _folder(workdir),
+    step_folders.of(workdir),
     options=ocp.CheckpointManagerOptions(**options),
     item_handlers={
       'params': ocp.StandardCheckpointHandler(),
@@ -341,22 +387,25 @@ def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _reading(workdir: pathlib.Path) -> ocp.CheckpointManager:
-  if not _folder(workdir).is_dir():
+  if not step_folders.of(workdir).is_dir():
     is_file = workdir.exists() and not workdir.is_dir()
+    lacks = f'has no folder {step_folders.FOLDER!r}'
     raise FileNotFoundError(
       f'workdir={str(workdir)!r} '
-      f'{"is a file" if is_file else f"has no folder {FOLDER!r}"}: name the '
-      'workdir of a training run, or train first'
+      f'{"is a file" if is_file else lacks}: name the workdir of a training '
+      'run, or train first'
     )
   return _manager(workdir, read_only=True, create=False, save_interval_steps=0)
 
 
 def _newest(manager, workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
-  for step, meta in _complete_steps(manager):
+  for step, meta in step_folders.complete_steps(
+    step_folders.of(workdir), manager.all_steps()
+  ):
     return step, meta
   raise FileNotFoundError(
-    f'{_folder(workdir)} has no complete checkpoint: name the workdir of a '
-    'training run, or train first'
+    f'{step_folders.of(workdir)} has no complete checkpoint: name the workdir '
+    'of a training run, or train first'
   )
 
 
@@ -365,39 +414,17 @@ def _best(workdir: pathlib.Path, step: int, meta: Mapping[str, Any]) -> int:
   if best is None:
     raise FileNotFoundError(
       f'workdir={str(workdir)!r}: the run was not validated yet (it is at '
-      f"step {step}), so there is no best checkpoint; use which='latest'"
+      f'step {step}), so there is no best checkpoint; {_USE_LATEST}'
     )
-  folder = _folder(workdir) / str(best)
+  folder = step_folders.of(workdir) / str(best)
   with integrity.naming(folder):
     lost = integrity.missing(folder)
   if lost is not None:
     raise FileNotFoundError(
       f'workdir={str(workdir)!r}: the best checkpoint, of step {best}, is '
-      f"missing or not complete ({lost}); use which='latest'"
+      f'missing or not complete ({lost}); {_USE_LATEST}'
     )
   return best
-
-
-def _complete_steps(
-  manager, report=None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Steps, latest first, with their meta, of those that are complete."""
-  for step in sorted(manager.all_steps(), reverse=True):
-    folder = pathlib.Path(manager.directory) / str(step)
-    with integrity.naming(folder):
-      lost = integrity.missing(folder)
-      meta = integrity.read_meta(folder)
-    if meta is not None:
-      # Those without a list are not cut off if they never had one.
-      integrity.check_format(folder, meta.pop('format', None))
-    if lost is None and meta is None:
-      lost = 'meta is missing'
-    if lost is not None:
-      if report is not None:
-        report(step, lost)
-      continue
-    assert meta is not None
-    yield step, meta
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

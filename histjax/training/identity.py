@@ -52,11 +52,11 @@ def run_differences(
     names: what to call the two.
   """
   return dicts.differences(
-    _of_result(old), _of_result(dicts.to_dict(config)), names
+    of_result(old), of_result(dicts.to_dict(config)), names
   )
 
 
-def _of_result(values: dict[str, Any]) -> dict[str, Any]:
+def of_result(values: dict[str, Any]) -> dict[str, Any]:
   """Without the fields that change no result."""
   values = _map_paths(values, lambda unused_field, unused_value: None)
   for field in _FREE:

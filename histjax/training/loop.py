@@ -17,7 +17,7 @@ from histjax.data import fingerprint as fingerprint_lib
 from histjax.models.ranker import Ranker
 from histjax.training import checkpoints as checkpoints_lib
 from histjax.training import config as config_lib
-from histjax.training import evaluation, sharding
+from histjax.training import evaluation, processes, sharding, watchdog
 from histjax.training import identity as identity_lib
 from histjax.training import optimizer as optimizer_lib
 from histjax.training import report as report_lib
@@ -26,6 +26,9 @@ from histjax.training import step as step_lib
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.interrupt import Interrupt
+
+_PADDING = 0.1
+"""Of a batch's rows, above which it is worth a word."""
 
 
 def train_and_evaluate(
@@ -63,10 +66,22 @@ def train_and_evaluate(
     ImportError: `config.tensorboard` without tensorboardX.
     FloatingPointError: the loss, its gradient or the parameters are not
       finite. The checkpoints are those from before.
-    OSError: `workdir` cannot be written to.
+    OSError: `workdir` cannot be written to, as when the disk is full, or a
+      checkpoint cannot be read. The checkpoints are those from before.
   """
+  with watchdog.watching():
+    return _train_and_evaluate(config, workdir, dataset, mesh)
+
+
+def _train_and_evaluate(
+  config: TrainConfig,
+  workdir: str | os.PathLike[str],
+  dataset: datasets.Dataset | None,
+  mesh: Mesh | None,
+) -> dict[str, Any]:
   config_lib.check_kinds(config, dataset)
   workdir = workdir_lib.prepare(workdir)
+  processes.check_shared(workdir)
   finished = report_lib.read_metrics(workdir)
   if finished is not None:
     return _finished(config, workdir, dataset, finished)
@@ -86,6 +101,15 @@ def train_and_evaluate(
     if meta is not None:
       identity_lib.check_fingerprint(digest, meta['fingerprint'], workdir)
     mesh = sharding.data_mesh() if mesh is None else mesh
+    # What says of the files of a run which run it is.
+    identity = {'config': identity_lib.saved(config), 'fingerprint': digest}
+    processes.check_same(
+      {
+        'the config': identity_lib.of_result(identity_lib.saved(config)),
+        'the data': digest,
+        'the number of devices': len(mesh.local_devices),
+      }
+    )
     batches = pipeline.train_batches(
       dataset.splits['train'],
       config.pipeline,
@@ -97,8 +121,6 @@ def train_and_evaluate(
     if jax.process_index() == 0:
       dataset.features.save(workdir)
     interrupt = stack.enter_context(Interrupt())
-    # What says of the files of a run which run it is.
-    identity = {'config': identity_lib.saved(config), 'fingerprint': digest}
     run = _Run(
       config, workdir, dataset, identity, mesh, batches, checkpoints, interrupt
     )
@@ -209,6 +231,12 @@ class _Run:
       f'{self.num_steps}: {len(self.splits["train"])} rows, {epoch} batches '
       f'an epoch, {count} parameters, {mesh.size} devices'
     )
+    if self.batches.padding > _PADDING:
+      self.reporter.message(
+        f'Up to {self.batches.padding:.0%} of the rows of a batch are padding '
+        f'to {mesh.size} devices: set pipeline.row_multiple={mesh.size} in '
+        'another run, or a larger pipeline.batch_events'
+      )
 
   def train(self) -> bool:
     """Trains to the end; False if interrupted."""
@@ -297,6 +325,7 @@ class _Run:
   def _report(self) -> None:
     """Fetches the loss; the only time that training waits for the device."""
     window = self._check_finite()
+    self.checkpoints.check()
     steps = int(window.steps)
     loss = float(window.loss) / steps
     self.reporter.progress(

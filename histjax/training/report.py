@@ -168,8 +168,11 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
   """Writes a JSON file, whole or not at all; NaN becomes null."""
   temporary = path.with_suffix(f'.{os.getpid()}.tmp')
   text = json.dumps(_without_nan(values), indent=2, allow_nan=False)
-  temporary.write_text(text + '\n')
-  os.replace(temporary, path)
+  try:
+    temporary.write_text(text + '\n')
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)  # As when the disk is full.
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

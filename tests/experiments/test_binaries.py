@@ -267,6 +267,88 @@ class TestBinaries:
     assert "did you mean 'model.encoder.width'?" in output
 
   @pytest.mark.slow
+  @pytest.mark.parametrize(
+    'line, message',
+    [
+      (
+        'config.pipelin.seed = 1',
+        r'AttributeError: .*pipelin.*pipeline.*\(.*bad.py, line \d+\)',
+      ),
+      ('config.absent', r'AttributeError: .*absent.*\(.*bad.py, line \d+\)'),
+      ('import absent', r'ModuleNotFoundError: .*\(.*bad.py, line \d+\)'),
+      ('config = (', r'SyntaxError: .*bad.py, line \d+\)'),
+    ],
+  )
+  def test_a_bad_line_of_a_config_file(self, tmp_path, line, message):
+    (tmp_path / 'bad.py').write_text(
+      'import config_util\n\n\ndef get_config():\n'
+      "  config = config_util.config_dict({'num_steps': 4, 'data': "
+      "{'source': {'type': 'synthetic'}}})\n"
+      f'  {line}\n  return config\n'
+    )
+    output = run(
+      'train', f'--config={tmp_path}/bad.py', f'--workdir={tmp_path}', expect=1
+    )
+    assert re.search(message, output, re.DOTALL), output
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize(
+    'given, message',
+    [
+      (['--num_processes=2'], 'are of --multi_host; add it'),
+      (['--multi_host'], 'multi_host: no cluster was found'),
+      (
+        ['--multi_host', '--coordinator_address=localhost:1234'],
+        'num_processes and process_id must be given, too',
+      ),
+    ],
+  )
+  def test_bad_flags_of_many_processes(self, trained, tmp_path, given, message):
+    output = run(
+      'train',
+      f'--config={trained[0]}/config.py',
+      f'--workdir={tmp_path}/work',
+      *given,
+      expect=1,
+      cwd=trained[0],
+    )
+    assert message in output
+
+  @pytest.mark.slow
+  def test_a_run_that_was_not_validated(self, trained, tmp_path):
+    """Every binary says which flag takes its parameters, and has it."""
+    work = tmp_path / 'work'
+    steps = ['--config.num_steps=99', '--config.checkpoint_every=1']
+    started = subprocess.Popen(
+      [
+        *(sys.executable, ROOT / 'experiments' / 'train.py'),
+        *('--config=config.py', f'--workdir={work}', *steps),
+        *('--config.eval_every=99', '--config.log_every=1'),
+      ],
+      cwd=trained[0],
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for line in started.stdout:
+      if line.startswith('step 3/'):
+        started.terminate()
+    started.communicate()
+    log = trained[0] / 'log.parquet'
+    of_score = [f'--events={log}', f'--candidates={log}', '--as_of']
+    of_export = ['--platform=cpu', '--rows=1', '--events=16', '--candidates=8']
+    of_export += ['--new_events=1', f'--output={tmp_path}/model']
+    for binary, flags in {
+      'evaluate': [],
+      'score': [*of_score, f'--output={tmp_path}/ranked.csv'],
+      'export': of_export,
+      'serve': ['--warm_up=16,8'],
+    }.items():
+      output = run(binary, f'--workdir={work}', *flags, expect=1)
+      assert 'take the latest one: --latest, or which=' in output
+      if binary != 'serve':
+        run(binary, f'--workdir={work}', '--latest', *flags)
+
+  @pytest.mark.slow
   def test_unwritable_workdir(self, trained):
     folder, _ = trained
     (folder / 'file').write_text('')

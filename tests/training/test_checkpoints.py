@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -226,6 +227,7 @@ class TestDamage:
     with checkpoints.Checkpoints(tmp_path) as manager:
       found, meta = manager.restore(new_state())
       assert int(found.step) == meta['at'] == 1
+      assert folder.is_dir()
       manager.save(at(new_state(seed=7), 2), META)
     chex.assert_trees_all_equal(
       checkpoints.load_params(tmp_path, 'latest')[0],
@@ -264,16 +266,55 @@ class TestDamage:
     left = os.listdir(tmp_path / 'checkpoints')
     assert not any('tmp' in name for name in left), left
 
-  def test_what_is_set_aside_is_never_deleted(self, tmp_path):
+  def test_what_is_not_whole_is_left_and_makes_room(self, tmp_path, caplog):
     folder = tmp_path / 'checkpoints'
     save_some(tmp_path, [1])
     for name in ('incomplete-2', 'incomplete-2-2', 'incomplete-2-3'):
       save_some(tmp_path, [2])
       (folder / '2' / 'params' / '_METADATA').unlink()
+      before = files_in(tmp_path)
       with checkpoints.Checkpoints(tmp_path) as manager:
-        manager.restore(new_state())
+        assert manager.restore(new_state())[1]['at'] == 1
+        assert files_in(tmp_path) == before
+        assert re.search(
+          r'/2 is not complete \(params/_METADATA is missing\). It is left '
+          'there, and that of step 1 is used',
+          caplog.text,
+        )
+        caplog.clear()
+        manager.save(at(new_state(seed=2), 2), META)
       assert (folder / name / 'params' / 'manifest.ocdbt').exists()
-    assert steps_in(tmp_path) == [1]
+      assert checkpoints.load_meta(tmp_path) == META
+    assert steps_in(tmp_path) == [1, 2]
+
+  @pytest.mark.parametrize('keep', [1, 2])
+  def test_what_is_not_whole_is_neither_counted_nor_deleted(
+    self, tmp_path, keep
+  ):
+    save_some(tmp_path, [1, 9])
+    (tmp_path / 'checkpoints' / '9' / 'params' / '_METADATA').unlink()
+    with checkpoints.Checkpoints(tmp_path, keep=keep) as manager:
+      assert manager.restore(new_state())[1]['at'] == 1
+      for step in (2, 3, 4):
+        manager.save(at(new_state(), step), {**META, 'at': step})
+    assert steps_in(tmp_path) == [*range(5 - keep, 5), 9]
+    assert checkpoints.load_meta(tmp_path)['at'] == 4
+
+  def test_none_is_whole(self, tmp_path):
+    save_some(tmp_path, [1, 2])
+    for step in '12':
+      (tmp_path / 'checkpoints' / step / 'state' / '_METADATA').unlink()
+    before = files_in(tmp_path)
+    with (
+      checkpoints.Checkpoints(tmp_path) as manager,
+      pytest.raises(
+        FileNotFoundError,
+        match=r'none of the checkpoints .* whole \(state/_METADATA is missing '
+        'in that of step 2',
+      ),
+    ):
+      manager.restore(new_state())
+    assert files_in(tmp_path) == before
 
   def test_a_file_that_was_cut_off(self, tmp_path):
     last = save_some(tmp_path, [1])
@@ -306,6 +347,17 @@ class TestDamage:
       pytest.raises(FileNotFoundError, match='the best on validation before'),
     ):
       manager.restore(new_state())
+    assert files_in(tmp_path) == before
+
+  def test_neither_the_replaced_nor_its_replacement_is_complete(self, tmp_path):
+    save_some(tmp_path, [1, 2])
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '2', folder / 'replaced-2')
+    for name in ('2', 'replaced-2'):
+      shutil.rmtree(folder / name / 'state')
+    before = files_in(tmp_path)
+    with checkpoints.Checkpoints(tmp_path) as manager:
+      assert manager.restore(new_state())[1]['at'] == 1
     assert files_in(tmp_path) == before
 
   def test_a_replacement_that_is_not_complete(self, tmp_path):

@@ -1,83 +1,127 @@
-"""Two processes of one device do what one process of two devices does."""
+"""Processes and devices share the work, and the result is that of one."""
 
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-import textwrap
+import shutil
+import signal
 
+import jax
 import numpy as np
 import pytest
 
-from histjax.training import checkpoints
-from tests.training import runs
+from histjax.training import checkpoints, loop, watchdog
+from tests.training import members, runs, test_loop
 
-CHANGES = {'num_steps': 4, 'eval_every': 2, 'log_every': 2}
-CODE = textwrap.dedent("""
-  import os, sys
-  os.environ['XLA_FLAGS'] = sys.argv[6]
-  sys.path.insert(0, sys.argv[1])
-  import jax
-  jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-  assert len(jax.devices()) == 2 and len(jax.local_devices()) == 1
-  from tests.training import runs
-  result = runs.run(sys.argv[4], num_devices=2, **eval(sys.argv[5]))
-  import json
-  print('RESULT', json.dumps(result))
-""")
+pytestmark = pytest.mark.slow
+
+CHANGES = {
+  'num_steps': 50,
+  'eval_every': 25,
+  'checkpoint_every': 10,
+  'log_every': 5,
+}
 
 
-def free_address():
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    return f'localhost:{s.getsockname()[1]}'
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-  address = free_address()
-  processes = [
-    subprocess.Popen(
-      [
-        sys.executable,
-        '-c',
-        CODE,
-        str(pathlib.Path.cwd()),
-        address,
-        str(index),
-        str(tmp_path / 'two'),
-        repr(CHANGES),
-        # One device each.
-        os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1'),
-      ],
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  outputs = [p.communicate()[0] for p in processes]
-  assert [p.returncode for p in processes] == [0, 0]
-  results = [
-    json.loads(line.removeprefix('RESULT '))
-    for output in outputs
-    for line in output.splitlines()
-    if line.startswith('RESULT ')
-  ]
-  np.testing.assert_equal(results[0], results[1])
-  assert 'Validation at step 2' in outputs[0]
-  assert 'Validation' not in outputs[1]  # One of them reports.
-
-  expected = runs.run(tmp_path / 'one', num_devices=2, **CHANGES)
-  assert results[0]['best_step'] == expected['best_step']
+def assert_close(result, workdir, expected, expected_workdir):
+  """Gradients are summed in another order."""
+  assert result['best_step'] == expected['best_step']
+  for entry, other in zip(result['history'], expected['history'], strict=True):
+    assert entry['step'] == other['step']
+    if 'loss' in entry:
+      np.testing.assert_allclose(entry['loss'], other['loss'], rtol=1e-5)
   for split in ('validation', 'test'):
     for name, value in expected[split].items():
-      # Gradients are summed in another order.
-      np.testing.assert_allclose(results[0][split][name], value, rtol=1e-4)
-  found, _ = checkpoints.load_params(tmp_path / 'two')
-  one, _ = checkpoints.load_params(tmp_path / 'one')
-  np.testing.assert_allclose(
-    found['tables']['item'], one['tables']['item'], atol=1e-5
+      np.testing.assert_allclose(result[split][name], value, atol=1e-5)
+  for which in ('best', 'latest'):
+    found, _ = checkpoints.load_params(workdir, which)
+    wanted, _ = checkpoints.load_params(expected_workdir, which)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted
+    )
+  assert (
+    checkpoints.load_meta(workdir)['data']
+    == checkpoints.load_meta(expected_workdir)['data']
   )
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """One process of one device."""
+  workdir = tmp_path_factory.mktemp('one')
+  return runs.run(workdir, **CHANGES), workdir
+
+
+def test_eight_devices(one, tmp_path):
+  result = runs.run(tmp_path, num_devices=8, **CHANGES)
+  assert_close(result, tmp_path, *one)
+
+
+def test_two_processes_of_four_devices(one, tmp_path, monkeypatch):
+  """Eight devices of one, of two; one is killed; two go on, or two devices."""
+  work = tmp_path / 'work'
+  with monkeypatch.context() as patch:
+    test_loop.on_call(
+      patch,
+      loop.step_lib,
+      'make_train_step',
+      7,
+      test_loop.send(signal.SIGTERM),
+    )
+    assert runs.run(work, num_devices=8, **CHANGES)['interrupted']
+  assert checkpoints.load_meta(work)['progress']['evaluated_step'] == 0
+
+  started = members.start(
+    work, devices=4, faults={1: {'step': 33, 'what': 'kill'}}, **CHANGES
+  )
+  outputs = [process.communicate() for process in started]
+  assert [p.returncode for p in started] == [
+    watchdog.EXIT_CODE,
+    -signal.SIGKILL,
+  ], outputs
+  assert 'Resuming at step 7 of 50' in outputs[0][0]
+  assert (
+    f'process 1 (host {members.HOST}, pid {started[1].pid}) is lost'
+    in (outputs[0][1])
+  )
+  assert 'step' not in outputs[1][0]  # One of them reports.
+  # The last whole one; that of step 30 may have been written, or not.
+  state, meta = runs.saved(work)
+  assert state.step in (25, 30) and meta['data']['epoch'] == state.step // 6
+
+  other = tmp_path / 'other'
+  shutil.copytree(work, other)
+  (result, stdout), (same, _) = members.run(work, devices=4, **CHANGES)
+  assert f'Resuming at step {state.step} of 50' in stdout
+  np.testing.assert_equal(result, same)
+  assert_close(result, work, *one)
+  # Fewer devices, and one process.
+  assert_close(runs.run(other, num_devices=2, **CHANGES), other, *one)
+
+
+def test_sigterm_stops_all_of_them(one, tmp_path):
+  started = members.start(tmp_path, **CHANGES)
+  for line in started[0].stdout:
+    if line.startswith('step 5/50'):
+      started[1].send_signal(signal.SIGTERM)
+      break
+  outputs = [process.communicate() for process in started]
+  assert [p.returncode for p in started] == [0, 0], outputs
+  for stdout, _ in outputs:
+    assert '"interrupted": true' in stdout
+  assert 'saved: the same command goes on' in outputs[0][0]
+  (result, _), _ = members.run(tmp_path, **CHANGES)
+  assert_close(result, tmp_path, *one)
+
+
+@pytest.mark.parametrize('what', ['config', 'workdir'])
+def test_what_is_not_the_same_is_named(tmp_path, what):
+  changes = [{}, {'seed': 3}] if what == 'config' else [{}, {}]
+  workdirs = ['a', 'a'] if what == 'config' else ['a', 'b']
+  started = members.start_each(
+    [tmp_path / name for name in workdirs], changes, devices=1
+  )
+  outputs = [process.communicate() for process in started]
+  text = ''.join(stderr for _, stderr in outputs)
+  assert all(process.returncode for process in started), text
+  assert {
+    'config': 'the config: that of process 1 (host',
+    'workdir': 'name a folder that all hosts share',
+  }[what] in text
