@@ -95,9 +95,7 @@ def group_candidates(
   if config.kind == 'pointwise':
     return events, np.arange(len(events) + 1), visible[events]
   if config.kind == 'snapshot':
-    events, taken, group = _snapshots(
-      log, events, visible, config, first_time
-    )
+    events, taken, group = _snapshots(log, events, visible, config, first_time)
     visible = np.minimum(taken, visible[events])
   elif config.kind == 'streaming':
     group, visible = log.user[events].astype(np.int64), visible[events]

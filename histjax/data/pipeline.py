@@ -304,7 +304,9 @@ class _Load:
     )
 
 
-def _order(rows: RowSource, buckets: list[Bucket], config: PipelineConfig) -> str:
+def _order(
+  rows: RowSource, buckets: list[Bucket], config: PipelineConfig
+) -> str:
   """Identifies the order of batches that a position counts in."""
   shapes = [(b.num_events, b.num_candidates, b.num_rows) for b in buckets]
   digest = hashlib.sha256(json.dumps([2, config.seed, shapes]).encode())
@@ -317,9 +319,8 @@ def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:
   place = np.searchsorted(buckets, sizes)
   if place.max() == len(buckets):
     row = int(np.argmax(sizes))
-    user = rows.keys[rows[row].group]
     raise ValueError(
-      f'pipeline: a row of user {str(user)!r} has {sizes[row]} {what}, more than '
+      f'pipeline: a row of user {rows.key(row)!r} has {sizes[row]} {what}, more than '
       f'the largest of {field}={tuple(buckets.tolist())}; add a larger bucket, '
       'or make shorter rows (RowConfig.history_length, max_candidates)'
     )

@@ -53,7 +53,9 @@ class RecordFormat:
         ),
         visible.astype(_WORD)[None],
         *(
-          rows.log.labels[task.name][rows.events].astype('<f4').view(_WORD)[None]
+          rows.log.labels[task.name][rows.events]
+          .astype('<f4')
+          .view(_WORD)[None]
           for task in schema.tasks
         ),
       ]
@@ -82,7 +84,9 @@ class RecordFormat:
     context = words[_HEAD:stop]
     middle = stop + len(self._history) * length
     history = words[stop:middle].reshape(len(self._history), length)
-    shown = words[middle:].reshape(len(self._items) + 1 + len(schema.tasks), count)
+    shown = words[middle:].reshape(
+      len(self._items) + 1 + len(schema.tasks), count
+    )
     num_items = len(self._items)
     labels = shown[num_items + 1 :].view('<f4')
     return Row(
@@ -98,9 +102,7 @@ class RecordFormat:
         name: shown[i].view(kind) for i, (name, kind) in enumerate(self._items)
       },
       visible=shown[num_items],
-      labels={
-        task.name: labels[i] for i, task in enumerate(self.schema.tasks)
-      },
+      labels={task.name: labels[i] for i, task in enumerate(self.schema.tasks)},
       group=group,
     )
 

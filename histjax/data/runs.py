@@ -46,7 +46,9 @@ class Runs:
 
   def _write(self) -> None:
     names = list(self._held[0])
-    rows = {name: _joined([held[name] for held in self._held]) for name in names}
+    rows = {
+      name: _joined([held[name] for held in self._held]) for name in names
+    }
     self._held, self._bytes = [], 0
     shard = rows.pop(_SHARD)
     order = np.argsort(shard, kind='stable')

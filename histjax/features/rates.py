@@ -25,11 +25,11 @@ class Rates(base.DerivedFeature):
       rate = logit((k + prior p) / (n + prior)) - logit(p)
 
   In rows to train on, training events come in one random order (`base.ranks`)
-  and count what comes before them alone (ordered target statistics; Prokhorenkova et al.,
-  CatBoost, NeurIPS 2018); everywhere else all of them count. To leave out the
-  event's own label alone would not do: the rates of one value would then differ
-  by the labels left out, and a model that knows the value, by its id or its
-  duration, could read them off.
+  and count what comes before them alone (ordered target statistics;
+  Prokhorenkova et al., CatBoost, NeurIPS 2018); everywhere else all of them
+  count. To leave out the event's own label alone would not do: the rates of one
+  value would then differ by the labels left out, and a model that knows the
+  value, by its id or its duration, could read them off.
 
   Attributes:
     by: categorical features of items, or crosses as 'item*hour'. Each adds
@@ -125,9 +125,7 @@ class Rates(base.DerivedFeature):
 
   def counted(self, events: base.Events) -> dict[str, np.ndarray]:
     """The values that have rates."""
-    return {
-      by: _value(events.schema, events.features, by) for by in self.by
-    }
+    return {by: _value(events.schema, events.features, by) for by in self.by}
 
   def features(self, schema: Schema, state: base.State) -> tuple[Feature, ...]:
     """One dense feature a rate."""
