@@ -153,11 +153,12 @@ def write(
   done = before = sum(np.diff(config.bounds(file))[0] for file in there)
   missing = sorted(set(range(config.num_files)) - set(there))
   task = functools.partial(_write, folder, config)
-  for file, _ in workers.each(task, missing, num_workers):
-    done += np.diff(config.bounds(file))[0]
-    progress.tell(
-      'writing', int(done), config.num_events, 'events', int(before)
-    )
+  with workers.Pool(num_workers) as pool:
+    for file, _ in pool.each(task, missing):
+      done += np.diff(config.bounds(file))[0]
+      progress.tell(
+        'writing', int(done), config.num_events, 'events', int(before)
+      )
   return len(there)
 
 

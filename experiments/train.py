@@ -61,7 +61,7 @@ def run(values, workdir):
   if result['interrupted'] or jax.process_index():
     return
   if isinstance(config.data.source, datasets.Synthetic):
-    best = synthetic.bayes_auc(dataset.splits['test'])
+    best = synthetic.bayes_auc(dataset.in_memory('test'))
     for task, bayes in best.items():
       auc = result['test'][f'{task}/auc']
       print(

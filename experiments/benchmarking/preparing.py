@@ -1,4 +1,4 @@
-"""The suite `prepare`: a log to shards of rows, and these to a training step."""
+"""The suite `prepare`: a log to shards of rows, these to a training step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 import event_log
 from benchmarking import machine, memory
@@ -120,8 +121,9 @@ def feed(
   start = time.perf_counter()
   for _ in range(_FEED):
     batch = next(batches)
-    rows += int(batch.candidates.mask.any(1).sum())
-    candidates += int(batch.candidates.mask.sum())
+    real = np.asarray(batch.candidates.mask)
+    rows += int(real.any(1).sum())
+    candidates += int(real.sum())
   seconds = (time.perf_counter() - start) / _FEED
   batches.close()
   model = Ranker(config.model)

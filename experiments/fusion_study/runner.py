@@ -198,7 +198,7 @@ def _train(config, run: pathlib.Path, dataset, mesh) -> tuple[Values, float]:
 
 def _scores(config, params, dataset: datasets.Dataset, mesh):
   """Of the test split, by event."""
-  rows, task = dataset.splits['test'], config.model.schema.tasks[0].name
+  rows, task = dataset.in_memory('test'), config.model.schema.tasks[0].name
   found = evaluation.predict(
     Ranker(config.model), params, rows, config.pipeline, mesh
   )
@@ -211,7 +211,7 @@ def _scores(config, params, dataset: datasets.Dataset, mesh):
   )
   order = np.argsort(event, kind='stable')
   label = predictions.labels[task][order]
-  if not np.array_equal(label, dataset.log.labels[task][event[order]]):
+  if not np.array_equal(label, rows.log.labels[task][event[order]]):
     raise AssertionError('scores and events are not in the same order')
   return {
     'event': event[order].astype(np.int32),
@@ -238,17 +238,15 @@ def _floor(study, cell: Cell, workdir, old) -> Values:
     )
     _fail_if(lines + _data_changed(old, digest), cell, workdir)
     return old
-  splits = dataset.splits
+  train = dataset.in_memory('train')
   found: Values = {}
   for split in ('validation', 'test'):  # The scores kept are of the last.
-    rows = splits[split]
-    logits = floors.floor_logits(
-      rows, splits['train'], terms, task, cell.window
-    )
+    rows = dataset.in_memory(split)
+    logits = floors.floor_logits(rows, train, terms, task, cell.window)
     scores = {
       'event': rows.events.astype(np.int32),
-      'user': dataset.log.user[rows.events],
-      'label': dataset.log.labels[task][rows.events] == 1,
+      'user': rows.log.user[rows.events],
+      'label': rows.log.labels[task][rows.events] == 1,
       'logit': logits.astype(np.float32),
     }
     found[split] = {

@@ -459,9 +459,9 @@ def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:
   place = np.searchsorted(buckets, sizes)
   if place.max() == len(buckets):
     row = int(np.argmax(sizes))
-    user = rows.keys.tolist()[rows[row].group]
     raise ValueError(
-      f'pipeline: a row of user {user!r} has {sizes[row]} {what}, more than '
+      f'pipeline: a row of user {rows.key(row)!r} has {sizes[row]} {what}, '
+      'more than '
       f'the largest of {field}={tuple(buckets.tolist())}; add a larger bucket, '
       'or make shorter rows (RowConfig.history_length, max_candidates)'
     )

@@ -40,7 +40,7 @@ from histjax.data import (
 )
 from histjax.data.events import EventLog, columns_of
 from histjax.data.parts import Columns
-from histjax.data.prepare_engines import Local, Ray
+from histjax.data.prepare_engines import Local, Ray, Run
 from histjax.data.prepare_stages import Job
 from histjax.progress import Progress
 
@@ -48,7 +48,7 @@ __all__ = ['Local', 'Options', 'Ray', 'Summary', 'prepare']
 MANIFEST = 'manifest.json'
 _PROCESS = 0.35 * 2**30
 """Bytes of a process with the library imported."""
-_EVENT = 400
+_EVENT = 300
 """Bytes of an event while a shard's rows are made, without its features."""
 _FEATURE = 24
 """And for each feature and label."""
@@ -135,7 +135,8 @@ def prepare(
   num_resumed = job.num_shards
   if not (folder / prepared.DATASET).exists():
     num_resumed = len(_done(job))
-    work.all()
+    with engine.start() as run:
+      work.all(run)
   values = json.loads((folder / prepared.DATASET).read_text())
   shards = values['shards']
   return Summary(
@@ -175,13 +176,10 @@ def _check(config: datasets.DataConfig) -> list[pathlib.Path]:
   paths = files.with_header(source.paths)
   parts, sources = [], []
   for path in paths:  # A head of each: names and types of columns.
-    pieces = files.stream([str(path)], columns_of(schema), schema)
     try:
-      piece = next(pieces)
+      piece = next(files.stream([str(path)], columns_of(schema), schema))
     except files.NoEvents:
       continue
-    finally:
-      pieces.close()
     parts.append(piece.parts[0].slice(0, _HEAD))
     sources.append(str(path))
   if not parts:
@@ -189,7 +187,7 @@ def _check(config: datasets.DataConfig) -> list[pathlib.Path]:
   head = EventLog.from_parts(
     Columns(tuple(parts), tuple(sources), schema), schema
   ).with_tasks(config.tasks)
-  masks = source.split.masks(head)
+  source.split.masks(head)
   for rows in (config.rows, config.eval_rows or config.rows):
     unlimited = dataclasses.replace(rows, on_overflow='truncate')
     grouping.group_candidates(head, np.arange(len(head)), unlimited)
@@ -198,9 +196,10 @@ def _check(config: datasets.DataConfig) -> list[pathlib.Path]:
     name: (np.arange(len(head)) % 2).astype(np.float32) for name in head.labels
   }
   events = dataclasses.replace(head.events(), labels=labels)
-  del masks
   if len(head) > 1:
     features_lib.fit(config.features, events, np.ones(len(head), bool))
+  reading = features_lib.FittedFeatures(config.features)
+  datasets.model_schema(head.schema, reading, ())  # What is hidden is read.
   return paths
 
 
@@ -361,8 +360,9 @@ class _Run:
     self.spill_bytes = 0
     self.seconds: dict[str, float] = {}
 
-  def all(self) -> None:
-    """What is missing."""
+  def all(self, run: Run) -> None:
+    """Takes the steps that are missing."""
+    self._run = run
     job = self._job
     job.work.mkdir(exist_ok=True)
     self._stage(
@@ -413,9 +413,7 @@ class _Run:
     self._progress.tell(what, done, total, unit, before)
     step_of = functools.partial(step, self._job)
     # The largest first, so that none is left at the end.
-    for i in self._engine.run(
-      step_of, sorted(missing, key=lambda i: -sizes[i])
-    ):
+    for i in self._run(step_of, sorted(missing, key=lambda i: -sizes[i])):
       done += sizes[i]
       self._progress.tell(what, done, total, unit, before)
     self.seconds[what] = time.monotonic() - start
@@ -468,8 +466,10 @@ class _Run:
       )
     atomic.write_json(done, first_times)
 
-  def _collected(self, counts):
-    parts, times = [], {}
+  def _collected(self, counts: Sequence[int]):
+    """What each shard tells, and the first times of splits."""
+    parts: list[dict[str, np.ndarray]] = []
+    times: dict[str, Any] = {}
     for shard, count in enumerate(counts):
       if not count:
         continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from histjax.data import workers
 
 Step = Callable[[int], None]
 """Of a file or a shard; can be pickled."""
+Run = Callable[[Step, Sequence[int]], Iterator[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +34,11 @@ class Local:
   def check(self) -> None:
     """Nothing can be missing."""
 
-  def run(self, step: Step, numbers: Sequence[int]) -> Iterator[int]:
-    """Takes the step for each number, and yields those that are done."""
-    for number, _ in workers.each(step, numbers, self.num_workers):
-      yield number
+  @contextlib.contextmanager
+  def start(self) -> Iterator[Run]:
+    """Gives what takes a step for each number, and yields those done."""
+    with workers.Pool(self.num_workers) as pool:
+      yield lambda step, numbers: (n for n, _ in pool.each(step, numbers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +69,12 @@ class Ray:
         "the extra: pip install 'histjax[ray]'"
       ) from error
 
-  def run(self, step: Step, numbers: Sequence[int]) -> Iterator[int]:
-    """Takes the step for each number, and yields those that are done."""
+  @contextlib.contextmanager
+  def start(self) -> Iterator[Run]:
+    """Gives what takes a step for each number, and yields those done."""
+    yield self._run
+
+  def _run(self, step: Step, numbers: Sequence[int]) -> Iterator[int]:
     import ray
 
     if not len(numbers):
@@ -77,8 +85,7 @@ class Ray:
         override_num_blocks=len(numbers),
       )
       .map_batches(
-        _take,
-        fn_kwargs={'step': step},
+        functools.partial(_take, step=step),  # type: ignore[arg-type]
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=self.num_workers),
         num_cpus=self.num_cpus,

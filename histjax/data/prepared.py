@@ -267,8 +267,7 @@ class PreparedRows(RowSource):
   def label_summary(self, task: str) -> LabelSummary:
     """See `RowSource.label_summary`."""
     parts = [labels[task] for labels in self._labels]
-    count, positive, users = (sum(x) for x in zip(*parts, strict=True))
-    return LabelSummary(count, positive, users)
+    return LabelSummary(*(sum(x) for x in zip(*parts, strict=True)))
 
   def _read(self, indices: np.ndarray) -> list[Row]:
     if not len(indices):

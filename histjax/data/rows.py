@@ -47,12 +47,12 @@ class LabelSummary(NamedTuple):
   """Of the labels of a task.
 
   Attributes:
-    count: how many there are.
+    total: how many there are.
     positive: how many are 1.
     users: how many users have both kinds.
   """
 
-  count: int
+  total: int
   positive: int
   users: int
 
@@ -108,6 +108,11 @@ class RowSource(Sequence[Row]):
     Raises:
       ValueError: a row does not fit.
     """
+
+  def key(self, index: int) -> int | str:
+    """The user's own key of a row."""
+    key = self.keys[self[index].group]
+    return key.item() if isinstance(key, np.generic) else key
 
   @abc.abstractmethod
   def order(self) -> Iterator[np.ndarray]:

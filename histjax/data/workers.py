@@ -14,38 +14,50 @@ T = TypeVar('T')
 R = TypeVar('R')
 
 
-def each(
-  function: Callable[[T], R], tasks: Iterable[T], num_workers: int
-) -> Iterator[tuple[T, R]]:
-  """`(task, function(task))` of each task, as they are done.
+class Pool:
+  """Processes that take tasks; use as a context manager."""
 
-  Args:
-    function: can be pickled, if there are several workers.
-    tasks: likewise.
-    num_workers: processes; 1: this one, task after task.
+  def __init__(self, num_workers: int):
+    """Starts none yet.
 
-  Raises:
-    Exception: that of the first task that fails; others that run are done
-      before it is raised.
-  """
-  tasks = list(tasks)
-  if num_workers == 1 or len(tasks) < 2:
-    for task in tasks:
-      yield task, function(task)
-    return
-  # Not forked: a process of JAX has threads.
-  with futures.ProcessPoolExecutor(
-    min(num_workers, len(tasks)),
-    mp_context=multiprocessing.get_context('spawn'),
-    initializer=_end_with_parent,
-  ) as pool:
-    running = {pool.submit(function, task): task for task in tasks}
-    try:
-      for done in futures.as_completed(running):
-        yield running[done], done.result()
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
+    Args:
+      num_workers: processes; 1: this one, task after task.
+    """
+    self._pool: futures.ProcessPoolExecutor | None = None
+    if num_workers > 1:
+      # Not forked: a process of JAX has threads.
+      self._pool = futures.ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context('spawn'),
+        initializer=_end_with_parent,
+      )
+
+  def __enter__(self) -> Pool:
+    return self
+
+  def __exit__(self, *unused_exception: object) -> None:
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+
+  def each(
+    self, function: Callable[[T], R], tasks: Iterable[T]
+  ) -> Iterator[tuple[T, R]]:
+    """`(task, function(task))` of each task, as they are done.
+
+    Args:
+      function: can be pickled, if there are several processes.
+      tasks: likewise; begun in this order.
+
+    Raises:
+      Exception: that of the first task that fails.
+    """
+    if self._pool is None:
+      for task in tasks:
+        yield task, function(task)
+      return
+    running = {self._pool.submit(function, task): task for task in tasks}
+    for done in futures.as_completed(running):
+      yield running[done], done.result()
 
 
 def _end_with_parent() -> None:

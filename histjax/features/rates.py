@@ -25,11 +25,11 @@ class Rates(base.DerivedFeature):
       rate = logit((k + prior p) / (n + prior)) - logit(p)
 
   In rows to train on, training events come in one random order (`base.ranks`)
-  and count what comes before them alone (ordered target statistics; Prokhorenkova et al.,
-  CatBoost, NeurIPS 2018); everywhere else all of them count. To leave out the
-  event's own label alone would not do: the rates of one value would then differ
-  by the labels left out, and a model that knows the value, by its id or its
-  duration, could read them off.
+  and count what comes before them alone (ordered target statistics;
+  Prokhorenkova et al., CatBoost, NeurIPS 2018); everywhere else all of them
+  count. To leave out the event's own label alone would not do: the rates of one
+  value would then differ by the labels left out, and a model that knows the
+  value, by its id or its duration, could read them off.
 
   Attributes:
     by: categorical features of items, or crosses as 'item*hour'. Each adds

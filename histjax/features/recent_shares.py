@@ -59,7 +59,7 @@ class RecentShares(base.DerivedFeature):
 
   def collect(self, events: base.Events, train: np.ndarray) -> base.State:
     """Counts values."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name in self.reads():
       value, count = np.unique(events.features[name][train], return_counts=True)
       found |= {f'{name}/values': value, f'{name}/count': count}

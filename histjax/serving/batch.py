@@ -19,11 +19,11 @@ from typing import Any
 
 from histjax import config as config_lib
 from histjax.data import files, shards
+from histjax.progress import Progress
 from histjax.scoring.scorer import Scorer
 from histjax.serving import ranked_files
 from histjax.serving.batch_engines import Job, Local, Ray
 from histjax.serving.batch_worker import Load, Model, Options, Worker
-from histjax.progress import Progress
 from histjax.training.interrupt import Interrupt
 
 __all__ = [

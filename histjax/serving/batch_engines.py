@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from histjax.data import shards
+from histjax.progress import Progress
 from histjax.serving import ranked_files
 from histjax.serving.batch_worker import Load, Model, Options, Worker
-from histjax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

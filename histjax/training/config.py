@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-
 from histjax import config as dicts
 from histjax import metrics
 from histjax.data.datasets import DataConfig, Dataset
@@ -248,12 +247,12 @@ def _check_defined(config: TrainConfig, split: str, rows: RowSource) -> None:
       continue
     labels = rows.label_summary(task)
     if not (
-      labels.users if metric == 'gauc' else 0 < labels.positive < labels.count
+      labels.users if metric == 'gauc' else 0 < labels.positive < labels.total
     ):
       what = (
         f'no user has both labels of task {task!r} there'
         if metric == 'gauc'
-        else f'all {labels.count} labels of task {task!r} there are '
+        else f'all {labels.total} labels of task {task!r} there are '
         f'{int(labels.positive > 0)}'
       )
       raise ValueError(

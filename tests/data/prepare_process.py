@@ -1,0 +1,66 @@
+"""A `prepare` in a process of its own, which stops where it is told to.
+
+python -m tests.data.prepare_process <folder> <where>
+"""
+
+import functools
+import sys
+import time
+
+from histjax.data import atomic, prepare, prepare_stages
+from tests.data import test_prepare
+
+NUM_SHARDS = 4
+
+
+def config(folder):
+  return test_prepare.config((f'{folder}/log',))
+
+
+def pause(*unused):
+  print('pause', flush=True)
+  time.sleep(600)
+
+
+def main(folder: str, where: str) -> None:
+  if where == 'reading':  # Half a file is written.
+    add = prepare_stages.Runs.add
+
+    def added(self, *args):
+      add(self, *args)
+      self._write()
+      pause()
+
+    prepare_stages.Runs.add = added
+  elif where == 'learning':  # One of the shards is.
+    prepare_stages.collect = functools.partial(_second, prepare_stages.collect)
+  elif where == 'counting':
+    prepare_stages._count_range = pause
+  elif where == 'writing':  # Half a shard is: its records, not all of them.
+    write = atomic.write
+
+    def written(path, function):
+      def then_pause(temporary):
+        function(temporary)
+        pause()
+
+      half = path.name.startswith('validation')
+      half = half and any(path.parent.glob('shard-*.json'))
+      write(path, then_pause if half else function)
+
+    atomic.write = written
+  done = test_prepare.run(
+    config(folder), f'{folder}/out', num_shards=NUM_SHARDS
+  )
+  print(f'resumed {done.num_resumed}', flush=True)
+
+
+def _second(step, job, shard):
+  if any(job.work.glob('fit-*')):
+    pause()
+  step(job, shard)
+
+
+if __name__ == '__main__':
+  _ = prepare
+  main(*sys.argv[1:])
