@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on, or a scorer to start.
 
 A checkpoint is a folder `<workdir>/checkpoints/<step>` of three items:
-`params` (to score with: the average, if one is kept), `state` (optimizer,
-step, rng, loss window, and the parameters in training if `params` is their
-average) and `meta` (JSON: the config, the fingerprint of the data, the place in
+`variables` (to score with: the average, if one is kept), `state` (optimizer,
+step, rng, loss window, and what is in training if `variables` is its average)
+and `meta` (JSON: the config, the fingerprint of the data, the place in
 it, and what is known of validation), and a list of all its files, see
 `integrity`. Orbax writes it under a temporary name and renames it, so a step is
 there or it is not. A copy may still be cut off: what is proven to be
@@ -90,7 +90,7 @@ class Checkpoints:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.scoring_params),
+        variables=ocp.args.StandardSave(state.scoring_variables),
         state=ocp.args.StandardSave(trees.flatten(state)),
         meta=ocp.args.JsonSave({**meta, 'format': integrity.FORMAT}),
       ),
@@ -123,19 +123,19 @@ class Checkpoints:
       return meta
     return None
 
-  def restore_params(self, step: int, template: Any) -> Any:
+  def restore_variables(self, step: int, template: Any) -> Any:
     """The parameters of one step, on the devices of the template's."""
     self._manager.wait_until_finished()
     folder = _folder(self.workdir) / str(step)
     with integrity.naming(folder):
-      integrity.check_opens(folder / 'params')
+      integrity.check_opens(folder / 'variables')
       found = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(jax.tree.map(_abstract, template))
+          variables=ocp.args.StandardRestore(jax.tree.map(_abstract, template))
         ),
       )
-    return found['params']
+    return found['variables']
 
   def restore(
     self, template: TrainState
@@ -158,27 +158,27 @@ class Checkpoints:
         complete.
       OSError: it cannot be read. No checkpoint is renamed then.
     """
-    where = jax.tree.map(_abstract, template.scoring_params)
+    where = jax.tree.map(_abstract, template.variables)
     rest = jax.tree.map(_abstract, trees.flatten(template))
     for step, meta in _complete_steps(self._manager, self._set_aside):
       folder = _folder(self.workdir) / str(step)
       self._check_best(step, meta['best_step'])
       with integrity.naming(folder):
-        for item in ('params', 'state'):
+        for item in ('variables', 'state'):
           integrity.check_opens(folder / item)
         stored = self._manager.item_metadata(step)
-        trees_stored = [stored[item].tree for item in ('params', 'state')]
+        trees_stored = [stored[item].tree for item in ('variables', 'state')]
       for tree, expected in zip(trees_stored, (where, rest), strict=True):
         trees.check_same(f'the checkpoint {folder}', tree, expected)
       with integrity.naming(folder):
         found = self._manager.restore(
           step,
           args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(where),
+            variables=ocp.args.StandardRestore(where),
             state=ocp.args.StandardRestore(rest),
           ),
         )
-      return trees.unflatten(template, found['params'], found['state']), meta
+      return trees.unflatten(template, found['variables'], found['state']), meta
     return None
 
   def close(self) -> None:
@@ -217,7 +217,7 @@ class Checkpoints:
     self._manager.reload()
 
 
-def load_params(
+def load_variables(
   workdir: str | os.PathLike[str],
   which: Literal['best', 'latest'] = 'best',
   *,
@@ -232,7 +232,7 @@ def load_params(
       they are for; None: not checked.
 
   Returns:
-    `(params, config)`: the parameters on the default device, and the config
+    `(variables, config)`: the parameters on the default device, and the config
     of the run as a dict, for `histjax.config.from_dict`.
 
   Raises:
@@ -251,8 +251,8 @@ def load_params(
       step = _best(workdir, step, meta)
     folder = _folder(workdir) / str(step)
     with integrity.naming(folder):
-      integrity.check_opens(folder / 'params')
-      stored = manager.item_metadata(step)['params'].tree
+      integrity.check_opens(folder / 'variables')
+      stored = manager.item_metadata(step)['variables'].tree
     if template is not None:
       trees.check_same(f'the checkpoint {folder}', stored, template)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -262,9 +262,9 @@ def load_params(
     with integrity.naming(folder):
       found = manager.restore(
         step,
-        args=ocp.args.Composite(params=ocp.args.StandardRestore(target)),
+        args=ocp.args.Composite(variables=ocp.args.StandardRestore(target)),
       )
-  return found['params'], meta['config']
+  return found['variables'], meta['config']
 
 
 def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     `best_step`, `progress` and `data`.
 
   Raises:
-    FileNotFoundError, ValueError, OSError: see `load_params`.
+    FileNotFoundError, ValueError, OSError: see `load_variables`.
   """
   workdir = workdir_lib.resolve(workdir)
   with _reading(workdir) as manager:
@@ -333,7 +333,7 @@ def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
     _folder(workdir),
     options=ocp.CheckpointManagerOptions(**options),
     item_handlers={
-      'params': ocp.StandardCheckpointHandler(),
+      'variables': ocp.StandardCheckpointHandler(),
       'state': ocp.StandardCheckpointHandler(),
       'meta': ocp.JsonCheckpointHandler(filename=integrity.META),
     },

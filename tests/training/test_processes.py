@@ -76,8 +76,10 @@ def test_two_processes(tmp_path):
     for name, value in expected[split].items():
       # Gradients are summed in another order.
       np.testing.assert_allclose(results[0][split][name], value, rtol=1e-4)
-  found, _ = checkpoints.load_params(tmp_path / 'two')
-  one, _ = checkpoints.load_params(tmp_path / 'one')
+  found, _ = checkpoints.load_variables(tmp_path / 'two')
+  one, _ = checkpoints.load_variables(tmp_path / 'one')
   np.testing.assert_allclose(
-    found['tables']['item'], one['tables']['item'], atol=1e-5
+    found['tables']['tables']['item'],
+    one['tables']['tables']['item'],
+    atol=1e-5,
   )
