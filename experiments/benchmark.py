@@ -97,12 +97,12 @@ _HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
 
 
 def one_model(suite):
-  params = None
+  variables = None
   if _WORKDIR.value is not None:
     # These need the packages that read data; the other suites do not.
     from histjax.training import checkpoints, identity
 
-    params, values = checkpoints.load_params(_WORKDIR.value)
+    variables, values = checkpoints.load_variables(_WORKDIR.value)
     config = identity.of_run(values, _WORKDIR.value).model
   else:
     from histjax.data import synthetic  # Likewise.
@@ -140,11 +140,11 @@ def one_model(suite):
     return histories.run(
       config, lengths, candidates, fusions=_FUSIONS.value, **options
     )
-  if params is None:
+  if variables is None:
     batch = testing.random_batch(config.schema, 1, 16, 16)
-    params = jax.jit(Ranker(config).init)(jax.random.key(0), batch)['params']
+    variables = jax.jit(Ranker(config).init)(jax.random.key(0), batch)
   print(benchmarking.HEADER)
-  report = benchmarking.scoring_suite(config, params, *sizes, **options)
+  report = benchmarking.scoring_suite(config, variables, *sizes, **options)
   print(
     f'matmul ceiling {report["ceiling_flops"] / 1e9:.0f} GFLOP/s on '
     f'{report["environment"]["device"]}'

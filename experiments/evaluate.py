@@ -47,10 +47,10 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
 
 
-def evaluate_cached(config, params, rows):
+def evaluate_cached(config, variables, rows):
   """As `evaluate`, in two steps."""
   kind: Any = None if _CACHE_DTYPE.value == 'model' else _CACHE_DTYPE.value
-  scorer = Scorer(config.model, params, ScorerConfig(cache_dtype=kind))
+  scorer = Scorer(config.model, variables, ScorerConfig(cache_dtype=kind))
   found = metrics.RankingMetrics([t.name for t in rows.schema.tasks])
   for batch in pipeline.eval_batches(rows, config.pipeline):
     cache = scorer.encode(batch.history)
@@ -73,7 +73,7 @@ def run():
     prepared=_PREPARED.value,
   )
   config = identity.of_run(values, _WORKDIR.value)
-  params, _ = checkpoints.load_params(
+  variables, _ = checkpoints.load_variables(
     _WORKDIR.value, 'latest' if _LATEST.value else 'best'
   )
   dataset = datasets.load(config.data)
@@ -82,9 +82,9 @@ def run():
   )
   rows = dataset.splits[_SPLIT.value]
   if _CACHE_DTYPE.value is None:
-    found = evaluate(Ranker(config.model), params, rows, config.pipeline)
+    found = evaluate(Ranker(config.model), variables, rows, config.pipeline)
   else:
-    found = evaluate_cached(config, params, rows)
+    found = evaluate_cached(config, variables, rows)
   print(f'{_SPLIT.value}: {int(rows.candidate_counts.sum())} candidates')
   for name, value in found.items():
     print(f'{name:>20} {value:.4f}')

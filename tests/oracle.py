@@ -10,17 +10,18 @@ import numpy as np
 from histjax import schema as schema_lib
 
 
-def logits(params, config, context, events, candidate, visible):
+def logits(variables, config, context, events, candidate, visible):
   """Logits `[T]` of one candidate.
 
   Args:
-    params: of `Ranker`.
+    variables: of `Ranker`.
     config: a `RankerConfig`.
     context: `{name: scalar}`.
     events: a list of `{name: scalar}`, all the events of the row.
     candidate: `{name: scalar}`.
     visible: how many of the events it may see.
   """
+  params = {**variables['params'], **variables['tables']}
   p = _Params(params)
   schema = config.schema
   item = p['tokens']['item']

@@ -114,16 +114,16 @@ def check_rows_are_zero_at_padding(batch: RankingBatch) -> None:
 
 @functools.cache
 def _shapes(config):
-  """Of the parameters; compiling `init` would take longer than most tests."""
+  """Of the variables; compiling `init` would take longer than most tests."""
   example = batch(
     np.random.default_rng(0), schema=config.schema, shared_visible=True
   )
   model = ranker.Ranker(config)
-  return jax.eval_shape(model.init, jax.random.key(0), example)['params']
+  return jax.eval_shape(model.init, jax.random.key(0), example)
 
 
 def init(config, seed: int = 0):
-  """A ranker and parameters; no entry is zero, so that none hides a mistake."""
+  """A ranker and its variables; none is zero, so that none hides a mistake."""
   rng = np.random.default_rng(seed)
 
   def draw(path, shape):
@@ -133,8 +133,8 @@ def init(config, seed: int = 0):
       return x / np.sqrt(shape.shape[0], dtype=np.float32)
     return 0.1 * x + np.float32(name == 'scale')
 
-  params = jax.tree_util.tree_map_with_path(draw, _shapes(config))
-  return ranker.Ranker(config), params
+  variables = jax.tree_util.tree_map_with_path(draw, _shapes(config))
+  return ranker.Ranker(config), variables
 
 
 def examples(number: int) -> hypothesis.settings:

@@ -204,8 +204,8 @@ class RankerTest(CompileTestCase):
   def program(self, topology, method, *arguments):
     where = jax.sharding.SingleDeviceSharding(devices(topology)[0])
 
-    def run(params, *args):
-      return MODEL.apply({'params': params}, *args, method=method)
+    def run(variables, *args):
+      return MODEL.apply(variables, *args, method=method)
 
     return self.compile(topology, jax.jit(run), *shapes(arguments, where))
 
@@ -214,31 +214,31 @@ class RankerTest(CompileTestCase):
       return jax.eval_shape(function, *arguments)
 
   @functools.cached_property
-  def params(self):
-    return self.params_of(MODEL)
+  def variables(self):
+    return self.variables_of(MODEL)
 
-  def params_of(self, model):
+  def variables_of(self, model):
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return self.eval_shape(lambda k: model.init(k, self.batch)['params'], key)
+    return self.eval_shape(lambda k: model.init(k, self.batch), key)
 
   @on_every_chip
   def test_joint_pass(self, topology):
-    program = self.program(topology, None, self.params, self.batch)
+    program = self.program(topology, None, self.variables, self.batch)
     self.assert_kernels(program, **{FORWARD: 2})
 
   @on_every_chip
   def test_cached_scoring(self, topology):
     cache = self.eval_shape(
-      lambda params, batch: MODEL.apply(
-        {'params': params}, batch.history, method='encode'
+      lambda variables, batch: MODEL.apply(
+        variables, batch.history, method='encode'
       ),
-      self.params,
+      self.variables,
       self.batch,
     )
     program = self.program(
       topology,
       'score',
-      self.params,
+      self.variables,
       cache,
       self.batch.candidates,
       self.batch.context,
@@ -260,8 +260,8 @@ class RankerTest(CompileTestCase):
     )
     config = dataclasses.replace(CONFIG, encoder=encoder)
     model = ranker.Ranker(config)
-    params = self.params_of(model)
-    packed = self.eval_shape(lambda p: ranker.pack(config, p), params)
+    variables = self.variables_of(model)
+    packed = self.eval_shape(lambda p: ranker.pack(config, p), variables)
     batch = self.batch
 
     def run(variables, *args):
@@ -272,13 +272,13 @@ class RankerTest(CompileTestCase):
     if method == 'encode':
       arguments = (batch.history,)
     elif method == 'score':
-      cache = self.eval_shape(encode, {'params': params}, batch.history)
+      cache = self.eval_shape(encode, variables, batch.history)
       arguments = (cache, batch.candidates, batch.context)
     where = jax.sharding.SingleDeviceSharding(devices(topology)[0])
     program = self.compile(
       topology,
       jax.jit(run),
-      *shapes(({'params': params, **packed}, *arguments), where),
+      *shapes(({**variables, **packed}, *arguments), where),
     )
     calls = {None: 2, 'encode': 1, 'score': 1}[method]
     self.assert_kernels(program, candidate_tower=calls)
@@ -287,19 +287,13 @@ class RankerTest(CompileTestCase):
   def test_training_step_over_four_chips(self, topology):
     mesh = sharding.data_mesh(devices(topology))
     train_state = self.eval_shape(
-      lambda: state.TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=self.params,
-        opt_state=TX.init(self.params),
-        rng=jax.random.key(0),
-        window=state.LossWindow.empty(),
-      )
+      lambda: state.create_state(MODEL, TX, SCHEMA, 0)
     )
     program = self.compile(
       topology,
-      step.make_train_step(MODEL, TX, mesh=mesh),
+      step.make_train_step(MODEL, TX, SCHEMA, mesh=mesh),
       shapes(train_state, jax.NamedSharding(mesh, jax.P())),
-      shapes(self.batch, jax.NamedSharding(mesh, jax.P('data'))),
+      shapes(self.batch, jax.NamedSharding(mesh, sharding.ROWS)),
     )
     self.assert_kernels(program, **dict.fromkeys((FORWARD, *BACKWARD), 2))
     # Gradients are added up over the chips; no chip fetches others' rows.

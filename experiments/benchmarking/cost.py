@@ -209,8 +209,8 @@ def random_scorer(config: RankerConfig, fusion: str) -> scoring.Scorer:
   """A scorer with another fusion, of random parameters."""
   model = dataclasses.replace(config, fusion=fusion)
   example = random_batch(config.schema, 1, 16, 16)
-  params = jax.jit(Ranker(model).init)(jax.random.key(0), example)['params']
-  return scoring.Scorer(model, params)
+  variables = jax.jit(Ranker(model).init)(jax.random.key(0), example)
+  return scoring.Scorer(model, variables)
 
 
 def slopes(

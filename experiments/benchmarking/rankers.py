@@ -97,7 +97,7 @@ def old_events(history: History) -> History:
   return _events(history, slice(0, -NEW_EVENTS))
 
 
-def params(workload: Request) -> dict[str, Any]:
+def variables(workload: Request) -> dict[str, Any]:
   """float32 NumPy arrays, drawn as wide as those of trained models.
 
   As initialized tables are small and biases zero: candidates would differ
@@ -115,7 +115,7 @@ def params(workload: Request) -> dict[str, Any]:
     found = rng.standard_normal(leaf.shape, np.float32) * np.float32(scale)
     return found + np.float32(kind == 'scale')
 
-  return jax.tree_util.tree_map_with_path(draw, shapes['params'])
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def expected(
@@ -128,7 +128,7 @@ def expected(
 
   Args:
     workload: of the model.
-    parameters: of `params`.
+    parameters: of `variables`.
     requests: all of them.
     indices: which ones of them to score.
 
@@ -139,7 +139,7 @@ def expected(
     config(workload, attention='xla'), dtype='float32'
   )
   joint = jax.jit(Ranker(plain).apply)
-  variables = jax.device_put({'params': dict(parameters)})
+  variables = jax.device_put(dict(parameters))
   first = requests[0].history
   found: dict[str, list[Logits]] = {}
   for call in CALLS:

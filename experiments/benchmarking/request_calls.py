@@ -61,7 +61,7 @@ class Contender(Protocol):
 def make(
   name: str,
   workload: Request,
-  params: Mapping[str, Any],
+  variables: Mapping[str, Any],
   requests: Sequence[rankers.Inputs],
 ) -> Contender:
   """The contender of a name.
@@ -71,7 +71,7 @@ def make(
       implementation of `ops.candidate_tower`; 'torch' or 'torch:<kind>', see
       `torch_requests`; 'floor', see `Floor`.
     workload: what to compute.
-    params: of `histjax.Ranker`.
+    variables: of `histjax.Ranker`.
     requests: to serve.
 
   Raises:
@@ -82,9 +82,9 @@ def make(
   if owner == 'torch':
     from benchmarking import torch_requests  # Only where it is installed.
 
-    return torch_requests.Contender(kind, workload, params, requests)
+    return torch_requests.Contender(kind, workload, variables, requests)
   if owner == 'histjax':
-    return Ours(kind or None, workload, params, requests)
+    return Ours(kind or None, workload, variables, requests)
   if name == 'floor':
     return Floor(workload, requests)
   raise ValueError(
@@ -100,14 +100,14 @@ class Ours:
     self,
     implementation: str | None,
     workload: Request,
-    params: Mapping[str, Any],
+    variables: Mapping[str, Any],
     requests: Sequence[rankers.Inputs],
   ):
     """Caches the first request's history; see `make`."""
     self._requests = requests
     self._scorer: Any = scoring.Scorer(
       rankers.config(workload, candidate_tower=implementation),
-      params,
+      variables,
       scoring.ScorerConfig(microbatch=max(1024, workload.num_candidates)),
     )
     self._old = rankers.old_events(requests[0].history)

@@ -96,9 +96,9 @@ class _Times:
 
 
 def _compare(name, workload, contenders, times, progress) -> dict[str, Any]:
-  params = rankers.params(workload)
+  variables = rankers.variables(workload)
   requests = [rankers.inputs(workload, seed) for seed in range(_RING)]
-  expected = rankers.expected(workload, params, requests, _CHECKED)
+  expected = rankers.expected(workload, variables, requests, _CHECKED)
   rows: dict[str, dict[str, Any]] = {}
   calls: dict[tuple[str, str], Call] = {}
   flights: dict[tuple[str, int, str], Submit] = {}
@@ -106,7 +106,7 @@ def _compare(name, workload, contenders, times, progress) -> dict[str, Any]:
     start = time.perf_counter()
     row = rows[contender] = {}
     try:
-      made = request_calls.make(contender, workload, params, requests)
+      made = request_calls.make(contender, workload, variables, requests)
     except Exception as e:  # One that is missing is a result.
       row['failed'] = _told(e)
       progress(f'  {name} {contender}: {row["failed"]}')

@@ -34,7 +34,7 @@ def flops(config: RankerConfig, batch: RankingBatch) -> dict[str, float]:
     encoder=dataclasses.replace(config.encoder, attention='reference'),
   )
   model = Ranker(dense)
-  params = jax.eval_shape(model.init, jax.random.key(0), batch)
+  variables = jax.eval_shape(model.init, jax.random.key(0), batch)
 
   def count(function, *args) -> float:
     compiled = jax.jit(function).lower(*args).compile()
@@ -52,19 +52,19 @@ def flops(config: RankerConfig, batch: RankingBatch) -> dict[str, float]:
   single = batch.replace(
     candidates=jax.tree.map(lambda x: x[:, :1], batch.candidates)
   )
-  cache = jax.eval_shape(encode, params, batch)
+  cache = jax.eval_shape(encode, variables, batch)
   num_candidates = batch.candidates.shape[1]
   return {
-    'plain': num_candidates * count(model.apply, params, single),
-    'joint': count(model.apply, params, batch),
-    'encode': count(encode, params, batch),
-    'cached': count(score, params, cache, batch),
+    'plain': num_candidates * count(model.apply, variables, single),
+    'joint': count(model.apply, variables, batch),
+    'encode': count(encode, variables, batch),
+    'cached': count(score, variables, cache, batch),
   }
 
 
 def scoring_suite(
   config: RankerConfig,
-  params: Mapping[str, Any],
+  variables: Mapping[str, Any],
   lengths: Sequence[int],
   candidates: Sequence[int],
   *,
@@ -76,7 +76,7 @@ def scoring_suite(
 
   Args:
     config: of the model; its fusion must be amortizable.
-    params: its parameters.
+    variables: its parameters and tables.
     lengths: history lengths L.
     candidates: numbers of candidates C.
     num_rows: users scored at once.
@@ -89,7 +89,7 @@ def scoring_suite(
     of the ceiling, and the largest difference of its scores from plain ones.
   """
   config.require_amortizable()
-  scorer = scoring.Scorer(config, params)
+  scorer = scoring.Scorer(config, variables)
   ceiling = matmul_ceiling(config.dtype)
   results = []
   for num_events in lengths:

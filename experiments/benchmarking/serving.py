@@ -156,7 +156,7 @@ def _in_process(
     candidate_buckets=tuple(sorted(candidates)),
     row_buckets=tuple(sorted(users)),
   )
-  scorer = Scorer(config, rankers.params(model), options)
+  scorer = Scorer(config, rankers.variables(model), options)
   number = max(users) * pages.number(max(lengths)) + 1
   store = StoreConfig(device_bytes=number * Shape.of(config, options).nbytes)
   maker = RowMaker(config.schema)

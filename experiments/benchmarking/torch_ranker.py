@@ -30,7 +30,7 @@ class Ranker(nn.Module):
   def __init__(
     self,
     config: RankerConfig,
-    params: Mapping[str, Any],
+    variables: Mapping[str, Any],
     num_events: int,
     device: torch.device,
   ):
@@ -38,7 +38,7 @@ class Ranker(nn.Module):
 
     Args:
       config: its interaction is 'dcn_v2', its positions are rotary.
-      params: of the Flax module, NumPy arrays.
+      variables: of the Flax module, NumPy arrays.
       num_events: L, of every history when its candidates are scored.
       device: to put them on.
     """
@@ -49,9 +49,10 @@ class Ranker(nn.Module):
       'device': device,
       'dtype': getattr(torch, config.dtype),
     }
+    params = variables['params']
     tokens, fusion = params['tokens'], params['fusion']
     self.tables = nn.ParameterDict(
-      {k: self._parameter(v) for k, v in params['tables'].items()}
+      {k: self._parameter(v) for k, v in variables['tables']['tables'].items()}
     )
     item, action = tokens['item'], tokens['action']['kernel']
     self.event = self._linear(

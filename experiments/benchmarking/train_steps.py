@@ -92,16 +92,16 @@ def _in_turns(calls, repeats: int, seconds: float) -> dict[Any, dict]:
 
 
 def _update(workload: workloads.Request, implementation):
-  """One `update` by Adam; its state is the one before's result."""
-  import optax
-
+  """One `update`; its state is the one before's result."""
+  from histjax.training import optimizer as optimizer_lib
   from histjax.training import state as state_lib
   from histjax.training import step as step_lib
 
   config = rankers.config(workload, attention=implementation)
-  model, optimizer = Ranker(config), optax.adam(1e-3)
+  model = Ranker(config)
+  optimizer = optimizer_lib.make_optimizer(optimizer_lib.OptimizerConfig())
   state = state_lib.create_state(model, optimizer, rankers.SCHEMA, seed=0)
-  step = step_lib.make_train_step(model, optimizer)
+  step = step_lib.make_train_step(model, optimizer, rankers.SCHEMA)
   rng = np.random.default_rng(0)
   shape = (workload.num_rows, workload.num_candidates)
   batch = rankers.batch(workload, 0).replace(

@@ -22,7 +22,7 @@ def get_config():
       'pipeline': {'batch_events': 8192},
       'optimizer': {
         'learning_rate': 0.01,
-        'table_optimizer': 'adam',
+        'table_optimizer': 'lazy_adam',
         'table_learning_rate': 0.01,
         'warmup_steps': 30,
         'schedule': 'cosine',

@@ -160,16 +160,16 @@ def _cell(study, cell: Cell, workdir, mesh, old) -> Values | None:
   result, seconds = _train(config, run, dataset, mesh)
   if result['interrupted']:
     return None
-  params, _ = checkpoints.load_params(run)
+  variables, _ = checkpoints.load_variables(run)
   scores = None
   if cell.kind != 'trial':
-    scores = _scores(config, params, dataset, mesh)
+    scores = _scores(config, variables, dataset, mesh)
   values = {
     'cell': dataclasses.asdict(cell),
     'fusion': config.model.fusion,
     'validation': result['validation'],
     'test': None if scores is None else result['test'],
-    'num_parameters': sum(x.size for x in jax.tree.leaves(params)),
+    'num_parameters': sum(x.size for x in jax.tree.leaves(variables)),
     'seconds': seconds,
     'steps': result['step'],
     'best_step': result['best_step'],
@@ -196,11 +196,11 @@ def _train(config, run: pathlib.Path, dataset, mesh) -> tuple[Values, float]:
   return result, seconds
 
 
-def _scores(config, params, dataset: datasets.Dataset, mesh):
+def _scores(config, variables, dataset: datasets.Dataset, mesh):
   """Of the test split, by event."""
   rows, task = dataset.in_memory('test'), config.model.schema.tasks[0].name
   found = evaluation.predict(
-    Ranker(config.model), params, rows, config.pipeline, mesh
+    Ranker(config.model), variables, rows, config.pipeline, mesh
   )
   assert found is not None  # Nothing asked it to stop.
   predictions = found.predictions()

@@ -35,6 +35,8 @@ class RankerConfig:
     encoder: the Transformer.
     interaction: the network on top.
     embedding_dim: width of every embedding table.
+    table_row_multiple: tables get rows that no id has, up to a multiple of
+      this; a mesh splits a table only if its devices divide the rows.
     embedding_dropout: probability, on the features given to `interaction`.
     dtype: of the computation; parameters and logits are always float32.
   """
@@ -48,6 +50,7 @@ class RankerConfig:
     default_factory=interaction.InteractionConfig
   )
   embedding_dim: int = 32
+  table_row_multiple: int = 1
   embedding_dropout: float = 0.0
   dtype: Literal['float32', 'bfloat16'] = 'float32'
 
@@ -64,8 +67,9 @@ class RankerConfig:
         f'fusion={self.fusion!r} has no tower; set '
         'encoder.candidate_tower=None'
       )
-    if self.embedding_dim < 1:
-      raise ValueError(f'embedding_dim={self.embedding_dim} must be >= 1')
+    for field in ('embedding_dim', 'table_row_multiple'):
+      if getattr(self, field) < 1:
+        raise ValueError(f'{field}={getattr(self, field)} must be >= 1')
     if not 0 <= self.embedding_dropout < 1:
       raise ValueError(
         f'embedding_dropout={self.embedding_dropout} must be in [0, 1)'
@@ -157,6 +161,9 @@ class Ranker(nn.Module):
       readout   = fusion(tokens)                             [B, C, D]
       logits    = head([context] ; [item features, readout])  {task: [B, C]}
 
+  Its variables are the network's parameters, `params`, and the embedding
+  tables, `tables`, as `init` returns them.
+
   `__call__` is the joint pass. `encode`, `score` and `extend` are its
   amortized halves and share its parameters: use them through
   `model.apply(variables, ..., method='encode')`, or `histjax.Scorer`.
@@ -170,7 +177,7 @@ class Ranker(nn.Module):
     config, schema = self.config, self.config.schema
     dtype = jnp.dtype(config.dtype)
     self.tables = embedding.EmbeddingTables(
-      schema.tables, config.embedding_dim, dtype
+      schema.tables, config.embedding_dim, dtype, config.table_row_multiple
     )
     self.tokens = embedding.EventTokens(config.encoder.width, dtype)
     self.fusion = fusion.FUSIONS[config.fusion](config.encoder, dtype)
@@ -328,8 +335,8 @@ class Ranker(nn.Module):
     ranges.check_bidirectional(np.asarray(visible), np.asarray(length))
 
 
-def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-  """What to score with besides the parameters: these, packed for kernels.
+def pack(config: RankerConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
+  """What to score with besides the variables: parameters packed for kernels.
 
   With the collection `tower` a fusion that has one runs in
   `ops.candidate_tower` in `__call__`, `encode`, `score` and `extend`. In
@@ -337,16 +344,16 @@ def pack(config: RankerConfig, params: Mapping[str, Any]) -> dict[str, Any]:
   `ops.keys_values`, the head runs in `ops.interaction_head`, and a token is one
   product. Without it all run layer by layer, as in training.
 
-      model.apply({'params': params, **pack(config, params)}, batch)
+      model.apply({**variables, **pack(config, variables)}, batch)
 
   Args:
     config: of the model; no argument of a jitted function.
-    params: its parameters.
+    variables: as `Ranker.init` returns them; `params` is read.
 
   Returns:
     `{'tower': ..}`, or `{}`.
   """
-  packed = {}
+  packed, params = {}, variables['params']
   if config.has_tower:
     pack_fusion = fusion.FUSIONS[config.fusion].pack
     packed['fusion'] = pack_fusion(params['fusion'], config.dtype)

@@ -20,22 +20,37 @@ CHANNELS = 16  # What the rows of a packed matrix are a multiple of.
 class EmbeddingTables(nn.Module):
   """One embedding table per table name of a schema.
 
+  They are the collection `tables`, and no parameters: training reads the rows
+  of a batch's ids and puts these in the tables' place, so that nothing that it
+  computes has a table's size; see `training.tables`.
+
   Attributes:
-    sizes: `{table: number of rows}`, as `Schema.tables`.
+    sizes: `{table: number of ids}`, as `Schema.tables`.
     dim: width of every table.
     dtype: of the vectors returned; the tables themselves are float32.
+    row_multiple: tables get rows that no id has, up to a multiple of this.
   """
 
   sizes: Mapping[str, int]
   dim: int
   dtype: DTypeLike = jnp.float32
+  row_multiple: int = 1
 
   def setup(self):
     # Small at first: a vector never trained on must not outweigh the others.
     init = nn.initializers.normal(stddev=0.05)
     self.embeddings = {
-      table: self.param(table, init, (rows, self.dim), jnp.float32)
-      for table, rows in self.sizes.items()
+      table: self.variable(
+        'tables',
+        table,
+        lambda size: init(
+          self.make_rng('params'),
+          (size + -size % self.row_multiple, self.dim),
+          jnp.float32,
+        ),
+        size,
+      )
+      for table, size in self.sizes.items()
     }
 
   def __call__(
@@ -65,7 +80,9 @@ class EmbeddingTables(nn.Module):
         )
       value = jnp.asarray(features[feature.name])
       if isinstance(feature, schema_lib.Categorical):
-        table = jnp.asarray(self.embeddings[feature.table])
+        table = jnp.asarray(self.embeddings[feature.table].value)
+        if len(table) > self.sizes[feature.table]:  # These rows are no id's.
+          value = jnp.where(value < self.sizes[feature.table], value, -1)
         # A negative id is no index from the end.
         vector = table.at[value].get(mode='fill', wrap_negative_indices=False)
         parts.append(vector.astype(self.dtype))

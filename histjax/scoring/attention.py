@@ -16,7 +16,7 @@ from histjax.types import Array, Candidates
 
 def last_attention(
   config: ranker.RankerConfig,
-  params: Mapping[str, Any],
+  variables: Mapping[str, Any],
   cache: HistoryCache,
   candidates: Candidates,
   context: Mapping[str, Array],
@@ -30,7 +30,7 @@ def last_attention(
 
   Args:
     config: of the model.
-    params: its parameters.
+    variables: its parameters and tables.
     cache: of `Scorer.encode` or `extend`.
     candidates: `[B, C]`, all rows of the cache.
     context: `{name: [B]}`.
@@ -49,13 +49,13 @@ def last_attention(
       "alone, as those of 'append_cross' and 'cross_only' do"
     )
   arrays = HistoryCache(cache.keys, cache.values, cache.length)
-  return _last_attention(config, params, arrays, candidates, context)
+  return _last_attention(config, variables, arrays, candidates, context)
 
 
 @functools.partial(jax.jit, static_argnames='config')
-def _last_attention(config, params, cache, candidates, context):
+def _last_attention(config, variables, cache, candidates, context):
   _, sown = ranker.Ranker(config).apply(
-    {'params': params},
+    variables,
     cache,
     candidates,
     context,

@@ -15,7 +15,7 @@ from histjax import config as dicts
 from histjax.models.ranker import RankerConfig
 
 
-def fingerprint(config: RankerConfig, params: Mapping[str, Any]) -> str:
+def fingerprint(config: RankerConfig, variables: Mapping[str, Any]) -> str:
   """SHA-256 of a model: all of its config and every byte of its parameters.
 
   Which implementations are named is left out: it changes no meaning, so caches
@@ -23,7 +23,7 @@ def fingerprint(config: RankerConfig, params: Mapping[str, Any]) -> str:
 
   Args:
     config: of the model.
-    params: its parameters, read back from the device one after another.
+    variables: its parameters and tables, read back one after another.
 
   Returns:
     64 hexadecimal digits, equal on every machine.
@@ -36,7 +36,7 @@ def fingerprint(config: RankerConfig, params: Mapping[str, Any]) -> str:
     dataclasses.replace(config, encoder=encoder, interaction=interaction)
   )
   digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
   for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):
     value = np.asarray(leaf)
     name = f'{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n'

@@ -44,7 +44,7 @@ def score_microbatched(
 
   Args:
     model: the ranker.
-    variables: of `models.ranker.pack`, or its `{'params': ...}`.
+    variables: its own, and those of `models.ranker.pack`, if any.
     cache: of `model.encode`.
     candidates: `[B, C]`, C at most or a multiple of `microbatch`.
     context: `{name: [B]}`.
@@ -75,7 +75,7 @@ def score_plain(
 
   Args:
     model: the ranker, of any fusion.
-    variables: its `{'params': ...}`.
+    variables: its own.
     batch: `[B, C]` candidates, C at most or a multiple of `microbatch`.
     microbatch: candidates per row and step: `B * microbatch` passes at once.
 
@@ -368,7 +368,7 @@ def _plain(plan, sizes, variables, parts):
   del sizes
   logits = score_plain(
     ranker.Ranker(plan.config),
-    {'params': variables['params']},
+    {k: x for k, x in variables.items() if k != 'tower'},
     _batch(parts),
     microbatch=plan.plain_microbatch,
   )

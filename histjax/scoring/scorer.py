@@ -1,6 +1,6 @@
 """The scorer.
 
-    scorer = Scorer.from_workdir('/tmp/run')      # or Scorer(config, params)
+    scorer = Scorer.from_workdir('/tmp/run')      # or Scorer(config, variables)
     batch = collate([scorer.make_row(context=.., history=.., candidates=..)])
     cache = scorer.encode(history)                # one pass over the history
     logits = scorer.score(cache, candidates, context)  # {task: [B, C]}
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 class Scorer:
-  """Scores candidates with one parameter set in three equal ways.
+  """Scores candidates with one set of variables in three equal ways.
 
   Inputs are ragged through `length` and `mask`. They are checked and padded on
   the host (see `scoring.inputs`), and the logits, which have the caller's
@@ -71,15 +71,16 @@ class Scorer:
   def __init__(
     self,
     config: ranker.RankerConfig,
-    params: Mapping[str, Any],
+    variables: Mapping[str, Any],
     scorer_config: ScorerConfig | None = None,
   ):
     """Makes a scorer.
 
     Args:
-      config: of the model that `params` belong to.
-      params: as `Ranker.init(...)['params']`. It runs where they are, if they
-        were put on a device, else on JAX's default device.
+      config: of the model that `variables` belong to.
+      variables: as `Ranker.init` returns them, parameters and tables. It runs
+        where they are, if they were put on a device, else on JAX's default
+        device.
       scorer_config: padding and microbatches.
     """
     self.config = config
@@ -88,16 +89,16 @@ class Scorer:
     self._compilations = compilations.Counter()
     self._logged: set[tuple[str, str]] = set()
     self._told: set[programs.Program] = set()
-    self._params = jax.device_put(params)
-    leaf = jax.tree.leaves(self._params)[0]
+    self._variables = jax.device_put(variables)
+    leaf = jax.tree.leaves(self._variables)[0]
     device = dispatch.device_of(leaf if leaf.committed else None)
     several = len(leaf.sharding.device_set) > 1
     self.device = None if several else device
     if not several:
       # Committed to it, as what programs return then is: to XLA's callers a
       # program of arrays that are and one of arrays that are not are two.
-      self._params = jax.device_put(self._params, device)
-    self._weights, spec = weights.pack(config, self._params)
+      self._variables = jax.device_put(self._variables, device)
+    self._weights, spec = weights.pack(config, self._variables)
     self._transport = transport.of_device(None if several else device)
     self._plan = programs.Plan(
       config,
@@ -142,7 +143,7 @@ class Scorer:
     cls, run: run_lib.Run, scorer_config: ScorerConfig | None = None
   ) -> Scorer:
     """As `from_workdir`, of what `training.run.load` returned."""
-    scorer = cls(run.config.model, run.params, scorer_config)
+    scorer = cls(run.config.model, run.variables, scorer_config)
     scorer._run = run
     return scorer
 
@@ -199,9 +200,9 @@ class Scorer:
     )
 
   @property
-  def params(self) -> Mapping[str, Any]:
+  def variables(self) -> Mapping[str, Any]:
     """As they were given, on the device."""
-    return self._params
+    return self._variables
 
   @property
   def run(self) -> run_lib.Run | None:
@@ -219,7 +220,7 @@ class Scorer:
 
     A cache carries that of its maker, and another model refuses it.
     """
-    return fingerprint_lib.fingerprint(self.config, self._params)
+    return fingerprint_lib.fingerprint(self.config, self._variables)
 
   def encode(self, history: History) -> HistoryCache:
     """Reads each user's history once.

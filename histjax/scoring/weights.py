@@ -1,4 +1,4 @@
-"""Parameters as a program's arguments, as few as pays.
+"""Variables as a program's arguments, as few as pays.
 
 To start a program costs up to a microsecond an argument, which for the dozens
 of small matrices of a head is as long as they take to multiply. So the small
@@ -24,13 +24,13 @@ _SMALL = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """How to get parameters back; equal for all parameters of a config.
+  """How to get variables back; equal for all variables of a config.
 
   Attributes:
-    tree: of the parameters.
+    tree: of the variables.
     shapes: of each leaf, in the tree's order.
     small: whether each is kept in the one array.
-    collections: the tree of what follows the parameters.
+    collections: the tree of what follows them.
   """
 
   tree: Any
@@ -50,32 +50,31 @@ class Spec:
       size = math.prod(shape)
       leaves.append(joined[offset : offset + size].reshape(shape))
       offset += size
-    params = jax.tree.unflatten(self.tree, leaves)
     collections = jax.tree.unflatten(self.collections, rest[number:])
-    return {'params': params, **collections}
+    return {**jax.tree.unflatten(self.tree, leaves), **collections}
 
 
 def pack(
-  config: ranker.RankerConfig, params: Mapping[str, Any]
+  config: ranker.RankerConfig, variables: Mapping[str, Any]
 ) -> tuple[tuple[jax.Array, ...], Spec]:
   """What to score with, and how programs read it.
 
   Args:
     config: of the model.
-    params: its parameters, on a device.
+    variables: its variables, on a device.
 
   Returns:
     The small parameters, float32 `[P]`, the others, and the arrays of
     `models.ranker.pack`, all in a tuple, which is an argument that takes JAX no
     time to look through; and how to read it.
   """
-  paths, tree = jax.tree_util.tree_flatten_with_path(params)
+  paths, tree = jax.tree_util.tree_flatten_with_path(variables)
   leaves = [x for _, x in paths]
   small = tuple(
-    x.size <= _SMALL and x.dtype == jnp.float32 and 'tables' not in str(path[0])
+    x.size <= _SMALL and x.dtype == jnp.float32 and path[0].key != 'tables'
     for path, x in paths
   )
-  collections, joined = _prepare(config, small, params)
+  collections, joined = _prepare(config, small, variables)
   packed, of_collections = jax.tree.flatten(collections)
   shapes = tuple(x.shape for x in leaves)
   large = [x for x, s in zip(leaves, small, strict=True) if not s]
@@ -83,8 +82,8 @@ def pack(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prepare(config, small, params):
-  leaves = jax.tree.leaves(params)
+def _prepare(config, small, variables):
+  leaves = jax.tree.leaves(variables)
   chosen = [x.reshape(-1) for x, s in zip(leaves, small, strict=True) if s]
   joined = jnp.concatenate(chosen) if chosen else jnp.zeros(0, jnp.float32)
-  return ranker.pack(config, params), joined
+  return ranker.pack(config, variables), joined

@@ -133,7 +133,7 @@ def _identity(
 
   return {
     'version': _VERSION,
-    'model': Scorer(model.config, model.params).fingerprint,
+    'model': Scorer(model.config, model.variables).fingerprint,
     'features': model.join.features.digest(),
     'rows': config_lib.to_dict(model.join.config),
     'as_of': model.join.as_of,

@@ -31,12 +31,12 @@ class Model:
 
   Attributes:
     config: of the ranker.
-    params: of it.
+    variables: of it.
     join: how candidates are joined to a log.
   """
 
   config: ranker.RankerConfig
-  params: Any
+  variables: Any
   join: joins.Join
 
   @classmethod
@@ -66,7 +66,7 @@ class Model:
     config = run.config
     rows = config.data.eval_rows or config.data.rows
     join = joins.Join(config.model.schema, rows, run.features, as_of)
-    return cls(config.model, run.params, join)
+    return cls(config.model, run.variables, join)
 
 
 Load = Callable[[], Model]
@@ -128,7 +128,7 @@ class Worker:
     self._join, self._parts, self._data = model.join, parts, data
     self._options = options
     self._scorer = Scorer(
-      model.config, model.params, _scorer_config(model.join, data, options)
+      model.config, model.variables, _scorer_config(model.join, data, options)
     )
 
   def score(

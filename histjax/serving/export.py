@@ -144,7 +144,7 @@ def export_workdir(
   files = {'rows': config_lib.to_dict(rows)}
   return export_model(
     run.config.model,
-    run.params,
+    run.variables,
     output,
     options,
     described=files,
@@ -155,7 +155,7 @@ def export_workdir(
 
 def export_model(
   config: ranker.RankerConfig,
-  params: Mapping[str, Any],
+  variables: Mapping[str, Any],
   output: str | os.PathLike[str],
   options: ExportConfig,
   *,
@@ -167,7 +167,7 @@ def export_model(
 
   Args:
     config: of the model.
-    params: its parameters.
+    variables: its parameters and tables.
     output: the directory; it must be empty or not be there, its parent be.
     options: for what, and of which sizes.
     described: JSON values beside the model's in `config.json`.
@@ -192,7 +192,7 @@ def export_model(
   if options.repick:
     config = _without_names(config)
   try:
-    lowered = _lowered(config, params, options, log)
+    lowered = _lowered(config, variables, options, log)
   except NotImplementedError as error:
     raise NotImplementedError(
       f'{error}; to let the platform pick, export with repick=True'
@@ -201,8 +201,8 @@ def export_model(
     used = lowered.used(kind)
     log(f'{kind} runs {used or "plain JAX alone"}')
   log('golden outputs')
-  golden = _golden(config, params, options)
-  manifest = _manifest(config, params, options, lowered)
+  golden = _golden(config, variables, options)
+  manifest = _manifest(config, variables, options, lowered)
   model = {'model': config_lib.to_dict(config), **(described or {})}
 
   def write(folder: pathlib.Path) -> None:
@@ -210,7 +210,7 @@ def export_model(
 
     for name, data in lowered.files.items():
       (folder / f'{name}.jax').write_bytes(data)
-    arrays = lowering.flat(params)
+    arrays = lowering.flat(variables)
     safetensors.save_file(arrays, folder / 'parameters.safetensors')
     safetensors.save_file(golden, folder / 'golden.safetensors')
     (folder / 'config.json').write_text(json.dumps(model, indent=1) + '\n')
@@ -278,7 +278,7 @@ def _without_names(config: ranker.RankerConfig) -> ranker.RankerConfig:
 
 def _lowered(
   config: ranker.RankerConfig,
-  params: Mapping[str, Any],
+  variables: Mapping[str, Any],
   options: ExportConfig,
   log: Callable[[str], None],
 ) -> lowering.Lowered:
@@ -286,7 +286,7 @@ def _lowered(
   target = devices.Target(
     options.platform, options.compute_capability or '', serialized=True
   )
-  found = lowering.Lowered(config, params, target, options.microbatch, log)
+  found = lowering.Lowered(config, variables, target, options.microbatch, log)
   for rows, events in itertools.product(options.rows, options.events):
     at = f'{rows}x{events}'
     encode = programs.Sizes(rows, events)
@@ -302,12 +302,12 @@ def _lowered(
 
 def _golden(
   config: ranker.RankerConfig,
-  params: Mapping[str, Any],
+  variables: Mapping[str, Any],
   options: ExportConfig,
 ) -> dict[str, np.ndarray]:
   """Random rows of each length, and their logits by a `Scorer` in float32."""
   precise = dataclasses.replace(_without_names(config), dtype='float32')
-  reference = scorer.Scorer(precise, params)
+  reference = scorer.Scorer(precise, variables)
   found: dict[str, np.ndarray] = {}
   for events in options.events:
     batch = testing.random_batch(
@@ -339,7 +339,7 @@ def _tolerance(config: ranker.RankerConfig, platform: str) -> float:
   return {'cpu': 1e-4, 'cuda': 0.02, 'tpu': 0.05}[platform]
 
 
-def _manifest(config, params, options, lowered) -> dict[str, Any]:
+def _manifest(config, variables, options, lowered) -> dict[str, Any]:
   """All of `manifest.json` but the files."""
   calls = {c for found in lowered.custom_calls.values() for c in found}
   has_kernels = any('mosaic_gpu' in c for c in calls)
@@ -350,7 +350,7 @@ def _manifest(config, params, options, lowered) -> dict[str, Any]:
   }
   return {
     'format': 1,
-    'model': fingerprint_lib.fingerprint(config, params),
+    'model': fingerprint_lib.fingerprint(config, variables),
     'platform': options.platform,
     'compute_capability': options.compute_capability if has_kernels else '',
     'versions': {

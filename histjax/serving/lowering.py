@@ -21,16 +21,16 @@ _ANY_INTEGER = 2**31
 """In place of a table's size, for what is no id."""
 
 
-def flat(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """`{'fusion/..': array}`, in the order of names."""
-  found = flax.traverse_util.flatten_dict(params, sep='/')
+def flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """`{'params/fusion/..': array}`, in the order of names."""
+  found = flax.traverse_util.flatten_dict(variables, sep='/')
   return {k: np.ascontiguousarray(x) for k, x in sorted(found.items())}
 
 
 class Lowered:
   """Programs of one model and platform.
 
-  `prepare` is a function of `flat(params)`. What it returns, a list, is the
+  `prepare` is a function of `flat(variables)`. What it returns, a list, is the
   first argument of `encode`, `extend` and `score`, which otherwise are those of
   `scoring.programs`.
 
@@ -46,7 +46,7 @@ class Lowered:
   def __init__(
     self,
     config: ranker.RankerConfig,
-    params: Mapping[str, Any],
+    variables: Mapping[str, Any],
     target: devices.Target,
     microbatch: int,
     log: Callable[[str], None],
@@ -55,7 +55,7 @@ class Lowered:
 
     Args:
       config: of the model.
-      params: its parameters; their shapes count.
+      variables: its parameters and tables; their shapes count.
       target: that will run it.
       microbatch: as `ScorerConfig`.
       log: is told of each program.
@@ -74,7 +74,7 @@ class Lowered:
       packed, spec = weights.pack(config, nested)
       return list(packed)
 
-    arrays = jax.tree.map(_shape, flat(params))
+    arrays = jax.tree.map(_shape, flat(variables))
     self._packed = self._lower('prepare', prepare, arrays)
     self._plan = programs.Plan(
       config, microbatch, microbatch, spec, target, transport.Transport()

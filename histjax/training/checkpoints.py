@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on, or a scorer to start.
 
 A checkpoint is a folder `<workdir>/checkpoints/<step>` of three items:
-`params` (to score with: the average, if one is kept), `state` (optimizer,
-step, rng, loss window, and the parameters in training if `params` is their
-average) and `meta` (JSON: the config, the fingerprint of the data, the place in
+`variables` (to score with: the average, if one is kept), `state` (optimizer,
+step, rng, loss window, and what is in training if `variables` is its average)
+and `meta` (JSON: the config, the fingerprint of the data, the place in
 it, and what is known of validation), and a list of all its files, see
 `integrity`. Orbax writes it under a temporary name and renames it, so a step is
 there or it is not. A copy may still be cut off. The rule of reading: the latest
@@ -100,7 +100,7 @@ class Checkpoints:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state.scoring_params),
+          variables=ocp.args.StandardSave(state.scoring_variables),
           state=ocp.args.StandardSave(trees.flatten(state)),
           meta=ocp.args.JsonSave({**meta, 'format': integrity.FORMAT}),
         ),
@@ -186,19 +186,19 @@ class Checkpoints:
       self._preserve.incomplete = {step for step in steps if step > found}
     return found
 
-  def restore_params(self, step: int, template: Any) -> Any:
+  def restore_variables(self, step: int, template: Any) -> Any:
     """The parameters of one step, on the devices of the template's."""
     self._manager.wait_until_finished()
     folder = step_folders.of(self.workdir) / str(step)
     with integrity.naming(folder):
-      integrity.check_opens(folder / 'params')
+      integrity.check_opens(folder / 'variables')
       found = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(jax.tree.map(_abstract, template))
+          variables=ocp.args.StandardRestore(jax.tree.map(_abstract, template))
         ),
       )
-    return found['params']
+    return found['variables']
 
   def restore(
     self, template: TrainState
@@ -224,7 +224,7 @@ class Checkpoints:
     step = self._latest()
     if step is None:
       return None
-    where = jax.tree.map(_abstract, template.scoring_params)
+    where = jax.tree.map(_abstract, template.variables)
     rest = jax.tree.map(_abstract, trees.flatten(template))
     folder = step_folders.of(self.workdir) / str(step)
     with integrity.naming(folder):
@@ -232,10 +232,10 @@ class Checkpoints:
       if meta is None:
         raise FileNotFoundError('meta is missing')
       meta.pop('format')
-      for item in ('params', 'state'):
+      for item in ('variables', 'state'):
         integrity.check_opens(folder / item)
       stored = self._manager.item_metadata(step)
-      trees_stored = [stored[item].tree for item in ('params', 'state')]
+      trees_stored = [stored[item].tree for item in ('variables', 'state')]
     self._check_best(step, meta['best_step'])
     for tree, expected in zip(trees_stored, (where, rest), strict=True):
       trees.check_same(f'the checkpoint {folder}', tree, expected)
@@ -243,11 +243,11 @@ class Checkpoints:
       found = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(where),
+          variables=ocp.args.StandardRestore(where),
           state=ocp.args.StandardRestore(rest),
         ),
       )
-    return trees.unflatten(template, found['params'], found['state']), meta
+    return trees.unflatten(template, found['variables'], found['state']), meta
 
   def close(self) -> None:
     """Waits until everything is on disk.
@@ -280,7 +280,7 @@ class Checkpoints:
     self._manager.reload()
 
 
-def load_params(
+def load_variables(
   workdir: str | os.PathLike[str],
   which: Literal['best', 'latest'] = 'best',
   *,
@@ -295,8 +295,8 @@ def load_params(
       they are for; None: not checked.
 
   Returns:
-    The parameters, on the default device, and the config of the run as a dict,
-    for `histjax.config.from_dict`.
+    `(variables, config)`: the parameters on the default device, and the config
+    of the run as a dict, for `histjax.config.from_dict`.
 
   Raises:
     FileNotFoundError: there is no complete checkpoint, or no best one yet.
@@ -314,8 +314,8 @@ def load_params(
       step = _best(workdir, step, meta)
     folder = step_folders.of(workdir) / str(step)
     with integrity.naming(folder):
-      integrity.check_opens(folder / 'params')
-      stored = manager.item_metadata(step)['params'].tree
+      integrity.check_opens(folder / 'variables')
+      stored = manager.item_metadata(step)['variables'].tree
     if template is not None:
       trees.check_same(f'the checkpoint {folder}', stored, template)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -325,9 +325,9 @@ def load_params(
     with integrity.naming(folder):
       found = manager.restore(
         step,
-        args=ocp.args.Composite(params=ocp.args.StandardRestore(target)),
+        args=ocp.args.Composite(variables=ocp.args.StandardRestore(target)),
       )
-  return found['params'], meta['config']
+  return found['variables'], meta['config']
 
 
 def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     `best_step`, `progress` and `data`.
 
   Raises:
-    FileNotFoundError, ValueError, OSError: see `load_params`.
+    FileNotFoundError, ValueError, OSError: see `load_variables`.
   """
   workdir = workdir_lib.resolve(workdir)
   with _reading(workdir) as manager:
@@ -379,7 +379,7 @@ def _manager(workdir: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
     step_folders.of(workdir),
     options=ocp.CheckpointManagerOptions(**options),
     item_handlers={
-      'params': ocp.StandardCheckpointHandler(),
+      'variables': ocp.StandardCheckpointHandler(),
       'state': ocp.StandardCheckpointHandler(),
       'meta': ocp.JsonCheckpointHandler(filename=integrity.META),
     },

@@ -41,6 +41,9 @@ class TrainConfig:
       as 'auc', of the first task.
     task_weights: `{task: weight}` in the loss; tasks left out weigh 1.
     rank_loss: the loss of pairs in a row, beside the log loss.
+    max_unique_ids: `{table: number}`, how many distinct rows of a table a batch
+      touches at most; see `step.make_train_step`. For tables left out nothing
+      need be known.
     average: decay of the moving average of the parameters, see
       `step.averaged`; validation, test, checkpoints and scoring then use the
       average. None: the parameters themselves.
@@ -70,6 +73,7 @@ class TrainConfig:
   )
   task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   rank_loss: RankLossConfig = dataclasses.field(default_factory=RankLossConfig)
+  max_unique_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
   average: float | None = None
   seed: int = 0
   tensorboard: bool = True
@@ -107,6 +111,12 @@ class TrainConfig:
       )
     if self.pipeline.pack:
       self.model.require_packable()
+    for table, value in self.max_unique_ids.items():
+      if table not in self.model.schema.tables or value < 1:
+        raise ValueError(
+          f'max_unique_ids has {table!r}: {value}; it must be at least 1, of '
+          f'one of the tables {sorted(self.model.schema.tables)}'
+        )
     self._check_tasks()
     self.check_rows('data.rows', self.data.rows)
     if self.data.eval_rows is not None:

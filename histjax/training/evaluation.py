@@ -17,37 +17,39 @@ from histjax.training import sharding, step
 
 def evaluate(
   model: nn.Module,
-  params: Any,
+  variables: Any,
   rows: RowSource,
   pipeline: pipeline_lib.PipelineConfig,
   mesh: Mesh | None = None,
 ) -> dict[str, float]:
-  """The metrics of `params` on `rows`, `{'task/metric': value}`.
+  """The metrics of `variables` on `rows`, `{'task/metric': value}`.
 
   See `predict`, which also gives the single scores.
   """
-  found = predict(model, params, rows, pipeline, mesh)
+  found = predict(model, variables, rows, pipeline, mesh)
   assert found is not None  # Nothing asked it to stop.
   return found.result()
 
 
 def predict(
   model: nn.Module,
-  params: Any,
+  variables: Any,
   rows: RowSource,
   pipeline: pipeline_lib.PipelineConfig,
   mesh: Mesh | None = None,
   *,
+  rules: sharding.Rules | None = None,
   should_stop: Callable[[], bool] | None = None,
 ) -> metrics.RankingMetrics | None:
   """Scores every candidate of `rows` once, each host its share of them.
 
   Args:
     model: a `Ranker`, or any module with its call signature.
-    params: its parameters, on the host or replicated over the mesh.
+    variables: its parameters and tables, on the host or anywhere on the mesh.
     rows: what to score.
     pipeline: how rows become batches; the metrics do not depend on it.
     mesh: of `sharding.data_mesh`; None: over all devices.
+    rules: how variables are split over it, see `sharding.specs`.
     should_stop: asked before each batch.
 
   Returns:
@@ -60,10 +62,10 @@ def predict(
   mesh = sharding.data_mesh() if mesh is None else mesh
   # No host waits for another in a batch, since rows are scored one by one.
   local = sharding.local_mesh(mesh)
-  if jax.process_count() > 1:
-    params = sharding.to_host(params)
-  params = sharding.replicate(params, local)
-  eval_step = step.make_eval_step(model, mesh=local)
+  variables = sharding.put_variables(variables, local, rules)
+  eval_step = step.make_eval_step(
+    model, schema=rows.schema, mesh=local, rules=rules
+  )
   batches = pipeline_lib.eval_batches(
     rows,
     pipeline,
@@ -76,7 +78,7 @@ def predict(
     for batch in batches:
       if should_stop is not None and should_stop():
         return None
-      logits = eval_step(params, sharding.put_batch(batch, local))
+      logits = eval_step(variables, sharding.put_batch(batch, local))
       found.update(
         sharding.to_host(logits),
         batch.labels,

@@ -130,7 +130,7 @@ def of_run(
   """The config that a run was saved with.
 
   Args:
-    values: `load_params` or `load_meta` has them.
+    values: `load_variables` or `load_meta` has them.
     workdir: of the run.
 
   Raises:

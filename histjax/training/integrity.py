@@ -14,7 +14,7 @@ import tensorstore as ts
 LISTING = 'files.json'
 META = 'metadata'
 """The file of the item `meta`."""
-FORMAT = 1
+FORMAT = 2
 """Of checkpoints and metrics.json; raised when older ones cannot be read."""
 
 

@@ -37,6 +37,7 @@ def train_and_evaluate(
   *,
   dataset: datasets.Dataset | None = None,
   mesh: Mesh | None = None,
+  rules: sharding.Rules | None = None,
 ) -> dict[str, Any]:
   """Trains a ranker, and tests the parameters that are best on validation.
 
@@ -49,7 +50,10 @@ def train_and_evaluate(
     config: the run.
     workdir: a folder for its checkpoints, scalars and metrics.json.
     dataset: what `config.data` describes, if it is loaded already.
-    mesh: of `sharding.data_mesh`; None: over all devices of all processes.
+    mesh: of `sharding.data_mesh`; None: over all devices of all processes. A
+      run may go on on another one.
+    rules: how variables are split over it, see `sharding.specs`. They are
+      printed at the start.
 
   Returns:
     `interrupted`, a bool; `step`, the updates made; `best_step`, `validation`
@@ -122,7 +126,15 @@ def _train_and_evaluate(
       dataset.features.save(workdir)
     interrupt = stack.enter_context(Interrupt())
     run = _Run(
-      config, workdir, dataset, identity, mesh, batches, checkpoints, interrupt
+      config,
+      workdir,
+      dataset,
+      identity,
+      mesh,
+      rules,
+      batches,
+      checkpoints,
+      interrupt,
     )
     stack.enter_context(run.reporter)
     return run.result() if run.train() else run.interrupted()
@@ -174,6 +186,7 @@ class _Run:
     dataset: datasets.Dataset,
     identity: dict[str, Any],
     mesh: Mesh,
+    rules: sharding.Rules | None,
     batches: pipeline.BatchIterator,
     checkpoints: checkpoints_lib.Checkpoints,
     interrupt: Interrupt,
@@ -183,7 +196,7 @@ class _Run:
     self.splits = dataset.splits
     self.identity = identity
     self.features = dataset.features.digest()
-    self.mesh = mesh
+    self.mesh, self.rules = mesh, rules
     self.checkpoints = checkpoints
     self.interrupt = interrupt
     self.model = Ranker(config.model)
@@ -195,18 +208,21 @@ class _Run:
     self.train_step = step_lib.make_train_step(
       self.model,
       tx,
+      config.model.schema,
       task_weights=config.task_weights,
       rank_loss=config.rank_loss,
-      average=config.average,
+      max_unique=config.max_unique_ids,
       mesh=mesh,
+      rules=rules,
     )
     self.state = state_lib.create_state(
       self.model,
       tx,
       config.model.schema,
       config.seed,
-      average=config.average is not None,
+      average=config.average,
       mesh=mesh,
+      rules=rules,
     )
     self.progress = _Progress()
     self.shapes: set[tuple[int, ...]] = set()
@@ -225,7 +241,7 @@ class _Run:
       tensorboard=config.tensorboard,
       quiet=jax.process_index() > 0,
     )
-    count = sum(x.size for x in jax.tree.leaves(self.state.params))
+    count = sum(x.size for x in jax.tree.leaves(self.state.variables))
     self.reporter.message(
       f'{"Resuming" if restored else "Starting"} at step {self.step} of '
       f'{self.num_steps}: {len(self.splits["train"])} rows, {epoch} batches '
@@ -236,6 +252,10 @@ class _Run:
         f'Up to {self.batches.padding:.0%} of the rows of a batch are padding '
         f'to {mesh.size} devices: set pipeline.row_multiple={mesh.size} in '
         'another run, or a larger pipeline.batch_events'
+      )
+    if mesh.size > 1:
+      self.reporter.message(
+        sharding.describe(self.state.variables, mesh, rules)
       )
 
   def train(self) -> bool:
@@ -270,16 +290,18 @@ class _Run:
   def result(self) -> dict[str, Any]:
     """Tests the best parameters and writes metrics.json."""
     best = self.progress.best_step
-    params = self.state.scoring_params
-    if best != self.step:
+    if best == self.step:
+      variables = self.state.scoring_variables
+    else:
       assert best is not None  # The last step is validated.
-      params = self.checkpoints.restore_params(best, params)
+      variables = self.checkpoints.restore_variables(best, self.state.variables)
     found = evaluation.predict(
       self.model,
-      params,
+      variables,
       self.splits['test'],
       self.config.pipeline,
       self.mesh,
+      rules=self.rules,
       should_stop=self.interrupt.received,
     )
     if found is None:
@@ -356,10 +378,11 @@ class _Run:
     self.reporter.pause()
     found = evaluation.predict(
       self.model,
-      self.state.scoring_params,
+      self.state.scoring_variables,
       self.splits['validation'],
       self.config.pipeline,
       self.mesh,
+      rules=self.rules,
       should_stop=self.interrupt.received,
     )
     self.reporter.resume()

@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-TABLES = 'tables'
-"""The key of the embedding tables in the parameters."""
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -25,13 +22,14 @@ class OptimizerConfig:
     eps: added to Adam's denominator.
     weight_decay: decoupled (AdamW), of the network's matrices alone: biases,
       normalisations and tables are not decayed.
-    clip_norm: the gradient of all parameters is scaled down to this norm;
-      None: never.
+    clip_norm: the gradient, that of the tables included, is scaled down to this
+      norm; None: never.
     warmup_steps: both learning rates grow linearly to their peak over these.
     schedule: 'constant' after the warmup, or down to 0 at the last step,
       'linear' or along a half 'cosine'.
-    table_optimizer: 'rowwise_adagrad', or 'adam' (two more floats per
-      parameter, and rows that are not in the batch move too).
+    table_optimizer: 'rowwise_adagrad' (one more float per row), or 'lazy_adam'
+      (two more per parameter, with `b1`, `b2` and `eps`). Both move the rows of
+      a batch alone.
     table_learning_rate: of the tables, at its peak.
     table_eps: added to row-wise Adagrad's denominator.
     table_initial: the initial accumulator of row-wise Adagrad.
@@ -45,7 +43,7 @@ class OptimizerConfig:
   clip_norm: float | None = None
   warmup_steps: int = 0
   schedule: Literal['constant', 'linear', 'cosine'] = 'constant'
-  table_optimizer: Literal['rowwise_adagrad', 'adam'] = 'rowwise_adagrad'
+  table_optimizer: Literal['rowwise_adagrad', 'lazy_adam'] = 'rowwise_adagrad'
   table_learning_rate: float = 0.02
   table_eps: float = 1e-8
   table_initial: float = 0.0
@@ -68,7 +66,7 @@ class OptimizerConfig:
         f'optimizer.clip_norm={self.clip_norm} must be positive, or None'
       )
     _one_of(self, 'schedule', ('constant', 'linear', 'cosine'))
-    _one_of(self, 'table_optimizer', ('rowwise_adagrad', 'adam'))
+    _one_of(self, 'table_optimizer', ('rowwise_adagrad', 'lazy_adam'))
 
 
 class RowwiseAdagradState(NamedTuple):
@@ -130,6 +128,60 @@ def scale_by_rowwise_adagrad(
   return optax.GradientTransformation(init, update)
 
 
+class LazyAdamState(NamedTuple):
+  """Of tables `[R, D]`: `count` int32 `[R, 1]`, moments float32 `[R, D]`."""
+
+  count: optax.Updates
+  mu: optax.Updates
+  nu: optax.Updates
+
+
+def scale_by_lazy_adam(
+  *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+  """Adam (Kingma and Ba 2015, arXiv 1412.6980), one for each row of a table.
+
+      m_r <- b1 m_r + (1 - b1) g_r,  v_r <- b2 v_r + (1 - b2) g_r^2,  t_r += 1
+      u_r = m_r / (1 - b1^t_r) / (sqrt(v_r / (1 - b2^t_r)) + eps)
+
+  To give it the rows of a batch alone is what makes it lazy: a row's moments
+  and its t stand still in the steps that do not touch it. TensorFlow's
+  `LazyAdam` and PyTorch's `SparseAdam` correct the bias by the steps of the
+  whole training instead, by which the first updates of a row that comes late
+  are `(1 - b1) / sqrt(1 - b2)` times as large.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the denominator.
+
+  Returns:
+    An optax transformation; scale its result by minus the learning rate.
+  """
+
+  def init(params):
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    count = jax.tree.map(lambda x: jnp.zeros((len(x), 1), jnp.int32), params)
+    return LazyAdamState(count, zeros, zeros)
+
+  def update(updates, state, params=None):
+    del params
+    count = jax.tree.map(lambda t: t + 1, state.count)
+    mu, nu = (
+      jax.tree.map(lambda m, g, b=b, k=k: b * m + (1 - b) * g**k, old, updates)
+      for old, b, k in ((state.mu, b1, 1), (state.nu, b2, 2))
+    )
+
+    def direction(m, v, t):
+      t = t.astype(jnp.float32)
+      return m / (1 - b1**t) / (jnp.sqrt(v / (1 - b2**t)) + eps)
+
+    updates = jax.tree.map(direction, mu, nu, count)
+    return updates, LazyAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
 def schedule(
   config: OptimizerConfig, peak: float, num_steps: int | None = None
 ) -> optax.Schedule:
@@ -172,21 +224,36 @@ def schedule(
   return rate
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Optimizer:
+  """How a step changes the network and the tables.
+
+  Attributes:
+    network: of the parameters, but for clipping.
+    tables: of rows `[K, D]` of a table. Each array of its state has a row for
+      each, `[K, ...]`, and its update of one depends on no other; it returns
+      the direction against which to go.
+    table_rate: the tables' learning rate of step t.
+    clip_norm: of the whole gradient; None: never.
+  """
+
+  network: optax.GradientTransformation
+  tables: optax.GradientTransformation
+  table_rate: optax.Schedule
+  clip_norm: float | None = None
+
+
 def make_optimizer(
   config: OptimizerConfig, num_steps: int | None = None
-) -> optax.GradientTransformation:
-  """The transformation of the whole parameter tree.
-
-  Parameters under `params['tables']` get the table optimizer, all others
-  Adam; see `OptimizerConfig`.
+) -> Optimizer:
+  """Adam for the network, the table optimizer for the tables' rows.
 
   Args:
     config: the optimizer's.
     num_steps: of the whole training; schedules that decay need it.
 
   Returns:
-    An optax transformation for parameters `{'tables': ..., ...}`; the same
-    object for the same arguments.
+    The same object for the same arguments.
 
   Raises:
     ValueError: see `schedule`.
@@ -199,41 +266,26 @@ def make_optimizer(
 @functools.lru_cache(maxsize=8)
 def _make_optimizer(
   config: OptimizerConfig, num_steps: int | None
-) -> optax.GradientTransformation:
-  rate = schedule(config, config.learning_rate, num_steps)
-  table_rate = schedule(config, config.table_learning_rate, num_steps)
+) -> Optimizer:
   adam = {'b1': config.b1, 'b2': config.b2, 'eps': config.eps}
   network = optax.adamw(
-    rate, weight_decay=config.weight_decay, mask=_matrices, **adam
+    schedule(config, config.learning_rate, num_steps),
+    weight_decay=config.weight_decay,
+    mask=_matrices,
+    **adam,
   )
-  if config.table_optimizer == 'adam':
-    tables = optax.adam(table_rate, **adam)
+  if config.table_optimizer == 'lazy_adam':
+    tables = scale_by_lazy_adam(**adam)
   else:
-    tables = optax.chain(
-      scale_by_rowwise_adagrad(
-        initial=config.table_initial, eps=config.table_eps
-      ),
-      optax.scale_by_learning_rate(table_rate),
+    tables = scale_by_rowwise_adagrad(
+      initial=config.table_initial, eps=config.table_eps
     )
-  parts = optax.partition({'network': network, 'tables': tables}, _labels)
-  if config.clip_norm is None:
-    return parts
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), parts)
-
-
-def _labels(params: Any) -> Any:
-  """'tables' or 'network' for each parameter, by its place in the tree."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: 'tables' if _key(path[0]) == TABLES else 'network', params
-  )
+  rate = schedule(config, config.table_learning_rate, num_steps)
+  return Optimizer(network, tables, rate, config.clip_norm)
 
 
 def _matrices(params: Any) -> Any:
   return jax.tree.map(lambda x: x.ndim >= 2, params)
-
-
-def _key(entry: Any) -> str:
-  return str(getattr(entry, 'key', getattr(entry, 'name', entry)))
 
 
 def _one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:

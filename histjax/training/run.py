@@ -19,13 +19,13 @@ class Run:
 
   Attributes:
     config: of the run.
-    params: of `Ranker(config.model)`.
+    variables: of `Ranker(config.model)`.
     features: what is derived of the user's past and of a request.
     meta: of the latest checkpoint, see `checkpoints.load_meta`.
   """
 
   config: TrainConfig
-  params: dict[str, Any]
+  variables: dict[str, Any]
   features: FittedFeatures
   meta: dict[str, Any]
 
@@ -56,5 +56,5 @@ def load(
       f'{workdir}: features.npz is of another run than the checkpoints '
       'beside it; restore the workdir, or train again'
     )
-  params, _ = checkpoints.load_params(workdir, which)
-  return Run(config, params, features, meta)
+  variables, _ = checkpoints.load_variables(workdir, which)
+  return Run(config, variables, features, meta)

@@ -10,11 +10,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Float, Int, Key
 
 from histjax import schema as schema_lib
+from histjax.training import sharding
+from histjax.training import tables as tables_lib
+from histjax.training.optimizer import Optimizer
 from histjax.types import Array, Candidates, History, RankingBatch
 
 
@@ -49,34 +51,67 @@ class TrainState:
 
   Attributes:
     step: int32, how many updates were made.
-    params: the model's, float32.
-    opt_state: the optimizer's.
+    params: the network's, float32.
+    tables: the embedding tables, float32, the model's collection `tables`.
+    opt_state: the optimizer's, of `params`.
+    table_state: the optimizer's of each table, `{table: state}`.
     rng: the key that dropout of step t is drawn from, as `fold_in(rng, t)`.
     window: the loss since the last report.
-    average: the moving average of the parameters; None: none is kept.
+    average: the moving average of `params`; None: none is kept.
+    table_average: that of each table, `{table: tables.Averages}`; or None.
+    decay: of the averages, see `step.averaged`.
   """
 
   step: Int[Array, '']
   params: Any
+  tables: Any
   opt_state: Any
+  table_state: Any
   rng: Key[jax.Array, '']
   window: LossWindow
   average: Any = None
+  table_average: Any = None
+  decay: float | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
-  def scoring_params(self) -> Any:
-    """The parameters to evaluate and to score with."""
-    return self.params if self.average is None else self.average
+  def variables(self) -> dict[str, Any]:
+    """The model's, as training goes on with them."""
+    return _variables(self.params, self.tables)
+
+  @property
+  def scoring_variables(self) -> dict[str, Any]:
+    """Those to evaluate and to score with; an average of tables is computed."""
+    if self.decay is None:
+      return self.variables
+    return _variables(
+      self.average,
+      _averaged_tables(self.tables, self.table_average, self.step, self.decay),
+    )
+
+
+def _variables(params, tables):
+  return {'params': params, 'tables': tables} if tables else {'params': params}
+
+
+@functools.partial(jax.jit, static_argnames='decay')
+def _averaged_tables(collection, averages, step, decay):
+  named = tables_lib.by_name(collection)
+  found = {
+    name: tables_lib.caught_up(averages[name], rows, step, decay)
+    for name, rows in named.items()
+  }
+  return tables_lib.like(collection, found)
 
 
 def create_state(
   model: nn.Module,
-  tx: optax.GradientTransformation,
+  tx: Optimizer,
   schema: schema_lib.Schema,
   seed: int,
   *,
-  average: bool = False,
+  average: float | None = None,
   mesh: Mesh | None = None,
+  rules: sharding.Rules | None = None,
 ) -> TrainState:
   """The state before the first step; a function of the seed alone.
 
@@ -85,13 +120,16 @@ def create_state(
     tx: the optimizer.
     schema: says what batches hold.
     seed: of initialisation and dropout.
-    average: whether to keep the average of the parameters, too.
-    mesh: the state is replicated over it; None: on the default device.
+    average: decay of the averages to keep, too, see `step.averaged`; None:
+      none.
+    mesh: of `sharding.data_mesh`, which the state is put on as `rules` say;
+      None: on the default device.
+    rules: see `sharding.specs`.
 
   Returns:
     The state.
   """
-  return _jit_create(model, tx, schema, average, mesh)(seed)
+  return _jit_create(model, tx, schema, average, mesh, rules)(seed)
 
 
 def example_batch(schema: schema_lib.Schema) -> RankingBatch:
@@ -122,18 +160,34 @@ def example_batch(schema: schema_lib.Schema) -> RankingBatch:
 
 
 @functools.lru_cache(maxsize=8)
-def _jit_create(model, tx, schema, average, mesh):
+def _jit_create(model, tx, schema, average, mesh, rules):
   def create(seed) -> TrainState:
     init, dropout = jax.random.split(jax.random.key(seed))
-    params = model.init(init, example_batch(schema))['params']
+    variables = model.init(init, example_batch(schema))
+    params, tables = variables['params'], variables.get('tables', {})
+    named = tables_lib.by_name(tables)
+    averages: dict[str, Any] = {}
+    if average is not None:
+      averages = {
+        'average': jax.tree.map(jnp.copy, params),
+        'table_average': {
+          name: tables_lib.Averages(jnp.copy(x), jnp.zeros(len(x), jnp.int32))
+          for name, x in named.items()
+        },
+      }
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
-      opt_state=tx.init(params),
+      tables=tables,
+      opt_state=tx.network.init(params),
+      table_state={name: tx.tables.init(x) for name, x in named.items()},
       rng=dropout,
       window=LossWindow.empty(),
-      average=jax.tree.map(jnp.copy, params) if average else None,
+      decay=average,
+      **averages,
     )
 
-  out = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-  return jax.jit(create, out_shardings=out)
+  if mesh is None:
+    return jax.jit(create)
+  shapes = jax.eval_shape(create, 0)
+  return jax.jit(create, out_shardings=sharding.of_state(shapes, mesh, rules))

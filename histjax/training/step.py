@@ -16,9 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from histjax import schema as schema_lib
 from histjax.ops import devices, dispatch
 from histjax.training import losses, sharding
+from histjax.training import tables as tables_lib
 from histjax.training.losses import RankLossConfig
+from histjax.training.optimizer import Optimizer
 from histjax.training.state import LossWindow, TrainState
 from histjax.types import RankingBatch
 
@@ -53,42 +56,54 @@ def averaged(
 
 def make_train_step(
   model: nn.Module,
-  tx: optax.GradientTransformation,
+  tx: Optimizer,
+  schema: schema_lib.Schema,
   *,
   task_weights: Mapping[str, float] | None = None,
   rank_loss: RankLossConfig | None = None,
-  average: float | None = None,
+  max_unique: Mapping[str, int] | None = None,
   mesh: Mesh | None = None,
+  rules: sharding.Rules | None = None,
 ) -> TrainStep:
   """The jitted update; the state given to it is donated, so use its result.
 
-  With a mesh the batch is sharded over 'data' and the state replicated; the
-  loss is the mean over the global batch, so the update does not depend on how
-  many devices share it.
+  With a mesh the batch is split over all of it; the loss is the mean over the
+  global batch, so the update does not depend on how many devices share it. The
+  rows of tables that a batch touches are read and written alone, see `tables`;
+  where tables are split, every device picks those that it has, and their sum
+  is on all devices while the step lasts.
 
   Args:
     model: a `Ranker`, or any module with its call signature.
     tx: the optimizer.
+    schema: says which feature of a batch is of which table.
     task_weights: see `losses.loss_sum`.
     rank_loss: the loss of pairs, if any.
-    average: decay of `averaged`, for a state with an average; None: without.
+    max_unique: `{table: K}`, how many distinct rows of it a batch touches at
+      most, of all devices together. A batch that has more makes the loss NaN.
+      It bounds what a step gathers and sends; that of tables left out is the
+      number of ids in a batch.
     mesh: of `sharding.data_mesh`; None: wherever the arguments are.
+    rules: how the state is split over it, see `sharding.specs`.
 
   Returns:
     `(state, batch) -> state`; the loss is in `state.window`. The same
     function, with what it has compiled, for the same arguments.
   """
   weights = tuple((task_weights or {}).items())
-  return _jit_train_step(model, tx, weights, rank_loss, average, mesh)
+  most = tuple((max_unique or {}).items())
+  return _jit_train_step(
+    model, tx, schema, weights, rank_loss, most, mesh, rules
+  )
 
 
 def make_pmap_train_step(
   model: nn.Module,
-  tx: optax.GradientTransformation,
+  tx: Optimizer,
+  schema: schema_lib.Schema,
   *,
   task_weights: Mapping[str, float] | None = None,
   rank_loss: RankLossConfig | None = None,
-  average: float | None = None,
 ) -> TrainStep:
   """The update through `jax.pmap`, for programs built on it.
 
@@ -98,9 +113,9 @@ def make_pmap_train_step(
   Args:
     model: a `Ranker`, or any module with its call signature.
     tx: the optimizer.
+    schema: as `make_train_step`.
     task_weights: see `losses.loss_sum`.
     rank_loss: the loss of pairs, if any.
-    average: as `make_train_step`.
 
   Returns:
     `(state, batch) -> state`. Every array of the state has a leading axis of
@@ -111,7 +126,8 @@ def make_pmap_train_step(
   loss = _loss(task_weights, rank_loss)
 
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
-    return _update(model, tx, state, batch, loss, average, 'data')
+    places = _Places(schema, {}, axis_name='data')
+    return _update(model, tx, state, batch, loss, places)
 
   return jax.pmap(step, axis_name='data', donate_argnums=0)
 
@@ -127,39 +143,147 @@ def split_for_pmap(batch: RankingBatch, num_devices: int) -> RankingBatch:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def make_eval_step(model: nn.Module, *, mesh: Mesh | None = None) -> EvalStep:
+def make_eval_step(
+  model: nn.Module,
+  *,
+  schema: schema_lib.Schema | None = None,
+  mesh: Mesh | None = None,
+  rules: sharding.Rules | None = None,
+) -> EvalStep:
   """The jitted forward pass, without dropout.
 
   Args:
     model: a `Ranker`, or any module with its call signature.
+    schema: as `make_train_step`; needed where tables are split.
     mesh: of `sharding.data_mesh`; None: wherever the arguments are.
+    rules: as `make_train_step`.
 
   Returns:
-    `(params, batch) -> {task: [B, C]}`. The same function, with what it has
+    `(variables, batch) -> {task: [B, C]}`. The same function, with what it has
     compiled, for the same arguments.
   """
 
-  def step(params: Any, batch: RankingBatch) -> dict[str, Array]:
+  def step(variables: Any, batch: RankingBatch) -> dict[str, Array]:
     with _in_context(mesh):
-      logits: Any = model.apply({'params': params}, batch, train=False)
+      if mesh is not None and mesh.shape['table'] > 1:
+        if schema is None:
+          raise ValueError('schema=None: tables are split over the mesh')
+        places = _Places(schema, {}, mesh, rules, variables)
+        tables = tables_lib.by_name(variables['tables'])
+        ids, batch = places.touch(batch, tables)
+        rows = {k: places.lookup(k, tables[k], ids[k]) for k in ids}
+        collection = tables_lib.like(variables['tables'], {**tables, **rows})
+        variables = {**variables, 'tables': collection}
+      logits: Any = model.apply(variables, batch, train=False)
     return logits
 
-  out = None if mesh is None else NamedSharding(mesh, P('data'))
+  out = None if mesh is None else NamedSharding(mesh, sharding.ROWS)
   return jax.jit(step, out_shardings=out)
 
 
 @functools.lru_cache(maxsize=_CACHED)
 def _jit_train_step(
-  model, tx, task_weights, rank_loss, average, mesh
+  model, tx, schema, task_weights, rank_loss, max_unique, mesh, rules
 ) -> TrainStep:
   loss = _loss(dict(task_weights), rank_loss)
 
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
     with _in_context(mesh):
-      return _update(model, tx, state, batch, loss, average)
+      places = _Places(schema, dict(max_unique), mesh, rules, state.variables)
+      found = _update(model, tx, state, batch, loss, places)
+      if mesh is not None:
+        found = jax.lax.with_sharding_constraint(
+          found, sharding.of_state(found, mesh, rules)
+        )
+    return found
 
-  out = None if mesh is None else NamedSharding(mesh, P())
-  return jax.jit(step, donate_argnums=0, out_shardings=out)
+  return jax.jit(step, donate_argnums=0)
+
+
+class _Places:
+  """Which devices a step's ids and rows are on."""
+
+  def __init__(
+    self,
+    schema: schema_lib.Schema,
+    max_unique: Mapping[str, int],
+    mesh: Mesh | None = None,
+    rules: sharding.Rules | None = None,
+    variables: Any = None,
+    axis_name: str | None = None,
+  ):
+    self.schema, self.max_unique, self.mesh = schema, max_unique, mesh
+    self.axis_name = axis_name  # Of pmap.
+    self.axes: dict[str, tuple[str, ...]] = {}
+    if mesh is not None and 'tables' in variables:
+      specs = sharding.specs(variables, mesh, rules)
+      self.axes = {
+        name: sharding.table_axes(spec, mesh)
+        for name, spec in tables_lib.by_name(specs['tables']).items()
+      }
+
+  def sum(self, x):
+    """Over the devices of pmap; the compiler sums over those of a mesh."""
+    return x if self.axis_name is None else jax.lax.psum(x, self.axis_name)
+
+  def touch(self, batch, tables):
+    def everywhere(ids):
+      if self.axis_name is not None:
+        return jax.lax.all_gather(ids, self.axis_name, tiled=True)
+      if self.mesh is None:
+        return ids
+      return jax.lax.with_sharding_constraint(
+        ids, NamedSharding(self.mesh, P())
+      )
+
+    return tables_lib.touch(
+      self.schema, batch, tables, self.max_unique, everywhere
+    )
+
+  def lookup(self, name, table, index):
+    """`tables.lookup` where the table is; the result is everywhere."""
+    axes = self.axes.get(name)
+    if not axes:
+      return tables_lib.lookup(table, index)
+
+    def local(part, index):
+      rows = tables_lib.lookup(part, _own(part, index, axes))
+      return jax.lax.psum(rows, axes)
+
+    return jax.shard_map(
+      local, in_specs=(P(axes), P()), out_specs=P(), check_vma=False
+    )(table, index)
+
+  def update(self, name, tx, table, index, gradient, **options):
+    """`tables.update` where the table is."""
+    axes = self.axes.get(name)
+    if not axes:
+      return tables_lib.update(tx, table, index, gradient, **options)
+    decay = options.pop('decay')
+
+    def local(part, index, gradient, options):
+      found, finite = tables_lib.update(
+        tx,
+        part,
+        _own(part.rows, index, axes),
+        gradient,
+        **options,
+        decay=decay,
+      )
+      return found, jax.lax.psum((~finite).astype(jnp.int32), axes) == 0
+
+    return jax.shard_map(
+      local,
+      in_specs=(P(axes), P(), P(), P()),
+      out_specs=(P(axes), P()),
+      check_vma=False,
+    )(table, index, gradient, options)
+
+
+def _own(part, index, axes):
+  """Where ids are in this device's part of a table; beyond it: elsewhere."""
+  index = index - len(part) * jax.lax.axis_index(axes)
+  return jnp.where((index >= 0) & (index < len(part)), index, len(part))
 
 
 def _loss(task_weights, rank_loss) -> Callable[..., jax.Array]:
@@ -181,53 +305,87 @@ def _in_context(mesh: Mesh | None) -> Iterator[None]:
 
 def _update(
   model: nn.Module,
-  tx: optax.GradientTransformation,
+  tx: Optimizer,
   state: TrainState,
   batch: RankingBatch,
   batch_loss: Callable[..., jax.Array],
-  average: float | None,
-  axis_name: str | None = None,
+  places: _Places,
 ) -> TrainState:
-  """One step; `axis_name` is the mapped axis of pmap, if there is one."""
-
-  def over_devices(x):
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
-
+  """One step."""
   rng = jax.random.fold_in(state.rng, state.step)
-  if axis_name is not None:
-    rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+  if places.axis_name is not None:
+    rng = jax.random.fold_in(rng, jax.lax.axis_index(places.axis_name))
   mask = batch.candidates.mask
+  tables = tables_lib.by_name(state.tables)
+  ids, local = places.touch(batch, tables)
+  rows = {name: places.lookup(name, tables[name], ids[name]) for name in ids}
 
-  def loss_fn(params):
+  def loss_fn(params, rows):
+    # A table that no feature of the batch reads stays as it is.
+    collection = tables_lib.like(state.tables, {**tables, **rows})
     logits: Any = model.apply(
-      {'params': params}, batch, train=True, rngs={'dropout': rng}
+      {'params': params, 'tables': collection},
+      local,
+      train=True,
+      rngs={'dropout': rng},
     )
-    return batch_loss(logits, batch, over_devices=over_devices)
+    return batch_loss(logits, batch, over_devices=places.sum)
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.params)
-  loss, grads = over_devices(loss), over_devices(grads)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1))
+  loss, grads = value_and_grad(state.params, rows)
+  loss, grads = places.sum(loss), places.sum(grads)
+  finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+  if tx.clip_norm is not None:
+    clip = optax.clip_by_global_norm(tx.clip_norm)
+    grads, _ = clip.update(grads, clip.init(grads))
+  updates, opt_state = tx.network.update(
+    grads[0], state.opt_state, state.params
+  )
   params = optax.apply_updates(state.params, updates)
+  finite &= jnp.isfinite(optax.tree.norm(params))
+  table_state, table_average = dict(state.table_state), state.table_average
+  table_average = None if table_average is None else dict(table_average)
+  for name, index in ids.items():
+    before = tables_lib.Table(
+      tables[name],
+      table_state[name],
+      None if table_average is None else table_average[name],
+    )
+    after, table_finite = places.update(
+      name,
+      tx.tables,
+      before,
+      index,
+      grads[1][name],
+      rate=jnp.asarray(tx.table_rate(state.step), jnp.float32),
+      step=state.step,
+      decay=state.decay,
+    )
+    finite &= table_finite
+    tables[name], table_state[name] = after.rows, after.state
+    if table_average is not None:
+      table_average[name] = after.average
   if mask is None:
     mask = jnp.ones(batch.candidates.shape, bool)
   window = _extend(
     state.window,
     step=state.step,
     loss=loss,
-    candidates=over_devices(jnp.sum(mask, dtype=jnp.int32)),
-    finite=jnp.isfinite(loss)
-    & jnp.isfinite(optax.tree.norm(grads))
-    & jnp.isfinite(optax.tree.norm(params)),
+    candidates=places.sum(jnp.sum(mask, dtype=jnp.int32)),
+    finite=finite,
   )
   return dataclasses.replace(
     state,
     step=state.step + 1,
     params=params,
+    tables=tables_lib.like(state.tables, tables),
     opt_state=opt_state,
+    table_state=table_state,
     window=window,
     average=None
-    if average is None
-    else averaged(state.average, params, state.step, average),
+    if state.decay is None
+    else averaged(state.average, params, state.step, state.decay),
+    table_average=table_average,
   )
 
 

@@ -30,7 +30,7 @@ def check_same(name: str, stored: Any, expected: Any) -> None:
     if a[key] != b[key]
   ]
   lines.append(
-    'Use the config that the run was trained with (load_params returns it), '
+    'Use the config that the run was trained with (load_variables returns it), '
     'or another workdir.'
   )
   raise ValueError('\n'.join(lines))
@@ -51,14 +51,14 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def flatten(state: TrainState) -> dict[str, Any]:
-  """All of the state but `scoring_params`, by name, without typed keys."""
+  """All of the state but `scoring_variables`, by name, without typed keys."""
   return _by_name({**_rest(state), 'rng': jax.random.key_data(state.rng)})
 
 
 def unflatten(
-  template: TrainState, params: Any, flat: Mapping[str, Any]
+  template: TrainState, variables: Any, flat: Mapping[str, Any]
 ) -> TrainState:
-  """The state that `flatten` was given; `params` is its `scoring_params`."""
+  """The state that `flatten` was given, with its `scoring_variables`."""
   rest = _rest(template)
   names = list(_by_name(rest))
   rest = jax.tree.unflatten(
@@ -69,16 +69,26 @@ def unflatten(
   )
   trained = rest.pop('trained')
   if trained is None:
-    return TrainState(params=params, rng=rng, **rest)
-  return TrainState(params=trained, average=params, rng=rng, **rest)
+    trained = {'tables': {}, **variables}
+  else:
+    trained = {**trained, 'average': variables['params']}
+  return TrainState(rng=rng, decay=template.decay, **rest, **trained)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
   return {
     'step': state.step,
     'opt_state': state.opt_state,
+    'table_state': state.table_state,
     'rng': state.rng,
     'window': state.window,
-    # Those that the optimizer goes on with, if others are scored with.
-    'trained': None if state.average is None else state.params,
+    # What the optimizer goes on with, if something else is scored with. Tables
+    # that are scored with are their averages, caught up with: rounded.
+    'trained': None
+    if state.decay is None
+    else {
+      'params': state.params,
+      'tables': state.tables,
+      'table_average': state.table_average,
+    },
   }

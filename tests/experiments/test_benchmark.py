@@ -111,10 +111,10 @@ class MachineTest(absltest.TestCase):
 class ScoringTest(absltest.TestCase):
   def test_report(self):
     config = support.config()
-    _, params = support.init(config)
+    _, variables = support.init(config)
     lines = []
     result = benchmarking.scoring_suite(
-      config, params, [8], [4, 8], seconds=0, progress=lines.append
+      config, variables, [8], [4, 8], seconds=0, progress=lines.append
     )
     self.assertLen(lines, 2)
     for entry in result['results']:

@@ -81,8 +81,8 @@ class Landing:
     return logits_of(self.index % 16)
 
 
-def expected(workload, params, inputs, indices):
-  del workload, params, inputs
+def expected(workload, variables, inputs, indices):
+  del workload, variables, inputs
   return {call: [logits_of(i) for i in indices] for call in rankers.CALLS}
 
 
@@ -97,7 +97,7 @@ def run(contenders, **options):
   with (
     mock.patch.object(requests, 'time', CLOCK),
     mock.patch.object(request_calls, 'make', make),
-    mock.patch.object(rankers, 'params', lambda workload: {}),
+    mock.patch.object(rankers, 'variables', lambda workload: {}),
     mock.patch.object(rankers, 'expected', expected),
   ):
     return requests.run(

@@ -114,7 +114,7 @@ def evaluated(run, dataset):
   rows = dataset.splits['test']
   found = evaluation.predict(
     histjax.Ranker(run.config.model),
-    run.params,
+    run.variables,
     rows,
     run.config.pipeline,
     runs.mesh(),
@@ -192,6 +192,6 @@ def test_what_cannot_be_loaded(served, tmp_path):
 def test_a_scorer_of_parameters_knows_no_columns(served):
   folder, _ = served
   run = run_lib.load(folder / 'run')
-  scorer = histjax.Scorer(run.config.model, run.params)
+  scorer = histjax.Scorer(run.config.model, run.variables)
   with pytest.raises(ValueError, match='made of parameters'):
     scorer.make_row(context={}, history=[], candidates=[{}])

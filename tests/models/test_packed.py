@@ -41,14 +41,14 @@ def make(encoder):
   config = dataclasses.replace(
     config, encoder=dataclasses.replace(config.encoder, **ENCODERS[encoder])
   )
-  _, params = support.init(config)
+  _, variables = support.init(config)
   rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda x: x + rng.normal(scale=0.1, size=x.shape).astype(x.dtype), params
+  variables = jax.tree.map(
+    lambda x: x + rng.normal(scale=0.1, size=x.shape).astype(x.dtype), variables
   )
-  packed = {'params': params, **ranker.pack(config, params)}
+  packed = {**variables, **ranker.pack(config, variables)}
   batch = support.batch(rng, ROWS, EVENTS, 4)
-  return ranker.Ranker(config), {'params': params}, packed, batch
+  return ranker.Ranker(config), variables, packed, batch
 
 
 class PackedTest(parameterized.TestCase):
@@ -88,23 +88,23 @@ class PackedTest(parameterized.TestCase):
 
   @parameterized.parameters(*ENCODERS)
   def test_encode(self, encoder):
-    model, params, packed, batch = make(encoder)
+    model, variables, packed, batch = make(encoder)
     found = self.run_packed(model, packed, batch.history, method='encode')
-    expected = model.apply(params, batch.history, method='encode')
+    expected = model.apply(variables, batch.history, method='encode')
     real = np.arange(EVENTS) < np.asarray(batch.history.length)[:, None]
     self.assert_near(found, expected, real)
 
   @parameterized.parameters('causal', 'window', 'cross_only')
   def test_extend(self, encoder):
-    model, params, packed, batch = make(encoder)
+    model, variables, packed, batch = make(encoder)
     events = batch.history
-    cache = model.apply(params, events, method='encode')
+    cache = model.apply(variables, events, method='encode')
     length = np.array([0, EVENTS - 2, 7], np.int32)  # One is full after it.
     cache = cache.replace(length=length)
     count = np.array([NEW, 4, 0], np.int32)
     new = History({k: v[:, :NEW] for k, v in events.features.items()}, count)
     found = self.run_packed(model, packed, cache, new, method='extend')
-    expected = model.apply(params, cache, new, method='extend')
+    expected = model.apply(variables, cache, new, method='extend')
     slot = np.arange(EVENTS)[None]
     self.assert_near(found, expected, np.ones((ROWS, EVENTS), bool))
     old = (slot < length[:, None]) | (slot >= (length + count)[:, None])

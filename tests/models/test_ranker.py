@@ -67,23 +67,23 @@ def bce(logits, batch):
 @functools.cache
 def gradient_of_loss(window):
   """Parameters of a ranker and its compiled gradient."""
-  model, params = support.init(support.config(encoder__window=window))
+  model, variables = support.init(support.config(encoder__window=window))
 
-  def loss(params, batch):
-    return bce(model.apply({'params': params}, batch), batch)
+  def loss(variables, batch):
+    return bce(model.apply(variables, batch), batch)
 
-  return params, jax.jit(jax.grad(loss))
+  return variables, jax.jit(jax.grad(loss))
 
 
 @functools.cache
 def causal():
   """A compiled `apply`, variables and a batch without padding."""
   config = support.config(encoder__num_layers=1)
-  model, params = support.init(config)
+  model, variables = support.init(config)
   batch = support.batch(np.random.default_rng(0), 3, 4, 4, shared_visible=True)
   return (
     jax.jit(model.apply, static_argnames='method'),
-    {'params': params},
+    variables,
     batch.replace(
       history=batch.history.replace(length=np.full(3, 4, np.int32)),
       candidates=Candidates(batch.candidates.features),
@@ -97,14 +97,14 @@ class RankerTest(parameterized.TestCase):
   @given(seed=st.integers(0, 2**32 - 1))
   def test_equals_the_float64_oracle(self, variant, seed):
     config, apply = compiled(variant)
-    _, params = support.init(config, seed)
+    _, variables = support.init(config, seed)
     batch = support.batch(
       np.random.default_rng(seed),
       num_events=6,
       schema=config.schema,
       shared_visible=not config.encoder.causal,
     )
-    found = jax.device_get(apply({'params': params}, batch))
+    found = jax.device_get(apply(variables, batch))
     for b in range(3):
       length = int(batch.history.length[b])
       events = [
@@ -114,7 +114,7 @@ class RankerTest(parameterized.TestCase):
       context = {k: v[b] for k, v in batch.context.items()}
       for c in np.flatnonzero(batch.candidates.mask[b]):
         expected = oracle.logits(
-          params,
+          variables,
           config,
           context,
           events,
@@ -133,7 +133,7 @@ class RankerTest(parameterized.TestCase):
   def test_streaming_gradients_are_the_sum_of_pointwise_ones(
     self, window, seed
   ):
-    params, grad = gradient_of_loss(window)
+    variables, grad = gradient_of_loss(window)
     streaming = support.batch(
       np.random.default_rng(seed), 2, num_events=7, num_candidates=4
     )
@@ -153,20 +153,20 @@ class RankerTest(parameterized.TestCase):
       )
 
     expected, found = jax.device_get(
-      (grad(params, pointwise(streaming)), grad(params, streaming))
+      (grad(variables, pointwise(streaming)), grad(variables, streaming))
     )
     # Sums of up to 8 rows' gradients in another order.
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
     self.assertGreater(support.norm(expected), 1e-2)
 
   def test_bfloat16_keeps_float32_parameters_and_logits(self):
-    model, params = support.init(support.config(dtype='bfloat16'))
+    model, variables = support.init(support.config(dtype='bfloat16'))
     chex.assert_trees_all_equal_dtypes(
-      params, jax.tree.map(lambda x: x.astype(np.float32), params)
+      variables, jax.tree.map(lambda x: x.astype(np.float32), variables)
     )
     batch = support.batch(np.random.default_rng(0))
-    logits = jax.jit(model.apply)({'params': params}, batch)
-    exact = compiled('causal')[1]({'params': params}, batch)
+    logits = jax.jit(model.apply)(variables, batch)
+    exact = compiled('causal')[1](variables, batch)
     for task in logits:
       self.assertEqual(logits[task].dtype, jnp.float32)
       mask = batch.candidates.mask
@@ -177,7 +177,7 @@ class RankerTest(parameterized.TestCase):
 
   def test_parameters_are_shared_by_every_way_to_score(self):
     config = support.config()
-    model, params = support.init(config)
+    model, variables = support.init(config)
     batch = support.batch(np.random.default_rng(0), shared_visible=True)
     cached = jax.eval_shape(
       functools.partial(model.init, method='encode'),
@@ -185,22 +185,25 @@ class RankerTest(parameterized.TestCase):
       batch.history,
     )
     # `encode` alone makes what it needs, and under the same names.
-    flat = jax.tree_util.tree_flatten_with_path(cached['params'])[0]
-    joint = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    flat = jax.tree_util.tree_flatten_with_path(cached)[0]
+    self.assertEqual(set(cached), {'params', 'tables'})
+    joint = dict(jax.tree_util.tree_flatten_with_path(variables)[0])
     for path, value in flat:
       self.assertEqual(joint[path].shape, value.shape)
 
   def test_features_of_one_table_share_it(self):
-    _, params = support.init(support.config())
-    self.assertEqual(set(params['tables']), {'user', 'item', 'tag', 'rating'})
-    self.assertEqual(params['tables']['tag'].shape, (7, 8))
+    _, variables = support.init(support.config())
+    tables = variables['tables']['tables']
+    self.assertEqual(set(tables), {'user', 'item', 'tag', 'rating'})
+    self.assertEqual(tables['tag'].shape, (7, 8))
+    self.assertNotIn('tables', variables['params'])
 
   def test_intermediates_can_be_captured(self):
-    model, params = support.init(support.config())
+    model, variables = support.init(support.config())
     batch = support.batch(np.random.default_rng(0))
     _, state = jax.eval_shape(
       functools.partial(model.apply, mutable=['intermediates']),
-      {'params': params},
+      variables,
       batch,
     )
     captured = state['intermediates']
@@ -212,13 +215,13 @@ class RankerTest(parameterized.TestCase):
 
   def test_dropout_is_on_in_training_alone(self):
     config = support.config(encoder__dropout=0.5, embedding_dropout=0.5)
-    model, params = support.init(config)
+    model, variables = support.init(config)
     batch = support.batch(np.random.default_rng(0))
 
     @functools.partial(jax.jit, static_argnames='train')
     def apply(seed, train):
       rngs = {'dropout': jax.random.key(seed)}
-      return model.apply({'params': params}, batch, rngs=rngs, train=train)
+      return model.apply(variables, batch, rngs=rngs, train=train)
 
     def run(seed, train=False):
       return np.asarray(apply(seed, train)['click'])
@@ -286,13 +289,13 @@ class RankerTest(parameterized.TestCase):
     self.assertEqual(nan(score(longer, batch.candidates)), row.tolist())
 
   def test_missing_feature(self):
-    model, params = support.init(support.config())
+    model, variables = support.init(support.config())
     batch = support.batch(np.random.default_rng(0))
     batch = batch.replace(
       context={k: v for k, v in batch.context.items() if k != 'user'}
     )
     with self.assertRaisesRegex(ValueError, "feature 'user' is missing"):
-      jax.eval_shape(model.apply, {'params': params}, batch)
+      jax.eval_shape(model.apply, variables, batch)
 
   @parameterized.parameters(
     ({'fusion': 'append'}, "fusion='append' is unknown.*append_cross"),
@@ -360,8 +363,8 @@ class CostTest(parameterized.TestCase):
         kind='mlp', mlp_widths=(4,)
       ),
     )
-    self.model, params = support.init(self.config)
-    self.variables = {'params': params}
+    self.model, variables = support.init(self.config)
+    self.variables = variables
 
   def flops(self, function, *args):
     compiled = jax.jit(function).lower(*args).compile()

@@ -56,9 +56,9 @@ def scorer(variant='causal', **options) -> scoring.Scorer:
     if 'candidate_tower' in options:
       fields['encoder__candidate_tower'] = options.pop('candidate_tower')
     config = support.config(**fields)
-    _, params = support.init(config)
+    _, variables = support.init(config)
     _SCORERS[key] = scoring.Scorer(
-      config, params, scoring.ScorerConfig(**options)
+      config, variables, scoring.ScorerConfig(**options)
     )
   return _SCORERS[key]
 

@@ -40,9 +40,9 @@ class WeightsTest(parameterized.TestCase):
   def test_of_the_last_layer(self, **fields):
     """Weights times cached values is what the last block attended to."""
     config = support.config(**fields)
-    model, params = support.init(config)
+    model, variables = support.init(config)
     batch = support.batch(np.random.default_rng(1), shared_visible=True)
-    scorer = Scorer(config, params)
+    scorer = Scorer(config, variables)
     cache = scorer.encode(batch.history)
     rows = len(batch.history.length)
     cache = cache.replace(  # Without the rows of padding.
@@ -51,10 +51,10 @@ class WeightsTest(parameterized.TestCase):
       length=cache.length[:rows],
     )
     weights = last_attention(
-      config, params, cache, batch.candidates, batch.context
+      config, variables, cache, batch.candidates, batch.context
     )
     _, sown = jax.jit(
-      lambda x: model.apply({'params': params}, x, mutable=['intermediates'])
+      lambda x: model.apply(variables, x, mutable=['intermediates'])
     )(batch)
     last = sown['intermediates']['fusion'][
       f'blocks_{config.encoder.num_layers - 1}'
@@ -81,7 +81,7 @@ class WeightsTest(parameterized.TestCase):
     shapes = jax.eval_shape(
       ranker.Ranker(config).init, jax.random.key(0), batch
     )
-    self.assertEqual(set(shapes), {'params'})
+    self.assertEqual(set(shapes), {'params', 'tables'})
 
 
 if __name__ == '__main__':

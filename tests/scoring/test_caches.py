@@ -17,10 +17,10 @@ class CacheTest(parameterized.TestCase):
     self.batch = support.batch(np.random.default_rng(0))
     self.cache = self.s.encode(self.batch.history)
 
-  def other(self, params=None, **fields):
+  def other(self, variables=None, **fields):
     config = support.config(**fields)
-    params = self.s._params if params is None else params
-    return scoring.Scorer(config, params)
+    variables = self.s._variables if variables is None else variables
+    return scoring.Scorer(config, variables)
 
   def score(self, cache, s=None):
     s = s or self.s
@@ -77,9 +77,10 @@ class CacheTest(parameterized.TestCase):
     np.testing.assert_array_equal(longer.length[:3], length)
 
   def test_one_of_another_model(self):
-    params = self.s._params
-    changed = jax.tree.map(lambda x: x, params)
-    changed['tables']['item'] = changed['tables']['item'].at[39, 7].add(1e-6)
+    variables = self.s._variables
+    changed = jax.tree.map(lambda x: x, variables)
+    tables = changed['tables']['tables']
+    tables['item'] = tables['item'].at[39, 7].add(1e-6)
     for other in (
       self.other(changed),
       self.other(encoder__window=4),
@@ -102,9 +103,9 @@ class CacheTest(parameterized.TestCase):
 
   def test_one_of_the_same_model(self):
     """In other containers, by other implementations."""
-    params = jax.tree.map(np.array, self.s._params)
-    params = dict(reversed(params.items()))
-    other = self.other(params, encoder__attention='reference')
+    variables = jax.tree.map(np.array, self.s._variables)
+    variables = dict(reversed(variables.items()))
+    other = self.other(variables, encoder__attention='reference')
     self.assertEqual(other.fingerprint, self.s.fingerprint)
     np.testing.assert_allclose(
       real(self.score(self.cache, other), self.batch),

@@ -14,29 +14,29 @@ class FingerprintTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.config = support.config()
-    self.params = {
+    self.variables = {
       'b': {'x': np.arange(6, dtype=np.float32), 'y': np.zeros((0, 3))},
       'a': np.ones((2, 3), np.float32),
     }
-    self.expected = fingerprint(self.config, self.params)
+    self.expected = fingerprint(self.config, self.variables)
 
   def test_is_the_same_for_the_same_model(self):
     self.assertRegex(self.expected, '^[0-9a-f]{64}$')
     swapped = {
-      'a': self.params['a'],
-      'b': dict(reversed(self.params['b'].items())),
+      'a': self.variables['a'],
+      'b': dict(reversed(self.variables['b'].items())),
     }
     self.assertEqual(fingerprint(self.config, swapped), self.expected)
-    arrays = {**self.params, 'a': jax.numpy.asarray(self.params['a'])}
+    arrays = {**self.variables, 'a': jax.numpy.asarray(self.variables['a'])}
     self.assertEqual(fingerprint(self.config, arrays), self.expected)
-    turned = {**self.params, 'a': np.asfortranarray(self.params['a'])}
+    turned = {**self.variables, 'a': np.asfortranarray(self.variables['a'])}
     self.assertEqual(fingerprint(self.config, turned), self.expected)
 
   def test_tells_parameters_apart(self):
-    a, b = self.params['a'], self.params['b']
+    a, b = self.variables['a'], self.variables['b']
     nearly = a.copy()
     nearly[1, 2] = np.nextafter(np.float32(1), np.float32(2))
-    for params in (
+    for variables in (
       {'a': nearly, 'b': b},
       {'a': a.reshape(3, 2), 'b': b},
       {'a': a.view(np.int32), 'b': b},
@@ -45,14 +45,14 @@ class FingerprintTest(parameterized.TestCase):
       {'a': a},
       {'a': a.astype(jax.numpy.bfloat16), 'b': b},
     ):
-      self.assertNotEqual(fingerprint(self.config, params), self.expected)
+      self.assertNotEqual(fingerprint(self.config, variables), self.expected)
 
   @parameterized.parameters(
     {'encoder__causal': False}, {'encoder__window': 3}, {'dtype': 'bfloat16'}
   )
   def test_tells_configs_apart(self, **fields):
     config = support.config(**fields)
-    self.assertNotEqual(fingerprint(config, self.params), self.expected)
+    self.assertNotEqual(fingerprint(config, self.variables), self.expected)
 
   def test_does_not_tell_implementations_apart(self):
     config = support.config(
@@ -60,10 +60,10 @@ class FingerprintTest(parameterized.TestCase):
     )
     interaction = dataclasses.replace(config.interaction, implementation='xla')
     config = dataclasses.replace(config, interaction=interaction)
-    self.assertEqual(fingerprint(config, self.params), self.expected)
+    self.assertEqual(fingerprint(config, self.variables), self.expected)
     schema = dataclasses.replace(self.config.schema, user='u')
     config = dataclasses.replace(self.config, schema=schema)
-    self.assertNotEqual(fingerprint(config, self.params), self.expected)
+    self.assertNotEqual(fingerprint(config, self.variables), self.expected)
 
 
 if __name__ == '__main__':

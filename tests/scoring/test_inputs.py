@@ -389,7 +389,7 @@ class BadInputTest(parameterized.TestCase):
       s.score_joint(self.batch)
     model = ranker.Ranker(s.config)
     with self.assertRaisesRegex(ValueError, 'encoder.causal=False'):
-      model.apply({'params': s._params}, self.batch)
+      model.apply(s._variables, self.batch)
 
   @parameterized.parameters('bidirectional', 'recency')
   def test_extend_what_new_events_would_change(self, variant):
@@ -407,8 +407,8 @@ class BadInputTest(parameterized.TestCase):
   )
   def test_fusion_that_is_not_amortizable(self, name, obstacle):
     config = support.config(fusion=name)
-    _, params = support.init(config)
-    s = scoring.Scorer(config, params)
+    _, variables = support.init(config)
+    s = scoring.Scorer(config, variables)
     with self.assertRaisesRegex(
       ValueError, f"'{name}' cannot score from a cached.*{obstacle}.*append_cr"
     ):

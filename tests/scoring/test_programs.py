@@ -52,8 +52,8 @@ class ProgramsTest(parameterized.TestCase):
 
   def new(self, seed=0, **options):
     config = support.config(encoder__num_layers=1)
-    _, params = support.init(config, seed)
-    return scoring.Scorer(config, params, scoring.ScorerConfig(**options))
+    _, variables = support.init(config, seed)
+    return scoring.Scorer(config, variables, scoring.ScorerConfig(**options))
 
   @pytest.mark.filterwarnings('error')
   def test_one_program_per_bucket(self):
@@ -205,7 +205,7 @@ class BackendsTest(parameterized.TestCase):
       visible,
     )
     blocks = ranker.Ranker(s.config).apply(
-      {'params': s._params},
+      s._variables,
       cache,
       candidates,
       {k: np.pad(v, (0, cache.num_rows - 3)) for k, v in batch.context.items()},
@@ -220,8 +220,8 @@ class BackendsTest(parameterized.TestCase):
   def test_says_what_runs_and_logs_it_once(self):
     self.enter_context(own_programs())
     config = support.config()
-    _, params = support.init(config)
-    s = scoring.Scorer(config, params)
+    _, variables = support.init(config)
+    s = scoring.Scorer(config, variables)
     batch = support.batch(np.random.default_rng(0))
     cache = s.encode(batch.history)
     expected = s.backends(cache, batch.candidates, batch.context)
@@ -254,8 +254,8 @@ class BackendsTest(parameterized.TestCase):
   def test_histories_go_through_a_kernel_or_blocks(self, kernel, dtype):
     """On a CPU: `candidate_tower` layer by layer only if it is a kernel."""
     config = support.config(dtype=dtype)
-    _, params = support.init(config)
-    s = scoring.Scorer(config, params)
+    _, variables = support.init(config)
+    s = scoring.Scorer(config, variables)
     batch = support.batch(np.random.default_rng(0))
     has = ops.has_cpu_kernel(dtype) and kernel
     with (
@@ -270,7 +270,7 @@ class BackendsTest(parameterized.TestCase):
   def test_a_named_attention_runs(self):
     batch = support.batch(np.random.default_rng(0))
     config = support.config(encoder__attention='reference')
-    s = scoring.Scorer(config, scorer()._params)
+    s = scoring.Scorer(config, scorer()._variables)
     cache = s.encode(batch.history)
     self.assertEqual(
       s.backends(cache, batch.candidates, batch.context),
@@ -287,16 +287,16 @@ class BackendsTest(parameterized.TestCase):
     model = ranker.Ranker(config)
     batch = support.batch(np.random.default_rng(0), shared_visible=True)
     batch = batch.replace(candidates=batch.candidates.replace(visible=None))
-    params = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
 
-    def joint(params):
-      variables = {'params': params, **ranker.pack(config, params)}
+    def joint(variables):
+      variables = {**variables, **ranker.pack(config, variables)}
       return model.apply(variables, batch)
 
     for platform, number in (('tpu', 1), ('cpu', 0)):
       with ops.target_platform(platform):
         exported = jax.export.export(jax.jit(joint), platforms=[platform])
-        program = exported(params).mlir_module()
+        program = exported(variables).mlir_module()
       self.assertEqual(program.count('@tpu_custom_call'), number)
 
   def test_a_program_for_hopper_has_the_heads_kernel(self):
@@ -309,24 +309,24 @@ class BackendsTest(parameterized.TestCase):
     )
     model = ranker.Ranker(config)
     batch = support.batch(np.random.default_rng(0))
-    params = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
 
-    def joint(params):
-      variables = {'params': params, **ranker.pack(config, params)}
+    def joint(variables):
+      variables = {**variables, **ranker.pack(config, variables)}
       return model.apply(variables, batch)
 
     can = jax.__version_info__ >= (0, 11)  # Whose Mosaic GPU it needs.
     for capability, number in (('9.0', int(can)), ('8.0', 0)):
       with ops.target_platform('cuda', compute_capability=capability):
-        traced = jax.jit(joint).trace(params)
+        traced = jax.jit(joint).trace(variables)
         program = traced.lower(lowering_platforms=('cuda',)).as_text()
       self.assertEqual(program.count('@mosaic_gpu_v2('), number)
 
   def test_runs_where_its_parameters_are(self):
     batch = support.batch(np.random.default_rng(0))
-    _, params = support.init(support.config())
+    _, variables = support.init(support.config())
     device = jax.devices()[-1]
-    s = scoring.Scorer(support.config(), jax.device_put(params, device))
+    s = scoring.Scorer(support.config(), jax.device_put(variables, device))
     with ops.target_platform('tpu'):  # Of somebody else's program.
       cache = s.encode(batch.history)
       self.assertEqual(cache.keys.devices(), {device})
@@ -338,7 +338,7 @@ class BackendsTest(parameterized.TestCase):
     batch = support.batch(np.random.default_rng(0))
     with self.assertRaisesRegex(ValueError, "'tower' is for scoring"):
       ranker.Ranker(s.config).apply(
-        {'params': s._params, **ranker.pack(s.config, s._params)},
+        {**s._variables, **ranker.pack(s.config, s._variables)},
         batch,
         train=True,
         rngs={'dropout': jax.random.key(0)},
@@ -373,7 +373,7 @@ class BackendsTest(parameterized.TestCase):
 
     cache = s.encode(batch.history)
     backend = dispatch.Backend(tower, dispatch.any_target)
-    s = scoring.Scorer(s.config, s._params, s.options)
+    s = scoring.Scorer(s.config, s._variables, s.options)
     with (
       mock.patch.dict(api._BACKENDS, {'xla': backend}, clear=True),
       own_programs(),

@@ -15,15 +15,17 @@ class WeightsTest(parameterized.TestCase):
   )
   def test_round_trip(self, **fields):
     config = support.config(**fields)
-    _, params = support.init(config)
-    packed, spec = weights.pack(config, params)
+    _, variables = support.init(config)
+    packed, spec = weights.pack(config, variables)
     found = spec.variables(packed)
-    expected = {'params': params, **ranker.pack(config, params)}
+    expected = {**variables, **ranker.pack(config, variables)}
     chex.assert_trees_all_equal_structs(found, expected)
     chex.assert_trees_all_equal_dtypes(found, expected)
     chex.assert_trees_all_equal(found, expected)
     # Tables, one array of all others, and the tower's.
-    self.assertEqual(spec.small.count(False), len(params['tables']))
+    self.assertEqual(
+      spec.small.count(False), len(variables['tables']['tables'])
+    )
     self.assertLess(len(packed), 20)
 
   def test_spec_is_of_the_config_alone(self):
@@ -41,10 +43,16 @@ class WeightsTest(parameterized.TestCase):
     large = np.zeros((weights._SMALL + 1,), np.float32)
     packed, spec = weights.pack(
       support.config(fusion='concat'),
-      {'a': large, 'b': np.ones(3, np.float32), 'c': np.ones(3, np.int32)},
+      {
+        'params': {'a': large, 'b': np.ones(3, np.float32)},
+        'state': {'c': np.ones(3, np.int32)},
+        'tables': {'d': np.ones(3, np.float32)},  # As many as there are ids.
+      },
     )
-    self.assertEqual(spec.small, (False, True, False))
-    self.assertEqual([x.shape for x in packed[:3]], [(3,), large.shape, (3,)])
+    self.assertEqual(spec.small, (False, True, False, False))
+    self.assertEqual(
+      [x.shape for x in packed[:4]], [(3,), large.shape, (3,), (3,)]
+    )
 
 
 if __name__ == '__main__':

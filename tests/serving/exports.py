@@ -31,12 +31,12 @@ def exported() -> tuple[pathlib.Path, dict, list[str]]:
   folder = pathlib.Path(tempfile.mkdtemp())
   atexit.register(shutil.rmtree, folder)
   config = support.config()
-  _, params = support.init(config)
+  _, variables = support.init(config)
   lines: list[str] = []
   options = export.ExportConfig('cpu', **SIZES)
   (folder / 'model').mkdir()  # Empty: it is replaced.
   manifest = export.export_model(
-    config, params, folder / 'model', options, log=lines.append
+    config, variables, folder / 'model', options, log=lines.append
   )
   return folder / 'model', manifest, lines
 

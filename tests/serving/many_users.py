@@ -64,16 +64,16 @@ def model():
   log = EventLog.from_columns(columns(rng, np.arange(9) % 3), SCHEMA)
   log, fitted = logs.derive(log, TimeGap(8), HistoryRates(by=('*',)))
   config = support.config(schema=log.schema)
-  _, params = support.init(config)
+  _, variables = support.init(config)
   rows = RowConfig('streaming', history_length=16)
-  return batch.Model(config, params, joins.Join(log.schema, rows, fitted))
+  return batch.Model(config, variables, joins.Join(log.schema, rows, fitted))
 
 
 def broken():
   """As `model`, with parameters that are not finite."""
   found = model()
-  params = jax.tree.map(lambda x: np.full_like(x, np.nan), found.params)
-  return batch.Model(found.config, params, found.join)
+  variables = jax.tree.map(lambda x: np.full_like(x, np.nan), found.variables)
+  return batch.Model(found.config, variables, found.join)
 
 
 def pause():

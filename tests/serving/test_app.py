@@ -120,7 +120,7 @@ class TestScores:
     run = served.service.engine.scorer.run
     predicted = evaluation.predict(
       histjax.Ranker(run.config.model),
-      run.params,
+      run.variables,
       rows,
       run.config.pipeline,
       runs.mesh(),

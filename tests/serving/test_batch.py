@@ -57,9 +57,9 @@ def trained():
   events = {**LOG, 'land': ['de'] * 6, 'buy': [0] * 6}
   log, fitted = logs.derive(EventLog.from_columns(events, SCHEMA), TimeGap(8))
   model = support.config(schema=log.schema)
-  _, params = support.init(model)
+  _, variables = support.init(model)
   join = joins.Join(model.schema, RowConfig('pointwise'), fitted)
-  return batch.Model(model, params, join)
+  return batch.Model(model, variables, join)
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_candidates_of_one_row_see_different_histories(trained, rank):
     features=join.features,
   )
   assert len(row.history['sku']) == 13
-  wanted = Scorer(trained.config, trained.params).score_plain(
+  wanted = Scorer(trained.config, trained.variables).score_plain(
     rows.collate([row])
   )
   close(

@@ -465,9 +465,9 @@ class EngineTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'scorer was made of parameters'):
       Engine(worlds.scorer('strict', True))
     late = support.config(fusion='target_attention')
-    _, params = support.init(late)
+    _, variables = support.init(late)
     with self.assertRaisesRegex(ValueError, 'cannot score from a cached hist'):
-      Engine(scoring.Scorer(late, params))
+      Engine(scoring.Scorer(late, variables))
 
 
 if __name__ == '__main__':

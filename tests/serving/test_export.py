@@ -43,10 +43,10 @@ class ExportTest(parameterized.TestCase):
     self.assertEqual(set(map(tuple, manifest['custom_calls'].values())), {()})
     backends = manifest['implementations']['score-3x8x4']
     self.assertEqual(backends['candidate_tower'], 'xla')
-    params = safetensors_numpy.load_file(folder / 'parameters.safetensors')
+    variables = safetensors_numpy.load_file(folder / 'parameters.safetensors')
     np.testing.assert_array_equal(
-      params['tables/item'],
-      support.init(support.config())[1]['tables']['item'],
+      variables['tables/tables/item'],
+      support.init(support.config())[1]['tables']['tables']['item'],
     )
     config = json.loads((folder / 'config.json').read_text())
     self.assertEqual(
@@ -75,11 +75,11 @@ class PlatformTest(parameterized.TestCase):
     self.folder = exports.temporary(self)
 
   def export(self, platform, config, **options):
-    _, params = support.init(config)
+    _, variables = support.init(config)
     found = self.folder / platform
     options = {**exports.SIZES, **options}
     manifest = export.export_model(
-      config, params, found, export.ExportConfig(platform, **options)
+      config, variables, found, export.ExportConfig(platform, **options)
     )
     return found, manifest
 

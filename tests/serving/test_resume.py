@@ -123,10 +123,10 @@ def test_other_inputs_models_and_options(tmp_path, paths):
 
 
 def _changed(model):
-  params = {**model.params}
-  first = sorted(params)[0]
-  params[first] = _plus(params[first])
-  return batch.Model(model.config, params, model.join)
+  variables = {**model.variables}
+  first = sorted(variables)[0]
+  variables[first] = _plus(variables[first])
+  return batch.Model(model.config, variables, model.join)
 
 
 def _plus(tree):

@@ -110,8 +110,8 @@ def scorer(variant: str, derived: bool = False, seed: int = 0):
 @functools.cache
 def _scorer(fields, derived, seed):
   config = support.config(schema=fitted(derived)[0], **dict(fields))
-  _, params = support.init(config, seed)
-  return scoring.Scorer(config, params, BUCKETS)
+  _, variables = support.init(config, seed)
+  return scoring.Scorer(config, variables, BUCKETS)
 
 
 def expected(variant, derived, request, history, seed=0) -> dict:

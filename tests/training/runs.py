@@ -61,7 +61,7 @@ def run(workdir, *, num_devices=1, config=CONFIG, data_of=None, **changes):
   )
 
 
-def saved(workdir, *, average=False):
+def saved(workdir, *, average=None):
   """Everything in the latest checkpoint."""
   tx = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.num_steps)
   template = state_lib.create_state(
@@ -74,7 +74,7 @@ def saved(workdir, *, average=False):
   ), meta
 
 
-def assert_same_run(workdir, other, *, average=False):
+def assert_same_run(workdir, other, *, average=None):
   """Parameters, optimizer, position, history and metrics, to the bit."""
   state, meta = saved(workdir, average=average)
   other_state, other_meta = saved(other, average=average)

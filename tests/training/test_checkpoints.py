@@ -89,7 +89,7 @@ class TestSaveAndRestore:
     with checkpoints.Checkpoints(tmp_path) as manager:
       assert manager.latest_meta() == META
     chex.assert_trees_all_equal(as_numpy(found), as_numpy(new_state()))
-    assert found.params['tables']['item'].sharding.mesh == mesh
+    assert found.tables['tables']['item'].sharding.mesh == mesh
     jax.random.fold_in(found.rng, 0)  # A typed key again.
 
   def test_nothing_there(self, tmp_path):
@@ -105,36 +105,38 @@ class TestSaveAndRestore:
 
   def test_params_for_scoring(self, tmp_path):
     last = save_some(tmp_path, [1, 2, 3], best=2)
-    params, config = checkpoints.load_params(tmp_path, 'latest')
-    chex.assert_trees_all_equal(params, last.params)
+    variables, config = checkpoints.load_variables(tmp_path, 'latest')
+    chex.assert_trees_all_equal(variables, last.variables)
     assert config == META['config']
-    params, _ = checkpoints.load_params(str(tmp_path), template=last.params)
-    chex.assert_trees_all_equal(params, new_state(seed=2).params)
+    variables, _ = checkpoints.load_variables(
+      str(tmp_path), template=last.variables
+    )
+    chex.assert_trees_all_equal(variables, new_state(seed=2).variables)
     with checkpoints.Checkpoints(tmp_path) as manager:
-      params = manager.restore_params(2, last.params)
-    chex.assert_trees_all_equal(params, new_state(seed=2).params)
+      variables = manager.restore_variables(2, last.variables)
+    chex.assert_trees_all_equal(variables, new_state(seed=2).variables)
 
   def test_bad_requests(self, tmp_path):
     with pytest.raises(FileNotFoundError, match="none' has no folder 'check"):
-      checkpoints.load_params(tmp_path / 'none')
+      checkpoints.load_variables(tmp_path / 'none')
     (tmp_path / 'file').touch()
     with pytest.raises(FileNotFoundError, match="file' is a file"):
-      checkpoints.load_params(tmp_path / 'file')
-    for load in (checkpoints.load_params, checkpoints.load_meta):
+      checkpoints.load_variables(tmp_path / 'file')
+    for load in (checkpoints.load_variables, checkpoints.load_meta):
       with pytest.raises(ValueError, match='is a URL'):
         load('gs://bucket/run')
     (tmp_path / 'empty' / 'checkpoints').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match='no complete checkpoint'):
-      checkpoints.load_params(tmp_path / 'empty')
+      checkpoints.load_variables(tmp_path / 'empty')
     save_some(tmp_path, [1])
     with pytest.raises(FileNotFoundError, match='not validated yet'):
-      checkpoints.load_params(tmp_path)
+      checkpoints.load_variables(tmp_path)
     save_some(tmp_path, [2], best=1)
-    shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'params' / 'd')
+    shutil.rmtree(tmp_path / 'checkpoints' / '1' / 'variables' / 'd')
     with pytest.raises(FileNotFoundError, match=r'of step 1, is missing or'):
-      checkpoints.load_params(tmp_path)
+      checkpoints.load_variables(tmp_path)
     with pytest.raises(ValueError, match="'best' or 'latest'"):
-      checkpoints.load_params(tmp_path, 'last')
+      checkpoints.load_variables(tmp_path, 'last')
     with pytest.raises(ValueError, match='keep_checkpoints=0'):
       checkpoints.Checkpoints(tmp_path, keep=0)
 
@@ -146,7 +148,7 @@ class TestReplace:
       manager.save(at(new_state(seed=9), 2), {**META, 'best_step': 2})
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
     chex.assert_trees_all_equal(
-      checkpoints.load_params(tmp_path)[0], new_state(seed=9).params
+      checkpoints.load_variables(tmp_path)[0], new_state(seed=9).variables
     )
 
   def test_killed_before_the_new_one_is_complete(self, tmp_path):
@@ -183,7 +185,9 @@ class TestOtherConfig:
     only = message.split('Only in the config: ')[1].splitlines()[0]
     assert 'blocks_1.query.kernel' in only and 'blocks_0' not in only
     with pytest.raises(ValueError, match='Only in the checkpoint'):
-      checkpoints.load_params(tmp_path, 'latest', template=template.params)
+      checkpoints.load_variables(
+        tmp_path, 'latest', template=template.variables
+      )
 
   def test_other_shapes_are_shown(self, tmp_path):
     save_some(tmp_path, [1])
@@ -194,7 +198,7 @@ class TestOtherConfig:
       checkpoints.Checkpoints(tmp_path) as manager,
       pytest.raises(
         ValueError,
-        match=r'tables\.item: float32\[40, 8\] in the checkpoint, '
+        match=r'tables\.tables\.item: float32\[40, 8\] in the checkpoint, '
         r'float32\[40, 4\] by the config',
       ),
     ):
@@ -203,26 +207,26 @@ class TestOtherConfig:
   def test_other_optimizer(self, tmp_path):
     save_some(tmp_path, [1])
     tx = optimizer.make_optimizer(
-      optimizer.OptimizerConfig(table_optimizer='adam')
+      optimizer.OptimizerConfig(table_optimizer='lazy_adam')
     )
     with (
       checkpoints.Checkpoints(tmp_path) as manager,
-      pytest.raises(ValueError, match=r'accumulator\.tables\.item'),
+      pytest.raises(ValueError, match=r'table_state\.item\.accumulator'),
     ):
       manager.restore(new_state(tx=tx))
 
 
 class TestDamage:
-  @pytest.mark.parametrize('item', ['params', 'state', 'meta', 'arrays'])
+  @pytest.mark.parametrize('item', ['variables', 'state', 'meta', 'arrays'])
   def test_a_truncated_step_is_passed_over(self, tmp_path, item):
     save_some(tmp_path, [1, 2])
     folder = tmp_path / 'checkpoints' / '2'
     if item == 'arrays':
-      shutil.rmtree(folder / 'params' / 'd')
+      shutil.rmtree(folder / 'variables' / 'd')
     else:
       shutil.rmtree(folder / item)
-    params, _ = checkpoints.load_params(tmp_path, 'latest')
-    chex.assert_trees_all_equal(params, new_state(seed=1).params)
+    variables, _ = checkpoints.load_variables(tmp_path, 'latest')
+    chex.assert_trees_all_equal(variables, new_state(seed=1).variables)
     assert folder.is_dir()  # Reading changes nothing.
     with checkpoints.Checkpoints(tmp_path) as manager:
       found, meta = manager.restore(new_state())
@@ -230,8 +234,8 @@ class TestDamage:
       assert folder.is_dir()
       manager.save(at(new_state(seed=7), 2), META)
     chex.assert_trees_all_equal(
-      checkpoints.load_params(tmp_path, 'latest')[0],
-      new_state(seed=7).params,
+      checkpoints.load_variables(tmp_path, 'latest')[0],
+      new_state(seed=7).variables,
     )
     assert (folder.parent / 'incomplete-2').is_dir()
 
@@ -257,8 +261,8 @@ class TestDamage:
     assert process.returncode == -signal.SIGKILL
     left = os.listdir(tmp_path / 'checkpoints')
     assert any('tmp' in name for name in left), left
-    params, _ = checkpoints.load_params(tmp_path, 'latest')
-    chex.assert_trees_all_equal(params, new_state(seed=1).params)
+    variables, _ = checkpoints.load_variables(tmp_path, 'latest')
+    chex.assert_trees_all_equal(variables, new_state(seed=1).variables)
     last = save_some(tmp_path, [2])
     with checkpoints.Checkpoints(tmp_path) as manager:
       found, _ = manager.restore(new_state())
@@ -271,19 +275,19 @@ class TestDamage:
     save_some(tmp_path, [1])
     for name in ('incomplete-2', 'incomplete-2-2', 'incomplete-2-3'):
       save_some(tmp_path, [2])
-      (folder / '2' / 'params' / '_METADATA').unlink()
+      (folder / '2' / 'variables' / '_METADATA').unlink()
       before = files_in(tmp_path)
       with checkpoints.Checkpoints(tmp_path) as manager:
         assert manager.restore(new_state())[1]['at'] == 1
         assert files_in(tmp_path) == before
         assert re.search(
-          r'/2 is not complete \(params/_METADATA is missing\). It is left '
+          r'/2 is not complete \(variables/_METADATA is missing\). It is left '
           'there, and that of step 1 is used',
           caplog.text,
         )
         caplog.clear()
         manager.save(at(new_state(seed=2), 2), META)
-      assert (folder / name / 'params' / 'manifest.ocdbt').exists()
+      assert (folder / name / 'variables' / 'manifest.ocdbt').exists()
       assert checkpoints.load_meta(tmp_path) == META
     assert steps_in(tmp_path) == [1, 2]
 
@@ -292,7 +296,7 @@ class TestDamage:
     self, tmp_path, keep
   ):
     save_some(tmp_path, [1, 9])
-    (tmp_path / 'checkpoints' / '9' / 'params' / '_METADATA').unlink()
+    (tmp_path / 'checkpoints' / '9' / 'variables' / '_METADATA').unlink()
     with checkpoints.Checkpoints(tmp_path, keep=keep) as manager:
       assert manager.restore(new_state())[1]['at'] == 1
       for step in (2, 3, 4):
@@ -340,7 +344,7 @@ class TestDamage:
   def test_the_best_is_lost(self, tmp_path, best_is):
     save_some(tmp_path, [1, 2, 3], best=1)
     folder = tmp_path / 'checkpoints' / '1'
-    shutil.rmtree(folder if best_is == 'gone' else folder / 'params')
+    shutil.rmtree(folder if best_is == 'gone' else folder / 'variables')
     before = files_in(tmp_path)
     with (
       checkpoints.Checkpoints(tmp_path) as manager,

@@ -69,7 +69,7 @@ class TestTransientErrors:
       manager.restore(helpers.new_state())
     assert helpers.files_in(workdir) == before
     with pytest.raises(OSError, match=match):
-      checkpoints.load_params(workdir, 'latest')
+      checkpoints.load_variables(workdir, 'latest')
     assert helpers.files_in(workdir) == before
 
   @pytest.mark.parametrize(
@@ -100,7 +100,9 @@ class TestTransientErrors:
       found, _ = manager.restore(helpers.new_state())
     chex.assert_trees_all_equal(helpers.as_numpy(found), helpers.as_numpy(last))
 
-  @pytest.mark.parametrize('name', ['params/manifest.ocdbt', 'meta/metadata'])
+  @pytest.mark.parametrize(
+    'name', ['variables/manifest.ocdbt', 'meta/metadata']
+  )
   def test_a_file_that_cannot_be_read(self, tmp_path, name):
     # For root, too, which may read all files: a folder in its place.
     helpers.save_some(tmp_path, [1, 2])
@@ -109,7 +111,7 @@ class TestTransientErrors:
     path.mkdir()
     self.check(tmp_path, 'of step 2, cannot be read')
 
-  @pytest.mark.parametrize('name', ['params/**/d/*', 'meta/metadata'])
+  @pytest.mark.parametrize('name', ['variables/**/d/*', 'meta/metadata'])
   def test_all_the_bytes_are_there_but_wrong(self, tmp_path, name):
     helpers.save_some(tmp_path, [1, 2])
     for path in (tmp_path / 'checkpoints' / '2').glob(name):
@@ -156,7 +158,7 @@ class TestOtherVersions:
         manager.latest_meta()
       with pytest.raises(ValueError, match=message):
         manager.restore(helpers.new_state())
-    for load in (checkpoints.load_params, checkpoints.load_meta):
+    for load in (checkpoints.load_variables, checkpoints.load_meta):
       with pytest.raises(ValueError, match=message):
         load(tmp_path)
     assert helpers.files_in(tmp_path) == before

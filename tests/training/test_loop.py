@@ -74,12 +74,12 @@ class TestRun:
     best = max(validations, key=lambda s: validations[s]['click/auc'])
     assert result['best_step'] == best
     np.testing.assert_equal(result['validation'], validations[best])
-    params, config = checkpoints.load_params(workdir)
+    variables, config = checkpoints.load_variables(workdir)
     assert config_lib.from_dict(train_config.TrainConfig, config) == CONFIG
     np.testing.assert_equal(
       evaluation.evaluate(
         ranker.Ranker(CONFIG.model),
-        params,
+        variables,
         runs.dataset().splits['test'],
         CONFIG.pipeline,
         runs.mesh(),
@@ -270,27 +270,31 @@ class TestAverage:
     again = runs.run(tmp_path / 'stopped', average=0.8)
     np.testing.assert_equal(again, result)
     runs.assert_same_run(
-      tmp_path / 'straight', tmp_path / 'stopped', average=True
+      tmp_path / 'straight', tmp_path / 'stopped', average=0.8
     )
-    state, _ = runs.saved(tmp_path / 'stopped', average=True)
+    state, _ = runs.saved(tmp_path / 'stopped', average=0.8)
     # Averaging changes no update; another program may round in another order.
     chex.assert_trees_all_close(
-      state.params, runs.saved(straight[0])[0].params, rtol=1e-5, atol=1e-7
+      state.variables,
+      runs.saved(straight[0])[0].variables,
+      rtol=1e-5,
+      atol=1e-7,
     )
-    latest, _ = checkpoints.load_params(tmp_path / 'stopped', 'latest')
-    chex.assert_trees_all_equal(jax.device_get(latest), state.average)
+    latest, _ = checkpoints.load_variables(tmp_path / 'stopped', 'latest')
+    averaged = jax.device_get(state.scoring_variables)
+    chex.assert_trees_all_equal(jax.device_get(latest), averaged)
     last = result['history'][-1]
     assert last['step'] == result['step'] == state.step
-    for params, same in ((state.average, True), (state.params, False)):
+    for variables, same in ((averaged, True), (state.variables, False)):
       found = evaluation.evaluate(
         ranker.Ranker(CONFIG.model),
-        params,
+        variables,
         runs.dataset().splits['validation'],
         CONFIG.pipeline,
         runs.mesh(),
       )
       assert (found == last['validation']) == same
-    best, _ = checkpoints.load_params(tmp_path / 'straight')
+    best, _ = checkpoints.load_variables(tmp_path / 'straight')
     found = evaluation.evaluate(
       ranker.Ranker(CONFIG.model),
       best,
@@ -321,8 +325,8 @@ class TestFailures:
       ):
         runs.run(tmp_path)
     if call > 5:
-      params, _ = checkpoints.load_params(tmp_path, 'latest')
-      chex.assert_tree_all_finite(params)
+      variables, _ = checkpoints.load_variables(tmp_path, 'latest')
+      chex.assert_tree_all_finite(variables)
     assert not runs.run(tmp_path)['interrupted']
 
   def test_other_schema_than_the_dataset(self, tmp_path):
@@ -373,14 +377,14 @@ class TestFailures:
 
 class TestEvaluation:
   def test_does_not_depend_on_buckets_or_devices(self, straight):
-    params, _ = checkpoints.load_params(straight[0])
+    variables, _ = checkpoints.load_variables(straight[0])
     model = ranker.Ranker(CONFIG.model)
     rows = runs.dataset().splits['validation']
-    a = evaluation.predict(model, params, rows, CONFIG.pipeline, runs.mesh())
+    a = evaluation.predict(model, variables, rows, CONFIG.pipeline, runs.mesh())
     other = dataclasses.replace(
       CONFIG.pipeline, batch_events=500, history_buckets=(24,), num_threads=0
     )
-    b = evaluation.predict(model, params, rows, other, runs.mesh(8))
+    b = evaluation.predict(model, variables, rows, other, runs.mesh(8))
     assert len(a.predictions().group) == rows.candidate_counts.sum()
     np.testing.assert_array_equal(a.predictions().group, b.predictions().group)
     for task, logits in a.predictions().logits.items():

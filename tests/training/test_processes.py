@@ -31,8 +31,8 @@ def assert_close(result, workdir, expected, expected_workdir):
     for name, value in expected[split].items():
       np.testing.assert_allclose(result[split][name], value, atol=1e-5)
   for which in ('best', 'latest'):
-    found, _ = checkpoints.load_params(workdir, which)
-    wanted, _ = checkpoints.load_params(expected_workdir, which)
+    found, _ = checkpoints.load_variables(workdir, which)
+    wanted, _ = checkpoints.load_variables(expected_workdir, which)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted
     )

@@ -32,8 +32,8 @@ REQUEST = {
 }
 
 
-def params(config, step):
-  return test_checkpoints.new_state(ranker.Ranker(config), seed=step).params
+def variables(config, step):
+  return test_checkpoints.new_state(ranker.Ranker(config), seed=step).variables
 
 
 @pytest.fixture(scope='module')
@@ -65,7 +65,7 @@ def test_load(trained, which, step):
   assert found.config == config
   assert found.features.digest() == features.digest()
   assert found.meta['best_step'] == 1
-  chex.assert_trees_all_equal(found.params, params(config.model, step))
+  chex.assert_trees_all_equal(found.variables, variables(config.model, step))
 
 
 def test_features_of_another_run(trained, tmp_path):
@@ -79,7 +79,7 @@ def test_scorer(trained):
   workdir, config, features = trained
   scorer = Scorer.from_workdir(workdir, 'latest', ScorerConfig(microbatch=3))
   assert scorer.options.microbatch == 3
-  latest = Scorer(config.model, params(config.model, 2))
+  latest = Scorer(config.model, variables(config.model, 2))
   assert scorer.fingerprint == latest.fingerprint
   for options, seen in (({}, 2), ({'visible': 1}, 1)):
     row = scorer.make_row(**REQUEST, **options)

@@ -48,7 +48,7 @@ class TestResolve:
       workdir.prepare,
       lambda path: workdir.prepare_output(path, 'dir'),
       checkpoints.Checkpoints,
-      checkpoints.load_params,
+      checkpoints.load_variables,
       checkpoints.load_meta,
       lambda path: loop.train_and_evaluate(runs.CONFIG, path),
     ):

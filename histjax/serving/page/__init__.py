@@ -135,7 +135,7 @@ def attention_of(
   batch = collate([row])
   cache = scorer.encode(batch.history)
   weights = last_attention(
-    scorer.config, scorer.params, cache, batch.candidates, batch.context
+    scorer.config, scorer.variables, cache, batch.candidates, batch.context
   )
   length = int(batch.history.length[0])
   mean = np.asarray(weights, float)[0, :, 0, :length].mean(axis=0)
