@@ -129,7 +129,7 @@ def feed(
   model = Ranker(config.model)
   tx = optimizer_lib.make_optimizer(config.optimizer, 1000)
   state = state_lib.create_state(model, tx, config.model.schema, 0)
-  step = step_lib.make_train_step(model, tx)
+  step = step_lib.make_train_step(model, tx, config.model.schema)
   for batch in some:  # Compiles each shape.
     state = step(state, batch)
   jax.block_until_ready(state)

@@ -74,7 +74,7 @@ def train_and_evaluate(
       checkpoint cannot be read. The checkpoints are those from before.
   """
   with watchdog.watching():
-    return _train_and_evaluate(config, workdir, dataset, mesh)
+    return _train_and_evaluate(config, workdir, dataset, mesh, rules)
 
 
 def _train_and_evaluate(
@@ -82,6 +82,7 @@ def _train_and_evaluate(
   workdir: str | os.PathLike[str],
   dataset: datasets.Dataset | None,
   mesh: Mesh | None,
+  rules: sharding.Rules | None,
 ) -> dict[str, Any]:
   config_lib.check_kinds(config, dataset)
   workdir = workdir_lib.prepare(workdir)

@@ -37,7 +37,6 @@ from jaxtyping import Array, Bool, Float, Int
 from histjax import schema as schema_lib
 from histjax.types import RankingBatch
 
-
 NO_ROW = np.iinfo(np.int32).max
 """In place of an id; no table has that many rows."""
 
@@ -265,8 +264,10 @@ def _parts(schema: schema_lib.Schema, batch: RankingBatch):
   events = jnp.arange(num_events)[None, :] < history.length[:, None]
   # A row without candidates is no row, or of no use.
   rows = jnp.any(mask, axis=1)
+  # Packed rows have a context for each candidate.
+  users = rows if batch.segments is None else mask
   return (
-    (batch.context, rows, schema.context),
+    (batch.context, users, schema.context),
     (history.features, events & rows[:, None], schema.history_features),
     (candidates.features, mask, schema.item_features),
   )

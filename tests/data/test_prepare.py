@@ -10,6 +10,7 @@ import sys
 import tempfile
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 from absl.testing import absltest, parameterized
 from hypothesis import given

@@ -14,7 +14,7 @@ from histjax.data.rows import RowConfig, make_rows
 from histjax.models import ranker
 from histjax.nn import fusion
 from histjax.scoring import inputs
-from histjax.training import losses
+from histjax.training import losses, tables
 from tests import marks, support
 
 # Float32 sums in another order; logits and gradients are of order 1.
@@ -27,6 +27,7 @@ VARIANTS = {
   'target_attention': {'fusion': 'target_attention', 'encoder__window': 4},
   'mean_pool': {'fusion': 'mean_pool'},
   'none': {'fusion': 'none'},
+  'cross_only': {'fusion': 'cross_only', 'encoder__window': 4},
 }
 RANK_LOSS = losses.RankLossConfig(weight=1.0, span=4)
 USERS, LONGEST = 6, 9
@@ -50,20 +51,20 @@ def log_of(seed: int) -> EventLog:
 
 @functools.cache
 def compiled(variant):
-  """Parameters; logits, loss and gradient of a batch, pairs weighing `w`."""
-  model, params = support.init(support.config(**VARIANTS[variant]))
+  """Variables; logits, loss and gradient of a batch, pairs weighing `w`."""
+  model, variables = support.init(support.config(**VARIANTS[variant]))
 
   @jax.jit
-  def run(params, batch, w):
-    def loss(params):
-      logits = model.apply({'params': params}, batch)
+  def run(variables, batch, w):
+    def loss(variables):
+      logits = model.apply(variables, batch)
       alone = losses.batch_loss(logits, batch)
       both = losses.batch_loss(logits, batch, rank_loss=RANK_LOSS)
       return alone + w * (both - alone), logits
 
-    return jax.value_and_grad(loss, has_aux=True)(params)
+    return jax.value_and_grad(loss, has_aux=True)(variables)
 
-  return params, run
+  return variables, run
 
 
 def by_event(batch, logits, events) -> dict[str, np.ndarray]:
@@ -82,7 +83,7 @@ class PackedRowsTest(parameterized.TestCase):
   @support.examples(4)
   @given(seed=st.integers(0, 2**32 - 1))
   def test_equal_the_users_own(self, variant, seed):
-    params, run = compiled(variant)
+    variables, run = compiled(variant)
     rng = np.random.default_rng(seed)
     log = log_of(seed)
     mask = rng.random(len(log)) < 0.8
@@ -107,8 +108,8 @@ class PackedRowsTest(parameterized.TestCase):
     )
     events = np.concatenate([rows.candidate_events(r) for r in order])
     for weight in (0.0, 1.0):
-      (loss, logits), grads = run(params, packed, weight)
-      (own_loss, own_logits), own_grads = run(params, own, weight)
+      (loss, logits), grads = run(variables, packed, weight)
+      (own_loss, own_logits), own_grads = run(variables, own, weight)
       chex.assert_trees_all_close(
         by_event(packed, logits, events),
         by_event(own, own_logits, events),
@@ -123,8 +124,8 @@ class PackedRowsTest(parameterized.TestCase):
       num_events=LONGEST,
       num_candidates=1,
     )
-    (loss, logits), grads = run(params, packed, 0.0)
-    (own_loss, own_logits), own_grads = run(params, pointwise, 0.0)
+    (loss, logits), grads = run(variables, packed, 0.0)
+    (own_loss, own_logits), own_grads = run(variables, pointwise, 0.0)
     chex.assert_trees_all_close(
       by_event(packed, logits, events),
       by_event(pointwise, own_logits, single.events),
@@ -134,7 +135,7 @@ class PackedRowsTest(parameterized.TestCase):
     chex.assert_trees_all_close(grads, own_grads, **TOLERANCE)
 
   def test_neighbours_do_not_matter(self):
-    params, run = compiled('window')
+    variables, run = compiled('window')
     rows = make_rows(log_of(0), log_of(0).user >= 0, RowConfig())
     total = USERS * LONGEST
     size = {'num_rows': 3, 'num_events': 2 * total, 'num_candidates': total}
@@ -142,13 +143,33 @@ class PackedRowsTest(parameterized.TestCase):
 
     def logits(order):
       batch = rows.batch(order, **size, pieces=[len(order)])
-      found = np.asarray(run(params, batch, 0.0)[0][1]['click'])[0]
+      found = np.asarray(run(variables, batch, 0.0)[0][1]['click'])[0]
       cuts = np.cumsum(count[order])
       return np.split(found, cuts)[: len(order)]
 
     alone = logits([3])[0]
     np.testing.assert_allclose(logits([5, 3, 0])[1], alone, **TOLERANCE)
     np.testing.assert_allclose(logits([0, 1, 2, 3])[3], alone, **TOLERANCE)
+
+  def test_touches_the_rows_of_tables_that_the_users_own_do(self):
+    schema = support.SCHEMA
+    rows = make_rows(log_of(1), log_of(1).user >= 0, RowConfig())
+    total = USERS * LONGEST
+    size = {'num_events': total, 'num_candidates': total}
+    order = np.arange(len(rows))
+    packed = rows.batch(order, num_rows=2, **size, pieces=[2, len(rows) - 2])
+    own = rows.batch(order, num_rows=USERS + 1, **size)
+    touch = functools.partial(
+      tables.touch, schema, names=schema.tables, max_unique={}
+    )
+    (found, placed), (expected, _) = touch(packed), touch(own)
+    for name, ids in found.items():
+      ids = ids[ids != tables.NO_ROW]
+      np.testing.assert_array_equal(
+        ids, expected[name][expected[name] != tables.NO_ROW]
+      )
+    for name, ids in placed.context.items():
+      chex.assert_shape(ids, packed.context[name].shape)
 
   @parameterized.parameters(
     ({'fusion': 'append_self'}, "fusion='append_self' cannot take packed rows"),
@@ -157,23 +178,23 @@ class PackedRowsTest(parameterized.TestCase):
     ({'encoder__positions': 'recency'}, "positions='recency' cannot take"),
   )
   def test_models_that_cannot(self, fields, message):
-    model, params = support.init(support.config(**fields))
+    model, variables = support.init(support.config(**fields))
     rows = make_rows(log_of(0), log_of(0).user >= 0, RowConfig())
     batch = rows.batch(
       [0, 1], num_rows=1, num_events=30, num_candidates=30, pieces=[2]
     )
     with self.assertRaisesRegex(ValueError, message):
-      jax.eval_shape(model.apply, {'params': params}, batch)
+      jax.eval_shape(model.apply, variables, batch)
 
   def test_scoring_takes_none(self):
-    model, params = support.init(support.config())
+    model, variables = support.init(support.config())
     rows = make_rows(log_of(0), log_of(0).user >= 0, RowConfig())
     batch = rows.batch(
       [0, 1], num_rows=1, num_events=30, num_candidates=30, pieces=[2]
     )
     with self.assertRaisesRegex(ValueError, 'rows are packed, which is for tr'):
       inputs.check_batch(support.SCHEMA, batch)
-    variables = {'params': params, **ranker.pack(model.config, params)}
+    variables |= ranker.pack(model.config, variables)
     with self.assertRaisesRegex(ValueError, "collection 'tower' is for scor"):
       jax.eval_shape(model.apply, variables, batch)
 

@@ -335,6 +335,7 @@ class AppendCross(_SharedHistory):
     visible: Int[Array, 'B C'] | None,
     *,
     count: Int[Array, 'B'] | None = None,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates, from the cached keys and values.
@@ -347,13 +348,14 @@ class AppendCross(_SharedHistory):
       visible: int32 `[B, C]`, or None for all events.
       count: int32 `[B]`; candidates from there on mean nothing, and need not
         be computed. None: all C count.
+      segments: of packed rows.
       train: whether dropout is on.
     """
     key_range, position = self._candidates_see(
-      length, visible, candidates.shape[1]
+      length, visible, candidates.shape[1], segments
     )
     x = self._place_candidates(candidates)
-    tower = self._packed(train=train)
+    tower = self._packed(train=train, segments=segments)
     if tower is not None:
       return self._tower(
         x, position, keys, values, key_range, tower, count=count

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax.nn import encoder as encoder_lib
 from histjax.nn.fusion import append
+from histjax.types import Segments
 
 
 class CrossOnly(append.AppendCross):
@@ -64,8 +65,17 @@ class CrossOnly(append.AppendCross):
     length: Int[Array, 'B'],
     visible: Int[Array, 'B C'] | None,
     *,
+    segments: Segments | None = None,
     train: bool = False,
   ) -> Float[Array, 'B C D']:
     """The fused candidates; the final norm's output."""
-    keys, values = self.encode(history, length, train=train)
-    return self.score(keys, values, length, candidates, visible, train=train)
+    keys, values = self.encode(history, length, segments=segments, train=train)
+    return self.score(
+      keys,
+      values,
+      length,
+      candidates,
+      visible,
+      segments=segments,
+      train=train,
+    )
