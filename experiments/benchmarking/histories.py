@@ -122,12 +122,12 @@ def _measure(scorers, batch, seconds, repeats) -> dict[str, dict[str, Any]]:
         )
       },
     }
-  for call in calls.values():  # Compiles.
-    jax.block_until_ready(call())
+  for function in calls.values():  # Compiles.
+    jax.block_until_ready(function())
   times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
   for _ in range(repeats):
-    for key, call in calls.items():
-      times[key] += timing_lib.samples(call, seconds / repeats)
+    for key, function in calls.items():
+      times[key] += timing_lib.samples(function, seconds / repeats)
   for (name, call), seen in times.items():
     found[name][call] = _timing(seen)
   for name, scorer in scorers.items():
