@@ -122,12 +122,12 @@ def _measure(scorers, batch, seconds, repeats) -> dict[str, dict[str, Any]]:
         )
       },
     }
-  for run in calls.values():  # Compiles.
-    jax.block_until_ready(run())
+  for function in calls.values():  # Compiles.
+    jax.block_until_ready(function())
   times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
   for _ in range(repeats):
-    for key, run in calls.items():
-      times[key] += timing_lib.samples(run, seconds / repeats)
+    for key, function in calls.items():
+      times[key] += timing_lib.samples(function, seconds / repeats)
   for (name, call), seen in times.items():
     found[name][call] = _timing(seen)
   for name, scorer in scorers.items():

@@ -613,7 +613,7 @@ def test_every_config_can_be_loaded(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    if path.stem == 'study':
+    if path.stem.startswith('study'):
       config_lib.from_dict(StudyConfig, config.to_dict())
     else:
       known = ('synthetic', 'movielens', 'kuairand', 'events')
