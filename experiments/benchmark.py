@@ -12,10 +12,11 @@ training run or one of random parameters; 'cost' says with which powers of L
 and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
 all fusions at one L and C, for `study.py --cost`. 'serving' times users who
 come back: hit, extend, miss and no cache, on the device, in process and through
-HTTP. The other suites time the
+HTTP. 'train_step' times updates, on a log in pointwise, request, streaming and
+packed rows beside PyTorch. The other suites time the
 named workloads of `benchmarking.workloads` against rivals that are
-installed. Prints tables; writes <output>.json and, but for 'fusions' and
-'train_step', the plot <output>.png.
+installed. Prints tables; writes <output>.json and, but for 'fusions' and full
+rows of 'train_step', the plot <output>.png.
 """
 
 import dataclasses

@@ -14,15 +14,17 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from histjax import buckets as bucket_sizes
 from histjax.data import packing
 from histjax.data.rows import Rows
 from histjax.types import RankingBatch
+
+if TYPE_CHECKING:
+  import grain
 
 _ENDLESS = 1_000_000
 """Epochs of training batches without end."""
@@ -230,6 +232,8 @@ class BatchIterator(Iterator[RankingBatch]):
     self.buckets = buckets
     self.batches_per_epoch = sum(b.num_batches for b in buckets)
     self._order = _order(rows, buckets, config)
+    import grain  # As in `_dataset`.
+
     options = grain.ReadOptions(
       num_threads=config.num_threads,
       prefetch_buffer_size=config.prefetch if config.num_threads else 0,
@@ -295,9 +299,8 @@ def train_batches(
     rows, config, row_multiple=row_multiple, shard_count=shard_count
   )
   batches = _Batches(tuple(buckets), config.seed, num_epochs or _ENDLESS)
-  dataset = grain.MapDataset.source(batches)
   load = _Load(rows, tuple(buckets), shard_index, shard_count)
-  return BatchIterator(dataset.map(load), rows, buckets, config)
+  return BatchIterator(_dataset(batches, load), rows, buckets, config)
 
 
 def eval_batches(
@@ -313,9 +316,9 @@ def eval_batches(
   buckets = make_buckets(
     rows, config, row_multiple=row_multiple, shard_count=shard_count
   )
-  dataset = grain.MapDataset.source(_Batches(tuple(buckets), None, 1))
+  batches = _Batches(tuple(buckets), None, 1)
   load = _Load(rows, tuple(buckets), shard_index, shard_count)
-  return BatchIterator(dataset.map(load), rows, buckets, config)
+  return BatchIterator(_dataset(batches, load), rows, buckets, config)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -374,6 +377,12 @@ class _Load:
     share = bucket.num_rows // self.shard_count
     start = self.shard_index * share
     return bucket.batch(self.rows, indices[start : start + share], share)
+
+
+def _dataset(batches: _Batches, load: _Load) -> grain.MapDataset:
+  import grain  # Buckets can be planned without it.
+
+  return grain.MapDataset.source(batches).map(load)
 
 
 def _order(rows: Rows, buckets: list[Bucket], config: PipelineConfig) -> str:
