@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarking import cost, load_plot, scoring, serving_report
+from benchmarking import (
+  cost,
+  load_plot,
+  scoring,
+  serving_report,
+  train_rows,
+)
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:
@@ -26,8 +32,12 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
     'cost': cost.plot,
     'serving': serving_report.plot,
     'load': load_plot.plot,
+    'train_step': train_rows.plot,
   }
-  if report['suite'] not in plots:
+  with_plot = report['suite'] in plots
+  if report['suite'] == 'train_step':  # Full rows have none.
+    with_plot = any('num_users' in r['workload'] for r in report['results'])
+  if not with_plot:
     return [str(json_path)]
   figure_path = path.with_name(path.name + '.png')
   plots[report['suite']](report).savefig(figure_path, dpi=150)

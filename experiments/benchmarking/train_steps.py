@@ -10,17 +10,25 @@ import jax
 import numpy as np
 
 from benchmarking import contenders as contenders_lib
-from benchmarking import machine, rankers, report, timing, workloads
+from benchmarking import (
+  machine,
+  rankers,
+  report,
+  timing,
+  train_rows,
+  workloads,
+)
 from histjax.models.ranker import Ranker
 
-SUITES: dict[str, dict[str, workloads.Request]] = {
+Workload = workloads.Request | workloads.TrainRows
+SUITES: dict[str, dict[str, Workload]] = {
   'train_step': workloads.TRAIN_STEP,
 }
 
 
 def run(
   suite: str,
-  named: Mapping[str, workloads.Request],
+  named: Mapping[str, Workload],
   contenders: Sequence[str] | None = None,
   *,
   repeats: int = 15,
@@ -32,9 +40,10 @@ def run(
   Args:
     suite: 'train_step'.
     named: workloads by name.
-    contenders: 'histjax', which picks implementations by itself, or
-      'histjax:<name>', one of `ops.history_attention`. None: the first and
-      'histjax:xla'. One that cannot run here is reported with its error.
+    contenders: of full rows, 'histjax', which picks implementations by
+      itself, or 'histjax:<name>', one of `ops.history_attention`; None: the
+      first and 'histjax:xla'. Of a log, see `train_rows.run`; None: all of
+      those. One that cannot run here is reported with its error.
     repeats: rounds, in which contenders take turns.
     seconds: the least time spent on each call, over all rounds.
     progress: called with a line at a time.
@@ -43,10 +52,27 @@ def run(
     A JSON-able report: `suite`, `environment` and `results`, one per
     workload: `name`, `workload` and `contenders`, by name `runs`, the
     implementations used, and of the call `update` `p50`, `p99` and `calls`, or
-    `failed`.
+    `failed`; of a log, see `train_rows.run`.
   """
   results = []
   for name, workload in named.items():
+    if isinstance(workload, workloads.TrainRows):
+      every = [f'histjax:{kind}' for kind in train_rows.KINDS]
+      every += ['torch:pointwise', 'torch:streaming']
+      results.append(
+        {
+          'name': name,
+          'workload': dataclasses.asdict(workload),
+          'contenders': train_rows.run(
+            workload,
+            list(contenders or every),
+            repeats=repeats,
+            seconds=seconds,
+          ),
+        }
+      )
+      progress(train_rows.table(results[-1]))
+      continue
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
     for contender in contenders or ('histjax', 'histjax:xla'):

@@ -282,6 +282,65 @@ class Request:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainRows:
+  """Updates on a log of events, all of which are candidates.
+
+  Attributes:
+    num_users: users.
+    events_per_user: the mean; all have it, or `heavy_tailed`.
+    history_length: of a candidate, at most.
+    width: D.
+    heavy_tailed: users' events are log-normal, with a sigma of 1.3.
+    max_candidates: of a streaming row.
+    request: events of a request.
+    num_items: rows of the largest table.
+    batch_events: as `PipelineConfig`.
+    auto_buckets: likewise.
+    num_layers: of the Transformer.
+    num_heads: N.
+    dtype: of the computation.
+  """
+
+  num_users: int
+  events_per_user: int
+  history_length: int
+  width: int
+  heavy_tailed: bool = False
+  max_candidates: int = 200
+  request: int = 5
+  num_items: int = 20_000
+  batch_events: int = 8192
+  auto_buckets: int = 4
+  num_layers: int = 2
+  num_heads: int = 4
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+  def counts(self) -> np.ndarray:
+    """int64 `[users]`, the events of each."""
+    if not self.heavy_tailed:
+      return np.full(self.num_users, self.events_per_user)
+    rng = np.random.default_rng(0)
+    count = rng.lognormal(0.0, 1.3, self.num_users)
+    count *= self.events_per_user / np.exp(1.3**2 / 2)
+    return np.maximum(1, count.astype(np.int64))
+
+  def small(self) -> TrainRows:
+    """The same in a size for tests."""
+    return dataclasses.replace(
+      self,
+      num_users=12,
+      events_per_user=10,
+      history_length=4,
+      width=16,
+      max_candidates=8,
+      request=2,
+      num_items=50,
+      batch_events=256,
+      num_heads=2,
+    )
+
+
 def _forward_and_backward(
   forward: dict[str, Attention],
 ) -> dict[str, Attention]:
@@ -339,10 +398,19 @@ REQUEST: dict[str, Request] = {
   'cpu_64': Request(1, 512, 256, 64, num_layers=2, dtype='float32'),
 }
 
-TRAIN_STEP: dict[str, Request] = {
+TRAIN_STEP: dict[str, Request | TrainRows] = {
   'batch_128': Request(32, 512, 512, 128),
   'batch_256': Request(32, 1024, 1024, 256),
+  'history_200': TrainRows(
+    2000, 400, 200, 128, batch_events=65_536, dtype='bfloat16'
+  ),
+  'heavy_tailed': TrainRows(
+    20_000, 50, 200, 128, True, batch_events=65_536, dtype='bfloat16'
+  ),
   'cpu': Request(8, 64, 64, 64, num_layers=2, dtype='float32'),
+  'cpu_history_50': TrainRows(500, 400, 50, 64),
+  'cpu_history_200': TrainRows(500, 400, 200, 64),
+  'cpu_heavy_tailed': TrainRows(6000, 50, 200, 64, True),
 }
 
 

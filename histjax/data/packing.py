@@ -130,9 +130,9 @@ def _shapes(length, count, most: int, limit: int, larger: float):
     found.insert(0, _whole(wide, tall))
   place = _smallest(length, count, found)
   share = np.bincount(place, weights=length + count, minlength=len(found))
-  share = share / share.sum()
   # Each shape is a program to compile; a few rows may as well have more room.
-  kept = [s for s, part in zip(found, share, strict=True) if part >= 0.02]
+  least = 0.02 * share.sum()
+  kept = [s for s, part in zip(found, share, strict=True) if part >= least]
   return sorted({*kept, found[int(place.max())]})
 
 

@@ -16,6 +16,14 @@ from histjax.nn import attention
 from histjax.ops import dispatch, rotary
 from histjax.types import KeyRange
 
+REMAT_POLICIES = (
+  'nothing_saveable',
+  'dots_with_no_batch_dims_saveable',
+  'dots_saveable',
+  'everything_saveable',
+)
+"""What `EncoderConfig.remat` may be; see `jax.checkpoint_policies`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -37,6 +45,10 @@ class EncoderConfig:
     candidate_tower: that of `ops.candidate_tower`, which scores, and reads
       histories to score, with weights packed by `models.ranker.pack`; None
       picks. Where `attention` alone is named, all goes layer by layer.
+    remat: in training, what the backward pass keeps of a block; the rest is
+      computed again. A policy of `jax.checkpoint_policies`, one of
+      `REMAT_POLICIES`, from the one of least memory to that of least time;
+      None: XLA keeps what it wants to.
   """
 
   num_layers: int = 2
@@ -50,6 +62,7 @@ class EncoderConfig:
   num_recency: int = 512
   attention: str | None = None
   candidate_tower: str | None = None
+  remat: str | None = None
 
   def __post_init__(self):
     for field in ('num_layers', 'width', 'num_heads', 'num_recency'):
@@ -68,6 +81,11 @@ class EncoderConfig:
       )
     if not 0 <= self.dropout < 1:
       raise ValueError(f'encoder.dropout={self.dropout} must be in [0, 1)')
+    if self.remat is not None and self.remat not in REMAT_POLICIES:
+      raise ValueError(
+        f'encoder.remat={self.remat!r} must be one of {REMAT_POLICIES}, or '
+        'None to compute nothing twice'
+      )
     if self.positions not in ('rotary', 'recency', 'none'):
       raise ValueError(
         f"encoder.positions={self.positions!r} must be 'rotary', 'recency' "

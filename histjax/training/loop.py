@@ -26,6 +26,7 @@ from histjax.training import step as step_lib
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.interrupt import Interrupt
+from histjax.types import RankingBatch
 
 _PADDING = 0.1
 """Of a batch's rows, above which it is worth a word."""
@@ -227,6 +228,7 @@ class _Run:
     )
     self.progress = _Progress()
     self.shapes: set[tuple[int, ...]] = set()
+    self.closed: tuple[int, state_lib.LossWindow] | None = None
     restored = checkpoints.restore(self.state)
     if restored is not None:
       self.state, meta = restored
@@ -336,31 +338,59 @@ class _Run:
   def _advance(self) -> None:
     batch = next(self.batches)
     events = next(iter(batch.history.features.values()))
-    self.shapes.add((*events.shape, batch.candidates.shape[1]))
-    self.state = self.train_step(
-      self.state, sharding.put_batch(batch, self.mesh)
-    )
+    shape = (*events.shape, batch.candidates.shape[1])
+    placed = sharding.put_batch(batch, self.mesh)
+    if shape in self.shapes:
+      self.state = self.train_step(self.state, placed)
+    else:
+      self._compile(shape, placed)
     self.step += 1
     self.unsaved = True
+    self._report()  # Of the steps before this one, which has work to do.
     if self._is_due(self.config.log_every):
-      self._report()
+      self._close_window()
+
+  def _compile(self, shape: tuple[int, int, int], batch: RankingBatch) -> None:
+    """The first step of a shape; its compilation is no training time."""
+    self.shapes.add(shape)
+    rows, events, candidates = shape
+    jax.block_until_ready(self.state.step)  # Earlier steps are training.
+    self._report()
+    self.reporter.pause()
+    self.reporter.message(
+      f'Compiling shape {len(self.shapes)} of {len(self.batches.buckets)}: '
+      f'{rows} rows of {events} events and {candidates} candidates'
+    )
+    self.state = self.train_step(self.state, batch)
+    self.reporter.resume()
+
+  def _close_window(self) -> None:
+    """Begins to fetch the loss; the device goes on with the next window."""
+    window = self.state.window
+    for x in jax.tree.leaves(window):
+      x.copy_to_host_async()
+    self.closed = self.step, window
+    empty = sharding.replicate(state_lib.LossWindow.empty(), self.mesh)
+    self.state = dataclasses.replace(self.state, window=empty)
 
   def _report(self) -> None:
-    """Fetches the loss; the only time that training waits for the device."""
-    window = self._check_finite()
+    """Reports the window that is closed, if there is one."""
+    if self.closed is None:
+      return
+    step, found = self.closed
+    self.closed = None
     self.checkpoints.check()
+    window = self._check_finite(found)
     steps = int(window.steps)
     loss = float(window.loss) / steps
     self.reporter.progress(
-      self.step,
+      step,
       loss=loss,
       steps=steps,
       candidates=int(window.candidates),
       shapes=len(self.shapes),
     )
-    self.progress.history.append({'step': self.step, 'loss': loss})
-    empty = sharding.replicate(state_lib.LossWindow.empty(), self.mesh)
-    self.state = dataclasses.replace(self.state, window=empty)
+    self.progress.history.append({'step': step, 'loss': loss})
 
   def _validate_safely(self) -> bool:
     """`_validate`; if it fails, nothing of training is lost."""
@@ -375,6 +405,7 @@ class _Run:
 
   def _validate(self) -> bool:
     """Evaluates and notes what follows from it; False if interrupted."""
+    self._report()
     self._check_finite()
     self.reporter.pause()
     found = evaluation.predict(
@@ -421,6 +452,7 @@ class _Run:
     """Saves, if anything has changed."""
     if not self.unsaved:
       return
+    self._report()
     self._check_finite()
     self.reporter.pause()
     self.checkpoints.save(
@@ -436,13 +468,18 @@ class _Run:
     self.saved_step, self.unsaved = self.step, False
     self.reporter.resume()
 
-  def _check_finite(self) -> state_lib.LossWindow:
-    window = sharding.to_host(self.state.window)
-    if window.diverged_at >= 0:
+  def _check_finite(
+    self, window: state_lib.LossWindow | None = None
+  ) -> state_lib.LossWindow:
+    """The window, or None: the current one, on the host; it waits for it."""
+    found: state_lib.LossWindow = sharding.to_host(
+      self.state.window if window is None else window
+    )
+    if found.diverged_at >= 0:
       saved = self.saved_step
       raise FloatingPointError(
         'the loss, its gradient or the parameters were not finite in step '
-        f'{int(window.diverged_at) + 1}. Lower optimizer.learning_rate='
+        f'{int(found.diverged_at) + 1}. Lower optimizer.learning_rate='
         f'{self.config.optimizer.learning_rate} or '
         'optimizer.table_learning_rate='
         f'{self.config.optimizer.table_learning_rate}, set '
@@ -453,4 +490,4 @@ class _Run:
           else 'There is no checkpoint yet'
         )
       )
-    return window
+    return found

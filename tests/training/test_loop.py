@@ -24,6 +24,7 @@ from histjax.models import ranker
 from histjax.training import checkpoints, evaluation, loop
 from histjax.training import config as train_config
 from histjax.training import optimizer as optimizer_lib
+from histjax.training import report as report_lib
 from tests.training import runs
 
 CONFIG = runs.CONFIG
@@ -115,11 +116,70 @@ class TestRun:
     runs.run(tmp_path, num_steps=3, eval_every=None, log_every=1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('Starting at step 0 of 3: 40 rows, ')
-    assert lines[1].startswith('step 1/3 (33%)  loss 0.')
-    assert re.search(r' candidates/s  .*ETA \d+:\d\d:\d\d', lines[1])
-    assert '  1 shapes  ' in lines[1]
+    assert lines[1] == (
+      'Compiling shape 1 of 1: 7 rows of 20 events and 16 candidates'
+    )
+    assert lines[2].startswith('step 1/3 (33%)  loss 0.')
+    assert re.search(r' candidates/s  .*ETA \d+:\d\d:\d\d', lines[2])
+    assert '  1 shapes  ' in lines[2]
     assert lines[-2].startswith('Validation at step 3: click/auc 0.')
     assert lines[-1].startswith('Test, with the parameters of step 3: click')
+
+  def test_the_device_always_has_a_step_to_do(self, tmp_path, monkeypatch):
+    calls = []
+    make, to_host = loop.step_lib.make_train_step, loop.sharding.to_host
+
+    def make_counted(*args, **kwargs):
+      function = make(*args, **kwargs)
+
+      def counted(*args):
+        calls.append('step')
+        return function(*args)
+
+      return counted
+
+    def fetched(tree):
+      calls.append('fetch')
+      return to_host(tree)
+
+    def validated(*unused_args, **unused_kwargs):
+      calls.append('validate')
+      return evaluate(*unused_args, **unused_kwargs)
+
+    evaluate = evaluation.predict
+    monkeypatch.setattr(loop.step_lib, 'make_train_step', make_counted)
+    monkeypatch.setattr(loop.evaluation, 'predict', validated)
+    monkeypatch.setattr(loop.sharding, 'to_host', fetched)
+    options = {'num_steps': 9, 'eval_every': 9, 'checkpoint_every': None}
+    result = runs.run(tmp_path, log_every=3, **options)
+    assert [e['step'] for e in result['history'] if 'loss' in e] == [3, 6, 9]
+    before = calls[: calls.index('validate')]
+    steps = [
+      before[:i].count('step') for i, x in enumerate(before) if x != 'step'
+    ]
+    # A report comes when the step after it is on its way; then all are made.
+    assert steps[:2] == [4, 7] and set(steps[2:]) == {9}
+
+  def test_compiling_is_no_training(self, tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(report_lib.time, 'monotonic', lambda: now[0])
+    make = loop.step_lib.make_train_step
+
+    def make_slow(*args, **kwargs):
+      function, calls = make(*args, **kwargs), []
+
+      def slow(*args):
+        calls.append(1)
+        now[0] += 1.0 if len(calls) > 1 else 1000.0
+        return function(*args)
+
+      return slow
+
+    monkeypatch.setattr(loop.step_lib, 'make_train_step', make_slow)
+    runs.run(tmp_path, num_steps=4, eval_every=None, log_every=2)
+    first = re.search(r'\nstep 2/4 .*', capsys.readouterr().out)
+    # The steps that were made when it was known, without the first.
+    assert '  1 steps/s  ' in first[0] and 'ETA 0:00:02' in first[0]
 
   def test_stops_early(self, tmp_path, capsys):
     result = runs.run(tmp_path, num_steps=30, eval_every=1, patience=2)

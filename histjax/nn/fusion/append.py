@@ -55,12 +55,19 @@ class _SharedHistory(base.Transformer):
     x = self.token_dropout(x, deterministic=not train)
     keys, values = [], []
     for i, block in enumerate(self.blocks):
-      key, value = block.keys_values(x, position)
+      last = i + 1 == len(self.blocks)  # Nothing reads its events.
+
+      def layer(block, x, i=i, last=last):
+        key, value = block.keys_values(x, position)
+        if tower is not None and not last:
+          x = self._layer(i, tower, x, position, key, value, key_range)
+        elif not last:
+          x = block(x, position, key, value, key_range, train=train)
+        return x, key, value
+
+      x, key, value = self._layer_function(layer, train)(block, x)
       keys.append(key)
       values.append(value)
-      if i + 1 == len(self.blocks):  # Nothing reads the last layer's events.
-        break
-      x = self._layer(i, tower, x, position, key, value, key_range, train=train)
     return jnp.stack(keys), jnp.stack(values)
 
   def _new_cache(self, shape, dtype):
@@ -108,13 +115,10 @@ class _SharedHistory(base.Transformer):
       cache = self._written(i, x, cache, start, count)
     return cache
 
-  def _layer(
-    self, i, tower, x, position, key, value, key_range, *, count=None,
-    train=False,
-  ):  # fmt: skip
+  def _layer(self, i, tower, x, position, key, value, key_range, *, count=None):
     """Events after layer `i`, by the tower's kernel if it is not None."""
     if tower is None:
-      return self.blocks[i](x, position, key, value, key_range, train=train)
+      return self.blocks[i](x, position, key, value, key_range)
     return self._tower(
       x,
       position,
@@ -315,15 +319,24 @@ class AppendCross(_SharedHistory):
       axis=1,
     )  # [B, L + C, D]
     x = self.token_dropout(x, deterministic=not train)
-    position = jnp.concatenate([event_position, candidate_position], axis=1)
-    key_range = joint_range
-    for i, block in enumerate(self.blocks):
-      last = i + 1 == len(self.blocks)
+    joint_position = jnp.concatenate(
+      [event_position, candidate_position], axis=1
+    )
+
+    def layer(block, x):
       key, value = block.keys_values(x[:, :num_events], event_position)
-      if last:  # Nothing reads its events.
-        x = x[:, num_events:]
-        position, key_range = candidate_position, candidate_range
-      x = block(x, position, key, value, key_range, train=train)
+      return block(x, joint_position, key, value, joint_range, train=train)
+
+    def last_layer(block, x):
+      key, value = block.keys_values(x[:, :num_events], event_position)
+      x = x[:, num_events:]  # Nothing reads its events.
+      return block(
+        x, candidate_position, key, value, candidate_range, train=train
+      )
+
+    for block in self.blocks[:-1]:
+      x = self._layer_function(layer, train)(block, x)
+    x = self._layer_function(last_layer, train)(self.blocks[-1], x)
     return self.final_norm(x)
 
   def score(
@@ -417,6 +430,12 @@ class AppendIsolated(_SharedHistory):
     )
     x = self._place_candidates(candidates)
     x = self.token_dropout(x, deterministic=not train)
+
+    def layer(block, x, key, value):
+      return block(
+        x, position, key, value, key_range, with_self=True, train=train
+      )
+
     for block, key, value in zip(self.blocks, keys, values, strict=True):
-      x = block(x, position, key, value, key_range, with_self=True, train=train)
+      x = self._layer_function(layer, train)(block, x, key, value)
     return self.final_norm(x)

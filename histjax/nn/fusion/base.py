@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
@@ -81,6 +82,13 @@ class Transformer(Fusion):
         nn.initializers.normal(stddev=0.05),
         (config.num_recency, config.width),
       )
+
+  def _layer_function(self, function, train: bool):
+    """`function(block, *arrays)`, rematerialised as the config says."""
+    if self.config.remat is None or not train:
+      return function
+    policy = getattr(jax.checkpoint_policies, self.config.remat)
+    return nn.remat(function, policy=policy)
 
   def _place_events(self, history, length):
     """Adds the learned positions, if the config has them."""

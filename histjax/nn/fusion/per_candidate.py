@@ -54,9 +54,13 @@ class Concat(base.Transformer):
     seen = visible.reshape(-1)  # [B * C]
     key_range = self._history_range(seen, num_events)
     position = base.ordinals(x.shape)
-    for block in self.blocks:
+
+    def layer(block, x):
       key, value = block.keys_values(x, position)
-      x = block(x, position, key, value, key_range, train=train)
+      return block(x, position, key, value, key_range, train=train)
+
+    for block in self.blocks:
+      x = self._layer_function(layer, train)(block, x)
     ordinal = position[:1]
     read = ordinal < seen[:, None]  # [B * C, L]
     if self.config.window is not None:
@@ -108,20 +112,20 @@ class AppendSelf(base.Transformer):
     end = end.reshape(-1)  # [B * C]
     position = base.ordinals(x.shape)
     key_range = ranges.history_range(end + 1, num_events + 1, causal=False)
-    for block in self.blocks[:-1]:
-      key, value = block.keys_values(x, position)
-      x = block(x, position, key, value, key_range, train=train)
-    block = self.blocks[-1]  # Nothing reads its events.
-    key, value = block.keys_values(x, position)
     end = end[:, None]
-    x = block(
-      _at(x, end),
-      end,
-      key,
-      value,
-      ranges.candidate_range(end + 1, whole_history=True),
-      train=train,
-    )
+    last_range = ranges.candidate_range(end + 1, whole_history=True)
+
+    def layer(block, x):
+      key, value = block.keys_values(x, position)
+      return block(x, position, key, value, key_range, train=train)
+
+    def last_layer(block, x):
+      key, value = block.keys_values(x, position)  # Nothing reads its events.
+      return block(_at(x, end), end, key, value, last_range, train=train)
+
+    for block in self.blocks[:-1]:
+      x = self._layer_function(layer, train)(block, x)
+    x = self._layer_function(last_layer, train)(self.blocks[-1], x)
     return self.final_norm(x).reshape(num_rows, num_candidates, width)
 
 
