@@ -18,7 +18,7 @@ import pyarrow as pa
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from histjax import features as features_lib
-from histjax.data import atomic, columns, datasets, files, hashing, prepared
+from histjax.data import atomic, columns, datasets, files, prepared
 from histjax.data import events as events_lib
 from histjax.data import rows as rows_lib
 from histjax.data.events import EventLog
@@ -123,35 +123,34 @@ def spill(job: Job, file: int) -> None:
   schema, path = job.source.schema, job.files[file]
   sha256 = digest(path)
   counts = np.zeros(job.num_shards, np.int64)
-  times: set[tuple[np.dtype, bool]] = set()
+  kinds: dict[str, bool] = {}
+  types: list[np.dtype] = []
   with atomic.folder(job.spill(file)) as folder:
     runs = Runs(folder, 'log', _bounds(job.num_shards), job.run_bytes)
     try:
       for some in files.stream(
         [path], table(schema).columns, schema, max_rows=_MAX_ROWS
       ):
-        codes, keys = columns.encode_keys(some, schema.user)
+        keys, place = columns.digest_keys(some, schema.user)
         arrays, is_timestamp = table(schema).encode(some)
-        times.add((arrays['time'].dtype, is_timestamp))
-        place = hashing.digests(keys)[codes]
-        rows: dict[str, Values] = {'key': _taken(keys, codes), **arrays}
+        kinds[some.where(0)] = is_timestamp
+        columns.check_clocks(schema.time, kinds)
+        types.append(arrays['time'].dtype)
+        rows: dict[str, Values] = {'key': keys, **arrays}
         if job.source.require_sorted:
           rows['row'] = some.first[0] + np.arange(len(some))
-        runs.add(rows, place)
-        shard = np.searchsorted(_bounds(job.num_shards), place, 'right') - 1
+        shard = runs.add(rows, place)
         counts += np.bincount(shard, minlength=job.num_shards)
     except files.NoEvents:
       pass
     runs.close()
-    kinds = {kind for _, kind in times}
-    types = [kind for kind, _ in times]
     atomic.write_json(
       folder / DONE,
       {
         'sha256': sha256,
         'counts': counts.tolist(),
         'time_type': np.result_type(*types).str if types else '',
-        'is_timestamp': kinds.pop() if kinds else None,
+        'is_timestamp': next(iter(kinds.values()), None),
       },
     )
 
@@ -166,12 +165,6 @@ def digest(path: str) -> str:
 def _bounds(num_shards: int) -> np.ndarray:
   """uint64 `[shards]`, the first digest of each."""
   return np.array([2**64 * i // num_shards for i in range(num_shards)], 'u8')
-
-
-def _taken(keys: np.ndarray, codes: np.ndarray) -> Values:
-  if keys.dtype.kind in 'iu':
-    return keys[codes]
-  return pa.array(keys, pa.large_string()).take(pa.array(codes))
 
 
 def read_log(job: Job, shard: int) -> EventLog | None:
