@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import event_log
-from benchmarking import machine, memory
+from benchmarking import machine, memory, spilling
 from histjax import config as config_lib
 from histjax.data import datasets, pipeline, prepare
 from histjax.models.ranker import Ranker
@@ -51,7 +51,7 @@ def run(
   Returns:
     A JSON-able report: `suite`, `environment`, `log`, `bytes`, an event of the
     log, the spill and the shards; `prepare` with `seconds` by stage,
-    `events_per_second` and `peak_bytes`; and `feed`.
+    `events_per_second` and `peak_bytes`; `feed`; and `spilling`, of rivals.
 
   Raises:
     ValueError: shards are there already, which cannot be timed.
@@ -92,6 +92,9 @@ def run(
     },
     'results': [],
   }
+  report['spilling'] = spilling.run(
+    values, source, folder, num_workers=num_workers
+  )
   progress(
     f'{done.num_events:,} events in {seconds:.0f} s: '
     f'{done.num_events / seconds:,.0f} a second; peak '
@@ -195,6 +198,20 @@ def table(report: dict[str, Any]) -> str:
   ]
   lines = [f'| {name} | {value} |' for name, value in rows]
   return '\n'.join(['| | |', '| --- | --- |', *lines])
+
+
+def spilling_table(report: dict[str, Any]) -> str:
+  """Who cuts a log by user, how fast and in what memory, as Markdown."""
+  lines = ['| | events a second | peak memory |', '| --- | --- | --- |']
+  found = dict(report['spilling'])
+  events = found.pop('events')
+  for name, told in found.items():
+    if 'failed' not in told:
+      rate = events / told['seconds']
+      version = f' {told["version"]}' if 'version' in told else ''
+      peak = told['peak_bytes'] / 2**30
+      lines.append(f'| {name}{version} | {_rounded(rate)} | {peak:.2f} GiB |')
+  return '\n'.join(lines)
 
 
 def _rounded(rate: float) -> str:

@@ -459,11 +459,13 @@ class _Run:
       )
       parts, first_times = self._collected(counts)
     features_lib.merge(configs, parts, schema).save(job.work)
+    start = time.monotonic()
     if job.needs_order and not job.before.exists():
       prepare_stages.count_before(
         job,
         lambda n, total: self._progress.tell('counting', n, total, 'ranges'),
       )
+      self.seconds['counting'] = time.monotonic() - start
     atomic.write_json(done, first_times)
 
   def _collected(self, counts: Sequence[int]):

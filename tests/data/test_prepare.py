@@ -452,7 +452,12 @@ class ResumeTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         prepared(self.config, out)
       path.write_bytes(whole)
-    prepared(self.config, out)
+    whole = records.read_bytes()
+    records.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with self.assertRaisesRegex(ValueError, 'out/train cannot be read .*hash'):
+      list(prepared(self.config, out).splits['train'])
+    records.write_bytes(whole)
+    list(prepared(self.config, out).splits['train'])
     (self.folder / 'letter').mkdir()
     (self.folder / 'letter' / 'letter.txt').write_text('Dear')
     with self.assertRaisesRegex(ValueError, 'holds files and no manifest.json'):

@@ -84,7 +84,7 @@ def test_resumes_and_serves(log, tmp_path, monkeypatch):
   np.testing.assert_equal(resumed, straight)
   again, _ = run(tmp_path / 'resumed', data)  # Finished.
   np.testing.assert_equal(again, straight)
-  with pytest.raises(ValueError, match='of another config|has changed since'):
+  with pytest.raises(ValueError, match='data has changed since'):
     run(tmp_path / 'resumed', shards(log, 2))
   scorer = Scorer.from_workdir(tmp_path / 'straight')
   request = {**test_run.REQUEST, 'context': {'segment': 1, 'user': 3}}
