@@ -44,4 +44,5 @@ def test_figures():
   for name in names:
     report = json.loads((ROOT / name).read_text())
     assert f'\n\n{preparing.table(report)}\n\n' in DOCS
+    assert f'\n\n{preparing.spilling_table(report)}\n\n' in DOCS
     assert report['prepare']['peak_bytes'] <= report['prepare']['memory_bound']

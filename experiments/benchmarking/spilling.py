@@ -14,7 +14,9 @@ from typing import Any
 
 from benchmarking import memory
 from histjax import config as config_lib
-from histjax.data import datasets, files, prepare_stages, workers
+from histjax.data import datasets, files, workers
+from histjax.data.prepare import stages
+from histjax.data.prepare.job import Job
 
 _FILES = 20
 
@@ -76,7 +78,7 @@ def run(
 
 def _timed(function, log, out, partitions, num_workers) -> dict[str, Any]:
   start = time.perf_counter()
-  with memory.PeakMemory(0.1) as peak:
+  with memory.PeakMemory(0.5) as peak:
     function(log, out, partitions, num_workers)
   return {'seconds': time.perf_counter() - start, 'peak_bytes': peak.bytes}
 
@@ -84,7 +86,7 @@ def _timed(function, log, out, partitions, num_workers) -> dict[str, Any]:
 def _histjax(data, log, out, partitions: int, num_workers: int) -> None:
   data = {**data, 'source': {**data['source'], 'paths': [str(log)]}}
   paths = tuple(map(str, files.with_header([str(log)])))
-  job = prepare_stages.Job(
+  job = Job(
     folder=out,
     data=config_lib.from_dict(datasets.DataConfig, data),
     files=paths,
@@ -92,7 +94,7 @@ def _histjax(data, log, out, partitions: int, num_workers: int) -> None:
     num_ranges=1,
     run_bytes=2**26,
   )
-  step = functools.partial(prepare_stages.spill, job)
+  step = functools.partial(stages.spill, job)
   with workers.Pool(num_workers) as pool:
     for _ in pool.each(step, range(len(paths))):
       pass

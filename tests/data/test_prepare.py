@@ -23,7 +23,7 @@ from pyarrow import csv, parquet
 from histjax import features
 from histjax.data import datasets, pipeline, prepare
 from histjax.data import splits as splits_lib
-from histjax.data.prepare import Options
+from histjax.data.prepare import Options, plan
 from histjax.data.rows import RowConfig
 from histjax.progress import Progress
 from histjax.schema import Categorical
@@ -151,12 +151,12 @@ class SameRowsTest(parameterized.TestCase):
     """Counts in an order are the same, cut into ranges and by processes."""
     data = some_columns(300)
     data_config = config(write(self.folder, data, (0.3, 0.5)), rows=KINDS[2])
-    plan = prepare._plan
+    cut_as = plan._plan
 
     def cut(*args):
-      return {**plan(*args), 'num_ranges': 5, 'run_bytes': 1000}
+      return {**cut_as(*args), 'num_ranges': 5, 'run_bytes': 1000}
 
-    with mock.patch.object(prepare, '_plan', cut):
+    with mock.patch.object(plan, '_plan', cut):
       done = run(
         data_config,
         self.folder / 'out',
@@ -203,7 +203,7 @@ class SameRowsTest(parameterized.TestCase):
     data_config = config(
       (log,), rows=KINDS[3], features=(FEATURES[2], FEATURES[5])
     )
-    done = run(data_config, self.folder / 'out', num_shards=40)
+    done = run(data_config, self.folder / 'out', num_shards=12)
     self.assertEqual(done.num_events, 6)
     found = prepared(data_config, self.folder / 'out')
     prepared_rows.check_same(self, found, datasets.load(data_config))
@@ -358,7 +358,7 @@ class ErrorsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'too little for 1 workers: give'):
       run(config(self._log()), self.folder / 'out', memory=2.0**28)
     data = config(self._log_again())
-    with mock.patch.object(prepare, '_EVENT', 2.0**24):
+    with mock.patch.object(plan, '_EVENT', 2.0**24):
       with self.assertRaisesRegex(ValueError, 'a shard of 2 has .* raise mem'):
         run(data, self.folder / 'out', memory=2.0**29, num_shards=2)
 
