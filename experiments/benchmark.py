@@ -10,16 +10,16 @@
     --config=experiments/configs/events.py --events=1000000
 
 'scoring' compares plain, joint and cached scoring of one model, that of a
-training run or one of random parameters; 'cost' says with which powers of L
-and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
-all fusions at one L and C, for `study.py --cost`; 'histories' times encode,
-score and extend of amortizable ones at long L and one C. 'serving' times users
-who come back: hit, extend, miss and no cache, on the device, in process and
-through HTTP. 'prepare' makes a log (`generate`) and shards of it, within
---memory, and says how fast a training step is fed from these. 'train_step' times updates, on
+training run or one of random parameters; 'cost' says with which powers of L and
+C their FLOPs and times grow, for each amortizable fusion; 'fusions' times all
+fusions at one L and C, for `study.py --cost`; 'histories' times encode, score
+and extend of amortizable ones at long L and one C. 'serving' times users who
+come back: hit, extend, miss and no cache, on the device, in process and through
+HTTP. 'prepare' makes a log (`generate`) and shards of it, within --memory, and
+says how fast a training step is fed from these. 'train_step' times updates, on
 a log in pointwise, request, streaming and packed rows beside PyTorch. The other
-suites time the named workloads of `benchmarking.workloads` against rivals that are
-installed. Prints tables; writes <output>.json and, but for 'fusions',
+suites time the named workloads of `benchmarking.workloads` against rivals that
+are installed. Prints tables; writes <output>.json and, but for 'fusions',
 'histories', 'prepare' and full rows of 'train_step', the plot <output>.png.
 """
 

@@ -18,7 +18,7 @@ class PeakMemory:
       Of Linux; 0 elsewhere.
   """
 
-  def __init__(self, every: float = 0.25):
+  def __init__(self, every: float = 1.0):
     """Looks `every` so many seconds."""
     self.bytes = 0
     self._every, self._stop = every, threading.Event()

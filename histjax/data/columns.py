@@ -223,6 +223,29 @@ def encode_keys(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
   return rank[encoded.indices.to_numpy()], keys[order]
 
 
+def digest_keys(
+  columns: Columns, name: str
+) -> tuple[np.ndarray | pa.Array, np.ndarray]:
+  """A column of keys as it is, and the digest of each.
+
+  Returns:
+    `[n]`, int64 or uint64 if all are integers, else large_string; and uint64
+    `[n]`, `hashing.digests`.
+
+  Raises:
+    ValueError: a value is neither integer nor text.
+  """
+  found = [parts.as_keys(columns, name, *part) for part in columns.arrays(name)]
+  if not any(pa.types.is_large_string(p.type) for p in found):
+    whole = _concatenate([p.to_numpy() for p in found])
+    if whole.dtype.kind in 'iu':
+      return whole, hashing.digests(whole)
+  texts = pa.concat_arrays([p.cast(pa.large_string()) for p in found])
+  encoded = texts.dictionary_encode()
+  keys = np.array([*encoded.dictionary.to_pylist(), None], object)[:-1]
+  return texts, hashing.digests(keys)[encoded.indices.to_numpy()]
+
+
 def order_of_keys(keys: np.ndarray) -> np.ndarray:
   """int64 `[n]` that sorts distinct keys as `encode_keys` orders them."""
   if keys.dtype.kind in 'iu':

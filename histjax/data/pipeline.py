@@ -461,9 +461,9 @@ def _fit(rows, sizes, buckets, field: str, what: str) -> np.ndarray:
     row = int(np.argmax(sizes))
     raise ValueError(
       f'pipeline: a row of user {rows.key(row)!r} has {sizes[row]} {what}, '
-      'more than '
-      f'the largest of {field}={tuple(buckets.tolist())}; add a larger bucket, '
-      'or make shorter rows (RowConfig.history_length, max_candidates)'
+      f'more than the largest of {field}={tuple(buckets.tolist())}; add a '
+      'larger bucket, or make shorter rows (RowConfig.history_length, '
+      'max_candidates)'
     )
   return buckets[place]
 

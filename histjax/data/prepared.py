@@ -185,6 +185,7 @@ class PreparedRows(RowSource):
     """
     self.config = config
     self._schema, self._indices = schema, indices
+    self._name = str(folder / split)
     self._format = RecordFormat(schema)
     self._sizes = {
       what: np.concatenate(
@@ -272,7 +273,13 @@ class PreparedRows(RowSource):
   def _read(self, indices: np.ndarray) -> list[Row]:
     if not len(indices):
       return []
-    records = self._records.__getitems__(indices.tolist())
+    try:
+      records = self._records.__getitems__(indices.tolist())
+    except RuntimeError as error:  # What Riegeli raises of a bad checksum.
+      raise ValueError(
+        f'{self._name} cannot be read ({error}); put the file back, or prepare '
+        'the log again'
+      ) from error
     shards = np.searchsorted(self._starts, indices, 'right') - 1
     rows = [self._format.decode(record) for record in records]
     return [

@@ -25,19 +25,29 @@ class Runs:
     self._held: list[dict[str, Any]] = []
     self._number = self._bytes = 0
 
-  def add(self, rows: dict[str, Values], place: np.ndarray | None = None):
+  def add(
+    self, rows: dict[str, Values], place: np.ndarray | None = None
+  ) -> np.ndarray:
     """Adds rows.
 
     Args:
       rows: `{name: [n]}`.
       place: `[n]`, what the shards are cut by; None: the rows' 'user'.
+
+    Returns:
+      Int `[n]`, the shard of each.
     """
     place = rows['user'] if place is None else place
     shard = np.searchsorted(self._bounds, place, 'right') - 1
-    self._held.append({**rows, _SHARD: shard.astype(np.int32)})
+    # Numbers of 16 bits are sorted by radix, eight times as fast.
+    shard = shard.astype(
+      np.uint16 if len(self._bounds) < 2**16 else np.int32, copy=False
+    )
+    self._held.append({**rows, _SHARD: shard})
     self._bytes += sum(values.nbytes for values in rows.values())
     if self._bytes >= self._max_bytes:
       self._write()
+    return shard
 
   def close(self) -> None:
     """The first is written in any case: it tells the columns' types."""

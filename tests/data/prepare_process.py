@@ -7,7 +7,8 @@ import functools
 import sys
 import time
 
-from histjax.data import atomic, prepare, prepare_stages
+from histjax.data import atomic
+from histjax.data.prepare import order, stages
 from tests.data import test_prepare
 
 NUM_SHARDS = 4
@@ -24,18 +25,18 @@ def pause(*unused):
 
 def main(folder: str, where: str) -> None:
   if where == 'reading':  # Half a file is written.
-    add = prepare_stages.Runs.add
+    add = stages.Runs.add
 
     def added(self, *args):
       add(self, *args)
       self._write()
       pause()
 
-    prepare_stages.Runs.add = added
+    stages.Runs.add = added
   elif where == 'learning':  # One of the shards is.
-    prepare_stages.collect = functools.partial(_second, prepare_stages.collect)
+    stages.collect = functools.partial(_second, stages.collect)
   elif where == 'counting':
-    prepare_stages._count_range = pause
+    order._count_range = pause
   elif where == 'writing':  # Half a shard is: its records, not all of them.
     write = atomic.write
 
@@ -62,5 +63,4 @@ def _second(step, job, shard):
 
 
 if __name__ == '__main__':
-  _ = prepare
   main(*sys.argv[1:])

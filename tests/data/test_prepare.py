@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import signal
@@ -10,6 +11,8 @@ import sys
 import tempfile
 from unittest import mock
 
+import chex
+import jax
 import numpy as np
 import pyarrow as pa
 from absl.testing import absltest, parameterized
@@ -18,9 +21,9 @@ from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
 from histjax import features
-from histjax.data import datasets, prepare
+from histjax.data import datasets, pipeline, prepare
 from histjax.data import splits as splits_lib
-from histjax.data.prepare import Options
+from histjax.data.prepare import Options, plan
 from histjax.data.rows import RowConfig
 from histjax.progress import Progress
 from histjax.schema import Categorical
@@ -148,12 +151,12 @@ class SameRowsTest(parameterized.TestCase):
     """Counts in an order are the same, cut into ranges and by processes."""
     data = some_columns(300)
     data_config = config(write(self.folder, data, (0.3, 0.5)), rows=KINDS[2])
-    plan = prepare._plan
+    cut_as = plan._plan
 
     def cut(*args):
-      return {**plan(*args), 'num_ranges': 5, 'run_bytes': 1000}
+      return {**cut_as(*args), 'num_ranges': 5, 'run_bytes': 1000}
 
-    with mock.patch.object(prepare, '_plan', cut):
+    with mock.patch.object(plan, '_plan', cut):
       done = run(
         data_config,
         self.folder / 'out',
@@ -200,10 +203,65 @@ class SameRowsTest(parameterized.TestCase):
     data_config = config(
       (log,), rows=KINDS[3], features=(FEATURES[2], FEATURES[5])
     )
-    done = run(data_config, self.folder / 'out', num_shards=40)
+    done = run(data_config, self.folder / 'out', num_shards=12)
     self.assertEqual(done.num_events, 6)
     found = prepared(data_config, self.folder / 'out')
     prepared_rows.check_same(self, found, datasets.load(data_config))
+
+
+class BatchesTest(parameterized.TestCase):
+  @parameterized.parameters(KINDS[0], KINDS[2])
+  def test_each_host_reads_its_own(self, rows):
+    """Every row once an epoch, from wherever it stopped, on any hosts."""
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    data_config = config(write(folder, some_columns(200), ()), rows=rows)
+    run(data_config, f'{folder}/out', num_shards=3)
+    some = prepared(data_config, f'{folder}/out').splits['train']
+    options = pipeline.PipelineConfig(batch_events=64, auto_buckets=2)
+
+    def batches(index=0, count=1):
+      made = pipeline.train_batches(
+        some,
+        options,
+        row_multiple=2,
+        shard_index=index,
+        shard_count=count,
+        num_epochs=2,
+      )
+      self.addCleanup(made.close)
+      return made
+
+    whole, hosts = batches(), [batches(i, 2) for i in range(2)]
+    seen = []
+    for number, batch in enumerate(whole):
+      parts = [next(host) for host in hosts]
+      joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+      chex.assert_trees_all_equal(joined, batch)
+      seen += batch.group[batch.candidates.mask.any(1)].tolist()
+      if number == 3:
+        state = json.loads(json.dumps(whole.get_state()))
+    self.assertLen(seen, 2 * len(some))
+    again = batches()
+    again.set_state(state)
+    self.assertLen(list(again), 2 * whole.batches_per_epoch - 4)
+
+  def test_too_long_a_row(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    data_config = config(write(folder, some_columns(200), ()), rows=KINDS[3])
+    run(data_config, f'{folder}/out', num_shards=3)
+    options = pipeline.PipelineConfig(history_buckets=(2,))
+    messages = []
+    for made in (
+      datasets.load(data_config),
+      prepared(data_config, f'{folder}/out'),
+    ):
+      with self.assertRaises(ValueError) as told:
+        pipeline.train_batches(made.splits['train'], options)
+      messages.append(str(told.exception))
+    self.assertRegex(
+      messages[0], "a row of user 'u.*' has .* events of history"
+    )
+    self.assertEqual(*messages)
 
 
 class ErrorsTest(parameterized.TestCase):
@@ -300,7 +358,7 @@ class ErrorsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'too little for 1 workers: give'):
       run(config(self._log()), self.folder / 'out', memory=2.0**28)
     data = config(self._log_again())
-    with mock.patch.object(prepare, '_EVENT', 2.0**24):
+    with mock.patch.object(plan, '_EVENT', 2.0**24):
       with self.assertRaisesRegex(ValueError, 'a shard of 2 has .* raise mem'):
         run(data, self.folder / 'out', memory=2.0**29, num_shards=2)
 
@@ -394,7 +452,12 @@ class ResumeTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         prepared(self.config, out)
       path.write_bytes(whole)
-    prepared(self.config, out)
+    whole = records.read_bytes()
+    records.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with self.assertRaisesRegex(ValueError, 'out/train cannot be read .*hash'):
+      list(prepared(self.config, out).splits['train'])
+    records.write_bytes(whole)
+    list(prepared(self.config, out).splits['train'])
     (self.folder / 'letter').mkdir()
     (self.folder / 'letter' / 'letter.txt').write_text('Dear')
     with self.assertRaisesRegex(ValueError, 'holds files and no manifest.json'):

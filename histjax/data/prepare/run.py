@@ -9,7 +9,7 @@
 3. The users of a shard are read from all runs and sorted, and their rows made
    and written.
 
-A step is of one file or one shard (`prepare_stages`); what is there is not done
+A step is of one file or one shard (`stages`); what is there is not done
 again. Rows are those of `datasets.load`, to the bit.
 """
 
@@ -29,54 +29,12 @@ import numpy as np
 
 from histjax import config as config_lib
 from histjax import features as features_lib
-from histjax.data import (
-  atomic,
-  columns,
-  datasets,
-  files,
-  grouping,
-  prepare_stages,
-  prepared,
-)
-from histjax.data.events import EventLog, columns_of
-from histjax.data.parts import Columns
-from histjax.data.prepare_engines import Local, Ray, Run
-from histjax.data.prepare_stages import Job
+from histjax.data import atomic, columns, datasets, prepared
+from histjax.data.prepare import order, plan, stages
+from histjax.data.prepare.engines import Local, Ray, Run
+from histjax.data.prepare.job import DONE, Job
+from histjax.data.prepare.plan import Options
 from histjax.progress import Progress
-
-__all__ = ['Local', 'Options', 'Ray', 'Summary', 'prepare']
-MANIFEST = 'manifest.json'
-_PROCESS = 0.35 * 2**30
-"""Bytes of a process with the library imported."""
-_EVENT = 300
-"""Bytes of an event while a shard's rows are made, without its features."""
-_FEATURE = 24
-"""And for each feature and label."""
-_FILL = 0.6
-"""Of the memory that a shard is planned to take: users are not all alike."""
-_HEAD = 64
-"""Rows of each file that are looked at before any work."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How the work is cut.
-
-  Attributes:
-    memory: bytes that all processes together may take.
-    num_shards: of users; None: as many as memory asks for.
-  """
-
-  memory: float = 4 * 2.0**30
-  num_shards: int | None = None
-
-  def __post_init__(self):
-    if not self.memory > 0:
-      raise ValueError(f'memory={self.memory} must be > 0')
-    if self.num_shards is not None and not 1 <= self.num_shards < 100_000:
-      raise ValueError(
-        f'num_shards={self.num_shards} must be from 1 to 99999, or None'
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +87,8 @@ def prepare(
   progress = progress or Progress()
   engine.check()
   folder = pathlib.Path(output).expanduser()
-  paths = _check(config)
-  job, entry = _open(folder, config, paths, options, engine)
+  paths = plan.check(config)
+  job, entry = plan.begin(folder, config, paths, options, engine)
   work = _Run(job, entry, engine, options, progress)
   num_resumed = job.num_shards
   if not (folder / prepared.DATASET).exists():
@@ -156,185 +114,6 @@ def prepare(
     work.spill_bytes,
     work.seconds,
   )
-
-
-def _check(config: datasets.DataConfig) -> list[pathlib.Path]:
-  """The files; raises a ValueError for what can be found wrong at once."""
-  source = config.source
-  if not isinstance(source, datasets.Events):
-    raise ValueError(
-      f'data.source is of type {type(source).__name__}, which is made in '
-      "memory; prepare takes 'events', the files of a log"
-    )
-  if config.prepared:
-    raise ValueError(
-      f'data.prepared={config.prepared!r} is where rows are read from; leave '
-      'it empty, and name the folder to write as the output'
-    )
-  features_lib.check_mergeable(config.features)
-  schema = source.schema
-  paths = files.with_header(source.paths)
-  parts, sources = [], []
-  for path in paths:  # A head of each: names and types of columns.
-    try:
-      piece = next(files.stream([str(path)], columns_of(schema), schema))
-    except files.NoEvents:
-      continue
-    parts.append(piece.parts[0].slice(0, _HEAD))
-    sources.append(str(path))
-  if not parts:
-    raise files.no_events(source.paths)
-  head = EventLog.from_parts(
-    Columns(tuple(parts), tuple(sources), schema), schema
-  ).with_tasks(config.tasks)
-  source.split.masks(head)
-  for rows in (config.rows, config.eval_rows or config.rows):
-    unlimited = dataclasses.replace(rows, on_overflow='truncate')
-    grouping.group_candidates(head, np.arange(len(head)), unlimited)
-  # Both kinds of labels, so that all that can be wrong is the config.
-  labels = {
-    name: (np.arange(len(head)) % 2).astype(np.float32) for name in head.labels
-  }
-  events = dataclasses.replace(head.events(), labels=labels)
-  if len(head) > 1:
-    features_lib.fit(config.features, events, np.ones(len(head), bool))
-  reading = features_lib.FittedFeatures(config.features)
-  datasets.model_schema(head.schema, reading, ())  # What is hidden is read.
-  return paths
-
-
-def _entries(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-  found = []
-  for path in paths:
-    stat = path.stat()
-    found.append(
-      {'name': path.name, 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
-    )
-  return found
-
-
-def _open(
-  folder: pathlib.Path, config, paths, options: Options, engine
-) -> tuple[Job, dict[str, Any]]:
-  """Begins, or goes on with what was begun."""
-  config_now, log_now = datasets.identity(config), _entries(paths)
-  if folder.is_dir() and any(folder.iterdir()):
-    manifest = _read_manifest(folder)
-    _check_same(folder, manifest, config_now, log_now, paths, options)
-    atomic.clean(folder)
-  else:
-    num_events = files.num_rows(paths)
-    manifest = {
-      'version': prepared.VERSION,
-      'config': config_now,
-      'log': log_now,
-      **_plan(config, num_events, options, engine),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(folder / MANIFEST, manifest)
-  job = Job(
-    folder=folder,
-    data=config,
-    files=tuple(map(str, paths)),
-    num_shards=manifest['num_shards'],
-    num_ranges=manifest['num_ranges'],
-    run_bytes=manifest['run_bytes'],
-  )
-  return job, manifest
-
-
-def _budget(options: Options, engine: Local | Ray) -> float:
-  """Bytes for the events of a step."""
-  local = isinstance(engine, Local) and engine.num_workers > 1
-  processes = engine.num_workers + (1 if local else 0)
-  found = (options.memory - processes * _PROCESS) / engine.num_workers
-  if found < 2**24:
-    raise ValueError(
-      f'memory={options.memory / 2**30:.2f} GiB is too little for '
-      f'{engine.num_workers} workers: give at least '
-      f'{(processes * _PROCESS + engine.num_workers * 2**24) / 2**30:.2f}'
-    )
-  return found
-
-
-def _event_bytes(config: datasets.DataConfig) -> int:
-  assert isinstance(config.source, datasets.Events)
-  schema = config.source.schema
-  columns = len(schema.logged) + len(schema.tasks) + 4 * len(config.features)
-  return _EVENT + _FEATURE * columns
-
-
-def _plan(
-  config: datasets.DataConfig, num_events: int, options: Options, engine
-) -> dict[str, int]:
-  budget = _budget(options, engine)
-  size = num_events * _event_bytes(config)
-  shards = options.num_shards
-  if shards is None:
-    shards = min(max(1, -int(-size // (_FILL * budget))), 99_999)
-  return {
-    'num_shards': shards,
-    'num_ranges': max(1, -int(-size // budget)),
-    'run_bytes': int(min(max(budget / 16, 2**22), 2**26)),
-  }
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  try:
-    found = json.loads((folder / MANIFEST).read_text())
-  except (FileNotFoundError, ValueError) as error:
-    raise ValueError(
-      f'{folder} holds files and no {MANIFEST} of prepared rows ({error}); '
-      'name another output, or empty it'
-    ) from error
-  if found.get('version') != prepared.VERSION:
-    raise ValueError(
-      f'{folder} is of version {found.get("version")}, this library writes '
-      f'{prepared.VERSION}; name another output'
-    )
-  return found
-
-
-def _check_same(folder, manifest, config_now, log_now, paths, options) -> None:
-  names = ('there', 'asked for')
-  lines = config_lib.differences(manifest['config'], config_now, names)
-  if options.num_shards not in (None, manifest['num_shards']):
-    lines.append(
-      f'num_shards: {manifest["num_shards"]} there, {options.num_shards} '
-      'asked for'
-    )
-  old, new = ([f['name'] for f in log] for log in (manifest['log'], log_now))
-  if old != new:
-    lost, more = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-    lines.append(
-      f'files of the log: {len(old)} there, {len(new)} asked for'
-      + (f'; without {lost[0]}' if lost else '')
-      + (f'; with {more[0]}' if more else '')
-    )
-  else:
-    for i, (was, now) in enumerate(zip(manifest['log'], log_now, strict=True)):
-      if was != now and not _same_file(folder, was, now, i, paths[i]):
-        lines.append(f'{paths[i]} has changed since')
-  if lines:
-    raise ValueError(
-      f'{folder} holds rows of another config or log; name another output, or '
-      'take over what differs:\n' + '\n'.join(lines)
-    )
-
-
-def _same_file(folder, was, now, number: int, path: pathlib.Path) -> bool:
-  """Whether a file that was written again holds what it held."""
-  if was['size'] != now['size']:
-    return False
-  known = folder / '_work' / f'file-{number:06d}' / prepare_stages.DONE
-  if (folder / prepared.DATASET).exists():
-    known = folder / prepared.DATASET
-    told = json.loads(known.read_text())['log'][number]
-  elif known.exists():
-    told = json.loads(known.read_text())['sha256']
-  else:
-    return True  # It has not been read yet.
-  return prepare_stages.digest(str(path)) == told
 
 
 def _done(job: Job) -> list[int]:
@@ -367,13 +146,13 @@ class _Run:
     job.work.mkdir(exist_ok=True)
     self._stage(
       'reading files',
-      prepare_stages.spill,
+      stages.spill,
       [e['size'] / 2**20 for e in self._manifest['log']],
-      lambda file: (job.spill(file) / prepare_stages.DONE).exists(),
+      lambda file: (job.spill(file) / DONE).exists(),
       'MiB',
     )
     told = [
-      json.loads((job.spill(f) / prepare_stages.DONE).read_text())
+      json.loads((job.spill(f) / DONE).read_text())
       for f in range(len(job.files))
     ]
     counts = np.sum([t['counts'] for t in told], axis=0)
@@ -392,7 +171,7 @@ class _Run:
     self._fit(counts.tolist())
     self._stage(
       'writing rows',
-      prepare_stages.write_shard,
+      stages.write_shard,
       counts.tolist(),
       lambda shard: job.path('shard', shard, 'json').exists(),
       'events',
@@ -429,8 +208,8 @@ class _Run:
 
   def _check_size(self, counts: np.ndarray) -> None:
     """Raises a ValueError if a shard is larger than memory."""
-    size = int(counts.max()) * _event_bytes(self._job.data)
-    budget = _budget(self._options, self._engine)
+    size = int(counts.max()) * plan.event_bytes(self._job.data)
+    budget = plan.budget(self._options, self._engine)
     if size > budget:
       raise ValueError(
         f'a shard of {self._job.num_shards} has {int(counts.max())} events, '
@@ -452,18 +231,20 @@ class _Run:
     if job.needs_fit:
       self._stage(
         'learning features',
-        prepare_stages.collect,
+        stages.collect,
         counts,
         lambda shard: job.fitting(shard).exists(),
         'events',
       )
       parts, first_times = self._collected(counts)
     features_lib.merge(configs, parts, schema).save(job.work)
+    start = time.monotonic()
     if job.needs_order and not job.before.exists():
-      prepare_stages.count_before(
+      order.count_before(
         job,
         lambda n, total: self._progress.tell('counting', n, total, 'ranges'),
       )
+      self.seconds['counting'] = time.monotonic() - start
     atomic.write_json(done, first_times)
 
   def _collected(self, counts: Sequence[int]):
