@@ -5,6 +5,7 @@
   python experiments/benchmark.py --suite=tower --workloads=batch_128,ragged_128
   python experiments/benchmark.py --suite=request --output=/tmp/request
   python experiments/benchmark.py --suite=train_step
+  python experiments/benchmark.py --suite=tables --rows=10000,1000000,10000000
   python experiments/benchmark.py --suite=serving --output=/tmp/serving
 
 'scoring' compares plain, joint and cached scoring of one model, that of a
@@ -12,7 +13,8 @@ training run or one of random parameters; 'cost' says with which powers of L
 and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
 all fusions at one L and C, for `study.py --cost`. 'serving' times users who
 come back: hit, extend, miss and no cache, on the device, in process and through
-HTTP. The other suites time the
+HTTP. 'tables' times updates by the rows of a table, beside those with gradients
+of whole tables. The other suites time the
 named workloads of `benchmarking.workloads` against rivals that are
 installed. Prints tables; writes <output>.json and, but for 'fusions' and
 'train_step', the plot <output>.png.
@@ -25,7 +27,14 @@ import jax
 from absl import app, flags, logging
 
 import benchmarking
-from benchmarking import cost, requests, suites, train_steps, workloads
+from benchmarking import (
+  cost,
+  requests,
+  suites,
+  tables,
+  train_steps,
+  workloads,
+)
 from benchmarking import report as report_lib
 from histjax import EncoderConfig, Ranker, RankerConfig, testing
 from histjax.training import workdir
@@ -37,10 +46,11 @@ _SUITES = {
 }
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
 _SERVING = 'serving'
+_TABLES = 'tables'
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, _SERVING, *_SUITES],
+  [*_OF_ONE_MODEL, _SERVING, _TABLES, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -63,7 +73,9 @@ _LENGTHS = flags.DEFINE_list(
 _CANDIDATES = flags.DEFINE_list(
   'candidates', None, 'C; 64,512, or of serving 128,512,2048.'
 )
-_ROWS = flags.DEFINE_integer('rows', 1, 'Users at once, but of serving.')
+_ROWS = flags.DEFINE_list(
+  'rows', None, 'Users at once, 1; of tables: how many they have.'
+)
 _WIDTH = flags.DEFINE_integer('width', 64, 'Without a workdir: D.')
 _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
@@ -97,8 +109,11 @@ def one_model(suite):
     _integers(_LENGTHS, (64, 256, 1024)),
     _integers(_CANDIDATES, (64, 512)),
   ]
+  rows = _integers(_ROWS, (1,))
+  if len(rows) > 1:
+    raise app.UsageError(f'suite={suite} takes one of --rows={rows}')
   options: dict[str, Any] = {
-    'num_rows': _ROWS.value,
+    'num_rows': rows[0],
     'seconds': _SECONDS.value or 1.0,
   }
   if suite == 'cost':
@@ -146,6 +161,17 @@ def serving_suite(save=None):
   )
 
 
+def tables_suite():
+  options = {} if _SECONDS.value is None else {'seconds': _SECONDS.value}
+  return tables.run(
+    _integers(_ROWS, tables.ROWS),
+    contenders=_CONTENDERS.value,
+    repeats=_REPEATS.value,
+    **options,
+    progress=lambda line: print(line, flush=True),
+  )
+
+
 def named_suite(name, save=None):
   module: Any = _SUITES[name]
   options: dict[str, Any] = {}
@@ -183,6 +209,8 @@ def main(argv):
       report = one_model(suite)
     elif suite == _SERVING:
       report = serving_suite(save)
+    elif suite == _TABLES:
+      report = tables_suite()
     else:
       report = named_suite(suite, save)
   except (ValueError, OSError) as error:

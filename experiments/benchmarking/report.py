@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarking import cost, load_plot, scoring, serving_report
+from benchmarking import cost, load_plot, scoring, serving_report, tables
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:
@@ -26,6 +26,7 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
     'cost': cost.plot,
     'serving': serving_report.plot,
     'load': load_plot.plot,
+    'tables': tables.plot,
   }
   if report['suite'] not in plots:
     return [str(json_path)]

@@ -37,7 +37,6 @@ from jaxtyping import Array, Bool, Float, Int
 from histjax import schema as schema_lib
 from histjax.types import RankingBatch
 
-
 NO_ROW = np.iinfo(np.int32).max
 """In place of an id; no table has that many rows."""
 
@@ -109,9 +108,9 @@ def touch(
     everywhere: makes the ids of all devices out of those of one.
 
   Returns:
-    `{table: [K]}`, ascending ids, then `NO_ROW` where there are no more; and the batch, whose ids are places in `[0, K)`. An id outside its
-    table has the place -1, which gives NaN, as have those that exceed
-    `max_unique`.
+    `{table: [K]}`, ascending ids, then `NO_ROW` where there are no more; and
+    the batch, whose ids are places in `[0, K)`. An id outside its table has the
+    place -1, which gives NaN, as have those that exceed `max_unique`.
 
   Raises:
     ValueError: a table is none of the schema's, or a feature is missing.

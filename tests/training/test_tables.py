@@ -1,4 +1,4 @@
-"""Updates of touched rows are those of whole tables, and cost what they touch."""
+"""Updates of touched rows equal those of whole tables, and cost less."""
 
 import functools
 
