@@ -5,6 +5,7 @@
   python experiments/benchmark.py --suite=tower --workloads=batch_128,ragged_128
   python experiments/benchmark.py --suite=request --output=/tmp/request
   python experiments/benchmark.py --suite=train_step
+  python experiments/benchmark.py --suite=tables --rows=10000,1000000,10000000
   python experiments/benchmark.py --suite=serving --output=/tmp/serving
   python experiments/benchmark.py --suite=prepare --folder=/tmp/prepare \
     --config=experiments/configs/events.py --events=1000000
@@ -16,11 +17,13 @@ fusions at one L and C, for `study.py --cost`; 'histories' times encode, score
 and extend of amortizable ones at long L and one C. 'serving' times users who
 come back: hit, extend, miss and no cache, on the device, in process and through
 HTTP. 'prepare' makes a log (`generate`) and shards of it, within --memory, and
-says how fast a training step is fed from these. 'train_step' times updates, on
-a log in pointwise, request, streaming and packed rows beside PyTorch. The other
-suites time the named workloads of `benchmarking.workloads` against rivals that
-are installed. Prints tables; writes <output>.json and, but for 'fusions',
-'histories', 'prepare' and full rows of 'train_step', the plot <output>.png.
+says how fast a training step is fed from these. 'tables' times updates by the
+rows of a table, beside those with gradients of whole tables. 'train_step' times
+updates, on a log in pointwise, request, streaming and packed rows beside
+PyTorch. The other suites time the named workloads of `benchmarking.workloads`
+against rivals that are installed. Prints tables; writes <output>.json and, but
+for 'fusions', 'histories', 'prepare' and full rows of 'train_step', the plot
+<output>.png.
 """
 
 import dataclasses
@@ -36,6 +39,7 @@ from benchmarking import (
   histories,
   requests,
   suites,
+  tables,
   train_steps,
   workloads,
 )
@@ -52,10 +56,11 @@ _SUITES = {
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions', 'histories')
 _SERVING = 'serving'
 _PREPARE = 'prepare'
+_TABLES = 'tables'
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, _SERVING, _PREPARE, *_SUITES],
+  [*_OF_ONE_MODEL, _SERVING, _PREPARE, _TABLES, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -82,7 +87,9 @@ _LENGTHS = flags.DEFINE_list(
 _CANDIDATES = flags.DEFINE_list(
   'candidates', None, 'C; 64,512, or of serving 128,512,2048.'
 )
-_ROWS = flags.DEFINE_integer('rows', 1, 'Users at once, but of serving.')
+_ROWS = flags.DEFINE_list(
+  'rows', None, 'Users at once, 1; of tables: how many they have.'
+)
 _WIDTH = flags.DEFINE_integer('width', 64, 'Without a workdir: D.')
 _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
@@ -122,8 +129,11 @@ def one_model(suite):
     _integers(_LENGTHS, (64, 256, 1024)),
     _integers(_CANDIDATES, (64, 512)),
   ]
+  rows = _integers(_ROWS, (1,))
+  if len(rows) > 1:
+    raise app.UsageError(f'suite={suite} takes one of --rows={rows}')
   options: dict[str, Any] = {
-    'num_rows': _ROWS.value,
+    'num_rows': rows[0],
     'seconds': _SECONDS.value or 1.0,
   }
   if suite == 'cost':
@@ -199,6 +209,17 @@ def prepare_suite():
   )
 
 
+def tables_suite():
+  options = {} if _SECONDS.value is None else {'seconds': _SECONDS.value}
+  return tables.run(
+    _integers(_ROWS, tables.ROWS),
+    contenders=_CONTENDERS.value,
+    repeats=_REPEATS.value,
+    **options,
+    progress=lambda line: print(line, flush=True),
+  )
+
+
 def named_suite(name, save=None):
   module: Any = _SUITES[name]
   options: dict[str, Any] = {}
@@ -238,6 +259,8 @@ def main(argv):
       report = prepare_suite()
     elif suite == _SERVING:
       report = serving_suite(save)
+    elif suite == _TABLES:
+      report = tables_suite()
     else:
       report = named_suite(suite, save)
   except (ValueError, OSError) as error:

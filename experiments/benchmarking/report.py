@@ -14,6 +14,7 @@ from benchmarking import (
   load_plot,
   scoring,
   serving_report,
+  tables,
   train_rows,
 )
 
@@ -32,6 +33,7 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
     'cost': cost.plot,
     'serving': serving_report.plot,
     'load': load_plot.plot,
+    'tables': tables.plot,
     'train_step': train_rows.plot,
   }
   with_plot = report['suite'] in plots

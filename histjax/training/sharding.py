@@ -136,7 +136,7 @@ def describe(variables: Any, mesh: Mesh, rules: Rules | None = None) -> str:
     rule = next(e for e, _ in rules if re.search(e, path))
     by_rule.setdefault(rule, []).append((path, x, spec))
   lines = [f'Mesh {dict(mesh.shape)}; variables, without the optimizer:']
-  for rule, found in by_rule.items():
+  for rule, found in ((e, by_rule[e]) for e, _ in rules):
     here = total = 0
     for _, x, spec in found:
       size = x.size * x.dtype.itemsize
@@ -144,7 +144,7 @@ def describe(variables: Any, mesh: Mesh, rules: Rules | None = None) -> str:
       local = NamedSharding(mesh, spec).shard_shape(x.shape)
       here += math.prod(local) * x.dtype.itemsize
     lines.append(
-      f'  {rule:16} {found[0][2]!s:28} {len(found):4} arrays '
+      f'  {rule:16} P{tuple(found[0][2])!s:20} {len(found):4} arrays '
       f'{total / 2**20:10.2f} MiB, {here / 2**20:.2f} on a device'
     )
   return '\n'.join(lines)

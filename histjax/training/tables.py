@@ -108,8 +108,8 @@ def touch(
     everywhere: makes the ids of all devices out of those of one.
 
   Returns:
-    `{table: [K]}`, ascending ids, then `NO_ROW` where there are no more; and the
-    batch, whose ids are places in `[0, K)`. An id outside its table has the
+    `{table: [K]}`, ascending ids, then `NO_ROW` where there are no more; and
+    the batch, whose ids are places in `[0, K)`. An id outside its table has the
     place -1, which gives NaN, as have those that exceed `max_unique`.
 
   Raises:

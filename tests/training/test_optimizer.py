@@ -20,13 +20,21 @@ PARAMS = {
 def update(config, grads, num_steps=None, params=PARAMS):
   """The updates of a sequence of gradients."""
   tx = optimizer.make_optimizer(config, num_steps)
-  state = tx.init(params)
+  network = {'mlp': params['mlp']}
+  states = [tx.network.init(network), tx.tables.init(params['tables'])]
   found = []
-  for g in grads:
-    updates, state = tx.update(g, state, params)
-    params = optax.apply_updates(params, updates)
+  for number, g in enumerate(grads):
+    if tx.clip_norm is not None:
+      g, _ = optax.clip_by_global_norm(tx.clip_norm).update(g, None)
+    updates, states[0] = tx.network.update(
+      {'mlp': g['mlp']}, states[0], network
+    )
+    network = optax.apply_updates(network, updates)
+    rows, states[1] = tx.tables.update(g['tables'], states[1])
+    rate = tx.table_rate(number)
+    updates['tables'] = jax.tree.map(lambda x, rate=rate: -rate * x, rows)
     found.append(jax.device_get(updates))
-  return found, jax.device_get(state)
+  return found, jax.device_get(states)
 
 
 def grads(table, network=0.0):
@@ -87,7 +95,7 @@ class PartitionTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(first['tables']['item'], np.zeros((3, 2)))
 
-  @parameterized.parameters('rowwise_adagrad', 'adam')
+  @parameterized.parameters('rowwise_adagrad', 'lazy_adam')
   def test_only_matrices_of_the_network_decay(self, table_optimizer):
     config = optimizer.OptimizerConfig(
       learning_rate=0.1, weight_decay=0.5, table_optimizer=table_optimizer
@@ -97,12 +105,23 @@ class PartitionTest(parameterized.TestCase):
     np.testing.assert_array_equal(first['mlp']['bias'], np.zeros(2))
     np.testing.assert_array_equal(first['tables']['item'], np.zeros((3, 2)))
 
-  def test_tables_may_have_adam(self):
-    config = optimizer.OptimizerConfig(
-      table_optimizer='adam', table_learning_rate=0.3
-    )
-    (first,), _ = update(config, [grads(np.full((3, 2), 7.0))])
-    np.testing.assert_allclose(first['tables']['item'], -0.3, rtol=1e-4)
+  def test_tables_may_have_adam_for_each_row(self):
+    tx = optimizer.scale_by_lazy_adam(b1=0.8, b2=0.9, eps=0.01)
+    adam = optax.scale_by_adam(b1=0.8, b2=0.9, eps=0.01)
+    rng = np.random.default_rng(0)
+    table = jnp.zeros((3, 2))
+    states = [tx.init(table)] + [adam.init(table[r]) for r in range(3)]
+    for rows in map(np.array, ([0, 1, 2], [1], [0, 1], [2, 1])):
+      g = jnp.asarray(rng.normal(size=(len(rows), 2)), jnp.float32)
+      picked = jax.tree.map(lambda x, rows=rows: x[rows], states[0])
+      found, after = tx.update(g, picked)
+      states[0] = jax.tree.map(
+        lambda x, y, rows=rows: x.at[rows].set(y), states[0], after
+      )
+      for i, r in enumerate(rows):
+        expected, states[1 + r] = adam.update(g[i], states[1 + r])
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+    np.testing.assert_array_equal(states[0].count, [[2], [4], [2]])
 
   def test_clips_the_norm_of_all_gradients(self):
     config = optimizer.OptimizerConfig(clip_norm=1.0, table_initial=1.0)

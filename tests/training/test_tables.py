@@ -1,4 +1,4 @@
-"""Updates of touched rows are those of whole tables, at the cost of these."""
+"""Updates of touched rows equal those of whole tables, and cost less."""
 
 import functools
 
