@@ -207,9 +207,8 @@ class Watchdog:
     if self._me['process'] == 0 and self._sockets:
       self._tell({'end': line})
       time.sleep(1)  # JAX would abort the others as soon as this one is gone.
-    os._exit(
-      processes.EXIT_CODE
-    )  # The main thread may wait in a collective for ever.
+    # The main thread may wait in a collective for ever.
+    os._exit(processes.EXIT_CODE)
 
 
 def _name(who: dict[str, Any]) -> str:
