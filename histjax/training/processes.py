@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -9,6 +10,8 @@ import os
 import pathlib
 import secrets
 import socket
+import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +20,8 @@ from jax._src import distributed as _distributed  # The only way to its store.
 
 HEARTBEAT_S = 20
 """After which JAX takes a silent process for dead; its default is 100."""
+EXIT_CODE = os.EX_TEMPFAIL
+"""Of a process that ends since another one is lost or late: try again."""
 _WAIT_S = 24 * 3600
 """For another process, whose data may take long to load. It ends sooner if
 that one is lost."""
@@ -40,20 +45,32 @@ def initialize(
     coordinator_address: 'host:port', of process 0, with a port that is free.
     num_processes: of the run.
     process_id: of this one, from 0.
-    timeout_s: for all to come.
+    timeout_s: for all to come; then this process ends by `end`, since JAX would
+      abort it.
 
   Raises:
     ValueError: some arguments are given and others not, one is out of range,
       or none is given and no cluster was found.
-    ConnectionError: not all came in time.
   """
   _check(coordinator_address, num_processes, process_id)
+  late = threading.Timer(
+    timeout_s,
+    end,
+    [
+      f'not all of {num_processes or "the"} processes came to '
+      f'{coordinator_address or "the coordinator"} within {timeout_s} s: start '
+      'all of them, each with a process_id of its own, and see that this port '
+      'of process 0 can be reached'
+    ],
+  )
+  late.daemon = True
+  late.start()
   try:
     jax.distributed.initialize(
       coordinator_address,
       num_processes,
       process_id,
-      initialization_timeout=timeout_s,
+      initialization_timeout=timeout_s + 60,
       heartbeat_timeout_seconds=HEARTBEAT_S,
     )
   except (ValueError, KeyError) as e:
@@ -65,13 +82,21 @@ def initialize(
       'themselves; elsewhere give each process coordinator_address=host:port, '
       'num_processes and process_id'
     ) from e
-  except jax.errors.JaxRuntimeError as e:
-    raise ConnectionError(
-      f'not all of {num_processes or "the"} processes came to '
-      f'{coordinator_address or "the coordinator"} within {timeout_s} s: start '
-      'all of them, each with a process_id of its own, and see that this port '
-      f'of process 0 can be reached ({str(e).splitlines()[0]})'
-    ) from e
+  finally:
+    late.cancel()
+
+
+def write(line: str) -> None:
+  """To stderr, and not through buffers, which another thread may hold."""
+  with contextlib.suppress(OSError):
+    stream = sys.__stderr__
+    os.write(2 if stream is None else stream.fileno(), f'{line}\n'.encode())
+
+
+def end(line: str) -> None:
+  """Writes a line, and ends this process whatever its threads wait for."""
+  write(line)
+  os._exit(EXIT_CODE)
 
 
 def _check(address: str | None, count: int | None, index: int | None) -> None:

@@ -27,8 +27,6 @@ import jax
 
 from histjax.training import processes
 
-EXIT_CODE = os.EX_TEMPFAIL
-"""Of a process that ends since another one is lost: try again."""
 _KEY = 'histjax/watchdog'
 _GRACE_S = 2.0
 """In which the cause of an error may turn out to be the loss of another."""
@@ -41,8 +39,9 @@ _count = 0
 def watching() -> Iterator[None]:
   """Within, if one process is lost or fails, all others end.
 
-  They write one line to stderr and exit with `EXIT_CODE`. All processes have to
-  enter it. With one process, or if it was entered already, it does nothing.
+  They write one line to stderr and exit with `processes.EXIT_CODE`. All
+  processes have to enter it. With one process, or if it was entered already,
+  it does nothing.
   """
   global _active, _count
   if _active is not None or jax.process_count() == 1:
@@ -80,7 +79,6 @@ def joined(
 
   Raises:
     ValueError: as `processes.initialize`.
-    ConnectionError: likewise.
   """
   processes.initialize(coordinator_address, num_processes, process_id)
   try:
@@ -88,7 +86,7 @@ def joined(
       yield
   except BaseException as e:
     if isinstance(e, SystemExit):
-      _write(str(e.code))
+      processes.write(str(e.code))
     else:
       traceback.print_exc()
     with contextlib.suppress(OSError):
@@ -137,7 +135,7 @@ class Watchdog:
     try:
       found = socket.create_connection((host, port), timeout=20)
     except OSError as e:
-      _write(
+      processes.write(
         f'{_name(self._me)} cannot reach port {port} of {self._names[0]} at '
         f'{host} ({e}): that a process is lost will show in the heartbeat of '
         'JAX alone'
@@ -202,26 +200,19 @@ class Watchdog:
   def _end(self, line: str) -> None:
     if self._closed.is_set():
       return
-    _write(
+    processes.write(
       f'{line}. {_name(self._me)} ends, too; the same command goes on from the '
       'last checkpoint'
     )
     if self._me['process'] == 0 and self._sockets:
       self._tell({'end': line})
       time.sleep(1)  # JAX would abort the others as soon as this one is gone.
-    os._exit(EXIT_CODE)  # The main thread may wait in a collective for ever.
+    # The main thread may wait in a collective for ever.
+    os._exit(processes.EXIT_CODE)
 
 
 def _name(who: dict[str, Any]) -> str:
   return f'process {who["process"]} (host {who["host"]}, pid {who["pid"]})'
-
-
-def _write(line: str) -> None:
-  # Not through buffers, which the main thread may hold.
-  with contextlib.suppress(OSError):
-    os.write(
-      sys.__stderr__.fileno() if sys.__stderr__ else 2, f'{line}\n'.encode()
-    )
 
 
 def _listen() -> socket.socket:

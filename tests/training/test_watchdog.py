@@ -85,7 +85,7 @@ class TestLost:
         assert process.returncode == (-signal.SIGKILL if how == 'kill' else 1)
         assert how == 'kill' or 'ValueError: no such file\n' in stderr
         continue
-      assert process.returncode == watchdog.EXIT_CODE, stderr
+      assert process.returncode == processes.EXIT_CODE, stderr
       (line,) = lines(stderr, '^process')
       assert re.search(
         rf'^{name} {reason}.* process {index} .* ends, too', line
@@ -104,12 +104,32 @@ class TestLost:
     assert started[0].returncode != 0
     assert re.search('unhealthy|heartbeat', stderr)
 
+  @pytest.mark.slow
   def test_what_differs_is_named(self):
     started = start(2, 1, 'other')
     outputs = [process.communicate(timeout=60) for process in started]
     codes = sorted(process.returncode for process in started)
-    assert codes[0] == 1 and codes[1] in (1, watchdog.EXIT_CODE)
+    assert codes[0] == 1 and codes[1] in (1, processes.EXIT_CODE)
     assert any('the data: that of process 1 (host' in x for _, x in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [0, 1])
+def test_one_that_never_comes(index):
+  code = """
+import sys
+from histjax.training import processes
+processes.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout_s=2)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code, members.free_address(), str(index)],
+    env=members.environment(1),
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == processes.EXIT_CODE, done.stderr
+  assert lines(done.stderr, '^not all of 2 processes came to localhost:.* 2 s:')
 
 
 class TestLeaving:
@@ -149,17 +169,22 @@ class TestArguments:
     with pytest.raises(ValueError, match=message):
       processes.initialize(*given)
 
-  def test_no_cluster(self):
+  @pytest.mark.slow
+  @pytest.mark.parametrize('given', ['', 'JAX_COORDINATOR_ADDRESS'])
+  def test_no_cluster(self, given):
     code = 'from histjax.training import processes; processes.initialize()'
-    for more in ({}, {'JAX_COORDINATOR_ADDRESS': 'localhost:1234'}):
-      done = subprocess.run(
-        [sys.executable, '-c', code],
-        env={**members.environment(1), **more},
-        capture_output=True,
-        text=True,
-      )
-      assert 'ValueError: multi_host: no cluster was found' in done.stderr
+    done = subprocess.run(
+      [sys.executable, '-c', code],
+      env={
+        **members.environment(1),
+        **({given: 'localhost:1'} if given else {}),
+      },
+      capture_output=True,
+      text=True,
+    )
+    assert 'ValueError: multi_host: no cluster was found' in done.stderr
 
+  @pytest.mark.slow
   def test_slurm(self):
     """JAX takes address, count and number from what srun sets."""
     code = """
