@@ -15,10 +15,11 @@ and C their FLOPs and times grow, for each amortizable fusion; 'fusions' times
 all fusions at one L and C, for `study.py --cost`. 'serving' times users who
 come back: hit, extend, miss and no cache, on the device, in process and through
 HTTP. 'prepare' makes a log (`generate`) and shards of it, within --memory, and
-says how fast a training step is fed from these. The other suites time the
+says how fast a training step is fed from these; 'spill' times its first step
+beside DuckDB and Polars, if they are installed. The other suites time the
 named workloads of `benchmarking.workloads` against rivals that are
 installed. Prints tables; writes <output>.json and, but for 'fusions',
-'prepare' and 'train_step', the plot <output>.png.
+'prepare', 'spill' and 'train_step', the plot <output>.png.
 """
 
 import dataclasses
@@ -42,11 +43,11 @@ _SUITES = {
 }
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions')
 _SERVING = 'serving'
-_PREPARE = 'prepare'
+_OF_A_LOG = ('prepare', 'spill')
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, _SERVING, _PREPARE, *_SUITES],
+  [*_OF_ONE_MODEL, _SERVING, *_OF_A_LOG, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -75,8 +76,8 @@ _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
 _BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
 _USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: at once.')
-# Of the suite prepare.
-_CONFIG = config_util.Config(TrainConfig, 'Of prepare.', required=False)
+# Of the suites prepare and spill.
+_CONFIG = config_util.Config(TrainConfig, 'Of these.', required=False)
 _FOLDER = flags.DEFINE_string('folder', None, 'To work in.')
 _EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.')
 _MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB, its bound.')
@@ -158,22 +159,27 @@ def serving_suite(save=None):
   )
 
 
-def prepare_suite():
+def log_suite(suite):
   import event_log
-  from benchmarking import preparing
+  from benchmarking import preparing, spilling
 
   if _FOLDER.value is None:
-    raise ValueError('--suite=prepare needs --folder, to work in')
+    raise ValueError(f'--suite={suite} needs --folder, to work in')
   log = event_log.LogConfig(
     num_events=_EVENTS.value,
     num_users=max(1, _EVENTS.value // 100),
     num_items=1_000_000,
     num_files=max(1, _EVENTS.value // 1_000_000),
   )
+  folder = workdir.prepare(_FOLDER.value, '--folder')
+  if suite == 'spill':
+    return spilling.run(
+      _CONFIG.values(), log, folder, num_workers=_WORKERS.value
+    )
   return preparing.run(
     _CONFIG.values(),
     log,
-    workdir.prepare(_FOLDER.value, '--folder'),
+    folder,
     gibibytes=_MEMORY.value,
     num_workers=_WORKERS.value,
     progress=lambda line: print(line, flush=True),
@@ -215,8 +221,8 @@ def main(argv):
     save = output and (lambda x: benchmarking.write_report(x, str(output)))
     if suite in _OF_ONE_MODEL:
       report = one_model(suite)
-    elif suite == _PREPARE:
-      report = prepare_suite()
+    elif suite in _OF_A_LOG:
+      report = log_suite(suite)
     elif suite == _SERVING:
       report = serving_suite(save)
     else:
