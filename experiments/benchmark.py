@@ -17,13 +17,14 @@ fusions at one L and C, for `study.py --cost`; 'histories' times encode, score
 and extend of amortizable ones at long L and one C. 'serving' times users who
 come back: hit, extend, miss and no cache, on the device, in process and through
 HTTP. 'prepare' makes a log (`generate`) and shards of it, within --memory, and
-says how fast a training step is fed from these. 'tables' times updates by the
+says how fast a training step is fed from these; 'spill' times its first step
+beside DuckDB and Polars, if they are installed. 'tables' times updates by the
 rows of a table, beside those with gradients of whole tables. 'train_step' times
 updates, on a log in pointwise, request, streaming and packed rows beside
 PyTorch. The other suites time the named workloads of `benchmarking.workloads`
 against rivals that are installed. Prints tables; writes <output>.json and, but
-for 'fusions', 'histories', 'prepare' and full rows of 'train_step', the plot
-<output>.png.
+for 'fusions', 'histories', 'prepare', 'spill' and full rows of 'train_step',
+the plot <output>.png.
 """
 
 import dataclasses
@@ -55,12 +56,12 @@ _SUITES = {
 }
 _OF_ONE_MODEL = ('scoring', 'cost', 'fusions', 'histories')
 _SERVING = 'serving'
-_PREPARE = 'prepare'
+_OF_A_LOG = ('prepare', 'spill')
 _TABLES = 'tables'
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, _SERVING, _PREPARE, _TABLES, *_SUITES],
+  [*_OF_ONE_MODEL, _SERVING, *_OF_A_LOG, _TABLES, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -95,8 +96,8 @@ _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
 _BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
 _USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: at once.')
-# Of the suite prepare.
-_CONFIG = config_util.Config(TrainConfig, 'Of prepare.', required=False)
+# Of the suites prepare and spill.
+_CONFIG = config_util.Config(TrainConfig, 'Of these.', required=False)
 _FOLDER = flags.DEFINE_string('folder', None, 'To work in.')
 _EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.')
 _MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB, its bound.')
@@ -187,22 +188,27 @@ def serving_suite(save=None):
   )
 
 
-def prepare_suite():
+def log_suite(suite):
   import event_log
-  from benchmarking import preparing
+  from benchmarking import preparing, spilling
 
   if _FOLDER.value is None:
-    raise ValueError('--suite=prepare needs --folder, to work in')
+    raise ValueError(f'--suite={suite} needs --folder, to work in')
   log = event_log.LogConfig(
     num_events=_EVENTS.value,
     num_users=max(1, _EVENTS.value // 100),
     num_items=1_000_000,
     num_files=max(1, _EVENTS.value // 1_000_000),
   )
+  folder = workdir.prepare(_FOLDER.value, '--folder')
+  if suite == 'spill':
+    return spilling.run(
+      _CONFIG.values(), log, folder, num_workers=_WORKERS.value
+    )
   return preparing.run(
     _CONFIG.values(),
     log,
-    workdir.prepare(_FOLDER.value, '--folder'),
+    folder,
     gibibytes=_MEMORY.value,
     num_workers=_WORKERS.value,
     progress=lambda line: print(line, flush=True),
@@ -255,8 +261,8 @@ def main(argv):
     save = output and (lambda x: benchmarking.write_report(x, str(output)))
     if suite in _OF_ONE_MODEL:
       report = one_model(suite)
-    elif suite == _PREPARE:
-      report = prepare_suite()
+    elif suite in _OF_A_LOG:
+      report = log_suite(suite)
     elif suite == _SERVING:
       report = serving_suite(save)
     elif suite == _TABLES:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarking import preparing
+from benchmarking import preparing, spilling
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = (ROOT / 'docs/data.md').read_text(encoding='utf-8')
@@ -39,10 +39,13 @@ def test_commands(tmp_path):
 
 
 def test_figures():
-  names = re.findall(r'\.\./(benchmarks/results/\S+prepare\S+\.json)', DOCS)
-  assert names
-  for name in names:
-    report = json.loads((ROOT / name).read_text())
-    assert f'\n\n{preparing.table(report)}\n\n' in DOCS
-    assert f'\n\n{preparing.spilling_table(report)}\n\n' in DOCS
-    assert report['prepare']['peak_bytes'] <= report['prepare']['memory_bound']
+  names = re.findall(r'\.\./(benchmarks/results/\S+?\.json)', DOCS)
+  reports = [json.loads((ROOT / name).read_text()) for name in names]
+  tables = {'prepare': preparing.table, 'spill': spilling.table}
+  assert 'prepare' in [report['suite'] for report in reports]
+  for report in reports:
+    assert f'\n\n{tables[report["suite"]](report)}\n\n' in f'{DOCS}\n'
+    if report['suite'] == 'prepare':
+      made = report['prepare']
+      assert made['peak_bytes'] <= made['memory_bound']
+      assert report['feed']['ratio'] >= 3

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import event_log
-from benchmarking import machine, memory, spilling
+from benchmarking import machine, memory
 from histjax import config as config_lib
 from histjax.data import datasets, pipeline, prepare
 from histjax.models.ranker import Ranker
@@ -51,7 +51,7 @@ def run(
   Returns:
     A JSON-able report: `suite`, `environment`, `log`, `bytes`, an event of the
     log, the spill and the shards; `prepare` with `seconds` by stage,
-    `events_per_second` and `peak_bytes`; `feed`; and `spilling`, of rivals.
+    `events_per_second` and `peak_bytes`; and `feed`.
 
   Raises:
     ValueError: shards are there already, which cannot be timed.
@@ -92,9 +92,6 @@ def run(
     },
     'results': [],
   }
-  report['spilling'] = spilling.run(
-    values, source, folder, num_workers=num_workers
-  )
   progress(
     f'{done.num_events:,} events in {seconds:.0f} s: '
     f'{done.num_events / seconds:,.0f} a second; peak '
@@ -178,21 +175,21 @@ def table(report: dict[str, Any]) -> str:
       for what, spent in seconds.items()
       if what != 'all'
     ),
-    ('events a second', _rounded(made['events_per_second'])),
+    ('events a second', rounded(made['events_per_second'])),
     (
       'events a second and core',
-      _rounded(made['events_per_second'] / made['workers']),
+      rounded(made['events_per_second'] / made['workers']),
     ),
     ('bytes an event: log', f'{size["log"]:.1f}'),
     ('bytes an event: spill', f'{size["spill"]:.1f}'),
     ('bytes an event: shards', f'{size["shards"]:.1f}'),
     (
       'rows a second that Grain reads, alone',
-      _rounded(feed['pipeline']['rows_per_second']),
+      rounded(feed['pipeline']['rows_per_second']),
     ),
     (
       'rows a second that the step takes, alone',
-      _rounded(feed['step']['rows_per_second']),
+      rounded(feed['step']['rows_per_second']),
     ),
     ('times as many as the step takes', f'{feed["ratio"]:.1f}'),
   ]
@@ -200,20 +197,6 @@ def table(report: dict[str, Any]) -> str:
   return '\n'.join(['| | |', '| --- | --- |', *lines])
 
 
-def spilling_table(report: dict[str, Any]) -> str:
-  """Who cuts a log by user, how fast and in what memory, as Markdown."""
-  lines = ['| | events a second | peak memory |', '| --- | --- | --- |']
-  found = dict(report['spilling'])
-  events = found.pop('events')
-  for name, told in found.items():
-    if 'failed' not in told:
-      rate = events / told['seconds']
-      version = f' {told["version"]}' if 'version' in told else ''
-      peak = told['peak_bytes'] / 2**30
-      lines.append(f'| {name}{version} | {_rounded(rate)} | {peak:.2f} GiB |')
-  return '\n'.join(lines)
-
-
-def _rounded(rate: float) -> str:
+def rounded(rate: float) -> str:
   """Two digits, which are all that such a rate has."""
   return f'{float(f"{rate:.2g}"):,.0f}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import multiprocessing
@@ -12,45 +13,40 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
-from benchmarking import memory
+import event_log
+from benchmarking import machine, memory, preparing
 from histjax import config as config_lib
 from histjax.data import datasets, files, workers
 from histjax.data.prepare import stages
 from histjax.data.prepare.job import Job
 
-_FILES = 20
-
 
 def run(
   values: dict[str, Any],
-  log: pathlib.Path,
+  log: event_log.LogConfig,
   folder: pathlib.Path,
   *,
   partitions: int = 64,
   num_workers: int = 2,
 ) -> dict[str, Any]:
-  """Each in a process of its own, on the first 20 files of a log.
+  """Times each in a process of its own, on a log that is written if need be.
 
   The library's checks and encodes what it reads; the others copy columns as
   they are. One that is not installed is reported with its error.
 
   Args:
-    values: of a config, whose source is the log.
-    log: a folder of Parquet files.
-    folder: to work in.
+    values: of a config, whose log has the columns of `event_log`.
+    log: to cut.
+    folder: to work in; `log/` is left there.
     partitions: of users.
     num_workers: processes, or threads.
 
   Returns:
-    `events`, and of each contender `seconds`, `peak_bytes` and `spill_bytes`.
+    A JSON-able report: `suite`, `environment`, `log`, `partitions`, `workers`
+    and `contenders`, of each `seconds`, `peak_bytes` and `spill_bytes`.
   """
-  some = files.with_header([str(log)])[:_FILES]
-  found: dict[str, Any] = {'events': files.num_rows(some)}
-  part = folder / 'some'
-  shutil.rmtree(part, ignore_errors=True)
-  part.mkdir()
-  for path in some:
-    (part / path.name).symlink_to(path.resolve())
+  event_log.write(folder / 'log', log, num_workers=num_workers)
+  found: dict[str, Any] = {}
   contenders: dict[str, Callable[..., None]] = {
     'histjax': functools.partial(_histjax, values['data']),
     'duckdb': _duckdb,
@@ -61,7 +57,9 @@ def run(
     shutil.rmtree(out, ignore_errors=True)
     context = multiprocessing.get_context('spawn')
     with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-      task = pool.submit(_timed, function, part, out, partitions, num_workers)
+      task = pool.submit(
+        _timed, function, folder / 'log', out, partitions, num_workers
+      )
       try:
         found[name] = task.result()
       except Exception as error:  # One that is missing is a result.
@@ -72,8 +70,29 @@ def run(
     paths = [p for p in out.rglob('*') if p.is_file()]
     found[name]['spill_bytes'] = sum(p.stat().st_size for p in paths)
     shutil.rmtree(out)
-  shutil.rmtree(part)
-  return found
+  return {
+    'suite': 'spill',
+    'environment': machine.environment(),
+    'log': dataclasses.asdict(log),
+    'partitions': partitions,
+    'workers': num_workers,
+    'contenders': found,
+    'results': [],
+  }
+
+
+def table(report: dict[str, Any]) -> str:
+  """Who cuts a log by user, how fast and in what memory, as Markdown."""
+  lines = ['| | events a second | peak memory |', '| --- | --- | --- |']
+  for name, told in report['contenders'].items():
+    if 'failed' not in told:
+      rate = report['log']['num_events'] / told['seconds']
+      version = f' {told["version"]}' if 'version' in told else ''
+      peak = told['peak_bytes'] / 2**30
+      lines.append(
+        f'| {name}{version} | {preparing.rounded(rate)} | {peak:.2f} GiB |'
+      )
+  return '\n'.join(lines)
 
 
 def _timed(function, log, out, partitions, num_workers) -> dict[str, Any]:

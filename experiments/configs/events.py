@@ -3,6 +3,7 @@
   python experiments/train.py --config=my_log.py --workdir=/tmp/my_log \
     --config.data.source.paths='("log.parquet",)'
 
+One that is larger than memory goes through prepare.py first, see docs/data.md.
 How long it takes and what to expect depend on the log. `histjax.schema`
 documents each field, `histjax.features` what can be derived.
 """

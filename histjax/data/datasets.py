@@ -144,8 +144,6 @@ class DataConfig:
 
   Attributes:
     source: where the log comes from.
-    prepared: a folder of rows that `prepare` made of this config; they are read
-      from there, and the log is not. Empty: from `source`.
     rows: the rows to train on.
     eval_rows: those of validation and test; None: as `rows`.
     tasks: what to predict, by the names of the schema's tasks; empty: all of
@@ -154,15 +152,17 @@ class DataConfig:
       an earlier one adds.
     without: features that the model does not get; `features` may read them
       all the same.
+    prepared: a folder of rows that `prepare` made of this config; they are read
+      from there, and the log is not. Empty: from `source`.
   """
 
   source: Source = dataclasses.field(default_factory=Synthetic)
-  prepared: str = ''
   rows: RowConfig = dataclasses.field(default_factory=RowConfig)
   eval_rows: RowConfig | None = None
   tasks: tuple[str, ...] = ()
   features: tuple[DerivedFeature, ...] = ()
   without: tuple[str, ...] = ()
+  prepared: str = ''
 
   def __post_init__(self):
     for field in ('tasks', 'features', 'without'):

@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -183,6 +182,8 @@ class PreparedRows(RowSource):
       config: how they were made.
       indices: of the shards.
     """
+    import grain  # A server need not have it.
+
     self.config = config
     self._schema, self._indices = schema, indices
     self._name = str(folder / split)

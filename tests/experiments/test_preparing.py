@@ -11,7 +11,7 @@ from absl.testing import absltest
 
 import config_util
 import event_log
-from benchmarking import memory, preparing
+from benchmarking import memory, preparing, spilling
 from configs import events
 
 
@@ -36,6 +36,9 @@ def test_report(tmp_path):
   assert 0 < report['prepare']['peak_bytes'] < 3 * 2**30
   assert report['feed']['ratio'] > 0
   assert '| events, users | 60,000, ' in preparing.table(report)
+  report = spilling.run(values, log, tmp_path, partitions=4)
+  assert report['contenders']['histjax']['spill_bytes'] > 60_000 * 30
+  assert '| histjax | ' in spilling.table(report)
   with pytest.raises(ValueError, match='shards is there already'):
     preparing.run(values, log, tmp_path, gibibytes=3.0, num_workers=2)
 

@@ -1,6 +1,7 @@
 """Runs that cannot be right are refused before they start."""
 
 import dataclasses
+import functools
 import types
 
 import numpy as np
@@ -156,6 +157,7 @@ class TestMetricsToSelectBy:
   def check(self, labels, user, select):
     log = types.SimpleNamespace(labels=labels, user=np.asarray(user))
     split = types.SimpleNamespace(log=log, events=np.arange(1, len(user)))
+    split.label_summary = functools.partial(rows.Rows.label_summary, split)
     config_lib._check_defined(make(select=select), 'test', split)
 
   @pytest.mark.parametrize(
