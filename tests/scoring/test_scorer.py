@@ -210,7 +210,7 @@ class InvarianceTest(parameterized.TestCase):
   @parameterized.parameters(
     *(
       {'variant': variant, 'way': way, 'seed': seed}
-      for variant, num_seeds in (('causal', 3), ('isolated', 1))
+      for variant, num_seeds in (('causal', 3), ('isolated', 1), ('cross', 1))
       for way in ('joint', 'plain', 'cached')
       for seed in range(num_seeds)
     )
