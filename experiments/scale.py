@@ -1,0 +1,50 @@
+"""Says what training at scale takes: the tables of docs/scaling.md.
+
+  python experiments/scale.py
+  python experiments/scale.py --items=100000000 --rows=16 --chips=v6e
+  python experiments/scale.py --prepare=benchmarks/results/..-prepare-..json \
+    --events=100000000000 --hours=6
+
+Prints Markdown: of each chip, what a step sends, how long it takes and what
+binds it; and with --prepare, of `benchmark.py --suite=prepare`, how many
+workers make the shards of a log of --events.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import app, flags
+
+from benchmarking import scaling
+
+_CHIPS = flags.DEFINE_list('chips', list(scaling.CHIPS), 'Kinds of chips.')
+_NUMBERS = {
+  field.name: (
+    flags.DEFINE_float if field.type == 'float' else flags.DEFINE_integer
+  )(field.name, field.default, f'See scaling.Job.{field.name}.')
+  for field in dataclasses.fields(scaling.Job)
+  if field.name != 'chip'
+}
+_PREPARE = flags.DEFINE_string('prepare', None, 'JSON of the suite prepare.')
+_EVENTS = flags.DEFINE_float('events', 1e11, 'Events of the log.')
+_HOURS = flags.DEFINE_float('hours', 6, 'To make shards in.')
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  try:
+    numbers = {name: flag.value for name, flag in _NUMBERS.items()}
+    jobs = {c: scaling.Job(chip=c, **numbers) for c in _CHIPS.value}
+    print(scaling.step_table(jobs))
+    if _PREPARE.value is not None:
+      text = pathlib.Path(_PREPARE.value).read_text(encoding='utf-8')
+      report = json.loads(text)
+      print('\n' + scaling.prepare_table(report, _EVENTS.value, _HOURS.value))
+  except (ValueError, OSError) as error:
+    raise SystemExit(f'{type(error).__name__}: {error}') from error
+
+
+if __name__ == '__main__':
+  app.run(main)
