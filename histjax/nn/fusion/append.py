@@ -59,10 +59,18 @@ class _SharedHistory(base.Transformer):
 
       def layer(block, x, i=i, last=last):
         key, value = block.keys_values(x, position)
-        if tower is not None and not last:
-          x = self._layer(i, tower, x, position, key, value, key_range)
-        elif not last:
-          x = block(x, position, key, value, key_range, train=train)
+        if not last:
+          x = self._layer(
+            i,
+            tower,
+            x,
+            position,
+            key,
+            value,
+            key_range,
+            block=block,
+            train=train,
+          )
         return x, key, value
 
       x, key, value = self._layer_function(layer, train)(block, x)
@@ -115,10 +123,14 @@ class _SharedHistory(base.Transformer):
       cache = self._written(i, x, cache, start, count)
     return cache
 
-  def _layer(self, i, tower, x, position, key, value, key_range, *, count=None):
+  def _layer(
+    self, i, tower, x, position, key, value, key_range, *, count=None,
+    block=None, train=False,
+  ):  # fmt: skip
     """Events after layer `i`, by the tower's kernel if it is not None."""
     if tower is None:
-      return self.blocks[i](x, position, key, value, key_range)
+      block = self.blocks[i] if block is None else block
+      return block(x, position, key, value, key_range, train=train)
     return self._tower(
       x,
       position,

@@ -52,10 +52,10 @@ class CrossOnly(append.AppendCross):
 
   def _layer(
     self, i, tower, x, position, key, value, key_range, *, count=None,
-    train=False,
+    block=None, train=False,
   ):  # fmt: skip
     """Events after layer `i`: as they were."""
-    del i, tower, position, key, value, key_range, count, train
+    del i, tower, position, key, value, key_range, count, block, train
     return x
 
   def __call__(
