@@ -51,7 +51,8 @@ def run(
   Returns:
     A JSON-able report: `suite`, `environment`, `log`, `bytes`, an event of the
     log, the spill and the shards; `prepare` with `seconds` by stage,
-    `cpu_seconds` of all cores, `events_per_second` and `peak_bytes`; and `feed`.
+    `cpu_seconds` of all cores, `events_per_second` and `peak_bytes`; and
+    `feed`.
 
   Raises:
     ValueError: shards are there already, which cannot be timed.
@@ -179,8 +180,13 @@ def table(report: dict[str, Any]) -> str:
     ),
     ('events a second', rounded(made['events_per_second'])),
     (
-      'events a second of CPU time',
-      rounded(count / made['cpu_seconds']),
+      'events a second and core',
+      rounded(made['events_per_second'] / made['workers']),
+    ),
+    *(
+      ('events a second of CPU time', rounded(count / made[name]))
+      for name in ('cpu_seconds',)
+      if name in made
     ),
     ('bytes an event: log', f'{size["log"]:.1f}'),
     ('bytes an event: spill', f'{size["spill"]:.1f}'),
