@@ -83,17 +83,16 @@ def run(
 
 
 def table(report: dict[str, Any]) -> str:
-  """Who cuts a log by user, how fast and in what memory, as Markdown."""
+  """Who cuts a log by user, for what time and memory, as Markdown."""
   lines = [
-    '| | events a second | events a second of CPU time | peak memory |',
-    '| --- | --- | --- | --- |',
+    '| | events a second of CPU time | peak memory |',
+    '| --- | --- | --- |',
   ]
   for name, told in report['contenders'].items():
     if 'failed' not in told:
       events = report['log']['num_events']
       cells = [
         f'{name} {told["version"]}' if 'version' in told else name,
-        preparing.rounded(events / told['seconds']),
         preparing.rounded(events / told['cpu_seconds']),
         f'{told["peak_bytes"] / 2**30:.2f} GiB',
       ]
