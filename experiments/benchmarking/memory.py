@@ -1,9 +1,10 @@
-"""The memory that this process and all that it started take together."""
+"""What this process and all that it started take together."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import resource
 import threading
 
 _PROC = pathlib.Path('/proc')
@@ -52,6 +53,15 @@ def tree_bytes(root: int) -> int:
     todo += children.get(process, [])
     total += _proportional(process)
   return total
+
+
+def cpu_seconds() -> float:
+  """Of this process and of those that it started and that have ended."""
+  found = 0.0
+  for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+    used = resource.getrusage(who)
+    found += used.ru_utime + used.ru_stime
+  return found
 
 
 def _proportional(process: int) -> int:

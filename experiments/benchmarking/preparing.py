@@ -51,7 +51,8 @@ def run(
   Returns:
     A JSON-able report: `suite`, `environment`, `log`, `bytes`, an event of the
     log, the spill and the shards; `prepare` with `seconds` by stage,
-    `events_per_second` and `peak_bytes`; and `feed`.
+    `cpu_seconds` of all cores, `events_per_second` and `peak_bytes`; and
+    `feed`.
 
   Raises:
     ValueError: shards are there already, which cannot be timed.
@@ -62,7 +63,7 @@ def run(
   event_log.write(source, log, num_workers=num_workers)
   values['data']['source']['paths'] = [str(source)]
   data = config_lib.from_dict(datasets.DataConfig, values['data'])
-  start = time.perf_counter()
+  start, spent = time.perf_counter(), memory.cpu_seconds()
   with memory.PeakMemory() as peak:
     done = prepare.prepare(
       data,
@@ -71,6 +72,7 @@ def run(
       prepare.Local(num_workers),
     )
   seconds = time.perf_counter() - start
+  spent = memory.cpu_seconds() - spent
   report = {
     'suite': 'prepare',
     'environment': machine.environment(),
@@ -88,6 +90,7 @@ def run(
       'peak_bytes': peak.bytes,
       'workers': num_workers,
       'seconds': {'all': seconds, **done.seconds},
+      'cpu_seconds': spent,
       'events_per_second': done.num_events / seconds,
     },
     'results': [],
@@ -179,6 +182,11 @@ def table(report: dict[str, Any]) -> str:
     (
       'events a second and core',
       rounded(made['events_per_second'] / made['workers']),
+    ),
+    *(
+      ('events a second of CPU time', rounded(count / made[name]))
+      for name in ('cpu_seconds',)
+      if name in made
     ),
     ('bytes an event: log', f'{size["log"]:.1f}'),
     ('bytes an event: spill', f'{size["spill"]:.1f}'),

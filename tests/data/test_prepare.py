@@ -3,11 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 import tempfile
 from unittest import mock
 
@@ -97,6 +93,10 @@ def run(data, folder, **options):
 
 def prepared(data, folder) -> datasets.Dataset:
   return datasets.load(dataclasses.replace(data, prepared=str(folder)))
+
+
+def contents(folder) -> dict[str, bytes]:
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 KINDS = (
@@ -262,234 +262,6 @@ class BatchesTest(parameterized.TestCase):
       messages[0], "a row of user 'u.*' has .* events of history"
     )
     self.assertEqual(*messages)
-
-
-class ErrorsTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-  def _log(self, **columns):
-    data = {**some_columns(200), **columns}
-    return write(self.folder, data, (0.5,))
-
-  def _same_error(self, data_config, *, begun: bool):
-    """As in memory; `begun`: work has been spent before."""
-    with self.assertRaises(ValueError) as wanted:
-      datasets.load(data_config)
-    with self.assertRaises(ValueError) as told:
-      run(data_config, self.folder / 'out', num_shards=3)
-    self.assertEqual(str(told.exception), str(wanted.exception))
-    self.assertEqual((self.folder / 'out').exists(), begun)
-    return str(told.exception)
-
-  def test_values(self):
-    stars = np.ones(200)
-    stars[190] = np.nan
-    said = self._same_error(config(self._log(stars=stars)), begun=True)
-    self.assertRegex(said, 'day=1/part-0.parquet row 90 holds nan')
-
-  @parameterized.named_parameters(
-    ('column', {'item_id': None}, {}, "column 'item_id' is not in"),
-    ('type', {'ts': np.array(['soon'] * 200)}, {}, "column 'ts'.*'soon'"),
-    (
-      'split',
-      {},
-      {'split': splits_lib.TimeSplit('2024-01-01', '2024-01-02')},
-      'write it as|holds numbers',
-    ),
-    ('rows', {}, {'rows': RowConfig('request')}, "ties='strict'"),
-    (
-      'feature',
-      {},
-      {'features': (features.RecentRates(2),)},
-      'RecentRates needs Rates',
-    ),
-    ('task', {}, {'tasks': ('buy',)}, "task 'buy'"),
-  )
-  def test_before_work_is_spent(self, columns, fields, message):
-    data = {**some_columns(200), **columns}
-    data = {k: v for k, v in data.items() if v is not None}
-    paths = write(self.folder, data, (0.5,)) if 'item_id' in data else None
-    if paths is None:
-      data['item_id'] = np.arange(200) % 60
-      paths = write(self.folder, data, (0.5,))
-      last = pathlib.Path(paths[0]) / 'day=1' / 'part-0.parquet'
-      parquet.write_table(parquet.read_table(last).drop(['item_id']), last)
-    said = self._same_error(config(paths, **fields), begun=False)
-    self.assertRegex(said, message)
-
-  def test_files(self):
-    (log,) = self._log()
-    first = f'{log}/day=0/part-0.parquet'
-    self.assertRegex(
-      self._same_error(config((log, first)), begun=False), 'is given twice'
-    )
-    self.assertRegex(
-      self._same_error(config((f'{log}/none',)), begun=False), 'does not exist'
-    )
-
-  def test_unsorted(self):
-    ts = np.arange(200)
-    ts[120] = 0
-    uid = np.array(['u1'] * 200)
-    data_config = config(
-      self._log(ts=ts, uid=uid), source={'require_sorted': True}
-    )
-    said = self._same_error(data_config, begun=True)
-    self.assertRegex(said, 'day=1/part-0.parquet row 20 holds 0: earlier')
-
-  def test_a_log_in_memory(self):
-    with self.assertRaisesRegex(ValueError, 'Synthetic, which is made in mem'):
-      run(datasets.DataConfig(datasets.Synthetic()), self.folder / 'out')
-
-  def test_features_of_a_whole_log(self):
-    data = config(self._log(), features=(_Mean(),))
-    with self.assertRaisesRegex(ValueError, '_Mean.fit reads a whole log'):
-      run(data, self.folder / 'out')
-    data = config(self._log_again(), features=(_Shuffled(),))
-    with self.assertRaisesRegex(ValueError, 'give _Shuffled.counted'):
-      run(data, self.folder / 'out')
-
-  def _log_again(self):
-    return (str(self.folder / 'log'),)
-
-  def test_too_little_memory(self):
-    with self.assertRaisesRegex(ValueError, 'too little for 1 workers: give'):
-      run(config(self._log()), self.folder / 'out', memory=2.0**28)
-    data = config(self._log_again())
-    with mock.patch.object(plan, '_EVENT', 2.0**24):
-      with self.assertRaisesRegex(ValueError, 'a shard of 2 has .* raise mem'):
-        run(data, self.folder / 'out', memory=2.0**29, num_shards=2)
-
-
-class ResumeTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    self.config = config(write(self.folder, some_columns(200), (0.5,)))
-
-  @slow_unless(lambda stages: len(stages) == 2)
-  @parameterized.parameters(
-    (('reading', 'writing'),), (('learning', 'counting', 'writing'),)
-  )
-  def test_killed(self, stages):
-    """Really killed; ends as if it had not been."""
-    for where in stages:
-      process = subprocess.Popen(
-        [
-          *(sys.executable, '-m', 'tests.data.prepare_process'),
-          *(str(self.folder), where),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-      )
-      self.assertEqual(process.stdout.readline(), 'pause\n')
-      process.send_signal(signal.SIGKILL)
-      self.assertEqual(process.wait(), -signal.SIGKILL)
-      process.stdout.close()
-      with self.assertRaisesRegex(ValueError, 'not to the end; run prepare'):
-        prepared(self.config, self.folder / 'out')
-    out = self.folder / 'out'
-    self.assertLen(list(out.glob('shard-*.json')), 1)
-    self.assertNotEmpty(list(out.glob('.*.tmp')))
-    done = run(self.config, out)
-    self.assertEqual((done.num_shards, done.num_resumed), (4, 1))
-    run(self.config, self.folder / 'at_once', num_shards=4)
-    self.assertEqual(contents(out), contents(self.folder / 'at_once'))
-    again = run(self.config, out)
-    self.assertEqual((again.num_resumed, again.seconds), (4, {}))
-    found = prepared(self.config, out)
-    prepared_rows.check_same(self, found, datasets.load(self.config))
-
-  def test_other_configs_and_logs(self):
-    out = self.folder / 'out'
-    run(self.config, out, num_shards=2)
-    before = contents(out)
-    (log,) = self.config.source.paths
-    rows = dataclasses.replace(self.config, rows=RowConfig(history_length=9))
-    seen = []
-    for data_config, options, message in (
-      (rows, {}, r'rows\.history_length: None'),
-      (self.config, {'num_shards': 3}, 'num_shards: 2 there, 3 asked for'),
-      (
-        config((f'{log}/day=0',)),
-        {},
-        'files of the log: 2 there, 1 asked for',
-      ),
-    ):
-      with self.assertRaisesRegex(ValueError, message) as told:
-        run(data_config, out, **options)
-      seen.append(str(told.exception))
-    with self.assertRaisesRegex(ValueError, 'made with another config') as told:
-      prepared(rows, out)
-    self.assertIn('rows.history_length', str(told.exception))
-    last = pathlib.Path(log) / 'day=1' / 'part-0.parquet'
-    os.utime(last, ns=(0, 0))  # Written again, and the same.
-    run(self.config, out)
-    table = parquet.read_table(last)
-    clicks = pa.array(1 - table['click'].to_numpy())
-    place = table.column_names.index('click')
-    parquet.write_table(table.set_column(place, 'click', clicks), last)
-    with self.assertRaisesRegex(ValueError, 'day=1/part-0.parquet has changed'):
-      run(self.config, out)
-    self.assertEqual(contents(out), before)
-
-  def test_damage(self):
-    out = self.folder / 'out'
-    run(self.config, out, num_shards=2)
-    records = out / 'train-00001-of-00002.array_record'
-    index = out / 'index-00000-of-00002.npz'
-    for path, change, message in (
-      (records, lambda b: b[:-1], 'cut off or changed'),
-      (index, lambda b: b[:-1] + b'x', 'does not have its checksum'),
-      (out / 'features.npz', lambda b: b[:-9], 'damaged'),
-    ):
-      whole = path.read_bytes()
-      path.write_bytes(change(whole))
-      with self.assertRaisesRegex(ValueError, message):
-        prepared(self.config, out)
-      path.write_bytes(whole)
-    whole = records.read_bytes()
-    records.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
-    with self.assertRaisesRegex(ValueError, 'out/train cannot be read .*hash'):
-      list(prepared(self.config, out).splits['train'])
-    records.write_bytes(whole)
-    list(prepared(self.config, out).splits['train'])
-    (self.folder / 'letter').mkdir()
-    (self.folder / 'letter' / 'letter.txt').write_text('Dear')
-    with self.assertRaisesRegex(ValueError, 'holds files and no manifest.json'):
-      run(self.config, self.folder / 'letter')
-
-
-def contents(folder) -> dict[str, bytes]:
-  return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mean(features.DerivedFeature):
-  def fit(self, events, train):
-    return {'mean': np.mean(events.features['price'])}
-
-  def features(self, schema, state):
-    return ()
-
-  def apply(self, events, impressions, state):
-    return {}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shuffled(features.DerivedFeature):
-  def features(self, schema, state):
-    return ()
-
-  def apply(self, events, impressions, state):
-    return {}
-
-  def apply_training(self, events, history_length, state, train):
-    return {}
 
 
 if __name__ == '__main__':
