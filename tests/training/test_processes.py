@@ -1,7 +1,10 @@
 """Processes and devices share the work, and the result is that of one."""
 
+import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -87,7 +90,8 @@ def test_two_processes_of_four_devices(one, tmp_path, monkeypatch):
   assert state.step in (25, 30) and meta['data']['epoch'] == state.step // 6
 
   other = tmp_path / 'other'
-  shutil.copytree(work, other)
+  # What a save left is being deleted in the background.
+  shutil.copytree(work, other, ignore=shutil.ignore_patterns('*tmp*'))
   (result, stdout), (same, _) = members.run(work, devices=4, **CHANGES)
   assert f'Resuming at step {state.step} of 50' in stdout
   np.testing.assert_equal(result, same)
@@ -125,3 +129,46 @@ def test_what_is_not_the_same_is_named(tmp_path, what):
     'config': 'the config: that of process 1 (host',
     'workdir': 'name a folder that all hosts share',
   }[what] in text
+
+
+SCORES = """
+import json, sys
+import numpy as np
+from histjax import metrics
+from histjax.training import watchdog
+
+def scored(rows):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(50, 3)).astype(np.float32)
+  labels = (rng.random((50, 3)) < 0.3).astype(np.float32)
+  found = metrics.RankingMetrics(['y'])
+  if len(rows):
+    found.update({'y': logits[rows]}, {'y': labels[rows]}, None, rows % 7)
+  return found
+
+if len(sys.argv) > 1:
+  address, index = sys.argv[1], int(sys.argv[2])
+  with watchdog.joined(address, 3, index):
+    # Of different numbers, one of none.
+    rows = np.split(np.arange(50), [13, 13])[index]
+    print('RESULT', json.dumps(scored(rows).gather().result()))
+"""
+
+
+def test_metrics_merge_exactly():
+  address = members.free_address()
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', SCORES, address, str(index)],
+      env=members.environment(1),
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(3)
+  ]
+  outputs = [process.communicate()[0] for process in started]
+  found: dict = {}
+  exec(SCORES.replace('len(sys.argv) > 1', 'False'), found)
+  expected = found['scored'](np.arange(50)).result()
+  for output in outputs:
+    assert json.loads(output.rpartition('RESULT ')[2]) == expected
