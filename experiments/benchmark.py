@@ -162,7 +162,9 @@ def serving_suite(save=None):
 
 
 def tables_suite():
-  options = {} if _SECONDS.value is None else {'seconds': _SECONDS.value}
+  options: dict[str, Any] = {}
+  if _SECONDS.value is not None:
+    options['seconds'] = _SECONDS.value
   return tables.run(
     _integers(_ROWS, tables.ROWS),
     contenders=_CONTENDERS.value,
