@@ -216,7 +216,9 @@ def log_suite(suite):
 
 
 def tables_suite():
-  options = {} if _SECONDS.value is None else {'seconds': _SECONDS.value}
+  options: dict[str, Any] = {}
+  if _SECONDS.value is not None:
+    options['seconds'] = _SECONDS.value
   return tables.run(
     _integers(_ROWS, tables.ROWS),
     contenders=_CONTENDERS.value,

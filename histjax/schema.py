@@ -57,7 +57,11 @@ class Categorical:
       `name` if empty.
     ids: 'index' takes ids as they are and refuses one outside `[0, size)`;
       'hash' maps any integer or text to `[0, size)` by a fixed hash; '7' and 7
-      are the same, '007' is another.
+      are the same, '007' is another. Keys may share a row, see
+      `data.hashing.collision_rate`.
+    out_of_vocabulary: with 'index', the table's last row, `size - 1`, is of all
+      ids outside `[0, size - 1)`, in a log and in requests, which else are
+      refused. It learns only from ids that training meets there.
   """
 
   name: str
@@ -65,6 +69,7 @@ class Categorical:
   column: str = ''
   table: str = ''
   ids: Literal['index', 'hash'] = 'index'
+  out_of_vocabulary: bool = False
 
   def __post_init__(self):
     _check_name(self)
@@ -76,6 +81,11 @@ class Categorical:
     if self.ids not in ('index', 'hash'):
       raise ValueError(
         f"feature {self.name!r}: ids={self.ids!r} must be 'index' or 'hash'"
+      )
+    if self.out_of_vocabulary and (self.ids != 'index' or self.size < 2):
+      raise ValueError(
+        f'feature {self.name!r}: out_of_vocabulary with ids={self.ids!r} and '
+        f"size={self.size}; it needs ids='index' and a row beside the last"
       )
     object.__setattr__(self, 'column', self.column or self.name)
     object.__setattr__(self, 'table', self.table or self.name)

@@ -7,6 +7,7 @@ would have to partition. Each test prints what its program needs.
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -298,7 +299,53 @@ class RankerTest(CompileTestCase):
     self.assert_kernels(program, **dict.fromkeys((FORWARD, *BACKWARD), 2))
     # Gradients are added up over the chips; no chip fetches others' rows.
     self.assertIn('all-reduce', program.as_text())
-    self.assertNotRegex(program.as_text(), 'all-gather|all-to-all')
+    # But for ids, by which the chips know the rows that all of them touch.
+    self.assert_gathers_less_than(program, 64 * NUM_ROWS * NUM_EVENTS)
+
+  def assert_gathers_less_than(self, program, limit):
+    """No collective but a sum has a result of so many elements."""
+    found = re.findall(
+      r'= \(?\w+\[([\d,]*)\][^=]* (?:all-gather|all-to-all|'
+      r'collective-permute)(?:-start)?\(',
+      program.as_text(),
+    )
+    sizes = [math.prod(map(int, dims.split(','))) for dims in found if dims]
+    self.assertNotEmpty(sizes)
+    self.assertLess(max(sizes), limit)
+
+  @marks.slow_unless(lambda topology: topology == 'v5e:4x4')
+  @parameterized.parameters('v5e:4x4', 'v6e:4x4')
+  def test_tables_split_over_sixteen_chips(self, topology):
+    mesh = sharding.data_mesh(devices(topology), table=8)
+    items, dim = 2_000_000, 64
+    item = dataclasses.replace(SCHEMA.item[0], size=items)
+    big = dataclasses.replace(SCHEMA, item=(item, *SCHEMA.item[1:]))
+    model = ranker.Ranker(
+      dataclasses.replace(
+        CONFIG, schema=big, embedding_dim=dim, table_row_multiple=16
+      )
+    )
+    batch = support.batch(
+      np.random.default_rng(0), 16, NUM_EVENTS, NUM_CANDIDATES, schema=big
+    )
+    train_state = self.eval_shape(lambda: state.create_state(model, TX, big, 0))
+    program = self.compile(
+      topology,
+      step.make_train_step(model, TX, big, mesh=mesh),
+      jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        train_state,
+        sharding.of_state(train_state, mesh),
+      ),
+      shapes(batch, jax.NamedSharding(mesh, sharding.ROWS)),
+    )
+    # A part of the table is on each chip, and no more in any operation.
+    self.assertIn(f'f32[{items // 8},{dim}]', program.as_text())
+    self.assertNotIn(f'f32[{items},', program.as_text())
+    self.assert_gathers_less_than(program, 64 * 16 * NUM_EVENTS)
+    memory = program.memory_analysis()
+    self.assertLess(memory.temp_size_in_bytes, items * dim)  # A quarter of it.
+    self.assertGreaterEqual(memory.alias_size_in_bytes, items // 8 * dim * 4)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,7 +133,7 @@ def line(entry: dict[str, Any], name: str) -> str:
   )
 
 
-def plot(report: dict[str, Any]):
+def plot(report: Mapping[str, Any]):
   """Time and temporary memory by rows, as a matplotlib figure."""
   from matplotlib import figure as figure_lib
 
@@ -227,7 +227,7 @@ def _update(workload, size, batches, table_axis):
   schema, tx = _schema(size), _optimizer()
   model = _model(workload, size, table_axis or 1)
   state = state_lib.create_state(model, tx, schema, 0, mesh=mesh)
-  step = step_lib.make_train_step(model, tx, schema, mesh=mesh)
+  step: Any = step_lib.make_train_step(model, tx, schema, mesh=mesh)
   placed = [
     batch if mesh is None else sharding.put_batch(batch, mesh)
     for batch in batches
@@ -270,7 +270,8 @@ def _dense(workload, size, repeats, seconds):
     variables, opt_state = carried
 
     def loss_of(variables):
-      return losses.batch_loss(model.apply(variables, batch), batch)
+      logits: Any = model.apply(variables, batch)
+      return losses.batch_loss(logits, batch)
 
     loss, grads = jax.value_and_grad(loss_of)(variables)
     updates, opt_state = transformation.update(grads, opt_state, variables)

@@ -74,15 +74,23 @@ def encode_categorical(columns: Columns, feature: Categorical) -> np.ndarray:
     parts.as_integers,
     f"no index of feature {feature.name!r}; set ids='hash'",
   )
+  if feature.out_of_vocabulary:
+    return known(values, feature)
   parts.check(
     columns,
     name,
     values,
     (values < 0) | (values >= feature.size),
     f'outside the table of feature {feature.name!r}, [0, {feature.size}); '
-    "raise its size, or set ids='hash'",
+    "raise its size, or set ids='hash' or out_of_vocabulary=True",
   )
   return values.astype(np.int32)
+
+
+def known(values: np.ndarray, feature: Categorical) -> np.ndarray:
+  """int32 ids `[n]`; those that are outside get the feature's last row."""
+  last = feature.size - 1
+  return np.where((values < 0) | (values > last), last, values).astype(np.int32)
 
 
 def encode_dense(columns: Columns, feature: Dense) -> np.ndarray:

@@ -11,7 +11,9 @@ every version of this library, because tables are trained against it:
   little-endian integer of its 8-byte BLAKE2b digest (RFC 7693) of its UTF-8
   bytes, and then mixed likewise,
 
-and the row is the mixed value modulo the table's size.
+and the row is the mixed value modulo the table's size. How many keys share
+their row is `collision_rate`: 1 % in a table of 100 rows a key, 10 % in one of
+9.5, 63 % in one of 1.
 """
 
 from __future__ import annotations
@@ -25,6 +27,16 @@ import numpy as np
 from histjax.mixing import mix
 
 _DECIMAL = re.compile(r'0|-?[1-9][0-9]{0,19}')
+
+
+def collision_rate(num_keys: int, size: int) -> float:
+  """The share of keys, in expectation, that have their row with another one.
+
+      1 - (1 - 1 / size)^(num_keys - 1)
+
+  of distinct keys, whose rows are as good as uniform and independent.
+  """
+  return -float(np.expm1((num_keys - 1) * np.log1p(-1 / size)))
 
 
 def hash_integers(values: np.ndarray, size: int) -> np.ndarray:

@@ -115,6 +115,10 @@ def _index(schema, values, feature: Categorical) -> np.ndarray | None:
   found = _numbers(schema, values, feature.column)
   if found is None or found.dtype.kind == 'f':
     return None
+  if feature.out_of_vocabulary:
+    last = feature.size - 1
+    outside = (found < 0) | (found > last)
+    return np.where(outside, last, found).astype(np.int32)
   if found.dtype == np.int64:  # Below 0 is beyond all others.
     if np.maximum.reduce(found.view(np.uint64)) >= feature.size:
       return None

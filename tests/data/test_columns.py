@@ -196,6 +196,15 @@ class IndexTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       columns_lib.encode_categorical(table(values), INDEX)
 
+  @parameterized.parameters(
+    [[0, 8, 9, 10, -1, 2**40]], [['0', '8', '9', '10', '-1', '1e6']]
+  )
+  def test_ids_out_of_the_vocabulary_have_the_last_row(self, values):
+    feature = Categorical('item', 10, out_of_vocabulary=True)
+    found = columns_lib.encode_categorical(table(values), feature)
+    self.assertEqual(found.tolist(), [0, 8, 9, 9, 9, 9])
+    self.assertEqual(found.dtype, np.int32)
+
   def test_row_of_a_later_part(self):
     with self.assertRaisesRegex(ValueError, 'part2 row 1 holds 1.5'):
       columns_lib.encode_categorical(parts([1], [2, 3], [4.0, 1.5]), INDEX)

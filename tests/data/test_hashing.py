@@ -3,7 +3,7 @@
 import hashlib
 
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ def splitmix(k: int) -> int:
   return z ^ (z >> 31)
 
 
-class HashingTest(absltest.TestCase):
+class HashingTest(parameterized.TestCase):
   def test_published_values(self):
     # The first outputs of SplitMix64 seeded with 0 and with 1234567.
     state = np.array([0, 0x9E3779B97F4A7C15, 1234567], np.uint64)
@@ -77,6 +77,16 @@ class HashingTest(absltest.TestCase):
       ['7', '07', '7.0', ' 7', '+7', '\u0667'], 2**31 - 1
     )
     self.assertLen(set(rows.tolist()), 6)
+
+  @parameterized.parameters(1, 10, 100)
+  def test_as_many_collide_as_is_said(self, rows_per_key):
+    num_keys = 50_000
+    size = num_keys * rows_per_key
+    rows = hashing.hash_integers(np.arange(num_keys), size)
+    shared = np.mean(np.bincount(rows)[rows] > 1)
+    expected = hashing.collision_rate(num_keys, size)
+    self.assertLess(abs(shared - expected), 0.01)  # 5 standard deviations.
+    self.assertAlmostEqual(expected, -np.expm1(-1 / rows_per_key), delta=1e-4)
 
   def test_spreads(self):
     rows = hashing.hash_integers(np.arange(100_000), 100)

@@ -158,6 +158,13 @@ class PlainTest(parameterized.TestCase):
     ):
       self.assertEqual(outcome(use, values, schema), wanted)
 
+  def test_ids_out_of_the_vocabulary_have_the_last_row(self):
+    feature = Categorical('item', 10, out_of_vocabulary=True)
+    schema = Schema('user', 'time', (feature,), (Task('click'),))
+    values = [0, 8, 9, 10, -1, 2**40]
+    found = plain.encode(schema, {'item': values}, (feature,), len(values))
+    self.assertEqual(found['item'].tolist(), [0, 8, 9, 9, 9, 9])
+
   def test_a_text_is_read_again(self):
     """Texts are kept by their value: another feature's size does not matter."""
     for size in (10, 1000):

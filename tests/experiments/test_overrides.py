@@ -63,7 +63,8 @@ def others(hint):
     yield texts[0], [values[0]]
     yield '', []
   elif typing.get_origin(hint) in (dict, Mapping):
-    yield "{'auc': 0.5}", {'auc': 0.5}
+    for text, value in others(typing.get_args(hint)[1]):
+      yield f"{{'auc': {text}}}", {'auc': value}
   else:
     members = typing.get_args(hint)
     assert members, hint

@@ -5,13 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 
 import jax
 import numpy as np
 import pytest
 
 from histjax.training import checkpoints, loop, processes
-from tests.training import members, runs, test_loop
+from tests.training import members, runs, test_loop, test_sharding
 
 pytestmark = pytest.mark.slow
 
@@ -172,3 +173,51 @@ def test_metrics_merge_exactly():
   expected = found['scored'](np.arange(50)).result()
   for output in outputs:
     assert json.loads(output.rpartition('RESULT ')[2]) == expected
+
+
+TABLES = textwrap.dedent("""
+  import sys
+  import jax, numpy as np
+  jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+  assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
+  from histjax.training import checkpoints, sharding
+  from tests.training import test_sharding as t
+  on = sharding.data_mesh(table=4)
+  own = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
+  found = t.train(t.create(on), on, rows=own)
+  item = found.tables['tables']['item']
+  assert item.addressable_shards[0].data.shape == (10, 4)
+  with checkpoints.Checkpoints(sys.argv[3]) as manager:
+    manager.save(found, {'best_step': None, 'config': {}})
+  local = sharding.local_mesh(on)
+  assert dict(local.shape) == {'data': 1, 'table': 4}
+  variables = sharding.put_variables(found.variables, local)
+  mine = variables['tables']['tables']['item']
+  np.testing.assert_array_equal(np.asarray(mine), sharding.to_host(item))
+""")
+
+
+def test_tables_split_in_each_of_two_processes(tmp_path):
+  address = members.free_address()
+  started = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        '-c',
+        TABLES,
+        address,
+        str(index),
+        str(tmp_path),
+      ],
+      cwd=members.ROOT,
+      env=members.environment(devices=4),
+    )
+    for index in range(2)
+  ]
+  assert [p.wait() for p in started] == [0, 0]
+  two = test_sharding.mesh(2, 2)
+  with checkpoints.Checkpoints(tmp_path) as manager:
+    found, _ = manager.restore(test_sharding.create(two))
+  test_sharding.assert_close(
+    test_sharding.everything(found), test_sharding.on_one()[0]
+  )

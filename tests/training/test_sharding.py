@@ -39,11 +39,13 @@ def create(on, rules=None):
   )
 
 
-def train(current, on, rules=None, *, start=0, stop=STEPS):
+def train(current, on, rules=None, *, start=0, stop=STEPS, rows=None):
   train_step = step.make_train_step(
     MODEL, TX, support.SCHEMA, mesh=on, rules=rules
   )
   for batch in batches()[start:stop]:
+    if rows is not None:  # Those of this process.
+      batch = jax.tree.map(lambda x: x[rows], batch)
     current = train_step(current, sharding.put_batch(batch, on))
   return current
 
