@@ -35,9 +35,11 @@ def derive(log, *configs, train=None):
 
 
 @st.composite
-def columns(draw, max_users: int = 4, max_events: int = 24):
+def columns(
+  draw, max_users: int = 4, max_events: int = 24, min_events: int = 1
+):
   """Columns of a log: few users, tied times, requests of a user mixed up."""
-  n = draw(st.integers(1, max_events))
+  n = draw(st.integers(min_events, max_events))
   rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
   users = rng.integers(0, draw(st.integers(1, max_users)), n)
   return {

@@ -115,9 +115,9 @@ class SameRowsTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
   @parameterized.parameters(*[(rows,) for rows in KINDS])
-  @support.examples(6)
+  @support.examples(8)
   @given(
-    data=logs.columns(max_users=6, max_events=40),
+    data=logs.columns(max_users=6, max_events=40, min_events=6),
     cuts=st.lists(st.floats(0, 1), max_size=3),
     num_shards=st.integers(1, 5),
     request=st.booleans(),
