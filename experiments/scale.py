@@ -13,19 +13,21 @@ workers make the shards of a log of --events.
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from absl import app, flags
 
 from benchmarking import scaling
 
 _CHIPS = flags.DEFINE_list('chips', list(scaling.CHIPS), 'Kinds of chips.')
-_NUMBERS = {
-  field.name: (
-    flags.DEFINE_float if field.type == 'float' else flags.DEFINE_integer
-  )(field.name, field.default, f'See scaling.Job.{field.name}.')
-  for field in dataclasses.fields(scaling.Job)
-  if field.name != 'chip'
-}
+_NUMBERS: dict[str, flags.FlagHolder[Any]] = {}
+for _field in dataclasses.fields(scaling.Job):
+  _help = f'See scaling.Job.{_field.name}.'
+  _default: Any = _field.default
+  if _field.type == 'float':
+    _NUMBERS[_field.name] = flags.DEFINE_float(_field.name, _default, _help)
+  elif _field.type == 'int':
+    _NUMBERS[_field.name] = flags.DEFINE_integer(_field.name, _default, _help)
 _PREPARE = flags.DEFINE_string('prepare', None, 'JSON of the suite prepare.')
 _EVENTS = flags.DEFINE_float('events', 1e11, 'Events of the log.')
 _HOURS = flags.DEFINE_float('hours', 6, 'To make shards in.')
@@ -35,7 +37,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   try:
-    numbers = {name: flag.value for name, flag in _NUMBERS.items()}
+    numbers: dict[str, Any] = {k: flag.value for k, flag in _NUMBERS.items()}
     jobs = {c: scaling.Job(chip=c, **numbers) for c in _CHIPS.value}
     print(scaling.step_table(jobs))
     if _PREPARE.value is not None:

@@ -199,9 +199,19 @@ def step_table(jobs: Mapping[str, Job]) -> str:
     lambda x: _bytes(x['chip_bytes']) + ('' if x['fits'] else ', too much'),
   )
   for what in _SENT:
-    row(f'sent by a chip: {what}', lambda x, w=what: _bytes(x['sent'][w]))
+    rows.append(
+      [
+        f'sent by a chip: {what}',
+        *(_bytes(x['sent'][what]) for x in found.values()),
+      ]
+    )
   for what in _BOUNDS:
-    row(f'ms: {what}', lambda x, w=what: f'{1e3 * x["seconds"][w]:.1f}')
+    rows.append(
+      [
+        f'ms: {what}',
+        *(f'{1e3 * x["seconds"][what]:.1f}' for x in found.values()),
+      ]
+    )
   row('bound by', lambda x: x['bound'])
   row(
     'candidates a second, nothing overlapped',

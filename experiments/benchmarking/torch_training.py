@@ -25,13 +25,13 @@ Tensors = dict[str, Any]
 
 
 def loss_and_gradient(
-  config: RankerConfig, params: Mapping[str, Any], batch: RankingBatch
+  config: RankerConfig, variables: Mapping[str, Any], batch: RankingBatch
 ) -> tuple[float, Any]:
   """In float32, as `train_rows.gradients`."""
   device = _device()
   exact = torch.backends.cuda.matmul.allow_tf32
   torch.backends.cuda.matmul.allow_tf32 = False
-  tensors, tree = _parameters(params, device)
+  tensors, tree = _parameters(variables, device)
   loss = _loss(config, tensors, _tensors(batch, device))
   loss.backward()
   torch.backends.cuda.matmul.allow_tf32 = exact
@@ -44,12 +44,12 @@ def loss_and_gradient(
 
 def updates(
   config: RankerConfig,
-  params: Mapping[str, Any],
+  variables: Mapping[str, Any],
   batches: Sequence[RankingBatch],
 ) -> list[Callable[[], Any]]:
   """An update by Adam for each batch, copied from the host."""
   device = _device()
-  tensors, _ = _parameters(params, device)
+  tensors, _ = _parameters(variables, device)
   optimizer = torch.optim.Adam(
     list(tensors.values()), lr=1e-3, fused=device.type == 'cuda'
   )
@@ -80,10 +80,10 @@ def _device() -> torch.device:
   return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
-def _parameters(params, device) -> tuple[Parameters, Any]:
-  leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+def _parameters(variables, device) -> tuple[Parameters, Any]:
+  leaves, tree = jax.tree_util.tree_flatten_with_path(variables)
   return {
-    '/'.join(k.key for k in path): torch.tensor(
+    '/'.join(k.key for k in path[1:]): torch.tensor(
       np.array(leaf), device=device, requires_grad=True
     )
     for path, leaf in leaves

@@ -21,6 +21,7 @@ from histjax import schema as schema_lib
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
 from histjax.training import losses
+from histjax.training import optimizer as optimizer_lib
 from histjax.training import state as state_lib
 from histjax.training import step as step_lib
 from histjax.types import RankingBatch
@@ -191,25 +192,25 @@ def checked_batches(
 def gradients(
   workload: workloads.TrainRows, batches: Mapping[str, RankingBatch]
 ) -> tuple[Any, dict[str, tuple[float, Any]]]:
-  """Parameters, and of each batch the loss and its gradient, in float32."""
+  """Variables, and of each batch the loss and its gradient, in float32."""
   model = Ranker(dataclasses.replace(config(workload), dtype='float32'))
   some = next(iter(batches.values()))
-  params = jax.jit(model.init)(jax.random.key(0), some)['params']
+  variables = jax.jit(model.init)(jax.random.key(0), some)
 
   @jax.jit
-  def run(params, batch):
-    def loss(params):
-      logits: Any = model.apply({'params': params}, batch)
+  def run(variables, batch):
+    def loss(variables):
+      logits: Any = model.apply(variables, batch)
       return losses.batch_loss(logits, batch)
 
-    return jax.value_and_grad(loss)(params)
+    return jax.value_and_grad(loss)(variables)
 
   with jax.default_matmul_precision('highest'):
     found = {
-      kind: jax.device_get(run(params, batch))
+      kind: jax.device_get(run(variables, batch))
       for kind, batch in batches.items()
     }
-  return jax.device_get(params), {
+  return jax.device_get(variables), {
     k: (float(x), g) for k, (x, g) in found.items()
   }
 
@@ -240,11 +241,14 @@ def updates(
   workload: workloads.TrainRows, grouped: Grouped
 ) -> list[Callable[[], Any]]:
   """An update by Adam for each bucket, batches copied from the host."""
-  import optax
-
-  model, optimizer = Ranker(config(workload)), optax.adam(1e-3)
+  model = Ranker(config(workload))
+  optimizer = optimizer_lib.make_optimizer(
+    optimizer_lib.OptimizerConfig(
+      table_optimizer='lazy_adam', table_learning_rate=1e-3
+    )
+  )
   state = state_lib.create_state(model, optimizer, schema(workload), seed=0)
-  step = step_lib.make_train_step(model, optimizer)
+  step = step_lib.make_train_step(model, optimizer, schema(workload))
 
   def update(batch):
     def call():
@@ -264,9 +268,7 @@ def time_in_turns(
   times: dict[tuple[str, int], list[float]] = {}
   for name, several in calls.items():
     for number, call in enumerate(several):
-      timing.samples(
-        call, 0
-      )  # Compiles, and touches memory for the first time.
+      timing.samples(call, 0)  # Compiles, and touches memory.
       times[name, number] = []
   for _ in range(repeats):
     for (name, number), found in times.items():
@@ -332,7 +334,7 @@ def run(
   """
   log = log_of(workload)
   checked = checked_batches(log, workload)
-  params, found = gradients(workload, checked)
+  variables, found = gradients(workload, checked)
   rows: dict[str, dict[str, Any]] = {}
   calls: dict[str, list[Callable[[], Any]]] = {}
   groups: dict[str, Grouped] = {}
@@ -356,11 +358,11 @@ def run(
         rows[name] = {'failed': f'ImportError: {error}'}
         continue
       computed = torch_training.loss_and_gradient(
-        config(workload), params, checked[kind]
+        config(workload), variables, checked[kind]
       )
       calls[name] = torch_training.updates(
         config(workload),
-        params,
+        variables,
         [groups[kind].batch(i) for i in range(len(groups[kind].buckets))],
       )
     rows[name] = {'errors': errors(computed, found['pointwise'])}
