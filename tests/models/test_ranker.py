@@ -305,6 +305,7 @@ class RankerTest(parameterized.TestCase):
       "candidate_tower='xla', but fusion='append_isolated' has no tower; set",
     ),
     ({'encoder__num_layers': 0}, 'encoder.num_layers=0'),
+    ({'encoder__remat': 'dots'}, r"encoder.remat='dots' must be .*dots_saveab"),
     ({'encoder__positions': 'sine'}, "encoder.positions='sine'"),
     (
       {'encoder__causal': False, 'encoder__window': 4},
