@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -313,6 +313,15 @@ def summary(grouped: Grouped, steps: list[float]) -> dict[str, Any]:
   }
 
 
+def check_contenders(contenders: Sequence[str]) -> None:
+  """Raises ValueError at a name that nobody has."""
+  known = [f'histjax:{kind}' for kind in KINDS]
+  known += ['torch:pointwise', 'torch:streaming']
+  for name in contenders:
+    if name not in known:
+      raise ValueError(f'contender {name!r} is unknown; use some of {known}')
+
+
 def run(
   workload: workloads.TrainRows,
   contenders: list[str],
@@ -332,6 +341,7 @@ def run(
   Raises:
     ValueError: a contender is unknown, or computes something else.
   """
+  check_contenders(contenders)
   log = log_of(workload)
   checked = checked_batches(log, workload)
   variables, found = gradients(workload, checked)
@@ -340,12 +350,6 @@ def run(
   groups: dict[str, Grouped] = {}
   for name in contenders:
     owner, _, kind = name.partition(':')
-    known = {'histjax': KINDS, 'torch': ('pointwise', 'streaming')}
-    if kind not in known.get(owner, ()):
-      raise ValueError(
-        f'contender {name!r} is unknown; use '
-        f'{[f"{k}:{v}" for k, names in known.items() for v in names]}'
-      )
     if kind not in groups:
       groups[kind] = group(log, workload, kind)
     if owner == 'histjax':

@@ -51,7 +51,7 @@ def get_config():
         },
       },
       'model': {'encoder': {'window': 100, 'dropout': 0.2}},
-      'pipeline': {'batch_events': 8192},
+      'pipeline': {'batch_events': 8192, 'pack': True},
       'optimizer': {'weight_decay': 0.01, 'clip_norm': 1.0},
       'task_weights': {'click': 1.0},
       'num_epochs': 10,

@@ -20,6 +20,7 @@ from benchmarking import (
   report,
   suites,
   timing,
+  train_rows,
   train_steps,
   workloads,
 )
@@ -331,6 +332,43 @@ class SuitesTest(parameterized.TestCase):
 
 
 class TrainStepsTest(absltest.TestCase):
+  @pytest.mark.slow  # It compiles nine updates.
+  def test_rows_of_a_log(self):
+    workload = workloads.TRAIN_STEP['cpu_heavy_tailed'].small()
+    result = train_steps.run(
+      'train_step', {'log': workload}, repeats=1, seconds=0, progress=str
+    )
+    (entry,) = result['results']
+    for name, row in entry['contenders'].items():
+      if name.startswith('torch') and 'failed' in row:
+        self.assertIn('ImportError', row['failed'])
+        continue
+      self.assertLess(row['errors']['gradient'], 1e-5)
+      self.assertGreater(row['impressions_per_second'], 0)
+    paths = benchmarking.write_report(result, temporary(self, 'rows'))
+    self.assertLen(paths, 2)
+
+  def test_all_kinds_of_rows_hold_the_log(self):
+    workload = workloads.TRAIN_STEP['cpu_heavy_tailed'].small()
+    log = train_rows.log_of(workload)
+    for kind in train_rows.KINDS:
+      grouped = train_rows.group(log, workload, kind)
+      self.assertEqual(grouped.rows.candidate_counts.sum(), len(log))
+      batch = grouped.batch(0)
+      self.assertEqual(kind == 'packed', batch.segments is not None)
+      summary = train_rows.summary(grouped, [2.0] * len(grouped.buckets))
+      self.assertEqual(
+        summary['epoch_seconds'],
+        2.0 * sum(b.num_batches for b in grouped.buckets),
+      )
+      real = batch.candidates.mask.mean()
+      if len(grouped.buckets) == 1 and grouped.buckets[0].num_batches == 1:
+        self.assertAlmostEqual(summary['padding']['candidates'], 1 - real)
+    with self.assertRaisesRegex(ValueError, 'these are not equal updates'):
+      train_rows.errors((1.0, np.ones(3)), (1.0, np.array([1.0, 1.0, 1.1])))
+    with self.assertRaisesRegex(ValueError, "'torch:packed' is unknown"):
+      train_rows.check_contenders(['torch:packed'])
+
   def test_report(self):
     workload = workloads.TRAIN_STEP['cpu'].small()
     lines = []

@@ -313,6 +313,7 @@ class RankerTest(parameterized.TestCase):
       "causal=False, but with fusion='cross_only' events see no",
     ),
     ({'encoder__num_layers': 0}, 'encoder.num_layers=0'),
+    ({'encoder__remat': 'dots'}, r"encoder.remat='dots' must be .*dots_saveab"),
     ({'encoder__positions': 'sine'}, "encoder.positions='sine'"),
     (
       {'encoder__causal': False, 'encoder__window': 4},

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from histjax.data import rows
+from histjax.data import pipeline, rows
 from histjax.models import ranker
 from histjax.nn import encoder
 from histjax.training import config as config_lib
@@ -59,6 +59,14 @@ def with_rows(field='rows', **fields):
     ({'task_weights': {'like': -1.0}}, r"task_weights\['like'\]=-1.0 must be"),
     ({'task_weights': {'like': float('nan')}}, "'like'.=nan must be >= 0"),
     ({'task_weights': {'like': 0, 'click': 0}}, 'all tasks weigh 0'),
+    (
+      {
+        'pipeline': pipeline.PipelineConfig(pack=True),
+        'data': with_rows(kind='request'),
+        'model': with_encoder(causal=False),
+      },
+      r'encoder\.causal=False cannot take packed rows.*pipeline\.pack=False',
+    ),
     (
       {'model': with_encoder(causal=False)},
       r"data\.rows\.kind='streaming' with model\.encoder\.causal=False.*"
