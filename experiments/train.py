@@ -9,6 +9,7 @@ from absl import app, flags, logging
 
 import config_util
 from histjax.data import datasets, synthetic
+from histjax.training import sharding
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.loop import train_and_evaluate
@@ -23,6 +24,9 @@ _WORKDIR = flags.DEFINE_string(
 _MULTI_HOST = flags.DEFINE_bool(
   'multi_host', False, 'Whether this is one process of several (one a host).'
 )
+_TABLE_AXIS = flags.DEFINE_integer(
+  'table_axis', 1, 'Over how many devices the rows of the tables are split.'
+)
 
 
 def main(argv):
@@ -35,7 +39,8 @@ def main(argv):
     values = _CONFIG.values()
     workdir = workdir_lib.prepare(_WORKDIR.value)
     config, dataset = config_util.load(values)
-    result = train_and_evaluate(config, workdir, dataset=dataset)
+    mesh = sharding.data_mesh(table=_TABLE_AXIS.value)
+    result = train_and_evaluate(config, workdir, dataset=dataset, mesh=mesh)
   except (ValueError, OSError, ImportError, ArithmeticError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if result['interrupted'] or jax.process_index():
