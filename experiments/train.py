@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 import config_util
 from histjax.data import datasets, synthetic
-from histjax.training import watchdog
+from histjax.training import sharding, watchdog
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.loop import train_and_evaluate
@@ -30,6 +30,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _MULTI_HOST = flags.DEFINE_bool(
   'multi_host', False, 'Whether this is one process of several (one a host).'
+)
+_TABLE_AXIS = flags.DEFINE_integer(
+  'table_axis', 1, 'Over how many devices the rows of the tables are split.'
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address', None, 'host:port of the first process.'
@@ -55,7 +58,8 @@ def joined() -> contextlib.AbstractContextManager[None]:
 def run(values, workdir):
   try:
     config, dataset = config_util.load(values)
-    result = train_and_evaluate(config, workdir, dataset=dataset)
+    mesh = sharding.data_mesh(table=_TABLE_AXIS.value)
+    result = train_and_evaluate(config, workdir, dataset=dataset, mesh=mesh)
   except _ERRORS as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
   if result['interrupted'] or jax.process_index():

@@ -317,7 +317,7 @@ class RankerTest(CompileTestCase):
   @parameterized.parameters('v5e:4x4', 'v6e:4x4')
   def test_tables_split_over_sixteen_chips(self, topology):
     mesh = sharding.data_mesh(devices(topology), table=8)
-    items, dim = 2_000_000, 64
+    items, dim = 1_000_000, 128  # Rows of 64 would be padded, in a copy.
     item = dataclasses.replace(SCHEMA.item[0], size=items)
     big = dataclasses.replace(SCHEMA, item=(item, *SCHEMA.item[1:]))
     model = ranker.Ranker(
@@ -344,8 +344,9 @@ class RankerTest(CompileTestCase):
     self.assertNotIn(f'f32[{items},', program.as_text())
     self.assert_gathers_less_than(program, 64 * 16 * NUM_EVENTS)
     memory = program.memory_analysis()
-    self.assertLess(memory.temp_size_in_bytes, items * dim)  # A quarter of it.
-    self.assertGreaterEqual(memory.alias_size_in_bytes, items // 8 * dim * 4)
+    part = items // 8 * dim * 4
+    self.assertLess(memory.temp_size_in_bytes, part / 2)
+    self.assertGreaterEqual(memory.alias_size_in_bytes, part)
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ from benchmarking import (
   machine,
   report,
   suites,
+  tables,
   timing,
   train_rows,
   train_steps,
@@ -329,6 +330,51 @@ class SuitesTest(parameterized.TestCase):
       names = suites.default_contenders(ragged, platform)
       self.assertEqual(names[0], 'histjax')
       self.assertEqual('torch:varlen' in names, platform == 'gpu')
+
+
+class TablesTest(absltest.TestCase):
+  @pytest.mark.slow  # Its parts below.
+  def test_report(self):
+    lines = []
+    result = tables.run(
+      (20, 500),
+      tables.Workload(8, 4, 6, 2, 8, 1),
+      repeats=2,
+      seconds=0,
+      progress=lines.append,
+    )
+    self.assertLen(lines, 4)
+    self.assertEqual([x['rows'] for x in result['results']], [20, 500])
+    for entry in result['results']:
+      self.assertLessEqual(entry['touched'], 32)
+      ours, dense = (entry['contenders'][k] for k in ('histjax', 'dense'))
+      self.assertLessEqual(ours['p50'], ours['p99'])
+      self.assertGreater(dense['calls'], 0)
+    few, many = (
+      {k: x['temporary_bytes'] for k, x in entry['contenders'].items()}
+      for entry in result['results']
+    )
+    # 12 more rows can be distinct; the dense gradient alone has 480.
+    self.assertLess(many['histjax'] - few['histjax'], 12 * 8 * 4 * 10)
+    self.assertGreater(many['dense'] - few['dense'], 400 * 8 * 4)
+    paths = benchmarking.write_report(result, temporary(self, 'tables'))
+    with open(paths[0]) as f:
+      self.assertEqual(json.load(f), result)
+    self.assertTrue(os.path.getsize(paths[1]))
+
+  def test_what_does_not_fit_is_not_run(self):
+    with mock.patch.object(tables, '_device_bytes', lambda: 1000):
+      result = tables.run(
+        (20,),
+        tables.Workload(8, 4, 6, 2, 8, 1),
+        repeats=2,
+        seconds=0,
+        progress=lambda line: None,
+      )
+    found = result['results'][0]['contenders']
+    self.assertIn('it needs 0.0 GiB', found['dense']['failed'])
+    self.assertLessEqual(found['histjax']['p50'], found['histjax']['p99'])
+    self.assertGreater(found['histjax']['argument_bytes'], 20 * 8 * 4)
 
 
 class TrainStepsTest(absltest.TestCase):
