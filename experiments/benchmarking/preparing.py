@@ -22,10 +22,8 @@ from histjax.training import state as state_lib
 from histjax.training import step as step_lib
 from histjax.training.config import TrainConfig
 
-_FEED = 200
-"""Batches that the pipeline alone is timed over."""
 _STEPS = 20
-"""Of these, as many are trained on."""
+"""Batches that are trained on."""
 
 
 def run(
@@ -35,6 +33,7 @@ def run(
   *,
   gibibytes: float,
   num_workers: int,
+  num_batches: int = 200,
   progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
   """Writes a log if it is not there, prepares it, and feeds a step from it.
@@ -46,6 +45,7 @@ def run(
     folder: to work in; `log/` and `shards/` are left there.
     gibibytes: of `prepare`, its bound of memory.
     num_workers: processes.
+    num_batches: that the pipeline alone is timed over.
     progress: called with a line at a time.
 
   Returns:
@@ -100,13 +100,16 @@ def run(
     f'{done.num_events / seconds:,.0f} a second; peak '
     f'{peak.bytes / 2**30:.2f} GiB'
   )
-  report['feed'] = feed(values, data, shards)
+  report['feed'] = feed(values, data, shards, num_batches)
   progress(json.dumps(report['feed'], indent=1))
   return report
 
 
 def feed(
-  values: dict[str, Any], data: datasets.DataConfig, shards: pathlib.Path
+  values: dict[str, Any],
+  data: datasets.DataConfig,
+  shards: pathlib.Path,
+  num_batches: int,
 ) -> dict[str, Any]:
   """How fast shards are read into batches, and how fast a step takes them.
 
@@ -118,16 +121,17 @@ def feed(
   values = {**values, 'data': data}
   values['model'] = {**values['model'], 'schema': dataset.schema}
   config = config_lib.from_dict(TrainConfig, values)
+  steps = min(_STEPS, num_batches)
   batches = pipeline.train_batches(dataset.splits['train'], config.pipeline)
-  some = [next(batches) for _ in range(_STEPS)]  # Opens files, too.
+  some = [next(batches) for _ in range(steps)]  # Opens files, too.
   rows = candidates = 0
   start = time.perf_counter()
-  for _ in range(_FEED):
+  for _ in range(num_batches):
     batch = next(batches)
     real = np.asarray(batch.candidates.mask)
     rows += int(real.any(1).sum())
     candidates += int(real.sum())
-  seconds = (time.perf_counter() - start) / _FEED
+  seconds = (time.perf_counter() - start) / num_batches
   batches.close()
   model = Ranker(config.model)
   tx = optimizer_lib.make_optimizer(config.optimizer, 1000)
@@ -140,15 +144,15 @@ def feed(
   for batch in some:
     state = step(state, batch)
   jax.block_until_ready(state)
-  step_seconds = (time.perf_counter() - start) / _STEPS
-  per_batch = rows / _FEED
+  step_seconds = (time.perf_counter() - start) / steps
+  per_batch = rows / num_batches
   return {
     'batch_events': config.pipeline.batch_events,
     'encoder': config_lib.to_dict(config.model.encoder),
     'pipeline': {
       'batches_per_second': 1 / seconds,
       'rows_per_second': per_batch / seconds,
-      'candidates_per_second': candidates / _FEED / seconds,
+      'candidates_per_second': candidates / num_batches / seconds,
     },
     'step': {
       'batches_per_second': 1 / step_seconds,

@@ -27,6 +27,7 @@ def test_report(tmp_path):
     tmp_path,
     gibibytes=3.0,
     num_workers=2,
+    num_batches=4,
     progress=lambda line: None,
   )
   assert json.loads(json.dumps(report)) == report
