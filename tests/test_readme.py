@@ -65,6 +65,15 @@ RUN: dict[str, list[str]] = {
   '--output=/tmp/scoring': SCORING,
   'python experiments/size.py': [],
 }  # fmt: skip
+OTHER_SUITES = (
+  'cost',
+  'fusions',
+  'histories',
+  'prepare',
+  'serving',
+  'spill',
+  'tables',
+)
 # What the others need; their flags, extras and targets are looked up.
 NOT_RUN = (
   (r'make \S+$', 'sets up an environment; `.ci/run` calls them'),
@@ -78,6 +87,10 @@ NOT_RUN = (
   (r'.*--engine=ray', 'a cluster: tests/serving/test_cluster.py'),
   (r'.*benchmark\.py.* --(suite|lengths)=', 'an idle machine, or a GPU'),
   (r'python experiments/load\.py', 'an idle machine'),
+  (r'.*/tmp/data/', 'tests/test_docs_data.py runs them'),
+  (r'.*--workdir=/tmp/synthetic', 'tests/test_training_docs.py runs them'),
+  (r'gcloud |srun ', 'a cluster'),
+  (r'python experiments/scale\.py', 'tests/experiments/test_scale.py runs it'),
   (r'python experiments/train.*learning_rate=0.01', 'as the one before'),
   (r'python experiments/score.*--workdir=/tmp/run.*--top_k', 'as README'),
 )
@@ -191,13 +204,15 @@ class TestCommands:
     if 'config_util.Config(' in source:
       known.add('config')
     own, changes = overrides.split_argv(command.flags, 'config')
+    of_a_log = any('my_log.py' in x or 'events.py' in x for x in own)
     for flag in own:
       name, _, value = flag.removeprefix('--').partition('=')
       assert name in known
       if name == 'config' and value != 'my_log.py':
         assert (ROOT / value).is_file()
     cls = StudyConfig if command.binary == 'study' else TrainConfig
-    overrides.apply(cls, synthetic.get_config().to_dict(), changes)
+    of = events if of_a_log else synthetic
+    overrides.apply(cls, of.get_config().to_dict(), changes)
 
   def test_suites_and_workloads(self):
     timed = {
@@ -213,7 +228,7 @@ class TestCommands:
         named = set(flags['workloads'].split(','))
         assert named <= set(timed[flags['suite']])
       if command.binary == 'benchmark' and 'suite' in flags:
-        assert flags['suite'] in (*timed, 'cost', 'fusions', 'serving')
+        assert flags['suite'] in (*timed, *OTHER_SUITES)
 
   def test_targets_and_extras(self):
     makefile = (ROOT / 'Makefile').read_text()
