@@ -334,7 +334,11 @@ class TestBinaries:
         started.terminate()
     started.communicate()
     log = trained[0] / 'log.parquet'
-    of_score = [f'--events={log}', f'--candidates={log}', '--as_of']
+    table = parquet.read_table(log)
+    later = pa.array(table['ts'].to_numpy() + np.timedelta64(3650, 'D'))
+    table = table.set_column(table.column_names.index('ts'), 'ts', later)
+    parquet.write_table(table, tmp_path / 'later.parquet')
+    of_score = [f'--events={log}', f'--candidates={tmp_path}/later.parquet']
     of_export = ['--platform=cpu', '--rows=1', '--events=16', '--candidates=8']
     of_export += ['--new_events=1', f'--output={tmp_path}/model']
     for binary, flags in {

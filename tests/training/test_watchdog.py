@@ -20,14 +20,13 @@ address, count, index, victim, how = sys.argv[1:]
 with watchdog.joined(address, int(count), int(index)):
   print('values', *processes.exchange(f'v{index}'), flush=True)
   if index == victim:
+    time.sleep(1)  # The others have read what process 0 keeps.
     if how == 'kill':
       os.kill(os.getpid(), signal.SIGKILL)
     if how == 'stop':
       os.kill(os.getpid(), signal.SIGSTOP)
     if how == 'error':
       raise SystemExit('ValueError: no such file')
-    if how == 'leave':
-      time.sleep(1)
   if how == 'other':
     processes.check_same({'the data': index == victim})
   if victim != 'nobody' and how != 'leave':
