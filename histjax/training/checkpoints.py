@@ -221,6 +221,7 @@ class Checkpoints:
         of the best step is not.
       OSError: it cannot be read.
     """
+    self._manager.wait_until_finished()
     step = self._latest()
     if step is None:
       return None

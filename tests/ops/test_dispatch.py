@@ -188,9 +188,9 @@ encoder = histjax.EncoderConfig(
 config = histjax.RankerConfig(schema, encoder=encoder)
 batch = testing.random_batch(schema, 1, 4, 3)
 import jax
-params = jax.jit(histjax.Ranker(config).init)(jax.random.key(0), batch)
+variables = jax.jit(histjax.Ranker(config).init)(jax.random.key(0), batch)
 
-scorer = histjax.Scorer(config, params['params'])
+scorer = histjax.Scorer(config, variables)
 cache = scorer.encode(batch.history)
 logits = scorer.score(cache, batch.candidates, batch.context)
 assert np.isfinite(logits['click']).all()
