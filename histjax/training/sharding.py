@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,12 +50,11 @@ def data_mesh(
       f'table={table}: tables cannot be split over so many of '
       f'{len(devices)} devices; choose a divisor of {len(devices)}'
     )
-  return jax.make_mesh(
-    (len(devices) // table, table),
-    AXES,
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices,
+  # A slice of 4 x 4 chips has no axis of 8: it may be made of parts of both.
+  arranged = mesh_utils.create_device_mesh(
+    (len(devices) // table, table), devices, allow_split_physical_axes=True
   )
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

@@ -272,20 +272,22 @@ class CompileTest(parameterized.TestCase):
     config = support.config(
       encoder__width=128, encoder__num_heads=4, dtype='bfloat16'
     )
-    model, params = support.init(config)
+    model, variables = support.init(config)
     batch = support.batch(np.random.default_rng(0), 4, 300, 200)
     cache = jax.eval_shape(
-      lambda: model.apply({'params': params}, batch.history, method='encode')
+      lambda: model.apply(variables, batch.history, method='encode')
     )
 
-    def score(params, cache, candidates, context):
-      variables = {'params': params, **ranker.pack(config, params)}
+    def score(variables, cache, candidates, context):
+      variables = {**variables, **ranker.pack(config, variables)}
       return scoring.score_microbatched(
         model, variables, cache, candidates, context, microbatch=256
       )
 
     device = devices('v5e:2x2')[0]
-    self.compile(device, score, params, cache, batch.candidates, batch.context)
+    self.compile(
+      device, score, variables, cache, batch.candidates, batch.context
+    )
 
 
 if __name__ == '__main__':
