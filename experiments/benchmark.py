@@ -102,6 +102,15 @@ _FOLDER = flags.DEFINE_string('folder', None, 'To work in.')
 _EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.')
 _MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB, its bound.')
 _WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.')
+_ONLY_OF = {
+  'calls': ('request',),
+  'fusions': ('histories',),
+  'folder': _OF_A_LOG,
+  'events': _OF_A_LOG,
+  'memory': _OF_A_LOG,
+  'workers': _OF_A_LOG,
+}
+"""Flags that other suites would ignore."""
 _HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
 
 
@@ -234,8 +243,6 @@ def named_suite(name, save=None):
   if _SECONDS.value is not None:
     options['seconds'] = _SECONDS.value
   if _CALLS.value is not None:
-    if module is not requests:
-      raise app.UsageError(f'--calls is of --suite=request, not of {name}')
     options['calls'] = _CALLS.value
   if module is requests:
     options['save'] = save
@@ -256,6 +263,11 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   suite, output = _SUITE.value, None
+  for name, suites_of_it in _ONLY_OF.items():
+    if flags.FLAGS[name].present and suite not in suites_of_it:
+      raise app.UsageError(
+        f'--{name} is of --suite={" or ".join(suites_of_it)}, not of {suite}'
+      )
   try:
     if _OUTPUT.value is not None:  # Fails before the work, not after it.
       output = workdir.resolve(_OUTPUT.value, '--output')

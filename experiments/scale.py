@@ -36,6 +36,9 @@ _HOURS = flags.DEFINE_float('hours', 6, 'To make shards in.')
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  for name in ('events', 'hours'):
+    if flags.FLAGS[name].present and _PREPARE.value is None:
+      raise app.UsageError(f'--{name} is of a log: give --prepare, too')
   try:
     numbers: dict[str, Any] = {k: flag.value for k, flag in _NUMBERS.items()}
     jobs = {c: scaling.Job(chip=c, **numbers) for c in _CHIPS.value}

@@ -80,7 +80,9 @@ class PageTest(absltest.TestCase):
       check=False,
     )
     self.assertEqual(done.returncode, 0, done.stderr)
-    for line in done.stdout.splitlines():
+    lines = done.stdout.splitlines()
+    self.assertGreater(len(lines), 20)
+    for line in lines:
       self.assertIn(line, page)
 
   def test_measured_times_are_those_of_the_result(self):
