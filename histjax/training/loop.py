@@ -49,7 +49,8 @@ def train_and_evaluate(
 
   Args:
     config: the run.
-    workdir: a folder for its checkpoints, scalars and metrics.json.
+    workdir: a folder for its checkpoints, scalars, metrics.jsonl (each line an
+      entry of `history`, up to the last validation) and metrics.json.
     dataset: what `config.data` describes, if it is loaded already.
     mesh: of `sharding.data_mesh`; None: over all devices of all processes. A
       run may go on on another one.
@@ -316,8 +317,8 @@ class _Run:
       self.step, {f'test/{k}': v for k, v in summary['test'].items()}
     )
     self.reporter.message(
-      f'Test, with the parameters of step {best}: '
-      f'{report_lib.format_metrics(summary["test"])}'
+      f'Test, with the parameters of step {best}:\n'
+      f'{report_lib.metrics_table(summary["test"])}'
     )
     return {'interrupted': False, **summary}
 
@@ -421,9 +422,6 @@ class _Run:
     if found is None:
       return False
     values = found.result()
-    self.reporter.message(
-      f'Validation at step {self.step}: {report_lib.format_metrics(values)}'
-    )
     self.reporter.scalars(
       self.step, {f'validation/{k}': v for k, v in values.items()}
     )
@@ -438,8 +436,16 @@ class _Run:
       progress.no_better = 0
     else:
       progress.no_better += 1
+    assert progress.best_metrics is not None
+    said = report_lib.format_validation(values, progress.best_metrics, weights)
+    mark = 'best so far'
+    if progress.no_better:
+      mark = f'not better than step {progress.best_step}'
+    self.reporter.message(f'Validation at step {self.step} ({mark}): {said}')
     progress.evaluated_step, self.unsaved = self.step, True
     progress.history.append({'step': self.step, 'validation': values})
+    if jax.process_index() == 0:
+      report_lib.write_history(self.workdir, progress.history)
     patience = self.config.patience
     if patience is not None and progress.no_better >= patience:
       progress.stopped = True

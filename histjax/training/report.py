@@ -1,4 +1,4 @@
-"""The progress line, TensorBoard scalars and metrics.json of a run."""
+"""The progress line, TensorBoard scalars and files of metrics of a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from histjax import metrics
 from histjax.training import integrity
 
 METRICS_FILE = 'metrics.json'
+HISTORY_FILE = 'metrics.jsonl'
 
 
 class Reporter:
@@ -159,6 +161,63 @@ def format_metrics(values: Mapping[str, float]) -> str:
   return '  '.join(f'{name} {value:.4f}' for name, value in values.items())
 
 
+def format_validation(
+  values: Mapping[str, float],
+  best: Mapping[str, float],
+  weights: Mapping[str, float],
+) -> str:
+  """The metrics that decide, the best values of these, and log losses.
+
+  What is said of a task is what decides and its AUC and log loss; tasks that
+  do not decide are in `HISTORY_FILE` alone, as all metrics are.
+
+  Args:
+    values: of this validation, `{'task/metric': value}`.
+    best: of the best one so far.
+    weights: what decides, see `metrics.criterion`.
+  """
+  deciding = [
+    f'{name} {values[name]:.4f}'
+    + (f' (best {best[name]:.4f})' if best is not values else '')
+    for name in weights
+  ]
+  tasks = dict.fromkeys(name.rsplit('/', 1)[0] for name in weights)
+  others = {
+    name: values[name]
+    for name in (f'{t}/{m}' for t in tasks for m in ('auc', 'logloss'))
+    if name not in weights
+  }
+  if len(weights) > 1:
+    total = metrics.criterion(values, weights)
+    deciding.append(f'weighted {total:.4f}')
+    if best is not values:
+      deciding[-1] += f' (best {metrics.criterion(best, weights):.4f})'
+  text = f'by {"  ".join(deciding)}'
+  return f'{text}; {format_metrics(others)}' if others else text
+
+
+def metrics_table(values: Mapping[str, float]) -> str:
+  """A line for each task, a column for each metric."""
+  rows: dict[str, dict[str, float]] = {}
+  for name, value in values.items():
+    task, metric = name.rsplit('/', 1)
+    rows.setdefault(task, {})[metric] = value
+  width = max(map(len, rows), default=0)
+  return '\n'.join(
+    f'  {task:<{width}}  {format_metrics(row)}' for task, row in rows.items()
+  )
+
+
+def write_history(
+  workdir: pathlib.Path, history: Sequence[Mapping[str, Any]]
+) -> None:
+  """Writes metrics.jsonl, a line for each entry; NaN becomes null."""
+  lines = [
+    json.dumps(_without_nan(entry), allow_nan=False) for entry in history
+  ]
+  _write(workdir / HISTORY_FILE, ''.join(f'{line}\n' for line in lines))
+
+
 def write_metrics(workdir: pathlib.Path, values: Mapping[str, Any]) -> None:
   """Writes metrics.json; see `write_json`."""
   write_json(workdir / METRICS_FILE, {**values, 'format': integrity.FORMAT})
@@ -166,10 +225,14 @@ def write_metrics(workdir: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
   """Writes a JSON file, whole or not at all; NaN becomes null."""
-  temporary = path.with_suffix(f'.{os.getpid()}.tmp')
   text = json.dumps(_without_nan(values), indent=2, allow_nan=False)
+  _write(path, text + '\n')
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  temporary = path.with_suffix(f'.{os.getpid()}.tmp')
   try:
-    temporary.write_text(text + '\n')
+    temporary.write_text(text)
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)  # As when the disk is full.

@@ -122,8 +122,14 @@ class TestRun:
     assert lines[2].startswith('step 1/3 (33%)  loss 0.')
     assert re.search(r' candidates/s  .*ETA \d+:\d\d:\d\d', lines[2])
     assert '  1 shapes  ' in lines[2]
-    assert lines[-2].startswith('Validation at step 3: click/auc 0.')
-    assert lines[-1].startswith('Test, with the parameters of step 3: click')
+    assert re.fullmatch(
+      r'Validation at step 3 \(best so far\): by click/auc 0\.\d{4}; '
+      r'click/logloss 0\.\d{4}',
+      lines[-4],
+    )
+    assert lines[-3] == 'Test, with the parameters of step 3:'
+    assert lines[-2].startswith('  click  auc 0.')
+    assert lines[-1].startswith('  like   auc 0.')
 
   def test_the_device_always_has_a_step_to_do(self, tmp_path, monkeypatch):
     calls = []
@@ -193,7 +199,17 @@ class TestRun:
     assert (False, False) not in itertools.pairwise(better[:-1])
     assert result['step'] == len(values) < 30
     assert result['best_step'] == result['step'] - 2
-    assert 'click/auc has not improved for 2' in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert 'click/auc has not improved for 2' in output
+    best = result['best_step']
+    marks = re.findall(r'^Validation at step (\d+) \((.*?)\)', output, re.M)
+    assert marks[-3:] == [
+      (str(best), 'best so far'),
+      (str(best + 1), f'not better than step {best}'),
+      (str(best + 2), f'not better than step {best}'),
+    ]
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result['history']
     assert runs.saved(tmp_path)[1]['progress']['stopped']
 
   def test_epochs(self, tmp_path):

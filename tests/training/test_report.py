@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import threading
+from typing import ClassVar
 
 import pytest
 
@@ -114,6 +115,48 @@ class TestMetricsFile:
     with pytest.raises(TypeError):
       report.write_metrics(tmp_path, {'x': object()})
     assert (tmp_path / 'metrics.json').read_text() == 'old'
+
+
+class TestValidation:
+  VALUES: ClassVar = {
+    f'{task}/{metric}': number
+    for task, base in (('a', 0.1), ('b', 0.3))
+    for metric, number in {
+      'auc': base,
+      'gauc': base + 0.01,
+      'logloss': base + 0.02,
+      'ne': base + 0.03,
+    }.items()
+  }
+
+  def test_what_decides_and_no_other_task(self):
+    assert (
+      report.format_validation(self.VALUES, self.VALUES, {'b/gauc': 1.0})
+      == 'by b/gauc 0.3100; b/auc 0.3000  b/logloss 0.3200'
+    )
+
+  def test_beside_the_best(self):
+    best = {name: value + 0.5 for name, value in self.VALUES.items()}
+    assert (
+      report.format_validation(self.VALUES, best, {'a/auc': 1.0})
+      == 'by a/auc 0.1000 (best 0.6000); a/logloss 0.1200'
+    )
+    weights = {'a/auc': 2.0, 'b/logloss': 1.0}
+    # 2 x 0.1 - 0.32, and 2 x 0.6 - 0.82.
+    assert report.format_validation(self.VALUES, best, weights) == (
+      'by a/auc 0.1000 (best 0.6000)  b/logloss 0.3200 (best 0.8200)  '
+      'weighted -0.1200 (best 0.3800); a/logloss 0.1200  b/auc 0.3000'
+    )
+
+  def test_history_has_all(self, tmp_path):
+    history = [
+      {'step': 1, 'loss': 0.5},
+      {'step': 1, 'validation': {'a/auc': math.nan, 'a/ne': 0.25}},
+    ]
+    report.write_history(tmp_path, history)
+    first, second = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert json.loads(first) == history[0]
+    assert json.loads(second)['validation'] == {'a/auc': None, 'a/ne': 0.25}
 
 
 class TestInterrupt:
