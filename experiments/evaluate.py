@@ -6,13 +6,14 @@ With --cache_dtype scores are what a server gives: histories are encoded, kept
 as keys and values of that type, and candidates scored from these.
 """
 
+import dataclasses
 import importlib
 from typing import Any
 
 from absl import app, flags, logging
 
 from histjax import Ranker, Scorer, ScorerConfig, metrics, quantization
-from histjax.data import datasets, pipeline
+from histjax.data import cold, datasets, pipeline
 from histjax.data.fingerprint import fingerprint
 from histjax.training import checkpoints, identity, report, workdir
 from histjax.training.evaluation import evaluate
@@ -44,10 +45,22 @@ _CACHE_DTYPE = flags.DEFINE_enum(
   ['model', *quantization.KINDS],
   'Score from kept keys and values of this type; None: in one pass.',
 )
+_COLD_USERS = flags.DEFINE_bool(
+  'leave_out_cold_users',
+  None,
+  'Whether candidates of users that training has not seen do not count; None: '
+  "as the run's config has it.",
+)
+_COLD_ITEMS = flags.DEFINE_string(
+  'leave_out_cold_items',
+  None,
+  'The feature by which items that training has not seen do not count; empty: '
+  "all count; None: as the run's config has it.",
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
 
 
-def evaluate_cached(config, variables, rows):
+def evaluate_cached(config, variables, rows, known):
   """As `evaluate`, in two steps."""
   kind: Any = None if _CACHE_DTYPE.value == 'model' else _CACHE_DTYPE.value
   scorer = Scorer(config.model, variables, ScorerConfig(cache_dtype=kind))
@@ -55,8 +68,21 @@ def evaluate_cached(config, variables, rows):
   for batch in pipeline.eval_batches(rows, config.pipeline):
     cache = scorer.encode(batch.history)
     logits = scorer.score(cache, batch.candidates, batch.context)
-    found.update(logits, batch.labels, batch.candidates.mask, batch.group)
+    mask = batch.candidates.mask if known is None else known.mask(batch)
+    found.update(logits, batch.labels, mask, batch.group)
   return found.result()
+
+
+def what_is_left_out(config):
+  """Of the config, unless a flag says otherwise."""
+  changes = {
+    name: flag.value
+    for name, flag in (('cold_users', _COLD_USERS), ('cold_items', _COLD_ITEMS))
+    if flag.value is not None
+  }
+  found = dataclasses.replace(config.leave_out, **changes)
+  found.check(config.model.schema)
+  return found
 
 
 def run():
@@ -73,6 +99,7 @@ def run():
     prepared=_PREPARED.value,
   )
   config = identity.of_run(values, _WORKDIR.value)
+  leave_out = what_is_left_out(config)
   variables, _ = checkpoints.load_variables(
     _WORKDIR.value, 'latest' if _LATEST.value else 'best'
   )
@@ -81,15 +108,25 @@ def run():
     fingerprint(dataset), meta['fingerprint'], _WORKDIR.value
   )
   rows = dataset.splits[_SPLIT.value]
+  known = counts = None
+  if leave_out:
+    known = cold.Known(leave_out, dataset.splits['train'])
+    counts = known.counts(rows)
+    if counts.left_out == counts.candidates:
+      raise ValueError(f'{_SPLIT.value}: {counts}; leave less out')
   if _CACHE_DTYPE.value is None:
-    found = evaluate(Ranker(config.model), variables, rows, config.pipeline)
+    model = Ranker(config.model)
+    found = evaluate(model, variables, rows, config.pipeline, known=known)
   else:
-    found = evaluate_cached(config, variables, rows)
+    found = evaluate_cached(config, variables, rows, known)
   print(f'{_SPLIT.value}: {int(rows.candidate_counts.sum())} candidates')
+  if counts is not None:
+    print(f'{_SPLIT.value}: {counts}')
   for name, value in found.items():
     print(f'{name:>20} {value:.4f}')
   if output is not None:
-    report.write_json(output, found)
+    said = {} if counts is None else {'left_out': dataclasses.asdict(counts)}
+    report.write_json(output, {**found, **said})
 
 
 def main(argv):

@@ -90,6 +90,11 @@ class Categorical:
     object.__setattr__(self, 'column', self.column or self.name)
     object.__setattr__(self, 'table', self.table or self.name)
 
+  @property
+  def has_unknown(self) -> bool:
+    """Whether the table's last row is of all ids that are not known."""
+    return self.out_of_vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense:

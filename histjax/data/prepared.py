@@ -24,15 +24,17 @@ from histjax import config as config_lib
 from histjax import features as features_lib
 from histjax.data import rows as rows_lib
 from histjax.data.records import RecordFormat
-from histjax.data.rows import LabelSummary, Row, RowConfig, RowSource
+from histjax.data.rows import Flat, LabelSummary, Row, RowConfig, RowSource
 from histjax.features import FittedFeatures
 from histjax.schema import Schema
 from histjax.types import RankingBatch
 
 DATASET = 'dataset.json'
 SPLITS = ('train', 'validation', 'test')
-VERSION = 1
+VERSION = 2
 """Of the folder's layout."""
+_ROWS = 4096
+"""That `PreparedRows.flat` reads at once."""
 
 
 def name(what: str, shard: int, num_shards: int, ending: str) -> str:
@@ -185,7 +187,7 @@ class PreparedRows(RowSource):
     import grain  # A server need not have it.
 
     self.config = config
-    self._schema, self._indices = schema, indices
+    self._schema, self._indices, self._split = schema, indices, split
     self._name = str(folder / split)
     self._format = RecordFormat(schema)
     self._sizes = {
@@ -270,6 +272,31 @@ class PreparedRows(RowSource):
     """See `RowSource.label_summary`."""
     parts = [labels[task] for labels in self._labels]
     return LabelSummary(*(sum(x) for x in zip(*parts, strict=True)))
+
+  def seen_users(self) -> np.ndarray:
+    """See `RowSource.seen_users`."""
+    found = [i.read(f'{self._split}/users') for i in self._indices]
+    return np.concatenate([np.zeros(0, bool), *found])
+
+  def seen_ids(self, name: str) -> np.ndarray:
+    """See `RowSource.seen_ids`."""
+    found = [i.read(f'{self._split}/ids/{name}') for i in self._indices]
+    return np.unique(np.concatenate([np.zeros(0, np.int32), *found]))
+
+  def flat(self, names: Sequence[str]) -> Iterator[Flat]:
+    """See `RowSource.flat`; reads all records."""
+    for start in range(0, len(self), _ROWS):
+      stop = min(start + _ROWS, len(self))
+      rows = self._read(np.arange(start, stop))
+      counts = self.candidate_counts[start:stop]
+      yield (
+        np.repeat([row.group for row in rows], counts),
+        {n: np.concatenate([r.candidates[n] for r in rows]) for n in names},
+        {
+          t.name: np.concatenate([row.labels[t.name] for row in rows])
+          for t in self.schema.tasks
+        },
+      )
 
   def _read(self, indices: np.ndarray) -> list[Row]:
     if not len(indices):

@@ -56,6 +56,17 @@ class LabelSummary(NamedTuple):
   positive: int
   users: int
 
+  @classmethod
+  def of(cls, user: np.ndarray, is_positive: np.ndarray) -> LabelSummary:
+    """Of labels `[n]`, each of a user, an integer >= 0."""
+    positives = np.bincount(user, is_positive)
+    count = np.bincount(user)
+    mixed = (positives > 0) & (positives < count)
+    return cls(len(user), int(is_positive.sum()), int(mixed.sum()))
+
+
+Flat = tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]
+
 
 class RowSource(Sequence[Row]):
   """Rows by index, in memory or not: what is trained and tested on."""
@@ -121,6 +132,29 @@ class RowSource(Sequence[Row]):
   @abc.abstractmethod
   def label_summary(self, task: str) -> LabelSummary:
     """Of all candidates."""
+
+  @abc.abstractmethod
+  def seen_users(self) -> np.ndarray:
+    """bool `[users]`, whose candidates these are."""
+
+  @abc.abstractmethod
+  def seen_ids(self, name: str) -> np.ndarray:
+    """int32, sorted: the ids of all candidates.
+
+    Args:
+      name: of a categorical feature in `Schema.item`.
+    """
+
+  @abc.abstractmethod
+  def flat(self, names: Sequence[str]) -> Iterator[Flat]:
+    """All candidates, row after row, some at a time.
+
+    Args:
+      names: the features of items to give.
+
+    Yields:
+      int `[c]`, each one's `group`, its features and its labels.
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,10 +247,25 @@ class Rows(RowSource):
   def label_summary(self, task: str) -> LabelSummary:
     """See `RowSource.label_summary`."""
     label = self.log.labels[task][self.events] == 1
-    positives = np.bincount(self.log.user[self.events], label)
-    count = np.bincount(self.log.user[self.events])
-    mixed = (positives > 0) & (positives < count)
-    return LabelSummary(len(label), int(label.sum()), int(mixed.sum()))
+    return LabelSummary.of(self.log.user[self.events], label)
+
+  def seen_users(self) -> np.ndarray:
+    """See `RowSource.seen_users`."""
+    seen = np.zeros(len(self.keys), bool)
+    seen[self.log.user[self.events]] = True
+    return seen
+
+  def seen_ids(self, name: str) -> np.ndarray:
+    """See `RowSource.seen_ids`."""
+    return np.unique(self.of_candidates(name, slice(None)))
+
+  def flat(self, names: Sequence[str]) -> Iterator[Flat]:
+    """See `RowSource.flat`; all at once."""
+    yield (
+      self.log.user[self.events],
+      {name: self.of_candidates(name, slice(None)) for name in names},
+      {name: y[self.events] for name, y in self.log.labels.items()},
+    )
 
   def candidate_events(self, index: int) -> np.ndarray:
     """The candidates of a row as indices of events of the log, int64 `[c]`."""

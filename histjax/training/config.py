@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from histjax import config as dicts
 from histjax import metrics
+from histjax.data import cold
 from histjax.data.datasets import DataConfig, Dataset
 from histjax.data.pipeline import PipelineConfig
 from histjax.data.rows import RowConfig, RowSource
@@ -39,6 +40,8 @@ class TrainConfig:
     select: `{metric: weight}`, what says which parameters are the best: the
       largest `metrics.criterion` on validation. A metric is as 'like/auc', or
       as 'auc', of the first task.
+    leave_out: the candidates that validation and test do not count: those of
+      users, or items, that training has not seen.
     task_weights: `{task: weight}` in the loss; tasks left out weigh 1.
     rank_loss: the loss of pairs in a row, beside the log loss.
     max_unique_ids: `{table: number}`, how many distinct rows of a table a batch
@@ -71,6 +74,7 @@ class TrainConfig:
   select: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: {'auc': 1.0}
   )
+  leave_out: cold.LeaveOut = dataclasses.field(default_factory=cold.LeaveOut)
   task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   rank_loss: RankLossConfig = dataclasses.field(default_factory=RankLossConfig)
   max_unique_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -245,17 +249,34 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
         f'{SPLITS}: change how the data is split'
       )
     config.check_rows(f'{split} rows', dataset.splits[split].config)
+  known = None
+  config.leave_out.check(dataset.schema)
+  if config.leave_out:
+    known = cold.Known(config.leave_out, dataset.splits['train'])
   for split in ('validation', 'test'):
-    _check_defined(config, split, dataset.splits[split])
+    _check_defined(config, split, dataset.splits[split], known)
 
 
-def _check_defined(config: TrainConfig, split: str, rows: RowSource) -> None:
+def _check_defined(
+  config: TrainConfig,
+  split: str,
+  rows: RowSource,
+  known: cold.Known | None = None,
+) -> None:
   """Raises ValueError if a metric to select by has no value on the split."""
   for name in config.criterion:
     task, metric = name.rsplit('/', 1)
+    if known is None:
+      labels = rows.label_summary(task)
+    else:
+      labels = known.label_summary(rows, task)
+    if not labels.total:
+      raise ValueError(
+        f'leave_out={config.leave_out} leaves no candidate of the {split} '
+        'split to count; leave less out, or change how the data is split'
+      )
     if metric == 'logloss':
       continue
-    labels = rows.label_summary(task)
     if not (
       labels.users if metric == 'gauc' else 0 < labels.positive < labels.total
     ):

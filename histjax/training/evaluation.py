@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from histjax import metrics
+from histjax.data import cold
 from histjax.data import pipeline as pipeline_lib
 from histjax.data.rows import RowSource
 from histjax.training import sharding, step
@@ -21,12 +22,14 @@ def evaluate(
   rows: RowSource,
   pipeline: pipeline_lib.PipelineConfig,
   mesh: Mesh | None = None,
+  *,
+  known: cold.Known | None = None,
 ) -> dict[str, float]:
   """The metrics of `variables` on `rows`, `{'task/metric': value}`.
 
   See `predict`, which also gives the single scores.
   """
-  found = predict(model, variables, rows, pipeline, mesh)
+  found = predict(model, variables, rows, pipeline, mesh, known=known)
   assert found is not None  # Nothing asked it to stop.
   return found.result()
 
@@ -40,6 +43,7 @@ def predict(
   *,
   rules: sharding.Rules | None = None,
   should_stop: Callable[[], bool] | None = None,
+  known: cold.Known | None = None,
 ) -> metrics.RankingMetrics | None:
   """Scores every candidate of `rows` once, each host its share of them.
 
@@ -51,6 +55,7 @@ def predict(
     mesh: of `sharding.data_mesh`; None: over all devices.
     rules: how variables are split over it, see `sharding.specs`.
     should_stop: asked before each batch.
+    known: what training has seen; other candidates do not count. None: all do.
 
   Returns:
     The scores of all hosts, with `result()` and `predictions()`; None if
@@ -82,7 +87,7 @@ def predict(
       found.update(
         sharding.to_host(logits),
         batch.labels,
-        batch.candidates.mask,
+        batch.candidates.mask if known is None else known.mask(batch),
         batch.group,
       )
   finally:

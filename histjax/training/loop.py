@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from histjax import metrics
-from histjax.data import datasets, pipeline
+from histjax.data import cold, datasets, pipeline
 from histjax.data import fingerprint as fingerprint_lib
 from histjax.models.ranker import Ranker
 from histjax.training import checkpoints as checkpoints_lib
@@ -60,7 +60,8 @@ def train_and_evaluate(
   Returns:
     `interrupted`, a bool; `step`, the updates made; `best_step`, `validation`
     and `test`: the step that was best, and its metrics (None if interrupted
-    before that was known); `history`: for each report of the training loss
+    before that was known); `left_out`: of 'validation' and 'test' what
+    `config.leave_out` left out, see `data.cold.Counts`; `history`: for each report of the training loss
     and each validation, a dict with its `step` and `loss` or `validation`.
     The same, but for `interrupted`, is in metrics.json once it is finished.
 
@@ -197,6 +198,14 @@ class _Run:
     self.config = config
     self.workdir = workdir
     self.splits = dataset.splits
+    self.known: cold.Known | None = None
+    self.left_out: dict[str, cold.Counts] = {}
+    if config.leave_out:
+      self.known = cold.Known(config.leave_out, self.splits['train'])
+      self.left_out = {
+        split: self.known.counts(self.splits[split])
+        for split in ('validation', 'test')
+      }
     self.identity = identity
     self.features = dataset.features.digest()
     self.mesh, self.rules = mesh, rules
@@ -257,6 +266,8 @@ class _Run:
         f'to {mesh.size} devices: set pipeline.row_multiple={mesh.size} in '
         'another run, or a larger pipeline.batch_events'
       )
+    for split, counts in self.left_out.items():
+      self.reporter.message(f'{split}: {counts}')
     if mesh.size > 1:
       self.reporter.message(
         sharding.describe(self.state.variables, mesh, rules)
@@ -307,6 +318,7 @@ class _Run:
       self.mesh,
       rules=self.rules,
       should_stop=self.interrupt.received,
+      known=self.known,
     )
     if found is None:
       return self.interrupted()
@@ -328,6 +340,10 @@ class _Run:
       'best_step': self.progress.best_step,
       'validation': self.progress.best_metrics,
       'test': test,
+      'left_out': {
+        split: dataclasses.asdict(counts)
+        for split, counts in self.left_out.items()
+      },
       'history': self.progress.history,
     }
 
@@ -417,6 +433,7 @@ class _Run:
       self.mesh,
       rules=self.rules,
       should_stop=self.interrupt.received,
+      known=self.known,
     )
     self.reporter.resume()
     if found is None:

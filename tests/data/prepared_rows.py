@@ -4,6 +4,7 @@ import numpy as np
 
 from histjax import features as features_lib
 from histjax.data import datasets
+from histjax.schema import categorical
 
 
 def by_user(rows) -> dict[str, list]:
@@ -21,6 +22,21 @@ def by_user(rows) -> dict[str, list]:
   return found
 
 
+def _check_flat(test, prepared, memory):
+  """Candidates by themselves, and the users and ids that they have."""
+  names = [f.name for f in categorical(memory.schema.item)]
+
+  def of(rows):
+    users, found = set(rows.keys[rows.seen_users()].astype(str)), []
+    for group, features, labels in rows.flat(names):
+      columns = [rows.keys[group].astype(str), *features.values()]
+      columns += labels.values()
+      found += zip(*(c.tolist() for c in columns), strict=True)
+    return users, sorted(found), [rows.seen_ids(n).tolist() for n in names]
+
+  test.assertEqual(of(prepared), of(memory))
+
+
 def check_same(test, prepared: datasets.Dataset, memory: datasets.Dataset):
   """Splits have the same rows, and features the same states."""
   test.assertEqual(prepared.schema, memory.schema)
@@ -36,6 +52,7 @@ def check_same(test, prepared: datasets.Dataset, memory: datasets.Dataset):
         prepared.splits[split].label_summary(task.name),
         rows.label_summary(task.name),
       )
+    _check_flat(test, prepared.splits[split], rows)
     test.assertEqual(
       sorted(prepared.splits[split].history_lengths),
       sorted(rows.history_lengths),

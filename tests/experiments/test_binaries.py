@@ -375,6 +375,20 @@ class TestBinaries:
     assert found == pytest.approx(trained_metrics['test'], abs=1e-6)
 
   @pytest.mark.slow
+  def test_evaluate_without_cold_items(self, trained):
+    folder, _ = trained
+    flags = [f'--workdir={folder}/work', f'--output={folder}/cold.json']
+    output = run('evaluate', *flags, '--leave_out_cold_items=item')
+    counts = json.loads((folder / 'cold.json').read_text())['left_out']
+    assert counts['left_out'] == counts['cold_items']
+    assert counts['cold_users'] is None
+    assert (
+      f'of {counts["candidates"]} candidates count; {counts["left_out"]} left'
+    ) in output
+    output = run('evaluate', *flags, '--leave_out_cold_items=sku', expect=1)
+    assert "leave_out.cold_items='sku' must be one of" in output
+
+  @pytest.mark.slow
   @pytest.mark.parametrize(
     ('dtype', 'error'), [('model', 1e-4), ('int8', 0.02)]
   )

@@ -19,7 +19,9 @@ import pytest
 
 from histjax import config as config_lib
 from histjax import metrics
+from histjax.data import cold
 from histjax.data import rows as rows_lib
+from histjax.data.rows import make_rows
 from histjax.models import ranker
 from histjax.training import checkpoints, evaluation, loop
 from histjax.training import config as train_config
@@ -471,3 +473,59 @@ class TestEvaluation:
       a.predictions().logits['click'], rows.log.labels['click'][rows.events]
     )
     assert a.result()['click/auc'] == expected
+
+  def test_what_training_has_not_seen_is_scored_and_does_not_count(
+    self, straight
+  ):
+    variables, _ = checkpoints.load_variables(straight[0])
+    model = ranker.Ranker(CONFIG.model)
+    rows = runs.dataset().splits['validation']
+    train = dataclasses.replace(  # Of some users, and so of few items.
+      runs.dataset().splits['train'],
+      events=runs.dataset().splits['train'].events[:4],
+    )
+    known = cold.Known(cold.LeaveOut(True, 'item'), train)
+    every, some = (
+      evaluation.predict(
+        model, variables, rows, CONFIG.pipeline, runs.mesh(), known=known
+      ).predictions()
+      for known in (None, known)
+    )
+    log = rows.log
+    seen = [np.unique(x[train.events]) for x in (log.user, log.features['item'])]
+    keep = np.isin(log.user[rows.events], seen[0])
+    keep &= np.isin(log.features['item'][rows.events], seen[1])
+    counts = known.counts(rows)
+    assert 0 < keep.sum() == counts.candidates - counts.left_out < len(keep)
+    np.testing.assert_array_equal(some.group, every.group[keep])
+    for task in every.logits:
+      np.testing.assert_array_equal(some.logits[task], every.logits[task][keep])
+
+  def test_a_run_says_what_it_leaves_out(self, tmp_path, capsys):
+    data = runs.dataset()
+    log = data.log
+    events = data.splits['train'].events
+    train = make_rows(
+      log,
+      np.isin(np.arange(len(log)), events[log.user[events] < 25]),
+      data.splits['train'].config,
+    )
+    data = dataclasses.replace(data, splits={**data.splits, 'train': train})
+    changes = {'data_of': data, 'num_steps': 2, 'eval_every': None}
+    with pytest.raises(ValueError, match=r"cold_items='itm' must be one of"):
+      runs.run(tmp_path / 'a', leave_out=cold.LeaveOut(False, 'itm'), **changes)
+    result = runs.run(
+      tmp_path / 'b', leave_out=cold.LeaveOut(cold_users=True), **changes
+    )
+    users = log.user[data.splits['test'].events]
+    wanted = {
+      'candidates': len(users),
+      'cold_users': int((users >= 25).sum()),
+      'cold_items': None,
+      'left_out': int((users >= 25).sum()),
+    }
+    assert result['left_out']['test'] == wanted
+    written = json.loads((tmp_path / 'b' / 'metrics.json').read_text())
+    assert written['left_out'] == result['left_out']
+    said = f'{wanted["left_out"]} left out ({wanted["cold_users"]} of cold'
+    assert f'of {len(users)} candidates count; {said}' in capsys.readouterr().out

@@ -28,7 +28,8 @@ from histjax.data.prepare.job import DONE, Job, bounds, digest
 from histjax.data.records import RecordFormat
 from histjax.data.rows import Rows
 from histjax.data.runs import Runs, Values, read_parts
-from histjax.schema import Schema
+from histjax.features import FittedFeatures
+from histjax.schema import Schema, categorical
 
 _MAX_ROWS = 2**17
 """Of a file, read at once."""
@@ -182,13 +183,14 @@ def write_shard(job: Job, shard: int) -> None:
     masks = job.source.split.masks(log)
     schema = datasets.model_schema(log.schema, fitted, job.data.without)
     log = dataclasses.replace(log, schema=schema)
+  items = _items(job, fitted)
   for split in prepared.SPLITS:
     rows = None
     if log is not None:
       rows = _rows(job, shard, log, masks, fitted, split, first_times)
     path = job.path(split, shard, 'array_record')
     _write_records(path, rows)
-    arrays |= _index(split, rows)
+    arrays |= _index(split, rows, len(arrays['keys']), items)
     labels[split] = _labels(job, rows)
     told[path.name] = {'rows': 0 if rows is None else len(rows)}
   index = job.path('index', shard, 'npz')
@@ -241,11 +243,25 @@ def _write_records(path: pathlib.Path, rows: Rows | None) -> None:
   atomic.write(path, write)
 
 
-def _index(split: str, rows: Rows | None) -> dict[str, np.ndarray]:
+def _items(job: Job, fitted: FittedFeatures) -> list[str]:
+  """The categorical features of items that rows have."""
+  schema = datasets.model_schema(job.source.schema, fitted, job.data.without)
+  return [f.name for f in categorical(schema.item)]
+
+
+def _index(
+  split: str, rows: Rows | None, num_users: int, items: list[str]
+) -> dict[str, np.ndarray]:
   none = np.zeros(0, np.int32)
+  users = np.zeros(num_users, bool) if rows is None else rows.seen_users()
   return {
     f'{split}/lengths': none if rows is None else rows.history_lengths,
     f'{split}/counts': none if rows is None else rows.candidate_counts,
+    f'{split}/users': users,
+    **{
+      f'{split}/ids/{name}': none if rows is None else rows.seen_ids(name)
+      for name in items
+    },
   }
 
 
