@@ -119,13 +119,19 @@ def run():
     found = evaluate(model, variables, rows, config.pipeline, known=known)
   else:
     found = evaluate_cached(config, variables, rows, known)
+  for ids in dataset.ids:
+    print(ids)
   print(f'{_SPLIT.value}: {int(rows.candidate_counts.sum())} candidates')
   if counts is not None:
     print(f'{_SPLIT.value}: {counts}')
   for name, value in found.items():
     print(f'{name:>20} {value:.4f}')
   if output is not None:
-    said = {} if counts is None else {'left_out': dataclasses.asdict(counts)}
+    said: dict[str, Any] = {
+      'ids': [dataclasses.asdict(ids) for ids in dataset.ids]
+    }
+    if counts is not None:
+      said['left_out'] = dataclasses.asdict(counts)
     report.write_json(output, {**found, **said})
 
 

@@ -14,11 +14,11 @@ of them, a candidate has only those known when it is shown.
 What a column is read as follows from what it is used for, in every kind of
 file and in requests alike:
 
-* *Keys*, which are the user, the request and ids with `ids='hash'`, are
-  integers of 64 bits or texts. A text is taken as it is written: '007', '07'
-  and '7' are three users, and 'NA' is one more. A text that is the canonical
-  decimal form of an integer is that integer: '7' and 7 are one key. Floats and
-  booleans are none, since a CSV file would write 7.0, another key than 7;
+* *Keys*, which are the user, the request and ids with `ids='hash'` or
+  'vocabulary', are integers of 64 bits or texts. A text is taken as it is
+  written: '007', '07' and '7' are three users, and 'NA' is one more. A text
+  that is the canonical decimal form of an integer is that integer: '7' and 7
+  are one key. Floats and booleans are none, since a CSV file would write 7.0, another key than 7;
   declare such a column 'integer' in `Schema.column_types`.
 * *Numbers*, which are ids with `ids='index'`, dense features and labels, may be
   written as text: '007' is 7, '1e3' is 1000. Booleans count as 0 and 1 (so do
@@ -58,7 +58,12 @@ class Categorical:
     ids: 'index' takes ids as they are and refuses one outside `[0, size)`;
       'hash' maps any integer or text to `[0, size)` by a fixed hash; '7' and 7
       are the same, '007' is another. Keys may share a row, see
-      `data.hashing.collision_rate`.
+      `data.hashing.collision_rate`. 'vocabulary' takes the same keys, and gives
+      those that training events have often a row each, the most frequent
+      `size - 1`; all others, in a log and in requests, get the last row,
+      `size - 1`. What has which row is saved with the run; see `vocabulary`.
+    min_count: with 'vocabulary', how many training events must have an id; 1
+      leaves nothing to learn the last row from, unless there are too many ids.
     out_of_vocabulary: with 'index', the table's last row, `size - 1`, is of all
       ids outside `[0, size - 1)`, in a log and in requests, which else are
       refused. It learns only from ids that training meets there.
@@ -68,8 +73,9 @@ class Categorical:
   size: int
   column: str = ''
   table: str = ''
-  ids: Literal['index', 'hash'] = 'index'
+  ids: Literal['index', 'hash', 'vocabulary'] = 'index'
   out_of_vocabulary: bool = False
+  min_count: int = 2
 
   def __post_init__(self):
     _check_name(self)
@@ -78,9 +84,20 @@ class Categorical:
         f'feature {self.name!r}: size={self.size} must be between 1 and '
         f'{MAX_SIZE}, the largest int32'
       )
-    if self.ids not in ('index', 'hash'):
+    if self.ids not in ('index', 'hash', 'vocabulary'):
       raise ValueError(
-        f"feature {self.name!r}: ids={self.ids!r} must be 'index' or 'hash'"
+        f"feature {self.name!r}: ids={self.ids!r} must be 'index', 'hash' or "
+        "'vocabulary'"
+      )
+    if self.ids == 'vocabulary' and self.size < 2:
+      raise ValueError(
+        f"feature {self.name!r}: size={self.size} with ids='vocabulary', whose "
+        'last row is of all other ids; make it at least 2'
+      )
+    if self.min_count < 1 or (self.min_count != 2 and self.ids != 'vocabulary'):
+      raise ValueError(
+        f'feature {self.name!r}: min_count={self.min_count} with '
+        f"ids={self.ids!r}; it must be at least 1, and is of ids='vocabulary'"
       )
     if self.out_of_vocabulary and (self.ids != 'index' or self.size < 2):
       raise ValueError(
@@ -93,7 +110,7 @@ class Categorical:
   @property
   def has_unknown(self) -> bool:
     """Whether the table's last row is of all ids that are not known."""
-    return self.out_of_vocabulary
+    return self.out_of_vocabulary or self.ids == 'vocabulary'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +245,7 @@ class Schema:
             'must differ (share a table through `table=` instead)'
           )
     _ = self.tables  # Conflicting sizes are found here.
+    self._check_vocabularies()
 
   def _check_types(self) -> None:
     pairs = [(name, kind) for name, kind in self.column_types]
@@ -247,6 +265,24 @@ class Schema:
           f'schema: column_types has {column!r}: {kind!r}, but as {use} it can '
           f'be one of {list(choices)} alone'
         )
+
+  def _check_vocabularies(self) -> None:
+    every = categorical((*self.features, *self.hidden))
+    for a in every:
+      for b in every:
+        if a.table == b.table and a.ids == 'vocabulary' != b.ids:
+          raise ValueError(
+            f'schema: {a.name!r} has a vocabulary, and {b.name!r}, of the same '
+            f'table {a.table!r}, has ids={b.ids!r}; make them alike, or give '
+            'them tables of their own'
+          )
+        mine, theirs = (a.size, a.min_count), (b.size, b.min_count)
+        if a.table == b.table and a.ids == 'vocabulary' and mine != theirs:
+          raise ValueError(
+            f'schema: {a.name!r} and {b.name!r} share the vocabulary of table '
+            f'{a.table!r} and disagree on size and min_count: {mine} and '
+            f'{theirs}; make them equal'
+          )
 
   @property
   def types(self) -> dict[str, ColumnType]:
@@ -320,8 +356,8 @@ _KEYS: tuple[ColumnType, ...] = ('text', 'integer')
 
 
 def _choices(feature: Feature) -> tuple[ColumnType, ...]:
-  hashed = isinstance(feature, Categorical) and feature.ids == 'hash'
-  return _KEYS if hashed else _NUMBERS
+  keyed = isinstance(feature, Categorical) and feature.ids != 'index'
+  return _KEYS if keyed else _NUMBERS
 
 
 def categorical(features: tuple[Feature, ...]) -> tuple[Categorical, ...]:

@@ -27,6 +27,7 @@ LAYERS = (
     'cache',
     'mixing',
     'progress',
+    'vocabulary',
   ),
   ('testing',),
   ('ops',),

@@ -17,10 +17,10 @@ class LeaveOut:
 
   A *user* is cold if none of the candidates of the training split is theirs.
   An *item* is cold if its id is that of no candidate of the training split, or
-  is out of vocabulary. Ids are compared as the model reads them: of `ids='hash'`
-  two keys in one row of the table are one item. Every candidate is scored, in
-  the row that it is in anyway, so that those that count have the scores that
-  they have without these options; cold events stay in histories.
+  is out of vocabulary. Ids are compared as the model reads them: with
+  `ids='hash'` two keys in one row of the table are one item. Every candidate is
+  scored, in the row that it is in anyway, so that those that count have the
+  scores that they have without these options; cold events stay in histories.
 
   Attributes:
     cold_users: leave out the candidates of cold users.
@@ -156,6 +156,6 @@ class Known:
     cold_items = np.zeros(shape, bool)
     if self._users is not None:
       cold_users |= ~self._users[group]
-    if ids is not None:
+    if ids is not None and self._ids is not None:
       cold_items |= ~np.isin(ids, self._ids)
     return cold_users, cold_items

@@ -14,9 +14,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from histjax import vocabulary
 from histjax.data import hashing, parsing, parts
 from histjax.data.parts import Columns
-from histjax.schema import MAX_DENSE, MAX_RAW, Categorical, Dense, Schema, Task
+from histjax.schema import (
+  MAX_DENSE,
+  MAX_RAW,
+  Categorical,
+  Dense,
+  Feature,
+  Schema,
+  Task,
+)
+from histjax.vocabulary import Vocabulary
 
 
 def from_mapping(
@@ -60,14 +70,14 @@ def from_mapping(
 
 
 def encode_categorical(columns: Columns, feature: Categorical) -> np.ndarray:
-  """int32 ids `[n]` in `[0, feature.size)`.
+  """int32 ids `[n]` in `[0, feature.size)`; see also `digest_ids`.
 
   Raises:
     ValueError: an id is outside the table, or of a type that is no id.
   """
   name = feature.column
-  if feature.ids == 'hash':
-    return _joined(columns, name, _hash, feature.size)
+  if feature.ids != 'index':
+    return hashing.rows(digest_ids(columns, feature), feature.size)
   values = _joined(
     columns,
     name,
@@ -85,6 +95,55 @@ def encode_categorical(columns: Columns, feature: Categorical) -> np.ndarray:
     "raise its size, or set ids='hash' or out_of_vocabulary=True",
   )
   return values.astype(np.int32)
+
+
+def digest_ids(columns: Columns, feature: Categorical) -> np.ndarray:
+  """uint64 `[n]`, the digests of ids that are keys; see `hashing`.
+
+  Raises:
+    ValueError: an id is of a type that is no key.
+  """
+  return _joined(columns, feature.column, _digests)
+
+
+def distinct_digests(columns: Columns, feature: Categorical) -> np.ndarray:
+  """uint64, the distinct ones of `digest_ids`, of a column that is checked."""
+  found = [np.zeros(0, np.uint64)]
+  for start, array in columns.arrays(feature.column):
+    unique = array.unique()
+    found.append(_digests(columns, feature.column, start, unique))
+  return np.unique(np.concatenate(found))
+
+
+def encode(
+  columns: Columns,
+  features: Sequence[Feature],
+  vocabularies: Mapping[str, Vocabulary] | None = None,
+) -> dict[str, np.ndarray]:
+  """Ids and values of features, `{name: [n]}`.
+
+  Args:
+    columns: has theirs.
+    features: the features.
+    vocabularies: `{table: vocabulary}`; None: ids with a vocabulary stay
+      digests, uint64.
+
+  Raises:
+    ValueError: a value is missing or bad, or a vocabulary is missing.
+  """
+  found = {}
+  for feature in features:
+    if isinstance(feature, Dense):
+      found[feature.name] = encode_dense(columns, feature)
+    elif feature.ids == 'vocabulary':
+      digests = digest_ids(columns, feature)
+      if vocabularies is not None:
+        vocabulary.check(feature, vocabularies)
+        digests = vocabularies[feature.table].rows(digests, feature.size)
+      found[feature.name] = digests
+    else:
+      found[feature.name] = encode_categorical(columns, feature)
+  return found
 
 
 def known(values: np.ndarray, feature: Categorical) -> np.ndarray:
@@ -296,13 +355,13 @@ def raw(columns: Columns, name: str) -> np.ndarray:
   return table[name].to_numpy()
 
 
-def _hash(columns, name, start, array, size: int) -> np.ndarray:
+def _digests(columns, name, start, array) -> np.ndarray:
   array = parts.as_keys(columns, name, start, array)
   if not pa.types.is_large_string(array.type):
-    return hashing.hash_integers(array.to_numpy(), size)
+    return hashing.digests(array.to_numpy())
   encoded = array.dictionary_encode()
-  rows = hashing.hash_strings(encoded.dictionary.to_pylist(), size)
-  return rows[encoded.indices.to_numpy()]
+  texts = np.array([*encoded.dictionary.to_pylist(), None], object)[:-1]
+  return hashing.digests(texts)[encoded.indices.to_numpy()]
 
 
 def _joined(

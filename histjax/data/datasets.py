@@ -12,6 +12,7 @@ import numpy as np
 
 from histjax import config as config_lib
 from histjax import features as features_lib
+from histjax import vocabulary
 from histjax.data import prepared as prepared_lib
 from histjax.data import splits as splits_lib
 from histjax.data import synthetic
@@ -189,6 +190,8 @@ class Dataset:
     log: the events that all rows are of; None: they are not in memory.
     features: what is derived of them.
     fingerprint: of a prepared dataset; see `fingerprint.fingerprint`.
+    ids: how many are unknown to vocabularies, and how many hashed ones share a
+      row; of a prepared dataset the former alone.
   """
 
   schema: Schema
@@ -196,6 +199,7 @@ class Dataset:
   log: EventLog | None
   features: FittedFeatures = dataclasses.field(default_factory=FittedFeatures)
   fingerprint: str = ''
+  ids: tuple[vocabulary.IdCounts, ...] = ()
 
   def in_memory(self, split: str) -> Rows:
     """The rows of a split.
@@ -221,7 +225,12 @@ def load(config: DataConfig) -> Dataset:
     return _load_prepared(config)
   log, masks = config.source.load(config.tasks)
   train = masks['train']
+  counted = vocabulary.count(log.schema, log.features, masks)
+  vocabularies = vocabulary.fit(log.schema, counted)
+  ids = vocabulary.id_counts(log.schema, counted, vocabularies)
+  log = log.with_vocabularies(vocabularies)
   fitted = features_lib.fit(config.features, log.events(), train)
+  fitted = dataclasses.replace(fitted, vocabularies=vocabularies)
   schema = model_schema(log.schema, fitted, config.without)
   log = dataclasses.replace(log, schema=schema)
   eval_rows = config.eval_rows or config.rows
@@ -232,7 +241,7 @@ def load(config: DataConfig) -> Dataset:
     else:
       rows = make_rows(log, mask, eval_rows, fitted)
     splits[split] = rows
-  return Dataset(schema, splits, log, fitted)
+  return Dataset(schema, splits, log, fitted, ids=(*ids, *log.hashed))
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
@@ -256,7 +265,12 @@ def _load_prepared(config: DataConfig) -> Dataset:
       'prepare the log again, or take over what differs:\n' + '\n'.join(lines)
     )
   return Dataset(
-    found.schema, found.splits, None, found.features, found.fingerprint
+    found.schema,
+    found.splits,
+    None,
+    found.features,
+    found.fingerprint,
+    found.ids,
   )
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from histjax import features as features_lib
+from histjax import vocabulary
 from histjax.data import columns as columns_lib
 from histjax.data import files, hashing
 from histjax.data.parts import Columns
-from histjax.schema import Categorical, Schema
+from histjax.schema import Schema, categorical
 
 Ties = Literal['order', 'strict']
 
@@ -36,11 +37,13 @@ class EventLog:
       1970 (UTC) if it had timestamps.
     is_timestamp: the log had timestamps.
     features: `{name: [n]}`, int32 ids and float32 values of all features of
-      the schema that are columns of the log.
+      the schema that are columns of the log; ids with a vocabulary are digests,
+      uint64, until `with_vocabularies`.
     labels: `{task: [n]}` float32 in {0, 1}.
     request: int64 `[n]`, equal within a user's request; None if the schema
       names no request column.
     extra: `{column: [n]}`, further columns, as they came.
+    hashed: of each feature with `ids='hash'`, how many ids share a row.
   """
 
   schema: Schema
@@ -52,6 +55,7 @@ class EventLog:
   labels: dict[str, np.ndarray]
   request: np.ndarray | None
   extra: dict[str, np.ndarray]
+  hashed: tuple[vocabulary.IdCounts, ...] = ()
 
   @classmethod
   def from_files(
@@ -117,14 +121,8 @@ class EventLog:
         ),
       )
     order = np.lexsort((time, user))  # Stable: ties keep the log's order.
-    features = {
-      f.name: (
-        columns_lib.encode_categorical(table, f)
-        if isinstance(f, Categorical)
-        else columns_lib.encode_dense(table, f)
-      )[order]
-      for f in schema.logged
-    }
+    features = columns_lib.encode(table, schema.logged)
+    features = {name: x[order] for name, x in features.items()}
     labels = {
       t.name: columns_lib.encode_label(table, t)[order] for t in schema.tasks
     }
@@ -141,6 +139,11 @@ class EventLog:
       labels=labels,
       request=request,
       extra={name: columns_lib.raw(table, name)[order] for name in extra},
+      hashed=tuple(
+        vocabulary.of_hash(f, columns_lib.distinct_digests(table, f))
+        for f in categorical(schema.logged)
+        if f.ids == 'hash'
+      ),
     )
 
   def __len__(self) -> int:
@@ -168,6 +171,19 @@ class EventLog:
     schema = self.schema.with_tasks(names)
     labels = {name: self.labels[name] for name in names}
     return dataclasses.replace(self, schema=schema, labels=labels)
+
+  def with_vocabularies(
+    self, vocabularies: Mapping[str, vocabulary.Vocabulary]
+  ) -> EventLog:
+    """This log with the rows of ids that have a vocabulary.
+
+    Args:
+      vocabularies: `{table: vocabulary}`, as `vocabulary.fit` gives them.
+    """
+    if not vocabulary.of(self.schema):
+      return self
+    features = vocabulary.apply(self.schema, self.features, vocabularies)
+    return dataclasses.replace(self, features=features)
 
   def visible(self, ties: Ties = 'order') -> np.ndarray:
     """Where each event's past ends.

@@ -41,13 +41,18 @@ def collision_rate(num_keys: int, size: int) -> float:
 
 def hash_integers(values: np.ndarray, size: int) -> np.ndarray:
   """Rows in `[0, size)` of int64 or uint64 keys `[n]`, as int32 `[n]`."""
-  return (mix(values) % np.uint64(size)).astype(np.int32)
+  return rows(mix(values), size)
 
 
 def hash_strings(values: Iterable[str], size: int) -> np.ndarray:
   """Rows in `[0, size)` of string keys, as int32 `[n]`."""
   keys = [key(v) for v in values]
   return hash_integers(np.array(keys, np.uint64), size)
+
+
+def rows(digests: np.ndarray, size: int) -> np.ndarray:
+  """Rows in `[0, size)` of uint64 digests `[n]`, as int32 `[n]`."""
+  return (digests % np.uint64(size)).astype(np.int32)
 
 
 def digests(keys: np.ndarray) -> np.ndarray:

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from histjax import vocabulary
 from histjax.data import columns as columns_lib
 from histjax.data import hashing
 from histjax.data.events import EventLog
 from histjax.data.parts import Columns
 from histjax.data.rows import RowConfig, Rows
 from histjax.features import FittedFeatures, Impressions
-from histjax.schema import Categorical, Feature, Schema
+from histjax.schema import Feature, Schema
+from histjax.vocabulary import Vocabulary
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -46,6 +48,8 @@ class Join:
         f'schema.derived has {sorted(f.name for f in missing)}, which '
         '`features` do not compute; give those that training saved'
       )
+    for feature in vocabulary.of(self.schema):
+      vocabulary.check(feature, self.features.vocabularies)
     if self.as_of and self.config.ties != 'strict':
       raise ValueError(
         f'as_of=True with ties={self.config.ties!r}: a log does not say which '
@@ -70,6 +74,7 @@ class Join:
       time=True,
       request=bool(schema.request),
       labels=tasks,
+      vocabularies=self.features.vocabularies,
     )
 
   @property
@@ -82,6 +87,7 @@ class Join:
       time=self.timed,
       request=self.as_of and bool(schema.request),
       labels=False,
+      vocabularies=self.features.vocabularies,
     )
 
 
@@ -95,6 +101,7 @@ class Table:
     time: whether the time is.
     request: whether the request is.
     labels: whether the tasks' labels are.
+    vocabularies: as `columns.encode`.
   """
 
   schema: Schema
@@ -102,6 +109,7 @@ class Table:
   time: bool
   request: bool
   labels: bool
+  vocabularies: Mapping[str, Vocabulary] | None = None
 
   @property
   def columns(self) -> list[str]:
@@ -134,12 +142,8 @@ class Table:
     if self.request:
       codes, keys = columns_lib.encode_keys(columns, self.schema.request)
       found['request'] = hashing.digests(keys)[codes]
-    for f in self.features:
-      found[f'feature/{f.name}'] = (
-        columns_lib.encode_categorical(columns, f)
-        if isinstance(f, Categorical)
-        else columns_lib.encode_dense(columns, f)
-      )
+    encoded = columns_lib.encode(columns, self.features, self.vocabularies)
+    found |= {f'feature/{name}': values for name, values in encoded.items()}
     if self.labels:
       for task in self.schema.tasks:
         found[f'label/{task.name}'] = columns_lib.encode_label(columns, task)

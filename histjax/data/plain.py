@@ -26,6 +26,7 @@ from histjax.schema import (
   Schema,
   Task,
 )
+from histjax.vocabulary import Vocabulary
 
 _TYPES: dict[type, Any] = {int: np.int64, float: np.float64}
 _KINDS = {'integer': 'iu', 'number': 'iuf', None: 'iuf'}
@@ -39,6 +40,7 @@ def encode(
   columns: Mapping[str, Any],
   features: Sequence[Feature],
   length: int,
+  vocabularies: Mapping[str, Vocabulary],
 ) -> dict[str, np.ndarray] | None:
   """Ids and values of features, `{name: [length]}`.
 
@@ -47,17 +49,21 @@ def encode(
     columns: `{name: values}`.
     features: the features.
     length: of their columns, at least 1.
+    vocabularies: `{table: vocabulary}`.
   """
   found = {}
   for feature in features:
     values = columns.get(feature.column)
     if isinstance(feature, Dense):
       encoded = _dense(schema, values, feature)
-    elif feature.ids == 'hash':
+    elif feature.ids != 'index':
       keys = _keys(schema, values, feature.column)
-      encoded = None if keys is None else hashing.hash_integers(
-        keys, feature.size
-      )  # fmt: skip
+      encoded = None
+      if keys is not None and feature.ids == 'hash':
+        encoded = hashing.hash_integers(keys, feature.size)
+      elif keys is not None:
+        known = vocabularies[feature.table]
+        encoded = known.rows(mixing.mix(keys), feature.size)
     else:
       encoded = _index(schema, values, feature)
     if encoded is None or len(encoded) != length:

@@ -28,6 +28,7 @@ from histjax.data.rows import Flat, LabelSummary, Row, RowConfig, RowSource
 from histjax.features import FittedFeatures
 from histjax.schema import Schema
 from histjax.types import RankingBatch
+from histjax.vocabulary import IdCounts
 
 DATASET = 'dataset.json'
 SPLITS = ('train', 'validation', 'test')
@@ -52,6 +53,7 @@ class Prepared:
     splits: `{'train', 'validation', 'test'}`.
     features: what is derived.
     fingerprint: SHA-256 of all of it.
+    ids: what is known of the ids of features with a vocabulary.
   """
 
   config: dict[str, Any]
@@ -59,6 +61,7 @@ class Prepared:
   splits: dict[str, PreparedRows]
   features: FittedFeatures
   fingerprint: str
+  ids: tuple[IdCounts, ...]
 
 
 def load(folder: pathlib.Path) -> Prepared:
@@ -107,7 +110,10 @@ def load(folder: pathlib.Path) -> Prepared:
     )
     for split in SPLITS
   }
-  return Prepared(values['config'], schema, splits, fitted, fingerprint(values))
+  ids = tuple(config_lib.from_dict(IdCounts, x) for x in values['ids'])
+  return Prepared(
+    values['config'], schema, splits, fitted, fingerprint(values), ids
+  )
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from histjax import vocabulary
 from histjax.data import columns as columns_lib
 from histjax.data import past as past_lib
 from histjax.data import values as values_lib
@@ -151,12 +152,17 @@ class RowMaker:
     user = np.zeros(1, np.uint64)
     if self.features.needs('user'):
       user = values_lib.user_of(schema, context)
+    known = self.features.vocabularies
     one = {name: [value] for name, value in context.items()}
-    encoded = values_lib.encode(schema, one, schema.context, 1, 'context')
+    encoded = values_lib.encode(
+      schema, one, schema.context, 1, 'context', known
+    )
     items = schema.item + schema.hidden
     return Asked(
       context={name: values[0] for name, values in encoded.items()},
-      features=values_lib.encode(schema, shown, items, number, 'candidates'),
+      features=values_lib.encode(
+        schema, shown, items, number, 'candidates', known
+      ),
       time=np.repeat(time, number) if times is shared else time,
       is_timestamp=bool(is_timestamp),
       request=request,
@@ -336,6 +342,7 @@ class RowMaker:
     if schema.request and number and with_request:
       if schema.request in columns or self.features.configs:
         request = values_lib.keys(schema, columns, schema.request, source)
+    known = self.features.vocabularies
     return past_lib.Past(
       first=0,
       time=time,
@@ -344,7 +351,7 @@ class RowMaker:
       dropped=np.zeros(0, np.uint64),
       visible=np.zeros(number, np.int64),
       features=values_lib.encode(
-        schema, columns, schema.item + schema.hidden, number, source
+        schema, columns, schema.item + schema.hidden, number, source, known
       ),
       actions={},
       labels={},
@@ -364,12 +371,15 @@ class RowMaker:
     known = columns
     if stop < len(past):
       known = {name: values[:stop] for name, values in columns.items()}
+    vocabularies = self.features.vocabularies
     labels = {}
     if self.features.needs('labels'):
       labels = values_lib.labels(schema, known, stop, source)
     return dataclasses.replace(
       past,
-      actions=values_lib.encode(schema, known, schema.action, stop, source),
+      actions=values_lib.encode(
+        schema, known, schema.action, stop, source, vocabularies
+      ),
       labels=labels,
     )
 
@@ -378,6 +388,8 @@ def _checked_features(
   schema: Schema, features: FittedFeatures | None
 ) -> FittedFeatures:
   features = features or FittedFeatures()
+  for known_by in vocabulary.of(schema):
+    vocabulary.check(known_by, features.vocabularies)
   known = {f.name: f for f in features.derived}
   for feature in schema.derived:
     if known.get(feature.name) != feature:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from histjax import vocabulary
 from histjax.data import batching, grouping
 from histjax.data.events import EventLog
 from histjax.data.grouping import RowConfig
@@ -342,6 +343,13 @@ def make_rows(
       f'mask is {mask.dtype}{list(mask.shape)}; it must be bool [{len(log)}], '
       'one for each event of the log'
     )
+  for feature in vocabulary.of(log.schema):
+    if log.features[feature.name].dtype != np.int32:
+      raise ValueError(
+        f'feature {feature.name!r} has a vocabulary, which the log does not '
+        'have yet: `vocabulary.fit` it to training events, or take that of '
+        '`histjax.features.load(workdir)`, and use log.with_vocabularies'
+      )
   events, offsets, visible = grouping.group_candidates(
     log, np.flatnonzero(mask), config, first_time
   )

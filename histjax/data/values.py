@@ -10,6 +10,7 @@ import numpy as np
 from histjax.data import columns as columns_lib
 from histjax.data import hashing, plain
 from histjax.schema import Categorical, Feature, Schema
+from histjax.vocabulary import Vocabulary
 
 Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
@@ -83,6 +84,7 @@ def encode(
   features: tuple[Feature, ...],
   length: int,
   source: str,
+  vocabularies: Mapping[str, Vocabulary],
 ) -> dict[str, np.ndarray]:
   """Ids and values of features, `{name: [length]}`."""
   if not length:
@@ -92,18 +94,13 @@ def encode(
       )
       for f in features
     }
-  found = plain.encode(schema, columns, features, length)
+  found = plain.encode(schema, columns, features, length, vocabularies)
   if found is not None:
     return found
   table = columns_lib.from_mapping(
     columns, [f.column for f in features], source, schema
   )
-  return {
-    f.name: columns_lib.encode_categorical(table, f)
-    if isinstance(f, Categorical)
-    else columns_lib.encode_dense(table, f)
-    for f in features
-  }
+  return columns_lib.encode(table, features, vocabularies)
 
 
 def keys(schema: Schema, columns, name: str, source: str) -> np.ndarray:

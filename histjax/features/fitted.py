@@ -23,11 +23,13 @@ from histjax.features.base import (
   State,
 )
 from histjax.schema import Feature, Schema
+from histjax.vocabulary import Vocabulary
 
 FILE = 'features.npz'
 _VERSION = 1
 """Of the file's layout and of what the states mean."""
 _META = 'meta.json'
+_VOCABULARY = 'vocabulary'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,11 +40,15 @@ class FittedFeatures:
     configs: the features; a later one may read what earlier ones add.
     states: of each.
     added: what each adds to a schema's items.
+    vocabularies: `{table: vocabulary}` of the log's features.
   """
 
   configs: tuple[DerivedFeature, ...] = ()
   states: tuple[State, ...] = ()
   added: tuple[tuple[Feature, ...], ...] = ()
+  vocabularies: Mapping[str, Vocabulary] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def derived(self) -> tuple[Feature, ...]:
@@ -202,11 +208,14 @@ class FittedFeatures:
     }
 
   def _arrays(self) -> dict[str, np.ndarray]:
-    return {
+    arrays = {
       f'{i}/{name}': np.asarray(array)
       for i, state in enumerate(self.states)
       for name, array in state.items()
     }
+    for table, vocabulary in self.vocabularies.items():
+      arrays[f'{_VOCABULARY}/{table}'] = vocabulary.digests
+    return arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,10 +355,14 @@ def load(folder: pathlib.Path) -> FittedFeatures:
     )
   read = config_lib.from_dict(_File, meta['features'])
   states: list[dict[str, np.ndarray]] = [{} for _ in read.configs]
+  vocabularies = {}
   for name, array in arrays.items():
     number, _, rest = name.partition('/')
-    states[int(number)][rest] = array
-  fitted = FittedFeatures(read.configs, tuple(states), read.added)
+    if number == _VOCABULARY:
+      vocabularies[rest] = Vocabulary(array)
+    else:
+      states[int(number)][rest] = array
+  fitted = FittedFeatures(read.configs, tuple(states), read.added, vocabularies)
   if fitted.digest() != meta['digest']:
     raise ValueError(
       f'{path} does not have its checksum; restore it, or train again'

@@ -73,14 +73,16 @@ def of_log(
     titles: `{item: title}`.
 
   Raises:
-    ValueError: a column is hashed, so that its values are not known.
+    ValueError: a column is hashed or has a vocabulary, so that its values are
+      not known.
   """
   schema = log.schema
   for feature in schema.logged:
-    if isinstance(feature, Categorical) and feature.ids == 'hash':
+    if isinstance(feature, Categorical) and feature.ids != 'index':
       raise ValueError(
-        f'column {feature.column!r} is hashed, and the page would have to show '
-        'its values; serve without the page'
+        f'column {feature.column!r} has ids={feature.ids!r}, and the page '
+        'would have to show its values, which are not kept; serve without the '
+        'page'
       )
   columns = {f.column: _raw(f, log.features[f.name]) for f in schema.logged}
   key = schema.item[0].column

@@ -82,7 +82,7 @@ def _of_scorer(scorer: Scorer) -> Columns:
 
 def _describe(feature: Categorical | Dense) -> dict[str, Any]:
   if isinstance(feature, Categorical):
-    if feature.ids == 'hash':
+    if feature.ids != 'index':
       return {'type': 'integer or text', 'feature': feature.name}
     return {
       'type': 'integer',

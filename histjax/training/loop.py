@@ -60,9 +60,11 @@ def train_and_evaluate(
   Returns:
     `interrupted`, a bool; `step`, the updates made; `best_step`, `validation`
     and `test`: the step that was best, and its metrics (None if interrupted
-    before that was known); `left_out`: of 'validation' and 'test' what
-    `config.leave_out` left out, see `data.cold.Counts`; `history`: for each report of the training loss
-    and each validation, a dict with its `step` and `loss` or `validation`.
+    before that was known); `ids`: of each feature with a vocabulary or a hash,
+    see `vocabulary.IdCounts`; `left_out`: of 'validation' and 'test' what
+    `config.leave_out` left out, see `data.cold.Counts`; `history`: for each
+    report of the training loss and each validation, a dict with its `step` and
+    `loss` or `validation`.
     The same, but for `interrupted`, is in metrics.json once it is finished.
 
   Raises:
@@ -197,7 +199,7 @@ class _Run:
   ):
     self.config = config
     self.workdir = workdir
-    self.splits = dataset.splits
+    self.splits, self.ids = dataset.splits, dataset.ids
     self.known: cold.Known | None = None
     self.left_out: dict[str, cold.Counts] = {}
     if config.leave_out:
@@ -266,6 +268,8 @@ class _Run:
         f'to {mesh.size} devices: set pipeline.row_multiple={mesh.size} in '
         'another run, or a larger pipeline.batch_events'
       )
+    for ids in dataset.ids:
+      self.reporter.message(str(ids))
     for split, counts in self.left_out.items():
       self.reporter.message(f'{split}: {counts}')
     if mesh.size > 1:
@@ -340,6 +344,7 @@ class _Run:
       'best_step': self.progress.best_step,
       'validation': self.progress.best_metrics,
       'test': test,
+      'ids': [dataclasses.asdict(ids) for ids in self.ids],
       'left_out': {
         split: dataclasses.asdict(counts)
         for split, counts in self.left_out.items()

@@ -41,6 +41,9 @@ def check_same(test, prepared: datasets.Dataset, memory: datasets.Dataset):
   """Splits have the same rows, and features the same states."""
   test.assertEqual(prepared.schema, memory.schema)
   test.assertEqual(prepared.features.digest(), memory.features.digest())
+  test.assertEqual(
+    prepared.ids, tuple(x for x in memory.ids if x.ids == 'vocabulary')
+  )
   test.assertIsInstance(prepared.features, features_lib.FittedFeatures)
   for split, rows in memory.splits.items():
     found, wanted = by_user(prepared.splits[split]), by_user(rows)

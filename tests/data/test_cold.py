@@ -1,6 +1,5 @@
 """What training has not seen is left out of metrics, and counted."""
 
-
 import hypothesis
 import numpy as np
 import pytest

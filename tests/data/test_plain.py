@@ -10,9 +10,10 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax.data import plain
+from histjax.data import hashing, plain
 from histjax.data import values as values_lib
 from histjax.schema import Categorical, Dense, Schema, Task
+from histjax.vocabulary import Vocabulary
 
 SOURCE = 'events'
 
@@ -59,9 +60,13 @@ def columns(draw):
 USES = {
   'index': Categorical('x', 10),
   'hash': Categorical('x', 1000, ids='hash'),
+  'vocabulary': Categorical('x', 4, ids='vocabulary'),
   'dense': Dense('x', offset=1.0, scale=2.0),
   'fine': Dense('x', scale=1e-30),
   'log': Dense('x', log=True),
+}
+KNOWN = {
+  'x': Vocabulary(hashing.digests(np.array(['a', '7', '2'], object))),
 }
 TYPES = ((), (('x', 'integer'),), (('x', 'number'),), (('x', 'text'),))
 
@@ -76,7 +81,9 @@ def read(use: str, values, schema: Schema):
     return values_lib.labels(schema, columns_read, length, SOURCE)
   if use == 'keys':
     return values_lib.keys(schema, columns_read, 'x', SOURCE)
-  return values_lib.encode(schema, columns_read, schema.item, length, SOURCE)
+  return values_lib.encode(
+    schema, columns_read, schema.item, length, SOURCE, KNOWN
+  )
 
 
 def outcome(use: str, values, schema: Schema):
@@ -140,6 +147,8 @@ class PlainTest(parameterized.TestCase):
     ('index', np.array([1, 2], np.int32)),
     ('hash', [5, -5]),
     ('hash', ['a', '7', 'ä']),
+    ('vocabulary', [7, -5]),
+    ('vocabulary', ['a', '7', '007']),
     ('dense', [1.5, 2.5]),
     ('dense', [1, 2.5]),
     ('log', (1, 2)),
@@ -162,7 +171,7 @@ class PlainTest(parameterized.TestCase):
     feature = Categorical('item', 10, out_of_vocabulary=True)
     schema = Schema('user', 'time', (feature,), (Task('click'),))
     values = [0, 8, 9, 10, -1, 2**40]
-    found = plain.encode(schema, {'item': values}, (feature,), len(values))
+    found = plain.encode(schema, {'item': values}, (feature,), len(values), {})
     self.assertEqual(found['item'].tolist(), [0, 8, 9, 9, 9, 9])
 
   def test_a_text_is_read_again(self):

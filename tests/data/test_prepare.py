@@ -41,11 +41,17 @@ TIME = splits_lib.TimeSplit(1, 5)
 FRACTION = splits_lib.FractionSplit(0.6, 0.2)
 
 
-def schema(request: bool):
-  return dataclasses.replace(
-    logs.schema(request=request),
-    hidden=(Categorical('kind', 3, column='item_kind'),),
-  )
+def schema(request: bool, vocabulary: bool = False):
+  """That of `logs`, and a hidden column; ids with vocabularies or without."""
+  found = logs.schema(request=request)
+  item, *others = found.item
+  kind = Categorical('kind', 3, column='item_kind')
+  if vocabulary:  # Not of all ids: there are more, or too few events.
+    item = Categorical(
+      'item', 20, column='item_id', ids='vocabulary', min_count=1
+    )
+    kind = Categorical('kind', 3, column='item_kind', ids='vocabulary')
+  return dataclasses.replace(found, item=(item, *others), hidden=(kind,))
 
 
 def some_columns(size: int) -> dict[str, np.ndarray]:
@@ -80,7 +86,8 @@ def config(paths, **fields) -> datasets.DataConfig:
   split = fields.pop('split', FRACTION)
   request = fields.pop('request', False)
   options = fields.pop('source', {})
-  source = datasets.Events(paths, schema(request), split, **options)
+  log_schema = schema(request, fields.pop('vocabulary', False))
+  source = datasets.Events(paths, log_schema, split, **options)
   return datasets.DataConfig(source, **{'features': FEATURES, **fields})
 
 
@@ -122,8 +129,11 @@ class SameRowsTest(parameterized.TestCase):
     num_shards=st.integers(1, 5),
     request=st.booleans(),
     split=st.sampled_from([TIME, FRACTION]),
+    vocabulary=st.booleans(),
   )
-  def test_to_the_bit(self, rows, data, cuts, num_shards, request, split):
+  def test_to_the_bit(
+    self, rows, data, cuts, num_shards, request, split, vocabulary
+  ):
     with tempfile.TemporaryDirectory() as folder:
       data_config = config(
         write(folder, data, cuts),
@@ -131,6 +141,7 @@ class SameRowsTest(parameterized.TestCase):
         eval_rows=dataclasses.replace(rows, snapshot_every=None),
         request=request,
         split=split,
+        vocabulary=vocabulary,
         without=('price',),
         tasks=('click',),
       )

@@ -40,7 +40,7 @@ def get_config():
         ],
         'item': [
           {'type': 'categorical', 'name': 'item', 'column': 'sku',
-           'size': 64, 'ids': 'hash'},
+           'size': 64, 'ids': 'vocabulary'},
           {'type': 'dense', 'name': 'price', 'column': 'eur', 'log': True},
         ],
         'action': [{'type': 'categorical', 'name': 'bought', 'size': 2}],
@@ -125,6 +125,8 @@ class TestBinaries:
     folder, output = trained
     assert 'Test, with the parameters of step' in output
     assert 'Validation at step' in output
+    assert 'item: a vocabulary of 30 of 30 training ids, in 64 rows' in output
+    assert 'country: 2 distinct ids hashed to 16 rows; 0 (0.00%)' in output
     metrics = json.loads((folder / 'work' / 'metrics.json').read_text())
     assert set(metrics['test']) == {
       f'buy/{m}' for m in ('auc', 'gauc', 'logloss', 'ne')
@@ -372,6 +374,7 @@ class TestBinaries:
     run('evaluate', f'--workdir={folder}/work', f'--output={folder}/test.json')
     found = json.loads((folder / 'test.json').read_text())
     trained_metrics = json.loads((folder / 'work/metrics.json').read_text())
+    assert found.pop('ids') == trained_metrics['ids']
     assert found == pytest.approx(trained_metrics['test'], abs=1e-6)
 
   @pytest.mark.slow
@@ -403,6 +406,7 @@ class TestBinaries:
     )
     trained_metrics = json.loads((folder / 'work/metrics.json').read_text())
     found = json.loads(output.read_text())
+    del found['ids']
     assert found == pytest.approx(trained_metrics['test'], abs=error)
 
   @pytest.mark.slow

@@ -211,7 +211,7 @@ class TestCatalogue:
       tasks=(Task('like'),),
     )  # fmt: skip
     columns = {'uid': [1], 'ts': [1], 'item': ['a'], 'like': [1]}
-    with pytest.raises(ValueError, match="column 'item' is hashed"):
+    with pytest.raises(ValueError, match="column 'item' has ids='hash'"):
       of_log(log_of(schema, columns))
 
   def test_titles(self, tmp_path):

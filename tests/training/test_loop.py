@@ -492,7 +492,9 @@ class TestEvaluation:
       for known in (None, known)
     )
     log = rows.log
-    seen = [np.unique(x[train.events]) for x in (log.user, log.features['item'])]
+    seen = [
+      np.unique(x[train.events]) for x in (log.user, log.features['item'])
+    ]
     keep = np.isin(log.user[rows.events], seen[0])
     keep &= np.isin(log.features['item'][rows.events], seen[1])
     counts = known.counts(rows)
@@ -528,4 +530,6 @@ class TestEvaluation:
     written = json.loads((tmp_path / 'b' / 'metrics.json').read_text())
     assert written['left_out'] == result['left_out']
     said = f'{wanted["left_out"]} left out ({wanted["cold_users"]} of cold'
-    assert f'of {len(users)} candidates count; {said}' in capsys.readouterr().out
+    assert (
+      f'of {len(users)} candidates count; {said}' in capsys.readouterr().out
+    )

@@ -59,6 +59,15 @@ class Job:
     """Of what is learnt of a shard."""
     return self.work / f'fit-{shard:05d}'
 
+  def ids(self, shard: int) -> pathlib.Path:
+    """Of what is counted of a shard's ids."""
+    return self.work / f'ids-{shard:05d}'
+
+  @property
+  def vocabularies(self) -> pathlib.Path:
+    """Of what all shards' ids tell; see `stages.read_log`."""
+    return self.work / 'vocabularies'
+
   @property
   def before(self) -> pathlib.Path:
     """Of what comes before each training event, by shard."""

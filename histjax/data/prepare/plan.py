@@ -12,6 +12,7 @@ import numpy as np
 
 from histjax import config as config_lib
 from histjax import features as features_lib
+from histjax import vocabulary
 from histjax.data import atomic, datasets, files, grouping, prepared
 from histjax.data.events import EventLog, columns_of
 from histjax.data.parts import Columns
@@ -83,7 +84,11 @@ def check(config: datasets.DataConfig) -> list[pathlib.Path]:
   head = EventLog.from_parts(
     Columns(tuple(parts), tuple(sources), schema), schema
   ).with_tasks(config.tasks)
-  source.split.masks(head)
+  masks = source.split.masks(head)
+  every = {split: np.ones(len(head), bool) for split in masks}
+  head = head.with_vocabularies(
+    vocabulary.fit(schema, vocabulary.count(schema, head.features, every))
+  )
   for rows in (config.rows, config.eval_rows or config.rows):
     unlimited = dataclasses.replace(rows, on_overflow='truncate')
     grouping.group_candidates(head, np.arange(len(head)), unlimited)

@@ -29,12 +29,15 @@ import numpy as np
 
 from histjax import config as config_lib
 from histjax import features as features_lib
+from histjax import vocabulary
 from histjax.data import atomic, columns, datasets, prepared
 from histjax.data.prepare import order, plan, stages
 from histjax.data.prepare.engines import Local, Ray, Run
 from histjax.data.prepare.job import DONE, Job
 from histjax.data.prepare.plan import Options
 from histjax.progress import Progress
+
+_IDS = 'ids.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +171,7 @@ class _Run:
       ).str,
       is_timestamp=any(t['is_timestamp'] for t in told),
     )
+    self._count_ids(counts.tolist())
     self._fit(counts.tolist())
     self._stage(
       'writing rows',
@@ -218,6 +222,29 @@ class _Run:
         'anew with a larger num_shards (unless it is one user)'
       )
 
+  def _count_ids(self, counts: list[int]) -> None:
+    """Fits vocabularies, if features have any."""
+    job, schema = self._job, self._job.source.schema
+    if job.vocabularies.exists() or not vocabulary.of(schema):
+      return
+    self._stage(
+      'counting ids',
+      stages.count_ids,
+      counts,
+      lambda shard: job.ids(shard).exists(),
+      'events',
+    )
+    parts = []
+    for shard in range(job.num_shards):
+      with np.load(job.ids(shard) / 'found.npz') as archive:
+        parts.append({name: archive[name] for name in archive.files})
+    counted = vocabulary.merge(schema, [part for part in parts if part])
+    known = vocabulary.fit(schema, counted)
+    with atomic.folder(job.vocabularies) as folder:
+      features_lib.FittedFeatures(vocabularies=known).save(folder)
+      ids = vocabulary.id_counts(schema, counted, known)
+      atomic.write_json(folder / _IDS, [dataclasses.asdict(x) for x in ids])
+
   def _fit(self, counts: list[int]) -> None:
     job = self._job
     done = job.work / 'first_times.json'
@@ -237,7 +264,11 @@ class _Run:
         'events',
       )
       parts, first_times = self._collected(counts)
-    features_lib.merge(configs, parts, schema).save(job.work)
+    fitted = features_lib.merge(configs, parts, schema)
+    if vocabulary.of(schema):
+      known = features_lib.load(job.vocabularies).vocabularies
+      fitted = dataclasses.replace(fitted, vocabularies=known)
+    fitted.save(job.work)
     start = time.monotonic()
     if job.needs_order and not job.before.exists():
       order.count_before(
@@ -278,6 +309,9 @@ class _Run:
       schema = schema.with_tasks(data.tasks)
     schema = datasets.model_schema(schema, fitted, data.without)
     eval_rows = config_lib.to_dict(data.eval_rows or data.rows)
+    ids = []
+    if vocabulary.of(job.source.schema):
+      ids = json.loads((job.vocabularies / _IDS).read_text())
     atomic.write_json(
       job.folder / prepared.DATASET,
       {
@@ -291,6 +325,7 @@ class _Run:
           'test': eval_rows,
         },
         'features': fitted.digest(),
+        'ids': ids,
         'shards': shards,
       },
     )

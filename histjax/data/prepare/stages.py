@@ -17,6 +17,7 @@ import pyarrow as pa
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from histjax import features as features_lib
+from histjax import vocabulary
 from histjax.data import atomic, columns, datasets, files, prepared
 from histjax.data import events as events_lib
 from histjax.data import rows as rows_lib
@@ -84,8 +85,32 @@ def spill(job: Job, file: int) -> None:
     )
 
 
+def count_ids(job: Job, shard: int) -> None:
+  """Counts the ids of a shard's events, of features with a vocabulary."""
+  log = _read_digests(job, shard)
+  with atomic.folder(job.ids(shard)) as folder:
+    found: vocabulary.Counted = {}
+    if log is not None:
+      masks = job.source.split.masks(log)
+      found = vocabulary.count(log.schema, log.features, masks)
+    np.savez(folder / 'found.npz', **found)  # type: ignore[arg-type]
+
+
 def read_log(job: Job, shard: int) -> EventLog | None:
   """A shard's users' events, as `EventLog` has them; None: there are none.
+
+  Raises:
+    ValueError: times decrease, and `require_sorted` is set.
+  """
+  log = _read_digests(job, shard)
+  if log is None or not vocabulary.of(log.schema):
+    return log
+  known = features_lib.load(job.vocabularies).vocabularies
+  return log.with_vocabularies(known)
+
+
+def _read_digests(job: Job, shard: int) -> EventLog | None:
+  """As `read_log`, with digests of ids that have a vocabulary.
 
   Raises:
     ValueError: times decrease, and `require_sorted` is set.
