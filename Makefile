@@ -26,12 +26,12 @@ serve: $(VENV)/.installed-experiments,cpu,serving
 	$(VENV)/bin/python experiments/serve.py --workdir=$(DEMO_DIR) \
 	  --cache_dir=$(DEMO_DIR)/programs
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-libtpu
 	$(VENV)/bin/python -m pytest
 
 # All tests with random examples, then those of equal scores as XLA optimizes
 # for a user: the other runs compile as fast as can be.
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-test $(VENV)/.installed-libtpu
 	$(VENV)/bin/python -m pytest -m '' --hypothesis-profile=random
 	HISTJAX_TEST_XLA=default $(VENV)/bin/python -m pytest $(EQUIVALENCE)
 
@@ -57,6 +57,15 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -e '.[$*]'
+	touch $@
+
+# With libtpu, tests compile for TPUs that are not there. It lies where they
+# alone look (tests/tpu.py): where Python can import it, every program on a
+# machine without a TPU would look for one, which takes up to a minute.
+$(VENV)/.installed-libtpu: | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip uninstall --quiet --yes libtpu
+	[ "$$(uname -sm)" != 'Linux x86_64' ] || $(VENV)/bin/python -m pip \
+	  install --quiet --no-deps --target $(VENV)/libtpu libtpu
 	touch $@
 
 clean:

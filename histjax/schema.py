@@ -18,8 +18,8 @@ file and in requests alike:
   'vocabulary', are integers of 64 bits or texts. A text is taken as it is
   written: '007', '07' and '7' are three users, and 'NA' is one more. A text
   that is the canonical decimal form of an integer is that integer: '7' and 7
-  are one key. Floats and booleans are none, since a CSV file would write 7.0, another key than 7;
-  declare such a column 'integer' in `Schema.column_types`.
+  are one key. Floats and booleans are none, since a CSV file would write 7.0,
+  another key than 7; declare such a column 'integer' in `Schema.column_types`.
 * *Numbers*, which are ids with `ids='index'`, dense features and labels, may be
   written as text: '007' is 7, '1e3' is 1000. Booleans count as 0 and 1 (so do
   'true' and 'false', if the whole column is of them), and whole floats as ids.

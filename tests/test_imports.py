@@ -1,7 +1,9 @@
 """Dependencies between modules go one way."""
 
 import ast
+import configparser
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -120,6 +122,14 @@ class ImportTest(absltest.TestCase):
     self.assertIsNone(find_circle({'a': {'b', 'c'}, 'b': {'c'}, 'c': set()}))
     found = find_circle({'a': {'b'}, 'b': {'c'}, 'c': {'d'}, 'd': {'b'}})
     self.assertEqual(found, 'b -> c -> d -> b')
+
+  def test_libtpu_comes_with_nothing_but_its_extra(self):
+    """Where JAX can import it, it looks for a TPU, however long that takes."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT.parent / 'setup.cfg')
+    extras = parser['options.extras_require']
+    found = [name for name in extras if re.search('tpu', extras[name])]
+    self.assertEqual(found, ['tpu'])
 
   def test_serving_needs_no_data_or_training_package(self):
     code = (

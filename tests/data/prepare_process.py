@@ -15,7 +15,7 @@ NUM_SHARDS = 4
 
 
 def config(folder):
-  return test_prepare.config((f'{folder}/log',))
+  return test_prepare.config((f'{folder}/log',), vocabulary=True)
 
 
 def pause(*unused):
