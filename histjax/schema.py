@@ -41,6 +41,7 @@ from typing import Literal
 MAX_RAW = 1e30  # Beyond are marks such as float32's largest, no quantities.
 MAX_DENSE = 1e8  # Scaled; products of four of them are finite in float32.
 MAX_SIZE = 2**31 - 1  # Ids are int32.
+MAX_SECONDS = 2**63 / 1e9  # 292 years: beyond is a time of another unit.
 
 ColumnType = Literal['text', 'integer', 'number', 'timestamp']
 
@@ -190,7 +191,8 @@ class Schema:
     derived: what derived features add to items (`DataConfig.features`); filled
       in when a dataset is loaded.
     time_unit: seconds per unit of a numeric time column (0.001: milliseconds);
-      a timestamp column knows its own. Derived features and snapshots are in
+      a timestamp column knows its own. Times beyond 292 years are refused: they
+      are of another unit. Derived features and snapshots are in
       seconds.
     null_values: the texts that say that a value is missing, in any kind of
       file; see the module's docstring. `('', 'NULL', 'NA')` refuses these as
@@ -246,6 +248,7 @@ class Schema:
           )
     _ = self.tables  # Conflicting sizes are found here.
     self._check_vocabularies()
+    self._check_labels()
 
   def _check_types(self) -> None:
     pairs = [(name, kind) for name, kind in self.column_types]
@@ -282,6 +285,28 @@ class Schema:
             f'schema: {a.name!r} and {b.name!r} share the vocabulary of table '
             f'{a.table!r} and disagree on size and min_count: {mine} and '
             f'{theirs}; make them equal'
+          )
+
+  def _check_labels(self) -> None:
+    uses = [
+      (f.column, f'feature {f.name!r} of {kind}')
+      for kind, group in (
+        ('context', self.context),
+        ('item', self.item),
+        ('hidden', self.hidden),
+      )
+      for f in group
+    ]
+    uses += [(self.user, 'the user'), (self.time, 'the time')]
+    uses += [(self.request, 'the request')]
+    for task in self.tasks:
+      for column, use in uses:
+        if column == task.column:
+          raise ValueError(
+            f'schema: column {column!r} is the label of task {task.name!r} and '
+            f'{use}, which is known when the item is shown: the model would '
+            'read what it is to predict. List it in `action`, which only '
+            'later events read, or name another column'
           )
 
   @property

@@ -44,6 +44,29 @@ class SchemaTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'time_unit=inf must be positive'):
       schema(time_unit=float('inf'))
 
+  @parameterized.parameters(
+    ('item', "feature 'y' of item"),
+    ('context', "feature 'y' of context"),
+    ('hidden', "feature 'y' of hidden"),
+    ('user', 'the user'),
+    ('time', 'the time'),
+    ('request', 'the request'),
+  )
+  def test_a_label_is_no_input(self, part, use):
+    value = 'liked'
+    if part in ('item', 'context', 'hidden'):
+      value = (Categorical('y', 2, column='liked'),)
+    fields = {
+      'user': 'user',
+      'time': 'time',
+      'item': (Categorical('item', 10),),
+      'tasks': (Task('click'), Task('like', column='liked')),
+    }
+    Schema(**fields, action=(Categorical('y', 2, column='liked'),))
+    message = f"'liked' is the label of task 'like' and {use}, which is known"
+    with self.assertRaisesRegex(ValueError, message):
+      Schema(**{**fields, part: value})
+
   def test_column_types(self):
     found = schema(column_types={'user': 'integer', 'time': 'timestamp'})
     self.assertEqual(found.types, {'user': 'integer', 'time': 'timestamp'})

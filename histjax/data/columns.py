@@ -20,6 +20,7 @@ from histjax.data.parts import Columns
 from histjax.schema import (
   MAX_DENSE,
   MAX_RAW,
+  MAX_SECONDS,
   Categorical,
   Dense,
   Feature,
@@ -27,6 +28,14 @@ from histjax.schema import (
   Task,
 )
 from histjax.vocabulary import Vocabulary
+
+_YEAR = 365.2425 * 86400
+_UNITS = {
+  1.0: 'seconds',
+  1e-3: 'milliseconds',
+  1e-6: 'microseconds',
+  1e-9: 'nanoseconds',
+}
 
 
 def from_mapping(
@@ -82,7 +91,7 @@ def encode_categorical(columns: Columns, feature: Categorical) -> np.ndarray:
     columns,
     name,
     parts.as_integers,
-    f"no index of feature {feature.name!r}; set ids='hash'",
+    f"no index of feature {feature.name!r}; set ids='hash' or 'vocabulary'",
   )
   if feature.out_of_vocabulary:
     return known(values, feature)
@@ -242,7 +251,31 @@ def encode_time(columns: Columns, name: str) -> tuple[np.ndarray, bool]:
     values < 0,
     'a time must be >= 0 (a timestamp: 1970 or later); fix it or shift all',
   )
-  return values, bool(kinds and kinds[0])
+  is_timestamp = bool(kinds and kinds[0])
+  if not is_timestamp and len(values):
+    _check_unit(columns, name, values)
+  return values, is_timestamp
+
+
+def _check_unit(columns: Columns, name: str, values: np.ndarray) -> None:
+  """Numbers that are no times in the schema's unit are of another one."""
+  unit = columns.schema.time_unit
+  bad = values > MAX_SECONDS / unit
+  if not bad.any():
+    return
+  value = values[int(np.argmax(bad))].item()
+  hint = 'set time_unit to the seconds that a unit has'
+  for other, what in _UNITS.items():
+    if 1e8 < value * other < 1e10:  # From 1973 on.
+      hint = f'if these are {what} since 1970, set time_unit={other:g}'
+  parts.check(
+    columns,
+    name,
+    values,
+    bad,
+    f'{value * unit / _YEAR:.3g} years in units of {unit:g} s (time_unit), '
+    f'more than 292; {hint}',
+  )
 
 
 def check_clocks(name: str, kinds: Mapping[str, bool]) -> None:

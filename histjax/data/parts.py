@@ -28,6 +28,8 @@ _NO_TIME = (
 _NO_KEY = {
   'boolean': "'true' in a CSV file is a text, and a boolean is none",
   'float': "'7.0' in a CSV file is another key than 7",
+  'time': 'ids that look like dates or times were taken for such, and these '
+  "do not tell how they were written: '2024-01-02', '12:30' or otherwise",
   'other': 'a key is an integer or a text',
 }
 
@@ -238,13 +240,19 @@ def _check_integers(columns, name, start, array, problem: str) -> None:
     return
   kind = 'boolean' if pa.types.is_boolean(array.type) else 'other'
   kind = 'float' if pa.types.is_floating(array.type) else kind
-  hint = '' if kind == 'other' else ", or declare it 'integer' in column_types"
+  kind = 'time' if pa.types.is_temporal(array.type) else kind
+  fix = {
+    'time': 'write the column as the texts that the ids are',
+    'other': 'write integers or texts',
+  }.get(
+    kind, "write integers or texts, or declare it 'integer' in column_types"
+  )
   columns.fail(
     name,
     start,
     array[0].as_py(),
     f'of type {array.type}, which is no key ({problem or _NO_KEY[kind]}); '
-    f'write integers or texts{hint}',
+    f'{fix}',
   )
 
 

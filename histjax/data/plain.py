@@ -20,6 +20,7 @@ from histjax.data import hashing
 from histjax.schema import (
   MAX_DENSE,
   MAX_RAW,
+  MAX_SECONDS,
   Categorical,
   Dense,
   Feature,
@@ -83,10 +84,12 @@ def time(schema: Schema, values: Any, name: str) -> np.ndarray | None:
   found = _numbers(schema, values, name)
   if found is None:
     return None
+  last = MAX_SECONDS / schema.time_unit
   if found.dtype.kind == 'f':
     found = found.astype(np.float64)
-    return found if _within(found, 0, np.finfo(np.float64).max) else None
-  if not _within(found, 0, 2**63 - 1):
+    most = min(last, np.finfo(np.float64).max)
+    return found if _within(found, 0, most) else None
+  if not _within(found, 0, min(last, 2**63 - 1)):
     return None
   return found.astype(np.int64)
 

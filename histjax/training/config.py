@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from histjax import config as dicts
 from histjax import metrics
 from histjax.data import cold
@@ -246,7 +248,7 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
     if split not in dataset.splits or not len(dataset.splits[split]):
       raise ValueError(
         f'the dataset has no rows in its split {split!r}; training needs '
-        f'{SPLITS}: change how the data is split'
+        f'{SPLITS}: change how the data is split{_range(dataset)}'
       )
     config.check_rows(f'{split} rows', dataset.splits[split].config)
   known = None
@@ -255,6 +257,17 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
     known = cold.Known(config.leave_out, dataset.splits['train'])
   for split in ('validation', 'test'):
     _check_defined(config, split, dataset.splits[split], known)
+
+
+def _range(dataset: Dataset) -> str:
+  """From when to when a log in memory is, for messages."""
+  log = dataset.log
+  if log is None or not len(log):
+    return ''
+  first, last = log.time.min(), log.time.max()
+  if log.is_timestamp:
+    first, last = (np.datetime64(int(x), 'ns') for x in (first, last))
+  return f'. Times of the log are from {first} to {last}'
 
 
 def _check_defined(

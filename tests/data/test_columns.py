@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from histjax.data import columns as columns_lib
 from histjax.data import hashing
+from histjax.data import values as values_lib
 from histjax.schema import MAX_DENSE, Categorical, Dense, Schema, Task
 
 SIZE = 2**31 - 1
@@ -120,6 +122,16 @@ class KeyTest(parameterized.TestCase):
     ('float', [7.0], "row 0 holds 7.0: of type double.*declare it 'integer'"),
     ('bool', [True], "holds True: of type bool.*declare it 'integer'"),
     ('date', [datetime.date(2022, 5, 1)], 'of type timestamp.*no key'),
+    (
+      'date_of_parquet',
+      pa.array([datetime.date(2024, 1, 2)]),
+      'of type date32.*look like dates or times.*write the column as the texts',
+    ),
+    (
+      'time',
+      pa.array([datetime.time(12, 30)]),
+      'of type time64.*look like dates or times',
+    ),
     ('list', [[7]], 'of type list'),
     ('decimal', [decimal.Decimal('7.5')], 'of type double'),
     ('null', [None, 'a'], r'row 0 has no value \(null\)'),
@@ -268,6 +280,44 @@ class DenseTest(parameterized.TestCase):
     else:
       with self.assertRaisesRegex(ValueError, 'too large'):
         encode()
+
+
+class TimeUnitTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1_700_000_000_000, 1.0, 'milliseconds since 1970, set time_unit=0.001'),
+    (1.7e15, 1.0, 'microseconds since 1970, set time_unit=1e-06'),
+    (1_700_000_000_000_000, 1e-3, 'microseconds .* time_unit=1e-06'),
+    (1_700_000_000_000_000_000, 1e-6, 'nanoseconds .* time_unit=1e-09'),
+    (1_700_000_000, 60.0, 'seconds since 1970, set time_unit=1$'),
+    (10**17, 1e-3, 'set time_unit to the seconds that a unit has'),
+  )
+  def test_another_unit(self, value, unit, message):
+    read_as = schema(time_unit=unit)
+    message = f"'time'.*row 1 holds {value}: .* years in units of .*{message}"
+    for values in ([1, value], [str(1), str(value)]):
+      columns = columns_lib.from_mapping(
+        {'time': values}, ['time'], 'm', read_as
+      )
+      with self.assertRaisesRegex(ValueError, re.sub(r'\+', r'\\+', message)):
+        columns_lib.encode_time(columns, 'time')
+    with self.assertRaisesRegex(ValueError, 'years in units of'):  # A request.
+      values_lib.times(read_as, {'time': [1, value]}, 2, True, 'events')
+
+  @parameterized.parameters(
+    (1_700_000_000, 1.0), (1_700_000_000_000, 1e-3), (1.7e18, 1e-9), (9.2e9, 1)
+  )
+  def test_the_unit(self, value, unit):
+    columns = columns_lib.from_mapping(
+      {'time': [value]}, ['time'], 'm', schema(time_unit=unit)
+    )
+    found, is_timestamp = columns_lib.encode_time(columns, 'time')
+    self.assertEqual((found.tolist(), is_timestamp), ([value], False))
+
+  def test_timestamps_know_theirs(self):
+    columns = columns_lib.from_mapping(
+      {'time': ['2024-01-02']}, ['time'], 'm', schema(time_unit=1e6)
+    )
+    self.assertTrue(columns_lib.encode_time(columns, 'time')[1])
 
 
 class FromMappingTest(parameterized.TestCase):

@@ -240,7 +240,7 @@ def test_own_log_needs_no_tfds(tmp_path):
   code = (
     'import sys; from histjax import schema as s;'
     'from histjax.data import datasets;'
-    "x = s.Schema('member', 'when', (s.Categorical('reaction', 4),),"
+    "x = s.Schema('member', 'when', (s.Dense('age_hours'),),"
     " (s.Task('reaction', threshold=1),));"
     f'd = datasets.load(datasets.DataConfig(datasets.Events(({path!r},),'
     ' x)));'

@@ -1,5 +1,6 @@
 """Files and trees of files: what is read, what is told, what is refused."""
 
+import dataclasses
 import unittest.mock
 
 import numpy as np
@@ -223,14 +224,48 @@ def test_a_quote_that_nothing_closes(tmp_path, column):
 
 
 def test_other_encodings_are_named(tmp_path):
-  for encoding in ('latin-1', 'utf-16'):
-    for text in ('user,time\né,1\n', 'user,é\nx,1\n'):
-      path = text_file(tmp_path, text, encoding)
-      with pytest.raises(ValueError, match=r'not in UTF-8; convert it.*iconv'):
-        keys(path)
-  late = 'user,time\n' + 'x,1\n' * 400_000 + 'é,1\n'
-  with pytest.raises(ValueError, match='not in UTF-8'):
-    keys(text_file(tmp_path, late, 'latin-1'))
+  for text, where in (
+    ('user,time\né,1\n', "line 2: 'é,1'"),
+    ('user,é\nx,1\n', "line 1: 'user,é'"),
+    ('user,time\n' + 'x,1\n' * 400_000 + 'é,1\n', "line 400002: 'é,1'"),
+  ):
+    path = text_file(tmp_path, text, 'latin-1')
+    message = rf'not in UTF-8 \({where}\?\); convert it, as by .iconv'
+    with pytest.raises(ValueError, match=message):
+      keys(path)
+
+
+@pytest.mark.parametrize('mark', [True, False])
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-32'])
+@pytest.mark.parametrize('order', ['le', 'be'])
+def test_wide_encodings_are_named(tmp_path, encoding, order, mark):
+  """As Excel and PowerShell write, with a byte order mark or without one."""
+  text = '\ufeff' * mark + 'user,time\na,1\n'
+  path = text_file(tmp_path, text, f'{encoding}-{order}')
+  said = encoding.upper() if mark else f'{encoding}{order}'.upper()
+  with pytest.raises(ValueError, match=rf'is in {said}, not in UTF-8; .*iconv'):
+    keys(path)
+  assert keys(text_file(tmp_path, '\ufeffuser,time\na,1\n', 'utf-8')) == ['a']
+
+
+def test_texts_that_look_like_something_else_are_ids(tmp_path):
+  """Each is its own user and its own item, in CSV as in Parquet."""
+  texts = ['2024-01-02', '12:30', '1e5', '100000', 'NaN', 'nan', 'NULL', 'None']
+  texts += ['007', '7', 'true', 'inf', '0x1F', '1_000', '-', 'N/A', '1.0']
+  log_schema = dataclasses.replace(SCHEMA, null_values=('',))
+  lines = ''.join(f'{text},{text},1\n' for text in texts)
+  table = files.read(
+    [str(text_file(tmp_path, f'user,sku,time\n{lines}'))],
+    ['user', 'sku', 'time'],
+    log_schema,
+  )
+  codes, found = columns_lib.encode_keys(table, 'user')
+  assert [str(found[code]) for code in codes] == texts
+  pq.write_table(pa.table({'user': texts}), tmp_path / 'a.parquet')
+  other = files.read([str(tmp_path / 'a.parquet')], ['user'], log_schema)
+  assert columns_lib.encode_keys(other, 'user')[1].tolist() == found.tolist()
+  item = Categorical('sku', 2**31 - 1, ids='hash')
+  assert len(set(columns_lib.digest_ids(table, item).tolist())) == len(texts)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,8 @@ class ResumeTest(parameterized.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.config = test_prepare.config(
-      test_prepare.write(self.folder, test_prepare.some_columns(200), (0.5,))
+      test_prepare.write(self.folder, test_prepare.some_columns(200), (0.5,)),
+      vocabulary=True,
     )
 
   @slow_unless(lambda stages: len(stages) == 2)

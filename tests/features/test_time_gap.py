@@ -1,5 +1,7 @@
 """The time since the last visible event, in buckets."""
 
+import dataclasses
+
 import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import example, given
@@ -11,7 +13,7 @@ from histjax.schema import Categorical, Schema, Task
 from tests.data import logs
 
 
-def gaps(times, ties='order', buckets=6, **fields):
+def gaps(times, ties='order', buckets=6, far=None, **fields):
   """Of events of the users a, b, c, c, c, .. at these times."""
   n = len(times)
   schema = Schema(
@@ -26,6 +28,8 @@ def gaps(times, ties='order', buckets=6, **fields):
   log = EventLog.from_columns(
     {'user': user, 'time': times, 'item': zeros, 'click': zeros}, schema
   )
+  if far is not None:  # Further than a log's times may be apart.
+    log = dataclasses.replace(log, time=np.asarray(far))
   log, fitted = logs.derive(log, TimeGap(buckets))
   return fitted.of_events(log.events(ties), None)['time_gap'].tolist()
 
@@ -53,7 +57,7 @@ class TimeGapTest(parameterized.TestCase):
   @given(st.integers(0, 2**40))
   @example(2**50 - 2)  # Its logarithm is 50 in float64.
   def test_bucket_is_the_floor_of_the_logarithm(self, gap):
-    found = gaps([0, 0, 5, 5 + gap], buckets=64)
+    found = gaps([0, 0, 5, 5], far=[0, 0, 5, 5 + gap], buckets=64)
     self.assertEqual(found[3], (gap + 1).bit_length() - 1)
 
   def test_no_buckets(self):
