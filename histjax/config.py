@@ -180,6 +180,14 @@ def _decode_dataclass(cls: type, value: Any, path: str) -> Any:
   if not isinstance(value, Mapping):
     raise _wrong_type(cls, value, path)
   fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+  if TYPE in value and TYPE not in fields:  # As in a union; it need not be.
+    name = _snake_case(cls.__name__)
+    if value[TYPE] != name:
+      raise ValueError(
+        f'{_join(path, TYPE)}={value[TYPE]!r} must be {name!r}, or be left '
+        f'out: {path!r} can be nothing else'
+      )
+    value = {k: v for k, v in value.items() if k != TYPE}
   for name in value:
     if name not in fields:
       raise ValueError(_unknown(cls, str(name), path, list(fields)))

@@ -102,6 +102,10 @@ class RoundTripTest(parameterized.TestCase):
     self.assertEqual(value.pair, (3, 'y'))
     self.assertEqual(value.mode, 'a')
 
+  def test_a_type_may_be_said_where_there_is_one(self):
+    values = {'needed': 1, 'inner': {'type': 'inner', 'size': 7}}
+    self.assertEqual(config_lib.from_dict(Outer, values).inner, Inner(7))
+
 
 class StrictTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -118,6 +122,10 @@ class StrictTest(parameterized.TestCase):
     ({'needed': 1, 'on': 1}, r'on=1 is of type int; it must be bool'),
     ({'needed': 1, 'inner': {'rate': 'x'}}, r"inner\.rate='x'.*float"),
     ({'needed': 1, 'inner': {'rate': True}}, r'inner\.rate=True.*float'),
+    (
+      {'needed': 1, 'inner': {'type': 'other', 'size': 2}},
+      r"inner\.type='other' must be 'inner', or be left out",
+    ),
     ({'needed': 1, 'inner': 3}, r'inner=3 is of type int; it must be Inner'),
     ({'needed': 1, 'inner': None}, r'inner=None.*must be Inner'),
     ({'needed': 1, 'mode': 'c'}, r"mode='c' must be one of \['a', 'b', 1\]"),

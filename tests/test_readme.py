@@ -153,6 +153,13 @@ class TestSnippets:
     found = run_page('docs/logs.md', monkeypatch, tmp_path)
     data = config_lib.from_dict(datasets.DataConfig, found['config']['data'])
     assert data.source.schema.item[0].column == 'sku'
+    (ids,) = found['shop'].ids
+    assert (ids.ids, ids.size) == ('vocabulary', 25) and ids.known <= 24
+    assert found['times'].min() >= np.datetime64('2022-05-03', 'ns').astype(int)
+    assert [f.name for f in found['shop'].schema.item_features][
+      1
+    ] == 'rate_shop'
+    assert found['changed']['data']['source']['split']['type'] == 'time_split'
     with pytest.raises(ValueError, match=r'log\.parquet'):
       datasets.load(data)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import hashlib
@@ -16,6 +15,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from absl import logging
 
+from histjax.data import encodings
 from histjax.data.parts import Columns, check_names
 from histjax.schema import Schema
 
@@ -311,7 +311,7 @@ def _parquet_names(path: Path) -> list[str]:
 
 
 def _csv_names(path: Path) -> list[str]:
-  wide = _wide_encoding(path)
+  wide = encodings.wide(path)
   if wide:
     raise ValueError(
       f'{path} is in {wide}, not in UTF-8; convert it, as by '
@@ -446,41 +446,10 @@ def _check_closed(
     )
 
 
-def _wide_encoding(path: Path) -> str:
-  """The encoding of a file whose characters have 2 or 4 bytes; else ''."""
-  with pa.input_stream(str(path), compression='detect') as stream:
-    head = stream.read(64)
-  for mark, name in (
-    (codecs.BOM_UTF32_LE, 'UTF-32'),  # Begins as UTF-16's.
-    (codecs.BOM_UTF32_BE, 'UTF-32'),
-    (codecs.BOM_UTF16_LE, 'UTF-16'),
-    (codecs.BOM_UTF16_BE, 'UTF-16'),
-  ):
-    if head.startswith(mark):
-      return name
-  if head[1:2] == b'\0' and head[:1] != b'\0':
-    return 'UTF-32LE' if head[2:4] == b'\0\0' else 'UTF-16LE'
-  if head[:1] == b'\0':
-    return 'UTF-32BE' if head[1:2] == b'\0' else 'UTF-16BE'
-  return ''
-
-
-def _first_foreign(path: Path) -> str:
-  """The first line that is not in UTF-8, as it may have been meant."""
-  with pa.input_stream(str(path), compression='detect') as stream:
-    for number, line in enumerate(io.BufferedReader(stream), 1):
-      try:
-        line.decode()
-      except UnicodeDecodeError as error:
-        near = line[max(0, error.start - 20) : error.start + 20].strip()
-        return f' (line {number}: {near.decode("cp1252", "replace")!r}?)'
-  return ''
-
-
 def _cause(path: Path, kind: str, error: Exception) -> str:
   if isinstance(error, UnicodeError) or 'UTF8' in str(error):
     return (
-      f'it is not in UTF-8{_first_foreign(path)}; convert it, as by '
+      f'it is not in UTF-8{encodings.first_foreign(path)}; convert it, as by '
       f"'iconv -f windows-1252 -t utf-8 {path.name}'"
     )
   if kind == 'csv' and 'Expected' in str(error):

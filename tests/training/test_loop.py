@@ -422,7 +422,9 @@ class TestFailures:
     nobody = np.zeros(len(data.log), bool)
     empty = rows_lib.make_rows(data.log, nobody, CONFIG.data.rows)
     data = dataclasses.replace(data, splits={**data.splits, 'test': empty})
-    with pytest.raises(ValueError, match=r"its split 'test'.*Times of the log are from"):
+    with pytest.raises(
+      ValueError, match=r"its split 'test'.*Times of the log are from"
+    ):
       loop.train_and_evaluate(CONFIG, tmp_path, dataset=data)
 
   def test_an_undefined_selection_metric(self, tmp_path):
