@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -83,6 +84,7 @@ class IdCounts:
     known: with 'vocabulary', the ids that have a row of their own.
     sharing: with 'hash', the ids that share their row with another one.
     size: rows of the table.
+    estimated: with 'hash', these two counts are estimates, see `of_rows`.
     unseen: with 'vocabulary', `{split: (ids, events, of events)}`: distinct ids
       that are not in the vocabulary, the split's events that have one, and all
       events of the split.
@@ -94,6 +96,7 @@ class IdCounts:
   size: int
   known: int | None = None
   sharing: int | None = None
+  estimated: bool = False
   unseen: Mapping[str, tuple[int, int, int]] = dataclasses.field(
     default_factory=dict
   )
@@ -102,10 +105,11 @@ class IdCounts:
     """A line for people."""
     if self.ids == 'hash':
       sharing = self.sharing or 0
+      about = 'about ' if self.estimated else ''
       return (
-        f'{self.feature}: {self.distinct} distinct ids hashed to {self.size} '
-        f'rows; {sharing} ({_share(sharing, self.distinct)}) share theirs with '
-        'another id'
+        f'{self.feature}: {about}{self.distinct} distinct ids hashed to '
+        f'{self.size} rows; {about}{sharing} '
+        f'({_share(sharing, self.distinct)}) share theirs with another id'
       )
     unseen = ', '.join(
       f'{split} {ids} in {_share(events, total)} of {total} events'
@@ -217,6 +221,41 @@ def of_hash(feature: Categorical, distinct: np.ndarray) -> IdCounts:
   sharing = int((number[place] > 1).sum())
   return IdCounts(
     feature.name, 'hash', len(distinct), feature.size, sharing=sharing
+  )
+
+
+def of_rows(feature: Categorical, occupied: int) -> IdCounts:
+  """As `of_hash`, estimated of the rows that some id has.
+
+      distinct = log(1 - occupied / size) / log(1 - 1 / size)
+      sharing = distinct (1 - (1 - 1 / size)^(distinct - 1))
+
+  the first is linear counting (Whang, Vander-Zanden and Taylor, TODS 1990), the
+  second `data.hashing.collision_rate`. If all rows have an id, half a row is
+  taken to have none: there are that many ids or more.
+
+  Args:
+    feature: with `ids='hash'`.
+    occupied: at most its `size`.
+  """
+  size = feature.size
+  if size == 1:
+    number = occupied
+  else:
+    free = max(size - occupied, 0.5) / size
+    number = round(math.log(free) / math.log1p(-1 / size))
+  rate = 0.0
+  if number > 1:
+    rate = (
+      1.0 if size == 1 else -math.expm1((number - 1) * math.log1p(-1 / size))
+    )
+  return IdCounts(
+    feature.name,
+    'hash',
+    number,
+    size,
+    sharing=round(number * rate),
+    estimated=True,
   )
 
 

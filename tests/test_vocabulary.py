@@ -186,7 +186,7 @@ class VocabularyTest(parameterized.TestCase):
       schema(context=(other,))
 
 
-class CollisionsTest(absltest.TestCase):
+class CollisionsTest(parameterized.TestCase):
   @hypothesis.given(columns(), st.integers(1, 12))
   def test_counted_as_by_hand(self, data, size):
     item = Categorical('sku', size, ids='hash')
@@ -196,6 +196,33 @@ class CollisionsTest(absltest.TestCase):
     rows = hashing.hash_strings(keys, size).tolist()
     self.assertEqual(counts.distinct, len(keys))
     self.assertEqual(counts.sharing, sum(rows.count(r) > 1 for r in rows))
+
+  @parameterized.parameters((1000, 300), (1000, 2500), (2**20, 5000))
+  def test_estimated_from_rows_alone(self, size, number):
+    item = Categorical('sku', size, ids='hash')
+    digests = hashing.digests(np.arange(number))
+    exact = vocabulary.of_hash(item, digests)
+    rows = len(np.unique(hashing.rows(digests, size)))
+    found = vocabulary.of_rows(item, rows)
+    self.assertEqual(exact.distinct, number)
+    # Linear counting: its standard error at a load of 2.5 is 9 % at worst here.
+    self.assertAlmostEqual(found.distinct, number, delta=0.09 * number)
+    # Pairs of equal rows are about Poisson, and each is two ids.
+    self.assertAlmostEqual(
+      found.sharing, exact.sharing, delta=4 * (2 * exact.sharing) ** 0.5
+    )
+    self.assertIn(f'about {found.distinct} distinct', str(found))
+
+  @parameterized.parameters((1, 0, 0), (1, 1, 1), (9, 0, 0), (9, 1, 1))
+  def test_few_rows(self, size, occupied, distinct):
+    item = Categorical('sku', size, ids='hash')
+    found = vocabulary.of_rows(item, occupied)
+    self.assertEqual((found.distinct, found.sharing), (distinct, 0))
+
+  def test_no_row_is_free(self):
+    found = vocabulary.of_rows(Categorical('sku', 9, ids='hash'), 9)
+    self.assertGreater(found.distinct, 9)
+    self.assertGreater(found.sharing, 9)
 
   def test_a_dataset_says_both(self):
     size = 40

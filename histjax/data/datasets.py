@@ -191,7 +191,7 @@ class Dataset:
     features: what is derived of them.
     fingerprint: of a prepared dataset; see `fingerprint.fingerprint`.
     ids: how many are unknown to vocabularies, and how many hashed ones share a
-      row; of a prepared dataset the former alone.
+      row; of a prepared dataset the latter is an estimate.
   """
 
   schema: Schema

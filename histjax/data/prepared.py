@@ -53,7 +53,7 @@ class Prepared:
     splits: `{'train', 'validation', 'test'}`.
     features: what is derived.
     fingerprint: SHA-256 of all of it.
-    ids: what is known of the ids of features with a vocabulary.
+    ids: as `Dataset.ids`.
   """
 
   config: dict[str, Any]

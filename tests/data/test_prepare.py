@@ -51,6 +51,8 @@ def schema(request: bool, vocabulary: bool = False):
       'item', 20, column='item_id', ids='vocabulary', min_count=1
     )
     kind = Categorical('kind', 3, column='item_kind', ids='vocabulary')
+    age = Categorical('age', 90, column='user_age', ids='hash')
+    found = dataclasses.replace(found, context=(age,))
   return dataclasses.replace(found, item=(item, *others), hidden=(kind,))
 
 

@@ -63,6 +63,10 @@ class Job:
     """Of what is counted of a shard's ids."""
     return self.work / f'ids-{shard:05d}'
 
+  def occupied(self, shard: int) -> pathlib.Path:
+    """Of the rows that hashed ids of a shard have."""
+    return self.work / f'occupied-{shard:05d}.npz'
+
   @property
   def vocabularies(self) -> pathlib.Path:
     """Of what all shards' ids tell; see `stages.read_log`."""

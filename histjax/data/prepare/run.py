@@ -36,6 +36,7 @@ from histjax.data.prepare.engines import Local, Ray, Run
 from histjax.data.prepare.job import DONE, Job
 from histjax.data.prepare.plan import Options
 from histjax.progress import Progress
+from histjax.schema import categorical
 
 _IDS = 'ids.json'
 
@@ -245,6 +246,18 @@ class _Run:
       ids = vocabulary.id_counts(schema, counted, known)
       atomic.write_json(folder / _IDS, [dataclasses.asdict(x) for x in ids])
 
+  def _hashed(self) -> list[vocabulary.IdCounts]:
+    """About how many hashed ids share a row: keys are in no shard."""
+    job, found = self._job, []
+    for feature in categorical(job.source.schema.logged):
+      if feature.ids == 'hash':
+        occupied = np.zeros(feature.size, bool)
+        for path in sorted(job.work.glob('occupied-*.npz')):
+          with np.load(path) as archive:
+            occupied[archive[feature.name]] = True
+        found.append(vocabulary.of_rows(feature, int(occupied.sum())))
+    return found
+
   def _fit(self, counts: list[int]) -> None:
     job = self._job
     done = job.work / 'first_times.json'
@@ -312,6 +325,7 @@ class _Run:
     ids = []
     if vocabulary.of(job.source.schema):
       ids = json.loads((job.vocabularies / _IDS).read_text())
+    ids += [dataclasses.asdict(counts) for counts in self._hashed()]
     atomic.write_json(
       job.folder / prepared.DATASET,
       {

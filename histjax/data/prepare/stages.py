@@ -209,6 +209,10 @@ def write_shard(job: Job, shard: int) -> None:
     schema = datasets.model_schema(log.schema, fitted, job.data.without)
     log = dataclasses.replace(log, schema=schema)
   items = _items(job, fitted)
+  if log is not None:
+    atomic.write(
+      job.occupied(shard), functools.partial(_save, _occupied(job, log))
+    )
   for split in prepared.SPLITS:
     rows = None
     if log is not None:
@@ -266,6 +270,15 @@ def _write_records(path: pathlib.Path, rows: Rows | None) -> None:
     writer.close()
 
   atomic.write(path, write)
+
+
+def _occupied(job: Job, log: EventLog) -> dict[str, np.ndarray]:
+  """Of each hashed feature the rows that some id of the log has."""
+  found = {}
+  for feature in categorical(job.source.schema.logged):
+    if feature.ids == 'hash':
+      found[feature.name] = np.unique(log.features[feature.name])
+  return found
 
 
 def _items(job: Job, fitted: FittedFeatures) -> list[str]:
