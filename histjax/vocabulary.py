@@ -73,6 +73,21 @@ class Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unseen:
+  """Ids of a split that are not in a vocabulary.
+
+  Attributes:
+    ids: distinct ones.
+    events: of the split, that have one.
+    total: events of the split.
+  """
+
+  ids: int
+  events: int
+  total: int
+
+
+@dataclasses.dataclass(frozen=True)
 class IdCounts:
   """What is known of the ids of a feature.
 
@@ -85,9 +100,7 @@ class IdCounts:
     sharing: with 'hash', the ids that share their row with another one.
     size: rows of the table.
     estimated: with 'hash', these two counts are estimates, see `of_rows`.
-    unseen: with 'vocabulary', `{split: (ids, events, of events)}`: distinct ids
-      that are not in the vocabulary, the split's events that have one, and all
-      events of the split.
+    unseen: with 'vocabulary', `{split: ids that are not in it}`.
   """
 
   feature: str
@@ -97,9 +110,7 @@ class IdCounts:
   known: int | None = None
   sharing: int | None = None
   estimated: bool = False
-  unseen: Mapping[str, tuple[int, int, int]] = dataclasses.field(
-    default_factory=dict
-  )
+  unseen: Mapping[str, Unseen] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
     """A line for people."""
@@ -112,12 +123,12 @@ class IdCounts:
         f'({_share(sharing, self.distinct)}) share theirs with another id'
       )
     unseen = ', '.join(
-      f'{split} {ids} in {_share(events, total)} of {total} events'
-      for split, (ids, events, total) in self.unseen.items()
+      f'{split} {x.ids} ids ({_share(x.events, x.total)} of {x.total} events)'
+      for split, x in self.unseen.items()
     )
     return (
       f'{self.feature}: a vocabulary of {self.known} of {self.distinct} '
-      f'training ids, in {self.size} rows; ids that are not in it: {unseen}'
+      f'training ids, in {self.size} rows; not in it: {unseen}'
     )
 
 
@@ -202,7 +213,7 @@ def id_counts(
         feature.size,
         known=len(vocabulary),
         unseen={
-          split: (
+          split: Unseen(
             int((outside & (counts[:, i] > 0)).sum()),
             int(counts[outside, i].sum()),
             int(counts[:, i].sum()),

@@ -89,7 +89,8 @@ class VocabularyTest(parameterized.TestCase):
     for split, mask in masks.items():
       outside = [k for k in raw[mask].tolist() if k not in row]
       self.assertEqual(
-        counts.unseen[split], (len(set(outside)), len(outside), mask.sum())
+        dataclasses.astuple(counts.unseen[split]),
+        (len(set(outside)), len(outside), mask.sum()),
       )
 
   @hypothesis.given(columns(min_size=2), st.integers(1, 29))
@@ -241,8 +242,8 @@ class CollisionsTest(parameterized.TestCase):
     unknown, shared = datasets.load(config).ids
     self.assertRegex(
       str(unknown),
-      r'^sku: a vocabulary of 4 of 9 training ids, in 5 rows; ids that are not '
-      r'in it: train 5 in \d+\.\d\d% of 20 events, validation ',
+      r'^sku: a vocabulary of 4 of 9 training ids, in 5 rows; not in it: '
+      r'train 5 ids \(\d+\.\d\d% of 20 events\), validation ',
     )
     self.assertEqual(
       str(shared),

@@ -25,6 +25,7 @@ _NO_TIME = (
   'a time must be a number or an ISO 8601 timestamp (between 1970 and 2262), '
   'one of the two in all of the column'
 )
+_MISSING = ('', 'na', 'n/a', 'nan', 'none', 'null', 'nil', '-', '?')
 _NO_KEY = {
   'boolean': "'true' in a CSV file is a text, and a boolean is none",
   'float': "'7.0' in a CSV file is another key than 7",
@@ -140,6 +141,8 @@ class Columns:
     said = repr(value)
     said = said if len(said) <= 80 else f'{said[:77]}...'
     again = ' (the header once more?)' if value == name else ''
+    if isinstance(value, str) and value.lower() in _MISSING:
+      again = ' (a missing value? fill it in, or drop the row)'
     raise ValueError(
       f'column {name!r}: {self.where(row)} holds {said}{again}: {problem}'
     )
@@ -182,7 +185,12 @@ def _plain(
     except pa.ArrowInvalid:
       values = column.to_pylist()
       row = next(i for i, v in enumerate(values) if not _is_utf8(v))
-      columns.fail(name, start + row, values[row], 'bytes that are not UTF-8')
+      columns.fail(
+        name,
+        start + row,
+        values[row],
+        'bytes that are not UTF-8; decode them, and write texts',
+      )
   elif pa.types.is_decimal(kind) and kind.scale > 0:
     column = column.cast(pa.float64())
   elif pa.types.is_decimal(kind):

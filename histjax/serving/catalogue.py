@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import pathlib
 from typing import Any
 
 import numpy as np
 
+from histjax.data import encodings
 from histjax.data.events import EventLog
 from histjax.schema import Categorical, Dense, Feature, Schema
 
@@ -123,10 +125,17 @@ def read_titles(path: str) -> dict[str, str]:
   """`{item: title}` of a CSV file with a header and two columns.
 
   Raises:
-    ValueError: a row has not two.
+    ValueError: a row has not two, or the file is not in UTF-8.
   """
-  with open(path, newline='', encoding='utf-8') as file:
-    rows = list(csv.reader(file))[1:]
+  try:
+    with open(path, newline='', encoding='utf-8-sig') as file:
+      rows = list(csv.reader(file))[1:]
+  except UnicodeDecodeError as error:
+    where = encodings.first_foreign(pathlib.Path(path))
+    raise ValueError(
+      f'titles={path!r} is not in UTF-8{where}; convert it, as by '
+      f"'iconv -f windows-1252 -t utf-8 {path}'"
+    ) from error
   for number, row in enumerate(rows, 2):
     if len(row) != 2:
       raise ValueError(

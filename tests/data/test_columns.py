@@ -247,6 +247,7 @@ class DenseTest(parameterized.TestCase):
     (['1', '1e39'], r'row 1 holds 1e\+39: too large'),
     (['1', '1e999'], 'row 1 holds inf: it must be finite'),
     (['1', 'nan'], 'row 1 holds nan: it must be finite'),
+    (['1', 'NULL'], r"row 1 holds 'NULL' \(a missing value\? .*: a number is"),
     (['1', 'cheap'], "row 1 holds 'cheap': a number is needed"),
     (['1', 'x' * 10**6], 'row 1 holds .x{70,80}...: a number is needed'),
     (['true', '1'], "row 0 holds 'true': a number is needed"),

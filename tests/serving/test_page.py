@@ -218,6 +218,10 @@ class TestCatalogue:
     path = tmp_path / 'titles.csv'
     path.write_text('item,title\n1,"One, or more"\n')
     assert read_titles(str(path)) == {'1': 'One, or more'}
+    latin = tmp_path / 'latin.csv'
+    latin.write_bytes('item,title\n7,Amélie\n'.encode('latin-1'))
+    with pytest.raises(ValueError, match=r"latin\.csv.*line 2: '7,Amélie'"):
+      read_titles(str(latin))
     path.write_text('item,title\n1\n')
     with pytest.raises(ValueError, match='line 2 has 1 columns'):
       read_titles(str(path))
