@@ -8,7 +8,7 @@ import pytest
 from absl.testing import absltest
 from hypothesis import strategies as st
 
-from histjax import features
+from histjax import features, vocabulary
 from histjax.data import columns as columns_lib
 from histjax.data import joins, requests, rows
 from histjax.data.events import EventLog
@@ -30,7 +30,7 @@ CONFIGS = (
 
 def schema(request):
   found = logs.schema(request=request)
-  shop = Categorical('shop', 5)
+  shop = Categorical('shop', 4, ids='vocabulary', min_count=1)  # Of five.
   return dataclasses.replace(found, item=(*found.item, shop))
 
 
@@ -85,14 +85,23 @@ def joined(join, data, shown):
   )
 
 
+def with_vocabulary(log):
+  """The log with what all of its events tell, and that."""
+  masks = {split: np.ones(len(log), bool) for split in vocabulary.SPLITS}
+  counted = vocabulary.count(log.schema, log.features, masks)
+  known = vocabulary.fit(log.schema, counted)
+  return log.with_vocabularies(known), known
+
+
 @hypothesis.given(cases())
 def test_rows_are_those_of_requests(case):
   data, shown, config, as_of, request, derive = case
   plain = schema(request)
-  fitted = FittedFeatures()
+  log, known = with_vocabulary(EventLog.from_columns(data, plain))
+  fitted = FittedFeatures(vocabularies=known)
   if derive:
-    log = EventLog.from_columns(data, plain)
     log, fitted = logs.derive(log, *CONFIGS)
+    fitted = dataclasses.replace(fitted, vocabularies=known)
     plain = log.schema
   join = joins.Join(plain, config, fitted, as_of)
   found, order = joined(join, data, shown)
@@ -137,7 +146,7 @@ def test_rows_are_those_of_requests(case):
 
 def test_a_history_that_is_too_long():
   join = joins.Join(
-    schema(False),
+    logs.schema(),
     RowConfig('pointwise', history_length=1, on_overflow='error'),
     FittedFeatures(),
   )
@@ -158,12 +167,14 @@ def test_a_history_that_is_too_long():
 
 def test_what_cannot_be_joined():
   with pytest.raises(ValueError, match=r"as_of=True with ties='order'"):
-    joins.Join(schema(False), RowConfig(), FittedFeatures(), as_of=True)
+    joins.Join(logs.schema(), RowConfig(), FittedFeatures(), as_of=True)
   derived = dataclasses.replace(
-    schema(False), derived=(Categorical('time_gap', 8),)
+    logs.schema(), derived=(Categorical('time_gap', 8),)
   )
   with pytest.raises(ValueError, match=r"derived has \['time_gap'\], which"):
     joins.Join(derived, RowConfig(), FittedFeatures())
+  with pytest.raises(ValueError, match="'shop' has a vocabulary, which is not"):
+    joins.Join(schema(False), RowConfig(), FittedFeatures())
 
 
 def test_columns():
