@@ -188,3 +188,11 @@ class TestMetricsToSelectBy:
       return
     with pytest.raises(ValueError, match=message):
       self.check(labels, user, select)
+
+  def test_nothing_counts(self):
+    known = types.SimpleNamespace(
+      label_summary=lambda *_: rows.LabelSummary(0, 0, 0)
+    )
+    config = make(select={'logloss': 1.0}, leave_out={'cold_users': True})
+    with pytest.raises(ValueError, match='leaves no candidate of the test spl'):
+      config_lib._check_defined(config, 'test', None, known)
