@@ -151,6 +151,21 @@ class EventLog:
     return len(self.user)
 
   @property
+  def period(self) -> str:
+    """From when to when events are, for people."""
+    schema, times = self.schema, (self.time.min(), self.time.max())
+    unit = 1e-9 if self.is_timestamp else schema.time_unit
+    first, last = (
+      np.datetime64(round(float(t) * unit * 1000), 'ms') for t in times
+    )
+    if self.is_timestamp:
+      return f'Events are from {first} to {last} (UTC)'
+    return (
+      f'Events are from {schema.time} {times[0]} to {times[1]}: {first} to '
+      f'{last}, if these are units of {unit:g} s (time_unit) since 1970'
+    )
+
+  @property
   def num_users(self) -> int:
     """The number of users."""
     return len(self.keys)

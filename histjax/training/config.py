@@ -6,8 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-import numpy as np
-
 from histjax import config as dicts
 from histjax import metrics
 from histjax.data import cold
@@ -246,9 +244,10 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
     )
   for split in SPLITS:
     if split not in dataset.splits or not len(dataset.splits[split]):
+      times = '' if dataset.log is None else f'. {dataset.log.period}'
       raise ValueError(
         f'the dataset has no rows in its split {split!r}; training needs '
-        f'{SPLITS}: change how the data is split{_range(dataset)}'
+        f'{SPLITS}: change how the data is split{times}'
       )
     config.check_rows(f'{split} rows', dataset.splits[split].config)
   known = None
@@ -257,17 +256,6 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
     known = cold.Known(config.leave_out, dataset.splits['train'])
   for split in ('validation', 'test'):
     _check_defined(config, split, dataset.splits[split], known)
-
-
-def _range(dataset: Dataset) -> str:
-  """From when to when a log in memory is, for messages."""
-  log = dataset.log
-  if log is None or not len(log):
-    return ''
-  first, last = log.time.min(), log.time.max()
-  if log.is_timestamp:
-    first, last = (np.datetime64(int(x), 'ns') for x in (first, last))
-  return f'. Times of the log are from {first} to {last}'
 
 
 def _check_defined(

@@ -268,6 +268,8 @@ class _Run:
         f'to {mesh.size} devices: set pipeline.row_multiple={mesh.size} in '
         'another run, or a larger pipeline.batch_events'
       )
+    if isinstance(config.data.source, datasets.Events) and dataset.log:
+      self.reporter.message(dataset.log.period)
     for ids in dataset.ids:
       self.reporter.message(str(ids))
     for split, counts in self.left_out.items():

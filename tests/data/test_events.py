@@ -1,5 +1,6 @@
 """A log from files and memory, its splits, and what is refused."""
 
+import dataclasses
 import datetime
 import fractions
 
@@ -49,6 +50,28 @@ class LogTest(parameterized.TestCase):
     self.assertEqual(log.offsets.tolist(), [0, 1, 4])
     self.assertEqual(log.key(3), 'b')
     self.assertLen(log, 4)
+
+  def test_period(self):
+    """What another unit makes of times can be seen."""
+    data = {'uid': [1, 1], 'ts': [1_700_000_000, 1_700_086_400]}
+    data |= {name: [1, 1] for name in ('user_age', 'item_id', 'price')}
+    data |= {'stars': [1, 5], 'click': [0, 1]}
+    log_schema = logs.schema()
+    for unit, said in (
+      (1.0, '2023-11-14T22:13:20.000 to 2023-11-15T22:13:20.000, if'),
+      (1e-3, '1970-01-20T16:13:20.000 to 1970-01-20T16:14:46.400, if'),
+    ):
+      log = EventLog.from_columns(
+        data, dataclasses.replace(log_schema, time_unit=unit)
+      )
+      self.assertIn(f'from ts 1700000000 to 1700086400: {said}', log.period)
+    data['ts'] = ['2024-01-02', '2024-01-03T04:05:06.789']
+    log = EventLog.from_columns(data, log_schema)
+    self.assertEqual(
+      log.period,
+      'Events are from 2024-01-02T00:00:00.000 to 2024-01-03T04:05:06.789 '
+      '(UTC)',
+    )
 
   def test_with_tasks(self):
     log = load(DATA).with_tasks(['click'])

@@ -126,6 +126,7 @@ class TestBinaries:
     assert 'Test, with the parameters of step' in output
     assert 'Validation at step' in output
     assert 'item: a vocabulary of 30 of 30 training ids, in 64 rows' in output
+    assert 'Events are from 2024-01-01T' in output
     assert 'country: 2 distinct ids hashed to 16 rows; 0 (0.00%)' in output
     metrics = json.loads((folder / 'work' / 'metrics.json').read_text())
     assert set(metrics['test']) == {

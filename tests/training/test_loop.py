@@ -423,7 +423,7 @@ class TestFailures:
     empty = rows_lib.make_rows(data.log, nobody, CONFIG.data.rows)
     data = dataclasses.replace(data, splits={**data.splits, 'test': empty})
     with pytest.raises(
-      ValueError, match=r"its split 'test'.*Times of the log are from"
+      ValueError, match=r"its split 'test'.*Events are from time 4227 to"
     ):
       loop.train_and_evaluate(CONFIG, tmp_path, dataset=data)
 
