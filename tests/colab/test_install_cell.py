@@ -95,7 +95,7 @@ def run(monkeypatch):
 
 
 def install(extra, source=ADDRESS):
-  return [('pip', f'install --quiet "histjax[experiments,{extra}] @ {source}"')]
+  return [('pip', f'install --quiet "histjax[notebooks,{extra}] @ {source}"')]
 
 
 @pytest.mark.parametrize(
