@@ -141,7 +141,6 @@ class TestSaveAndRestore:
     with pytest.raises(ValueError, match='keep_checkpoints=0'):
       checkpoints.Checkpoints(tmp_path, keep=0)
 
-
   def test_to_read_warns_of_nothing(self, tmp_path):
     save_some(tmp_path, [1], best=1)
     with unittest.TestCase().assertNoLogs('absl', 'WARNING'):
