@@ -9,7 +9,7 @@ EQUIVALENCE = tests/scoring tests/models tests/nn \
   tests/ops/history_attention/test_xla.py \
   tests/ops/candidate_tower/test_backends.py
 
-.PHONY: demo serve test test-all lint docs dist clean
+.PHONY: demo serve test test-all lint docs dist notebooks clean
 
 demo: $(VENV)/.installed-experiments,cpu
 	$(VENV)/bin/python experiments/train.py \
@@ -44,6 +44,10 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -q -W --keep-going \
 	  -b html docs docs/_build
+
+# Runs the notebooks and keeps their outputs.
+notebooks: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(VENV)/bin/python colab/execute.py
 
 # What would be uploaded, checked and installed into an empty environment of
 # each Python that is there.

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 
 from histjax.training import integrity, processes, step_folders, trees
@@ -396,7 +397,19 @@ def _reading(workdir: pathlib.Path) -> ocp.CheckpointManager:
       f'{"is a file" if is_file else lacks}: name the workdir of a training '
       'run, or train first'
     )
-  return _manager(workdir, read_only=True, create=False, save_interval_steps=0)
+  logger = logging.get_absl_logger()
+  logger.addFilter(_is_news)
+  try:
+    return _manager(
+      workdir, read_only=True, create=False, save_interval_steps=0
+    )
+  finally:
+    logger.removeFilter(_is_news)
+
+
+def _is_news(record) -> bool:
+  """Not so that Orbax has been told only to read, of which it warns."""
+  return 'directory is read only' not in record.getMessage()
 
 
 def _newest(manager, workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:

@@ -19,12 +19,15 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((REPOSITORY / 'colab').glob('*.ipynb'))
 ADDRESS = 'git+https://github.com/histjax/histjax'
 
-# What Colab had in August 2026, as googlecolab/backend-info lists it.
+# What Colab had in August 2026, as googlecolab/backend-info lists it: the first
+# with Python 3.13.
 COLAB = (
   'jax==0.7.2',
   'jaxlib==0.7.2',
   'flax==0.11.2',
   'numpy==2.1.3',
+  'pandas==2.2.3',
+  'ipykernel==6.17.1',
   'ipython==7.34.0',
   'requests==2.32.4',
   'setuptools==75.2.0',  # IPython 7 imports it.
@@ -95,7 +98,7 @@ def run(monkeypatch):
 
 
 def install(extra, source=ADDRESS):
-  return [('pip', f'install --quiet "histjax[experiments,{extra}] @ {source}"')]
+  return [('pip', f'install --quiet "histjax[notebooks,{extra}] @ {source}"')]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +333,8 @@ def test_colab(colab):
   assert after['jax'][0] != '0.7.2'
   assert not [name for name in after if 'libtpu' in name or 'cuda' in name]
   # Numba, which scores on CPUs, refuses a NumPy that is newer than it.
-  colab.assert_fit(after, 'histjax[cpu]', 'jax', 'flax', 'numba')
+  colab.assert_fit(after, 'histjax[notebooks,cpu]', 'jax', 'flax', 'numba')
+  assert after['pandas'][0] == '2.2.3'
 
   # Resolved, not installed: CUDA's libraries are gigabytes.
   colab.pip('install', *NVIDIA)
@@ -338,7 +342,7 @@ def test_colab(colab):
   assert after['jax'][0] != '0.7.2'
   assert not [name for name in after if 'libtpu' in name or 'cuda13' in name]
   assert after['jax-cuda12-pjrt'][0] == after['jax'][0]
-  colab.assert_fit(after, 'histjax[cuda12]', 'jax[cuda12]', 'flax')
+  colab.assert_fit(after, 'histjax[notebooks,cuda12]', 'jax[cuda12]', 'flax')
 
   # Installed, over a JAX that the kernel had imported.
   colab.pip('uninstall', '--yes', 'jax-cuda12-plugin', 'jax-cuda12-pjrt')
@@ -349,7 +353,7 @@ def test_colab(colab):
   assert after['jax'][0] != '0.7.2'
   assert after['libtpu'][0] != '0.0.21.1'
   assert not [name for name in after if 'cuda' in name]
-  colab.assert_fit(after, 'histjax[tpu]', 'jax[tpu]', 'flax', 'numba')
+  colab.assert_fit(after, 'histjax[notebooks,tpu]', 'jax[tpu]', 'flax', 'numba')
   colab.pip('check')
 
   # Restarted. libtpu is tried; a machine without a TPU is told so.

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import unittest
 
 import chex
 import jax
@@ -139,6 +140,11 @@ class TestSaveAndRestore:
       checkpoints.load_variables(tmp_path, 'last')
     with pytest.raises(ValueError, match='keep_checkpoints=0'):
       checkpoints.Checkpoints(tmp_path, keep=0)
+
+  def test_to_read_warns_of_nothing(self, tmp_path):
+    save_some(tmp_path, [1], best=1)
+    with unittest.TestCase().assertNoLogs('absl', 'WARNING'):
+      checkpoints.load_variables(tmp_path)
 
 
 class TestReplace:
