@@ -21,9 +21,9 @@ from histjax import quantization
 from histjax.cache import HistoryCache
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
+from histjax.scoring import graphs, transport, weights
 from histjax.scoring import layout as layout_lib
 from histjax.scoring import pages as pages_lib
-from histjax.scoring import transport, weights
 from histjax.types import Candidates, History, RankingBatch
 
 
@@ -117,7 +117,7 @@ class Plan:
     plain_microbatch: the same for plain scoring.
     spec: how parameters are packed.
     target: to trace for.
-    transport: how requests come and logits go.
+    transport: how requests come and logits go, or `graphs.MARKS`.
     cache_dtype: as `ScorerConfig`.
   """
 
@@ -126,7 +126,7 @@ class Plan:
   plain_microbatch: int
   spec: weights.Spec
   target: devices.Target
-  transport: transport.Transport
+  transport: transport.Transport | graphs.Marks
   cache_dtype: quantization.Kind | None = None
 
 
@@ -224,12 +224,17 @@ class Program:
           *cached,
           self.layout.unpack(plan.transport.read(request)),
         )
+        if kind.endswith('_and_score'):
+          *states, logits = result
+          result = (*states, plan.transport.done(logits, *states))
+        elif kind in ('score', 'paged_score'):
+          result = plan.transport.done(result)
       self.backends = dispatch.names(used)
       return result
 
     traced.__name__ = kind  # In profiles and logs.
     self.traced = traced
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {'compiler_options': plan.transport.options}
     if kind in ('score', 'paged_score', 'joint', 'plain'):
       options['out_shardings'] = plan.transport.output
     elif kind.endswith('_and_score'):
