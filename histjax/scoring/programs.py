@@ -288,11 +288,10 @@ def _score(plan, sizes, variables, keys, values, parts):
 
 def _extend(plan, sizes, variables, keys, values, parts):
   given, length = (keys, values), parts['length']
-  width = [(0, 0), (0, 0), (0, sizes.capacity - keys.shape[2]), (0, 0), (0, 0)]
   keys, values = _widened(plan, keys, values)
   longer: Any = ranker.Ranker(plan.config).apply(
     variables,
-    HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), parts['length']),
+    _with_room(sizes, keys, values, length),
     History(parts['history'], parts['new']),
     method='extend',
   )
@@ -303,6 +302,13 @@ def _extend(plan, sizes, variables, keys, values, parts):
     for before, after in zip(given, (longer.keys, longer.values), strict=True)
   )
   return keys, values, length[:1]
+
+
+def _with_room(sizes, keys, values, length):
+  """The cache, padded to its new capacity."""
+  more = sizes.capacity - keys.shape[2]
+  width = [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)]
+  return HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), length)
 
 
 def _widened(plan, *arrays):
@@ -320,6 +326,21 @@ def _encode_and_score(plan, sizes, variables, parts):
 
 
 def _extend_and_score(plan, sizes, variables, keys, values, parts):
+  quantized = isinstance(keys, quantization.Quantized)
+  # Of a quantized cache candidates read what is kept of new events, not what
+  # these have read of each other.
+  if not quantized and sizes.candidates <= plan.microbatch:
+    both: Any = ranker.Ranker(plan.config).apply(
+      variables,
+      _with_room(sizes, keys, values, parts['length']),
+      History(parts['history'], parts['new']),
+      Candidates(parts['candidates'], parts.get('visible')),
+      parts['context'],
+      parts['count'],
+      method='extend_and_score',
+    )
+    longer, logits = both
+    return longer.keys, longer.values, jnp.moveaxis(logits, -1, 0)
   keys, values, _ = _extend(plan, sizes, variables, keys, values, parts)
   parts = {**parts, 'length': parts['length'] + parts['new']}
   return keys, values, _score(plan, sizes, variables, keys, values, parts)

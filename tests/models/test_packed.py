@@ -112,6 +112,54 @@ class PackedTest(parameterized.TestCase):
       np.asarray(found.keys)[:, old], np.asarray(cache.keys)[:, old]
     )
 
+  @parameterized.product(
+    encoder=('causal', 'window', 'cross_only'), visible=(False, True)
+  )
+  def test_extend_and_score(self, encoder, visible):
+    model, variables, packed, batch = make(encoder)
+    events = batch.history
+    cache = model.apply(variables, events, method='encode')
+    length = np.array([0, EVENTS - 2, 7], np.int32)  # One is full after it.
+    cache = cache.replace(length=length)
+    new = np.array([NEW, 2, 0], np.int32)
+    new = History({k: v[:, :NEW] for k, v in events.features.items()}, new)
+    seen = np.array([[5, 0, 3, 1], [24, 23, 22, 2], [7, 1, 0, 6]], np.int32)
+    candidates = batch.candidates.replace(visible=seen if visible else None)
+    count = np.array([4, 0, 3], np.int32)
+    with mock.patch.object(
+      ops, 'candidate_tower', wraps=ops.candidate_tower
+    ) as tower:
+      found, logits = self.run_packed(
+        model,
+        packed,
+        cache,
+        new,
+        candidates,
+        batch.context,
+        count,
+        method='extend_and_score',
+      )
+    blocks = [call.args[0].shape[1] for call in tower.call_args_list]
+    # Events and candidates in a whole block, then candidates alone.
+    self.assertEqual(blocks, [4] if encoder == 'cross_only' else [64, 4])
+    # The two steps with the same weights: as blocks, logits may be further off.
+    longer = self.run_packed(model, packed, cache, new, method='extend')
+    self.assert_near(found, longer, np.ones((ROWS, EVENTS), bool))
+    slot = np.arange(EVENTS)[None]
+    old = (slot < length[:, None]) | (slot >= found.length[:, None])
+    np.testing.assert_array_equal(
+      np.asarray(found.keys)[:, old], np.asarray(cache.keys)[:, old]
+    )
+    with ops.target_platform('cuda', compute_capability='9.0'):
+      expected = model.apply(
+        packed, longer, candidates, batch.context, count, method='score_tasks'
+      )
+    counts = np.arange(4) < count[:, None]
+    # A readout may be rounded to another bfloat16, which has 8 bits.
+    np.testing.assert_allclose(
+      logits[counts], expected[counts], rtol=0.02, atol=0.02
+    )
+
   def test_another_tower_has_no_kernel(self):
     model, _, packed, batch = make('causal')
     config = dataclasses.replace(

@@ -18,6 +18,7 @@ from histjax.ops import devices, dispatch
 from histjax.types import Segments
 
 EVENTS_OF_A_TILE = 64  # Of the Hopper kernels.
+TILES_AT_ONCE = 132  # Multiprocessors of a Hopper GPU.
 
 
 class _SharedHistory(base.Transformer):
@@ -220,20 +221,66 @@ class _SharedHistory(base.Transformer):
         return self._follow(
           tower, padded, position, cache, key_range, length, count
         )
-    num_new, capacity = events.shape[1], keys.shape[2]
-    position, key_range = self._new_see(length, count, num_new)
-    offset = jnp.arange(num_new, dtype=jnp.int32)[None, :]
-    slot = jnp.where(offset < count[:, None], position, capacity)
-    row = jnp.arange(events.shape[0], dtype=jnp.int32)[:, None]
+    position, key_range = self._new_see(length, count, events.shape[1])
     x = events
-    for i, block in enumerate(self.blocks):
-      key, value = block.keys_values(x, position)
-      # One scatter into all layers: a donated cache is not copied.
-      keys = _scattered(keys, i, row, slot, key)
-      values = _scattered(values, i, row, slot, value)
+    for i in range(len(self.blocks)):
+      keys, values = self._scattered(i, x, position, (keys, values), count)
       if i + 1 < len(self.blocks):
         x = self._layer(i, tower, x, position, keys[i], values[i], key_range)
     return keys, values
+
+  def _scattered(self, layer, x, position, cache, count):
+    """The cache with a layer's new events, at their positions; by XLA."""
+    offset = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+    # Outside of the cache, where it is dropped.
+    slot = jnp.where(offset < count[:, None], position, cache[0].shape[2])
+    row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    # One scatter into all layers: a donated cache is not copied.
+    return tuple(
+      cached.at[layer, row, slot].set(
+        new, mode='drop', wrap_negative_indices=False
+      )
+      for cached, new in zip(
+        cache, self.blocks[layer].keys_values(x, position), strict=True
+      )
+    )
+
+  def extend_and_score(
+    self,
+    keys: Float[Array, 'layers B L N H'],
+    values: Float[Array, 'layers B L N H'],
+    length: Int[Array, 'B'],
+    events: Float[Array, 'B E D'],
+    new: Int[Array, 'B'],
+    candidates: Float[Array, 'B C D'],
+    visible: Int[Array, 'B C'] | None,
+    *,
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'B C D'],
+  ]:
+    """`extend`, and `score` from what that gives.
+
+    Args:
+      keys: of `encode` or `extend`.
+      values: of `encode` or `extend`.
+      length: int32 `[B]`, events cached.
+      events: tokens `[B, E, D]`.
+      new: int32 `[B]`, new events of each row.
+      candidates: tokens `[B, C, D]`.
+      visible: int32 `[B, C]`, of old and new events; None: all of them.
+      count: as `score`.
+
+    Returns:
+      The longer cache's keys and values, the fused candidates.
+    """
+    keys, values = self.extend(keys, values, length, events, new)
+    fused = self.score(
+      keys, values, length + new, candidates, visible, count=count
+    )
+    return keys, values, fused
 
   def _new_see(self, length, count, num_new):
     """The positions of new events and their key ranges, `[B, E]`."""
@@ -260,13 +307,6 @@ class _SharedHistory(base.Transformer):
     return key_range, position if first is None else position - first
 
 
-def _scattered(cached, layer, row, slot, new):
-  """The cache with a layer's new events; a slot outside of it is dropped."""
-  return cached.at[layer, row, slot].set(
-    new, mode='drop', wrap_negative_indices=False
-  )
-
-
 class AppendCross(_SharedHistory):
   """The candidate is appended to the history and attends to it.
 
@@ -279,6 +319,7 @@ class AppendCross(_SharedHistory):
   """
 
   has_tower = True
+  events_attend = True
 
   @staticmethod
   def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
@@ -389,6 +430,91 @@ class AppendCross(_SharedHistory):
     for block, key, value in zip(self.blocks, keys, values, strict=True):
       x = block(x, position, key, value, key_range, train=train)
     return self.final_norm(x)
+
+  def extend_and_score(
+    self,
+    keys: Float[Array, 'layers B L N H'],
+    values: Float[Array, 'layers B L N H'],
+    length: Int[Array, 'B'],
+    events: Float[Array, 'B E D'],
+    new: Int[Array, 'B'],
+    candidates: Float[Array, 'B C D'],
+    visible: Int[Array, 'B C'] | None,
+    *,
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'B C D'],
+  ]:
+    """As the shared one; where it pays, in one pass over the layers.
+
+    A layer of a few events takes as long as one of a few thousand, so both are
+    queries of one call: event j sees `length + j + 1` keys, its own included.
+    """
+    tower = self._packed(history=True)
+    sizes = (*events.shape[:2], candidates.shape[1])
+    if tower is None or not self._pays(*sizes):
+      return super().extend_and_score(
+        keys, values, length, events, new, candidates, visible, count=count
+      )
+    num_events = sizes[1] + self._blank(*sizes[1:])
+    blank = jnp.zeros_like(
+      events, shape=(sizes[0], num_events - sizes[1], events.shape[2])
+    )
+    x = jnp.concatenate(
+      [events, blank, self._place_candidates(candidates)], axis=1
+    )
+    position, key_range = self._new_see(length, new, num_events)
+    seen, place = self._candidates_see(length + new, visible, sizes[2])
+    # It stays 'ascending' if candidates see whole histories.
+    both_see = ranges.concatenate(key_range, seen)
+    both = jnp.concatenate([position, place], axis=1)
+    live = count
+    if count is not None:  # Events come first; without candidates, alone.
+      live = jnp.where(count > 0, num_events + count, new)
+    cache = keys, values
+    last = len(self.blocks) - 1
+    for i in range(last + 1):
+      # The kernel leaves out what is no new event.
+      written = self._written(i, x, cache, length, new)
+      if written is None:
+        written = self._scattered(i, x[:, :num_events], position, cache, new)
+      cache = written
+      if i < last:
+        key, value = (y[i] for y in cache)
+        x = self._layer(i, tower, x, both, key, value, both_see, count=live)
+    fused = self._tower(
+      x[:, num_events:],
+      place,
+      cache[0][last:],
+      cache[1][last:],
+      seen,
+      tower.layer(last),
+      count=count,
+    )
+    return *cache, fused
+
+  def _pays(self, num_rows, num_events, num_candidates):
+    """Whether one pass over the layers is faster than two."""
+    if not self.events_attend or len(self.blocks) == 1 or not num_events:
+      return False
+    if dispatch.target_of().platform == 'tpu':  # Not measured.
+      return False
+    tiles = num_rows * -(-(num_events + num_candidates) // EVENTS_OF_A_TILE)
+    return num_events <= num_candidates or tiles <= TILES_AT_ONCE
+
+  def _blank(self, num_events, num_candidates):
+    """Rows between events and candidates: Hopper's kernels move whole blocks.
+
+    Which are of one tile at D = 256, and else of two.
+    """
+    if dispatch.target_of().platform != 'cuda':
+      return 0
+    number, block = num_events + num_candidates, EVENTS_OF_A_TILE
+    if self.config.width < 256 and number > block:
+      block *= 2
+    return -number % block
 
 
 class AppendIsolated(_SharedHistory):
