@@ -295,6 +295,38 @@ class Ranker(nn.Module):
     )
     return HistoryCache(keys, values, cache.length + events.length)
 
+  def encode_and_score(
+    self,
+    history: History,
+    candidates: Candidates,
+    context: Mapping[str, Array],
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[HistoryCache, Float[Array, 'B C T']]:
+    """`encode`, and `score_tasks` from that cache; in one pass if it pays.
+
+    Args:
+      history: `[B, L]`.
+      candidates: `[B, C]`; the mask is not read.
+      context: as `score`.
+      count: as `score`.
+
+    Returns:
+      The cache, and the logits of all tasks.
+    """
+    self.config.require_amortizable()
+    self._check_visible(candidates.visible, history.length)
+    features, tokens = self._candidate_inputs(candidates)
+    keys, values, readout = self.fusion.encode_and_score(
+      self._event_tokens(history),
+      history.length,
+      tokens,
+      candidates.visible,
+      count=count,
+    )
+    cache = HistoryCache(keys, values, history.length)
+    user = self._user(context, cache.num_rows)
+    return cache, self._logits(user, features, readout, count=count)
+
   def extend_and_score(
     self,
     cache: HistoryCache,

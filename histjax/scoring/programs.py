@@ -321,14 +321,25 @@ def _widened(plan, *arrays):
 
 
 def _encode_and_score(plan, sizes, variables, parts):
+  if plan.cache_dtype is None and sizes.candidates <= plan.microbatch:
+    both: Any = ranker.Ranker(plan.config).apply(
+      variables,
+      History(parts['history'], parts['length']),
+      Candidates(parts['candidates'], parts.get('visible')),
+      parts['context'],
+      parts['count'],
+      method='encode_and_score',
+    )
+    cache, logits = both
+    return cache.keys, cache.values, jnp.moveaxis(logits, -1, 0)
   keys, values, _ = _encode(plan, sizes, variables, parts)
   return keys, values, _score(plan, sizes, variables, keys, values, parts)
 
 
 def _extend_and_score(plan, sizes, variables, keys, values, parts):
   quantized = isinstance(keys, quantization.Quantized)
-  # Of a quantized cache candidates read what is kept of new events, not what
-  # these have read of each other.
+  # Of a quantized cache candidates read codes of new events, which have read
+  # each other before they became codes: in two passes.
   if not quantized and sizes.candidates <= plan.microbatch:
     both: Any = ranker.Ranker(plan.config).apply(
       variables,

@@ -18,7 +18,11 @@ from histjax.ops import devices, dispatch
 from histjax.types import Segments
 
 EVENTS_OF_A_TILE = 64  # Of the Hopper kernels.
-TILES_AT_ONCE = 132  # Multiprocessors of a Hopper GPU.
+WIDE = 256  # D from which they are cut in another way.
+# That a Hopper GPU computes at once; of more, each layer would be read and
+# written once more than it is saved.
+TILES_AT_ONCE = 264
+WIDE_TILES_AT_ONCE = 66
 
 
 class _SharedHistory(base.Transformer):
@@ -282,6 +286,35 @@ class _SharedHistory(base.Transformer):
     )
     return keys, values, fused
 
+  def encode_and_score(
+    self,
+    history: Float[Array, 'B L D'],
+    length: Int[Array, 'B'],
+    candidates: Float[Array, 'B C D'],
+    visible: Int[Array, 'B C'] | None,
+    *,
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'B C D'],
+  ]:
+    """`encode`, and `score` from what that gives.
+
+    Args:
+      history: tokens `[B, L, D]`.
+      length: int32 `[B]`.
+      candidates: tokens `[B, C, D]`.
+      visible: int32 `[B, C]`, or None for all events.
+      count: as `score`.
+
+    Returns:
+      The keys and values, the fused candidates.
+    """
+    keys, values = self.encode(history, length)
+    fused = self.score(keys, values, length, candidates, visible, count=count)
+    return keys, values, fused
+
   def _new_see(self, length, count, num_new):
     """The positions of new events and their key ranges, `[B, E]`."""
     offset = jnp.arange(num_new, dtype=jnp.int32)[None, :]
@@ -454,67 +487,143 @@ class AppendCross(_SharedHistory):
     """
     tower = self._packed(history=True)
     sizes = (*events.shape[:2], candidates.shape[1])
-    if tower is None or not self._pays(*sizes):
-      return super().extend_and_score(
-        keys, values, length, events, new, candidates, visible, count=count
+    if tower is not None and self._one_pass_pays(*sizes):
+      events = self._whole_blocks(events, sizes[2])
+      position, key_range = self._new_see(length, new, events.shape[1])
+
+      def write(i, x, cache):
+        # What is no new event it leaves out.
+        written = self._written(i, x, cache, length, new)
+        if written is None and not _on_gpu():
+          x = x[:, : events.shape[1]]
+          written = self._scattered(i, x, position, cache, new)
+        return written
+
+      found = self._one_pass(
+        tower,
+        write,
+        (keys, values),
+        (events, position, key_range, new),
+        (candidates, *self._candidates_see(length + new, visible, sizes[2])),
+        count,
       )
-    num_events = sizes[1] + self._blank(*sizes[1:])
-    blank = jnp.zeros_like(
-      events, shape=(sizes[0], num_events - sizes[1], events.shape[2])
+      if found is not None:
+        return found
+    return super().extend_and_score(
+      keys, values, length, events[:, : sizes[1]], new, candidates, visible,
+      count=count,
+    )  # fmt: skip
+
+  def encode_and_score(
+    self,
+    history: Float[Array, 'B L D'],
+    length: Int[Array, 'B'],
+    candidates: Float[Array, 'B C D'],
+    visible: Int[Array, 'B C'] | None,
+    *,
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'B C D'],
+  ]:
+    """As the shared one; by kernels in one pass, as `extend_and_score`."""
+    tower = self._packed(history=True)
+    num_events, num_candidates = history.shape[1], candidates.shape[1]
+    if (
+      tower is not None
+      and _on_gpu()
+      and self._one_pass_pays(len(history), num_events, num_candidates)
+    ):
+      events = self._place_events(history, length)
+      events = self._whole_blocks(events, num_candidates)
+      key_range = self._history_range(length, events.shape[1])
+      position = base.ordinals(events.shape)
+      if self.config.causal:
+        position = key_range.stop - 1  # Of real events.
+      found = self._one_pass(
+        tower,
+        lambda i, x, cache: self._written(
+          i, x[:, :num_events], cache, None, length
+        ),
+        None,
+        (events, position, key_range, length),
+        (candidates, *self._candidates_see(length, visible, num_candidates)),
+        count,
+      )
+      if found is not None:
+        return found
+    return super().encode_and_score(
+      history, length, candidates, visible, count=count
     )
-    x = jnp.concatenate(
-      [events, blank, self._place_candidates(candidates)], axis=1
-    )
-    position, key_range = self._new_see(length, new, num_events)
-    seen, place = self._candidates_see(length + new, visible, sizes[2])
-    # It stays 'ascending' if candidates see whole histories.
-    both_see = ranges.concatenate(key_range, seen)
-    both = jnp.concatenate([position, place], axis=1)
+
+  def _one_pass(self, tower, write, cache, events, candidates, count):
+    """The cache with events, and the fused candidates.
+
+    Args:
+      tower: of all layers.
+      write: number of a layer, events and more, cache -> the cache with that
+        layer's events; None: there is no kernel, and nothing is computed.
+      cache: given.
+      events: tokens, their positions and key ranges, and how many count.
+      candidates: tokens, their key ranges and positions.
+      count: of candidates.
+    """
+    events, position, key_range, new = events
+    candidates, seen, place = candidates
+    num_events, last = events.shape[1], len(self.blocks) - 1
+    x = jnp.concatenate([events, self._place_candidates(candidates)], axis=1)
+    place_of_all = jnp.concatenate([position, place], axis=1)
+    # If candidates see whole histories, the structure is that of events.
+    all_see = ranges.concatenate(key_range, seen)
     live = count
     if count is not None:  # Events come first; without candidates, alone.
       live = jnp.where(count > 0, num_events + count, new)
-    cache = keys, values
-    last = len(self.blocks) - 1
     for i in range(last + 1):
-      # The kernel leaves out what is no new event.
-      written = self._written(i, x, cache, length, new)
-      if written is None:
-        written = self._scattered(i, x[:, :num_events], position, cache, new)
-      cache = written
+      cache = write(i, x, cache)
+      if cache is None:
+        return None
       if i < last:
         key, value = (y[i] for y in cache)
-        x = self._layer(i, tower, x, both, key, value, both_see, count=live)
+        x = self._layer(
+          i, tower, x, place_of_all, key, value, all_see, count=live
+        )
+    keys, values = cache
     fused = self._tower(
-      x[:, num_events:],
+      x[:, num_events:],  # Nothing reads events after the last layer.
       place,
-      cache[0][last:],
-      cache[1][last:],
+      keys[last:],
+      values[last:],
       seen,
       tower.layer(last),
       count=count,
     )
-    return *cache, fused
+    return keys, values, fused
 
-  def _pays(self, num_rows, num_events, num_candidates):
-    """Whether one pass over the layers is faster than two."""
+  def _one_pass_pays(self, num_rows, num_events, num_candidates):
+    """Whether that is faster than events and then candidates."""
     if not self.events_attend or len(self.blocks) == 1 or not num_events:
       return False
-    if dispatch.target_of().platform == 'tpu':  # Not measured.
-      return False
-    tiles = num_rows * -(-(num_events + num_candidates) // EVENTS_OF_A_TILE)
-    return num_events <= num_candidates or tiles <= TILES_AT_ONCE
+    platform = dispatch.target_of().platform
+    if platform != 'cuda':
+      return platform == 'cpu'  # Not measured on others.
+    number = num_events + num_candidates
+    tiles = num_rows * -(-number // EVENTS_OF_A_TILE)
+    wide = self.config.width >= WIDE
+    return tiles <= (WIDE_TILES_AT_ONCE if wide else TILES_AT_ONCE)
 
-  def _blank(self, num_events, num_candidates):
-    """Rows between events and candidates: Hopper's kernels move whole blocks.
+  def _whole_blocks(self, events, num_candidates):
+    """Events padded so that all queries are whole blocks of the kernels."""
+    if not _on_gpu():
+      return events
+    number, block = events.shape[1] + num_candidates, EVENTS_OF_A_TILE
+    if self.config.width < WIDE and number > block:
+      block *= 2  # One of two tiles.
+    return jnp.pad(events, [(0, 0), (0, -number % block), (0, 0)])
 
-    Which are of one tile at D = 256, and else of two.
-    """
-    if dispatch.target_of().platform != 'cuda':
-      return 0
-    number, block = num_events + num_candidates, EVENTS_OF_A_TILE
-    if self.config.width < 256 and number > block:
-      block *= 2
-    return -number % block
+
+def _on_gpu():
+  return dispatch.target_of().platform == 'cuda'
 
 
 class AppendIsolated(_SharedHistory):
