@@ -543,10 +543,10 @@ class AppendCross(_SharedHistory):
         position = key_range.stop - 1  # Of real events.
       found = self._one_pass(
         tower,
-        lambda i, x, cache: self._written(
-          i, x[:, :num_events], cache, None, length
-        ),
-        None,
+        # All of `x`, or XLA would fuse a slice of it with the call and lose
+        # that it writes in place.
+        lambda i, x, cache: self._written(i, x, cache, None, length),
+        self._new_cache(history.shape, self.dtype),
         (events, position, key_range, length),
         (candidates, *self._candidates_see(length, visible, num_candidates)),
         count,
