@@ -349,10 +349,11 @@ class Ranker(nn.Module):
     """
     self.config.require_extendable()
     features, tokens = self._candidate_inputs(candidates)
+    given: Any = cache  # None of codes.
     keys, values, readout = self.fusion.extend_and_score(
-      cache.keys,
-      cache.values,
-      cache.length,
+      given.keys,
+      given.values,
+      given.length,
       self._event_tokens(events),
       events.length,
       tokens,
