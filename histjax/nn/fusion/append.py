@@ -285,14 +285,15 @@ class AppendCross(shared.SharedHistory):
 
   def _one_pass_pays(self, num_rows, num_events, num_candidates):
     """Whether that is faster than events and then candidates."""
-    if not self.events_attend or len(self.blocks) == 1 or not num_events:
+    config = self.config
+    if not self.events_attend or config.num_layers == 1 or not num_events:
       return False
     platform = dispatch.target_of().platform
     if platform != 'cuda':
       return platform == 'cpu'  # Not measured on others.
     number = num_events + num_candidates
     tiles = num_rows * -(-number // shared.EVENTS_OF_A_TILE)
-    wide = self.config.width >= WIDE
+    wide = config.width >= WIDE
     return tiles <= (WIDE_TILES_AT_ONCE if wide else TILES_AT_ONCE)
 
   def _whole_blocks(self, events, num_candidates):
