@@ -288,12 +288,12 @@ class AppendCross(shared.SharedHistory):
     config = self.config
     if not self.events_attend or config.num_layers == 1 or not num_events:
       return False
+    wide = config.width >= WIDE
     platform = dispatch.target_of().platform
-    if platform != 'cuda':
-      return platform == 'cpu'  # Not measured on others.
+    if platform != 'cuda':  # On others than CPUs not measured.
+      return platform == 'cpu' and (num_rows == 1 or wide)
     number = num_events + num_candidates
     tiles = num_rows * -(-number // shared.EVENTS_OF_A_TILE)
-    wide = config.width >= WIDE
     return tiles <= (WIDE_TILES_AT_ONCE if wide else TILES_AT_ONCE)
 
   def _whole_blocks(self, events, num_candidates):
