@@ -14,8 +14,13 @@ import numpy as np
 from benchmarking import rankers
 from benchmarking.workloads import Request
 from histjax import scoring
-from histjax.scoring import flight, transport
+from histjax.scoring import flight, paged, transport
 from histjax.scoring import layout as layout_lib
+from histjax.scoring import pages as pages_lib
+from histjax.serving import pages
+
+DEPTHS = (1, 2, 4, 8)
+"""Requests in flight."""
 
 
 class Pending(Protocol):
@@ -67,8 +72,9 @@ def make(
   """The contender of a name.
 
   Args:
-    name: 'histjax', which picks implementations by itself; 'histjax:<name>', an
-      implementation of `ops.candidate_tower`; 'torch' or 'torch:<kind>', see
+    name: 'histjax' (`Pages`) or 'histjax-arrays' (`Arrays`), which pick
+      implementations by themselves; with ':<name>' an implementation of
+      `ops.candidate_tower`; 'torch' or 'torch:<kind>', see
       `torch_requests`; 'floor', see `Floor`.
     workload: what to compute.
     variables: of `histjax.Ranker`.
@@ -84,17 +90,19 @@ def make(
 
     return torch_requests.Contender(kind, workload, variables, requests)
   if owner == 'histjax':
-    return Ours(kind or None, workload, variables, requests)
+    return Pages(kind or None, workload, variables, requests)
+  if owner == 'histjax-arrays':
+    return Arrays(kind or None, workload, variables, requests)
   if name == 'floor':
     return Floor(workload, requests)
   raise ValueError(
-    f"contender {name!r} is unknown; use 'histjax', 'histjax:<name of an "
-    "implementation>', 'torch', 'torch:<kind>' or 'floor'"
+    f"contender {name!r} is unknown; use 'histjax', 'histjax-arrays', either "
+    "with ':<name of an implementation>', 'torch', 'torch:<kind>' or 'floor'"
   )
 
 
-class Ours:
-  """`histjax.Scorer`."""
+class Arrays:
+  """`histjax.Scorer`, a user's state in arrays of its own."""
 
   def __init__(
     self,
@@ -105,13 +113,16 @@ class Ours:
   ):
     """Caches the first request's history; see `make`."""
     self._requests = requests
-    self._scorer: Any = scoring.Scorer(
-      rankers.config(workload, candidate_tower=implementation),
-      variables,
-      scoring.ScorerConfig(microbatch=max(1024, workload.num_candidates)),
-    )
+    self._scorer = _scorer(implementation, workload, variables)
     self._old = rankers.old_events(requests[0].history)
     self._cache = self._scorer.encode(requests[0].history)
+    self._scorer.warm_up(
+      rows=workload.num_rows,
+      events=workload.num_events,
+      candidates=workload.num_candidates,
+      requests=max(DEPTHS),
+      calls=['score'],
+    )
 
   @property
   def runs(self) -> dict[str, str]:
@@ -171,6 +182,144 @@ class Ours:
         size,
       )
       yield f'score_many of {size}', group.submit
+
+
+class Pages:
+  """`PagedScorer`: users' states in a pool, as a server holds them."""
+
+  def __init__(
+    self,
+    implementation: str | None,
+    workload: Request,
+    variables: Mapping[str, Any],
+    requests: Sequence[rankers.Inputs],
+  ):
+    """Writes the first request's histories into the pool; see `make`."""
+    self._requests, self._workload = requests, workload
+    self._rows = workload.num_rows
+    scorer = self._scorer = _scorer(implementation, workload, variables)
+    self._paged = paged.PagedScorer(scorer)
+    shape = pages.Shape.of(scorer.config, scorer.options)
+    number = pages_lib.number(workload.num_events)
+    count = 3 * self._rows * number + 1
+    pool = pages.Pages(shape, count, scorer.device).pool
+    index = np.arange(1, count, dtype=np.int32).reshape(3, self._rows, number)
+    length, events = requests[0].history.length, workload.num_events
+    # Of those who are scored, of new users, and of those with new events.
+    self._scored, self._new = (
+      paged.Place(x, x, length, events) for x in index[:2]
+    )
+    old = rankers.old_events(requests[0].history).length
+    before = np.arange(number) < old[:, None] // pages_lib.EVENTS
+    write = np.where(before, count, index[2])  # These pages stay.
+    self._extended = paged.Place(index[2], write, old, events)
+    self._pool = pool
+    self._warm_up(self._rows, rankers.NEW_EVENTS, paged.CALLS)
+    self._warm_up(self._rows * max(DEPTHS), 0, ['score'])
+    for place in (self._scored, self._extended._replace(write=index[2])):
+      self._write(0, place)
+
+  def _warm_up(self, rows: int, new_events: int, calls: Any) -> None:
+    workload = self._workload
+    self._pool, _ = self._paged.warm_up(
+      self._pool,
+      rows=rows,
+      events=workload.num_events,
+      candidates=workload.num_candidates,
+      new_events=new_events,
+      visible=False,
+      calls=calls,
+    )
+
+  @property
+  def runs(self) -> dict[str, str]:
+    """See `Contender`."""
+    first = self._requests[0]
+    cache = self._scorer.encode(first.history)
+    return self._scorer.backends(cache, first.candidates, first.context)
+
+  def call(self, name: str) -> Call:
+    """See `Contender`."""
+    if name == 'score':
+      return Call(lambda index, _: self._score([index]).result())
+    if name == 'new user':
+      return Call(lambda index, _: self._write(index, self._new).result())
+
+    def extend(index, prepared):
+      del prepared
+      request = self._requests[index]
+      self._pool, pending = self._paged.extend(
+        self._pool,
+        self._extended,
+        request.new_events,
+        request.candidates,
+        request.context,
+      )
+      return pending.result()
+
+    return Call(extend)
+
+  def pipelines(
+    self, depth: int
+  ) -> Iterable[tuple[str, Callable[[int], Pending]]]:
+    """See `Contender`; several requests can be the rows of one, too."""
+    for size in sorted({1, max(1, depth // 2), depth}):
+      yield f'{size} at once', _Group(self._start, size).submit
+
+  def _write(self, index: int, place: paged.Place) -> Pending:
+    request = self._requests[index]
+    self._pool, pending = self._paged.encode(
+      self._pool,
+      place,
+      request.history,
+      request.candidates,
+      request.context,
+    )
+    return pending
+
+  def _score(self, indices: Sequence[int]) -> Any:
+    given = [self._requests[i % len(self._requests)] for i in indices]
+    candidates, context = given[0].candidates, given[0].context
+    place = self._scored
+    if (more := len(given)) > 1:
+      parts = [(x.candidates, x.context) for x in given]
+      candidates, context = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+      place = place._replace(
+        read=np.tile(place.read, (more, 1)), length=np.tile(place.length, more)
+      )
+    return self._paged.score(self._pool, place, candidates, context)
+
+  def _start(self, indices: list[int]) -> list[Pending]:
+    # A group that is not full has the program of one that is.
+    pending = self._score(indices)
+    return [
+      _Rows(pending, slice(i * self._rows, (i + 1) * self._rows))
+      for i in range(len(indices))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  pending: Pending
+  rows: slice
+
+  def result(self) -> rankers.Logits:
+    """Of one request of several."""
+    return {k: x[self.rows] for k, x in self.pending.result().items()}
+
+
+def _scorer(implementation, workload, variables) -> scoring.Scorer:
+  return scoring.Scorer(
+    rankers.config(workload, candidate_tower=implementation),
+    variables,
+    scoring.ScorerConfig(
+      microbatch=max(1024, workload.num_candidates),
+      history_buckets=(workload.num_events,),
+      candidate_buckets=(workload.num_candidates,),
+      row_buckets=tuple(workload.num_rows * n for n in DEPTHS),
+      new_event_buckets=(rankers.NEW_EVENTS,),
+    ),
+  )
 
 
 class _Group:

@@ -12,13 +12,11 @@ import jax
 import numpy as np
 
 from benchmarking import machine, rankers, report, request_calls
-from benchmarking.request_calls import Call, Contender, Pending
+from benchmarking.request_calls import DEPTHS, Call, Contender, Pending
 from benchmarking.workloads import REQUEST, Request
 
 SUITES: dict[str, dict[str, Request]] = {'request': REQUEST}
 Submit = Callable[[int], Pending]
-DEPTHS = (1, 2, 4, 8)
-"""Requests in flight."""
 _RING = 16  # Different requests, in turns.
 _CHECKED = (0, 1)  # Of them, against the reference: no graph may hold its ids.
 _BOUNDS = {

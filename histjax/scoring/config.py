@@ -26,6 +26,9 @@ class ScorerConfig:
     cache_dtype: what `encode` keeps keys and values as, 'int8' or
       'float8_e4m3fn' with scales (see `histjax.quantization`); None: the
       model's type.
+    cuda_graphs: on an NVIDIA GPU, whether `warm_up` records programs that score
+      as CUDA graphs, which are launched without XLA's dispatch, see
+      `scoring.graphs`. It costs the memory that each takes while it runs.
   """
 
   microbatch: int = 1024
@@ -35,6 +38,7 @@ class ScorerConfig:
   row_buckets: tuple[int, ...] = ()
   new_event_buckets: tuple[int, ...] = ()
   cache_dtype: quantization.Kind | None = None
+  cuda_graphs: bool = True
 
   def __post_init__(self):
     for field in ('microbatch', 'plain_microbatch'):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from histjax import schema as schema_lib
-from histjax.scoring import inputs, programs, transport
+from histjax.scoring import graphs, inputs, programs, transport
 from histjax.scoring import layout as layout_lib
 from histjax.types import Candidates
 
@@ -67,8 +67,8 @@ class Flight:
     self,
     program: programs.Program,
     slot: transport.Slot,
-    logits: jax.Array,
-    carrier: transport.Transport,
+    logits: jax.Array | graphs.Replayed,
+    carrier: transport.Transport | graphs.Recording,
   ):
     self._program = program
     self._slot: Any = slot

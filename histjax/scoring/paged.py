@@ -7,8 +7,8 @@ as a program of a request computes, so there is one and not four.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,12 @@ from histjax.scoring import ahead, flight, inputs, programs
 from histjax.scoring.flight import Pending
 from histjax.scoring.scorer import Scorer
 from histjax.types import Candidates, History
+
+CALLS: tuple[Literal['score', 'encode', 'extend'], ...] = (
+  'score',
+  'encode',
+  'extend',
+)
 
 
 class Pool(NamedTuple):
@@ -137,6 +143,7 @@ class PagedScorer:
     candidates: int,
     new_events: int,
     visible: bool,
+    calls: Collection[Literal['score', 'encode', 'extend']] = CALLS,
   ) -> tuple[Pool, ahead.WarmUp]:
     """Compiles what requests up to these sizes need; see `Scorer.warm_up`.
 
@@ -147,6 +154,7 @@ class PagedScorer:
       candidates: of a request.
       new_events: of a request; 0: states are not extended.
       visible: whether candidates may say what they see.
+      calls: of this scorer that will be made.
 
     Returns:
       The pool, and what was done.
@@ -165,6 +173,7 @@ class PagedScorer:
         length,
         ahead.up_to(min(new_events, length), options.new_events),
       )
+      if _KINDS[job.kind] in calls
     ]
 
     def compile_one(job: ahead.Job) -> None:
@@ -188,25 +197,36 @@ class PagedScorer:
       visible=request.visible is not None,
     )
     program = scorer._program(kind, sizes)
-    slot = scorer._transport.slot(program.layout)
+    slot = scorer._new_slot(program)
     request.write(scorer.config.schema, slot.views)
     return program, slot
 
   def _compile(self, pool: Pool, job: ahead.Job) -> Pool:
-    """Runs a program on nobody; returns the pool, which may be donated."""
+    """Makes a program ready; returns the pool, which may be donated."""
     scorer = self._scorer
     program = scorer._program(job.kind, job.sizes)
+    pages = pool.keys.shape[1]
+    recorded, pool = scorer._record(program, job, pool, pages)
+    if recorded:
+      return pool
     slot = scorer._transport.slot(program.layout)
     for view in slot.views.values():  # Something may be left over.
       view.ids.fill(0)
       view.dense.fill(0)
     if 'write' in slot.views:
-      slot.views['write'].ids.fill(pool.keys.shape[1])
+      slot.views['write'].ids.fill(pages)
     result = scorer._call(program, slot, *pool)
     jax.block_until_ready(result)
     scorer._transport.release(program.layout, slot)
     scorer._log(program)
     return Pool(*result[:2]) if job.sizes.donate else pool
+
+
+_KINDS: dict[programs.Kind, str] = {
+  'paged_score': 'score',
+  'paged_encode_and_score': 'encode',
+  'paged_extend_and_score': 'extend',
+}
 
 
 def _jobs(

@@ -21,9 +21,9 @@ from histjax import quantization
 from histjax.cache import HistoryCache
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
+from histjax.scoring import graphs, transport, weights
 from histjax.scoring import layout as layout_lib
 from histjax.scoring import pages as pages_lib
-from histjax.scoring import transport, weights
 from histjax.types import Candidates, History, RankingBatch
 
 
@@ -117,7 +117,7 @@ class Plan:
     plain_microbatch: the same for plain scoring.
     spec: how parameters are packed.
     target: to trace for.
-    transport: how requests come and logits go.
+    transport: how requests come and logits go, or `graphs.MARKS`.
     cache_dtype: as `ScorerConfig`.
   """
 
@@ -126,7 +126,7 @@ class Plan:
   plain_microbatch: int
   spec: weights.Spec
   target: devices.Target
-  transport: transport.Transport
+  transport: transport.Transport | graphs.Marks
   cache_dtype: quantization.Kind | None = None
 
 
@@ -224,12 +224,17 @@ class Program:
           *cached,
           self.layout.unpack(plan.transport.read(request)),
         )
+        if kind.endswith('_and_score'):
+          *states, logits = result
+          result = (*states, plan.transport.done(logits, *states))
+        elif kind in ('score', 'paged_score'):
+          result = plan.transport.done(result)
       self.backends = dispatch.names(used)
       return result
 
     traced.__name__ = kind  # In profiles and logs.
     self.traced = traced
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {'compiler_options': plan.transport.options}
     if kind in ('score', 'paged_score', 'joint', 'plain'):
       options['out_shardings'] = plan.transport.output
     elif kind.endswith('_and_score'):
@@ -283,11 +288,10 @@ def _score(plan, sizes, variables, keys, values, parts):
 
 def _extend(plan, sizes, variables, keys, values, parts):
   given, length = (keys, values), parts['length']
-  width = [(0, 0), (0, 0), (0, sizes.capacity - keys.shape[2]), (0, 0), (0, 0)]
   keys, values = _widened(plan, keys, values)
   longer: Any = ranker.Ranker(plan.config).apply(
     variables,
-    HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), parts['length']),
+    _with_room(sizes, keys, values, length),
     History(parts['history'], parts['new']),
     method='extend',
   )
@@ -300,6 +304,13 @@ def _extend(plan, sizes, variables, keys, values, parts):
   return keys, values, length[:1]
 
 
+def _with_room(sizes, keys, values, length):
+  """The cache, padded to its new capacity."""
+  more = sizes.capacity - keys.shape[2]
+  width = [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)]
+  return HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), length)
+
+
 def _widened(plan, *arrays):
   """Keys and values, or tuples of them, in the type that reads them."""
   return jax.tree.map(
@@ -310,11 +321,37 @@ def _widened(plan, *arrays):
 
 
 def _encode_and_score(plan, sizes, variables, parts):
+  if plan.cache_dtype is None and sizes.candidates <= plan.microbatch:
+    both: Any = ranker.Ranker(plan.config).apply(
+      variables,
+      History(parts['history'], parts['length']),
+      Candidates(parts['candidates'], parts.get('visible')),
+      parts['context'],
+      parts['count'],
+      method='encode_and_score',
+    )
+    cache, logits = both
+    return cache.keys, cache.values, jnp.moveaxis(logits, -1, 0)
   keys, values, _ = _encode(plan, sizes, variables, parts)
   return keys, values, _score(plan, sizes, variables, keys, values, parts)
 
 
 def _extend_and_score(plan, sizes, variables, keys, values, parts):
+  quantized = isinstance(keys, quantization.Quantized)
+  # Of a quantized cache candidates read codes of new events, which have read
+  # each other before they became codes: in two passes.
+  if not quantized and sizes.candidates <= plan.microbatch:
+    both: Any = ranker.Ranker(plan.config).apply(
+      variables,
+      _with_room(sizes, keys, values, parts['length']),
+      History(parts['history'], parts['new']),
+      Candidates(parts['candidates'], parts.get('visible')),
+      parts['context'],
+      parts['count'],
+      method='extend_and_score',
+    )
+    longer, logits = both
+    return longer.keys, longer.values, jnp.moveaxis(logits, -1, 0)
   keys, values, _ = _extend(plan, sizes, variables, keys, values, parts)
   parts = {**parts, 'length': parts['length'] + parts['new']}
   return keys, values, _score(plan, sizes, variables, keys, values, parts)

@@ -38,6 +38,7 @@ from histjax.scoring import (
   ahead,
   compilations,
   flight,
+  graphs,
   inputs,
   programs,
   transport,
@@ -109,6 +110,9 @@ class Scorer:
       self._transport,
       self.options.cache_dtype,
     )
+    # Programs that `warm_up` recorded, to be replayed.
+    self._recordings: dict[programs.Program, graphs.Recording] = {}
+    self._unrecorded: set[str] = set()  # Why others were not; said once.
     # `programs.program` keeps them; to find one there is to hash a config.
     self._programs: dict[tuple, programs.Program] = {}
     # Those of 'score', by what tells them apart.
@@ -399,7 +403,7 @@ class Scorer:
         cache.values,
         slot.array,
       )
-    self._transport.release(program.layout, slot)
+    self._carrier(slot).release(program.layout, slot)
     return dispatch.names(used)
 
   def extend(
@@ -739,7 +743,7 @@ class Scorer:
       visible=request.visible is not None,
     )
     program = self._program(f'{kind}_and_score', sizes)
-    slot = self._transport.slot(program.layout)
+    slot = self._new_slot(program)
     request.write(self.config.schema, slot.views)
     return program, slot
 
@@ -763,7 +767,7 @@ class Scorer:
     if program is None:  # A `Sizes` takes longer to make than to look up.
       sizes = programs.Sizes(*key[:4], requests=buckets.of_requests(key[4]))
       program = self._of_sizes[key] = self._program('score', sizes)
-    slot = self._transport.slot(program.layout)
+    slot = self._new_slot(program)
     for views, request, cache in zip(
       slot.requests, requests, caches, strict=False
     ):
@@ -826,11 +830,66 @@ class Scorer:
       if (more := job.sizes.requests) > 1:
         cached = [(x,) * more for x in cached]
     program = self._program(job.kind, job.sizes)
+    if job.kind == 'score' and self._record(program, job, tuple(cached))[0]:
+      return
     slot = self._transport.slot(program.layout)
     jax.block_until_ready(self._call(program, slot, *cached))
     self._transport.release(program.layout, slot)
     if 'score' in job.kind:
       self._log(program)
+
+  def _record(
+    self, program: programs.Program, job: ahead.Job, cached: Any, pages: int = 0
+  ) -> tuple[bool, Any]:
+    """Records a program, if it can be, to be replayed from now on.
+
+    Args:
+      program: of this scorer.
+      job: what it is.
+      cached: a cache's keys and values, or a pool, which may be donated.
+      pages: of a pool; 0: there is none.
+
+    Returns:
+      Whether it is recorded, and what has the place of `cached`.
+    """
+    if program in self._recordings:
+      return True, cached
+    plan = graphs.marked(self._plan) if self.options.cuda_graphs else None
+    if plan is None or self.device is None:
+      return False, cached
+    sizes = job.sizes
+    marked = programs.program(plan, job.kind, sizes)
+    recording = graphs.Recording(
+      marked, self.device, self._weights, cached, sizes.donate, not pages
+    )
+    try:
+      self._compilations.call(recording.record)
+      recording.check(sizes.capacity or sizes.events, sizes.events, pages)
+    except graphs.CannotRecordError as error:
+      if str(error) not in self._unrecorded:
+        self._unrecorded.add(str(error))
+        logging.warning('%s is not a CUDA graph: %s', job.kind, error)
+      return False, recording.pool if pages else cached
+    if pages:
+      cached = recording.pool
+    recording.pool = None
+    self._recordings[program] = recording
+    program.backends = marked.backends
+    self._log(program)
+    return True, cached
+
+  def _new_slot(self, program: programs.Program) -> transport.Slot:
+    """Room for a request to a program."""
+    recording = self._recordings.get(program)
+    if recording is not None:
+      return recording.slot()
+    return self._transport.slot(program.layout)
+
+  def _carrier(
+    self, slot: transport.Slot
+  ) -> transport.Transport | graphs.Recording:
+    """Whose slot it is."""
+    return slot.recording if isinstance(slot, graphs.Slot) else self._transport
 
   def _program(self, kind: Any, sizes: programs.Sizes) -> programs.Program:
     key = (kind, sizes)
@@ -841,6 +900,8 @@ class Scorer:
   def _call(
     self, program: programs.Program, slot: transport.Slot, *cached: Any
   ) -> Any:
+    if isinstance(slot, graphs.Slot):
+      return slot.recording.launch(slot, cached)
     return self._compilations.call(
       program.call, self._weights, *cached, slot.array
     )
@@ -879,7 +940,7 @@ class Scorer:
   ) -> list[Pending]:
     if program not in self._told:
       self._log(program)
-    at_work = flight.Flight(program, slot, logits, self._transport)
+    at_work = flight.Flight(program, slot, logits, self._carrier(slot))
     rows = logits.shape[1] // len(slot.requests)
     return [
       Pending(at_work, i * rows, x.shape, x.real, self.config.schema.tasks)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,11 +89,21 @@ class Transport:
     """`out_shardings` of what is fetched."""
     return self._pinned
 
+  @property
+  def options(self) -> dict[str, str]:
+    """Of XLA, for programs."""
+    return {}
+
   def read(self, request: Any) -> Any:
     """The request on the device; in a program."""
     if self._pinned is None:
       return request
     return jax.device_put(request, self._device)
+
+  def done(self, logits: Any, *states: Any) -> Any:
+    """The logits, once these states are written as well; in a program."""
+    del states
+    return logits
 
   def slot(self, layout: layout_lib.Layout) -> Slot:
     """A free slot. What it holds is left over."""
@@ -144,11 +155,17 @@ class Transport:
   def fetch(self, array: Any) -> np.ndarray:
     """The array in host memory, waited for."""
     if self._pinned is not None:
-      begin = time.perf_counter()
-      while not array.is_ready():
-        waited = time.perf_counter() - begin
-        if waited > _LOOK:
-          break
-        if waited > _SPIN:
-          time.sleep(0)  # Other threads of Python run meanwhile.
+      look(array.is_ready)
     return np.asarray(array)
+
+
+def look(is_ready: Callable[[], bool]) -> bool:
+  """Whether it is ready, if need be after some milliseconds of looking."""
+  begin = time.perf_counter()
+  while not is_ready():
+    waited = time.perf_counter() - begin
+    if waited > _LOOK:
+      return False
+    if waited > _SPIN:
+      time.sleep(0)  # Other threads of Python run meanwhile.
+  return True

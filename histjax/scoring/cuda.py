@@ -1,0 +1,327 @@
+"""What `graphs` needs of CUDA's driver and of XLA's foreign function interface.
+
+Structures are those of `xla/ffi/api/c_api.h`, which jaxlib ships, and of
+`cuda.h`; both keep the order of what is there when they grow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+Pointer = ctypes.c_void_p
+_MAJOR, _MINOR = 0, 3  # Of the interface that these structures follow.
+_METADATA = 1
+_EXECUTE = 3
+_NOT_READY = 600
+_STREAM_GET_OFFSET = 80  # In `XLA_FFI_Api`.
+
+
+def _structure(name: str, *fields: tuple[str, Any]) -> Any:
+  base = ('struct_size', ctypes.c_size_t), ('extension_start', Pointer)
+  return type(name, (ctypes.Structure,), {'_fields_': [*base, *fields]})
+
+
+_Array = _structure(
+  'Array',
+  ('size', ctypes.c_int64),
+  ('types', Pointer),
+  ('items', ctypes.POINTER(Pointer)),
+)
+_Buffer = _structure('Buffer', ('dtype', ctypes.c_int), ('data', Pointer))
+_Frame = _structure(
+  'Frame',
+  ('api', Pointer),
+  ('ctx', Pointer),
+  ('stage', ctypes.c_int),
+  ('args', _Array),
+  ('rets', _Array),
+)
+_StreamGet = _structure('StreamGet', ('ctx', Pointer), ('stream', Pointer))
+_Version = _structure(
+  'Version', ('major', ctypes.c_int), ('minor', ctypes.c_int)
+)
+
+
+class _Extension(ctypes.Structure):
+  _fields_ = (
+    ('struct_size', ctypes.c_size_t),
+    ('type', ctypes.c_int),
+    ('next', Pointer),
+    ('metadata', Pointer),
+  )
+
+
+class _Metadata(ctypes.Structure):
+  _fields_ = (
+    ('struct_size', ctypes.c_size_t),
+    ('version', _Version),
+    ('traits', ctypes.c_uint32),
+    ('state_type_id', ctypes.c_int64),
+  )
+
+
+_HANDLER = ctypes.CFUNCTYPE(Pointer, ctypes.POINTER(_Frame))
+_STREAM_GET = ctypes.CFUNCTYPE(Pointer, ctypes.POINTER(_StreamGet))
+_registered: dict[str, Any] = {}
+
+
+def register(
+  name: str, function: Callable[[int, list[int], list[int]], None]
+) -> None:
+  """Makes a function known to XLA as what a custom call on a GPU calls.
+
+  Args:
+    name: of the target; the first function of a name stays.
+    function: of the stream and the addresses of operands and results. It must
+      not raise.
+  """
+  if name in _registered:
+    return
+
+  def handler(frame: Any) -> None:
+    call = frame.contents
+    if call.extension_start:
+      extension = _Extension.from_address(call.extension_start)
+      if extension.type == _METADATA:
+        metadata = _Metadata.from_address(extension.metadata)
+        metadata.version.major, metadata.version.minor = _MAJOR, _MINOR
+        metadata.traits, metadata.state_type_id = 0, 0
+        return
+    if call.stage != _EXECUTE:
+      return
+    address = Pointer.from_address(call.api + _STREAM_GET_OFFSET).value
+    get = _STREAM_GET(address or 0)
+    asked = _StreamGet(ctypes.sizeof(_StreamGet), None, call.ctx, None)
+    get(ctypes.byref(asked))
+    operands, results = (
+      [_Buffer.from_address(x.items[i]).data for i in range(x.size)]
+      for x in (call.args, call.rets)
+    )
+    function(asked.stream, operands, results)
+
+  _registered[name] = _HANDLER(handler)
+  capsule = jax.ffi.pycapsule(_registered[name])
+  jax.ffi.register_ffi_target(name, capsule, platform='CUDA')
+
+
+@functools.cache
+def _library() -> Any:
+  """The driver. Its calls keep Python's lock: all but `wait` are short."""
+  return ctypes.PyDLL('libcuda.so.1')
+
+
+@functools.cache
+def _waiting_library() -> Any:
+  return ctypes.CDLL('libcuda.so.1')
+
+
+def check(status: int, what: str) -> None:
+  """Raises RuntimeError unless a call of the driver succeeded."""
+  if status:
+    name = ctypes.c_char_p()
+    _library().cuGetErrorName(status, ctypes.byref(name))
+    error = (name.value or b'').decode()
+    raise RuntimeError(f'{what}: {error or status}')
+
+
+def _call(name: str, *arguments: Any) -> None:
+  check(getattr(_library(), name)(*arguments), name)
+
+
+_thread = threading.local()
+
+
+def use(device: jax.Device) -> None:
+  """Makes a device's context the thread's, as calls of the driver need."""
+  if getattr(_thread, 'device', None) == device.id:
+    return
+  number, context = ctypes.c_int(), Pointer()
+  _call('cuDeviceGet', ctypes.byref(number), device.local_hardware_id)
+  _call('cuDevicePrimaryCtxRetain', ctypes.byref(context), number)
+  _call('cuCtxSetCurrent', context)
+  _thread.device = device.id
+
+
+def pinned(size: int, dtype: Any) -> np.ndarray:
+  """`[size]` in memory of the host that a device reads and writes."""
+  nbytes = size * np.dtype(dtype).itemsize
+  address = Pointer()
+  _call('cuMemHostAlloc', ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
+  memory: Any = (ctypes.c_byte * nbytes).from_address(address.value or 0)
+  memory.owner = _Pinned(address)
+  return np.frombuffer(memory, dtype)
+
+
+class _Pinned:
+  """Frees such memory when no array has it any more."""
+
+  def __init__(self, address: Pointer):
+    self._address, self._free = address, _library().cuMemFreeHost
+
+  def __del__(self):
+    self._free(self._address)
+
+
+class Event:
+  """Tells when what was given to a stream before it is done."""
+
+  def __init__(self):
+    """Without times; who waits for it sleeps."""
+    self._event = Pointer()
+    _call('cuEventCreate', ctypes.byref(self._event), 1 | 2)
+    library = _library()
+    self._record, self._query = library.cuEventRecord, library.cuEventQuery
+    self._destroy = library.cuEventDestroy_v2
+
+  def record(self, stream: Pointer) -> None:
+    """At the end of what the stream was given so far."""
+    check(self._record(self._event, stream), 'cuEventRecord')
+
+  def is_ready(self) -> bool:
+    """Whether it is done.
+
+    Raises:
+      RuntimeError: what was done failed.
+    """
+    status = self._query(self._event)
+    if status not in (0, _NOT_READY):
+      check(status, 'cuEventQuery')
+    return status == 0
+
+  def wait(self) -> None:
+    """Until it is done; other threads of Python run meanwhile."""
+    status = _waiting_library().cuEventSynchronize(self._event)
+    check(status, 'cuEventSynchronize')
+
+  def __del__(self):
+    self._destroy(self._event)
+
+
+class Graph:
+  """A CUDA graph; empty at first, or what a stream recorded."""
+
+  def __init__(self, handle: Pointer | None = None):
+    """Of the driver's handle, which it will destroy."""
+    if handle is None:
+      handle = Pointer()
+      _call('cuGraphCreate', ctypes.byref(handle), 0)
+    self.handle = handle
+    self._destroy = _library().cuGraphDestroy
+
+  @property
+  def kinds(self) -> list[int]:
+    """Of its nodes: 0 is a kernel, 1 a copy, 2 a fill."""
+    number = ctypes.c_size_t()
+    _call('cuGraphGetNodes', self.handle, None, ctypes.byref(number))
+    nodes = (Pointer * number.value)()
+    _call('cuGraphGetNodes', self.handle, nodes, ctypes.byref(number))
+    kinds = []
+    for node in nodes:
+      kind = ctypes.c_int()
+      _call('cuGraphNodeGetType', Pointer(node), ctypes.byref(kind))
+      kinds.append(kind.value)
+    return kinds
+
+  def append(self, graph: Graph, after: Pointer | None) -> Pointer:
+    """Adds a copy of another; returns its node."""
+    node = Pointer()
+    before = None if after is None else (Pointer * 1)(after)
+    _call(
+      'cuGraphAddChildGraphNode',
+      ctypes.byref(node),
+      self.handle,
+      before,
+      ctypes.c_size_t(0 if after is None else 1),
+      graph.handle,
+    )
+    return node
+
+  def __del__(self):
+    self._destroy(self.handle)
+
+
+class Launchable:
+  """A graph that is ready to run."""
+
+  def __init__(self, graph: Graph):
+    """Of a graph, of which it keeps a copy."""
+    self._handle = Pointer()
+    _call(
+      'cuGraphInstantiateWithFlags',
+      ctypes.byref(self._handle),
+      graph.handle,
+      ctypes.c_ulonglong(0),
+    )
+    self._launch = _library().cuGraphLaunch
+    self._destroy = _library().cuGraphExecDestroy
+
+  def launch(self, stream: Pointer) -> None:
+    """Gives it to a stream."""
+    check(self._launch(self._handle, stream), 'cuGraphLaunch')
+
+  def __del__(self):
+    self._destroy(self._handle)
+
+
+@functools.cache
+def own_stream() -> Pointer:
+  """A stream that nothing else uses, to record copies on."""
+  stream = Pointer()
+  _call('cuStreamCreate', ctypes.byref(stream), 1)
+  return stream
+
+
+def begin(stream: Pointer) -> None:
+  """From now on a stream records what it is given, and does not do it."""
+  _call('cuStreamBeginCapture_v2', stream, 2)
+
+
+def end(stream: Pointer) -> Graph:
+  """What it was given since `begin`.
+
+  Raises:
+    RuntimeError: it was given something that a graph cannot hold.
+  """
+  handle = Pointer()
+  _call('cuStreamEndCapture', stream, ctypes.byref(handle))
+  return Graph(handle)
+
+
+def copy_in(address: int, array: np.ndarray, stream: Pointer) -> None:
+  """From pinned memory to a device's, when it is the stream's turn."""
+  _call(
+    'cuMemcpyHtoDAsync_v2',
+    Pointer(address),
+    Pointer(array.ctypes.data),
+    ctypes.c_size_t(array.nbytes),
+    stream,
+  )
+
+
+def copy_out(array: np.ndarray, address: int, stream: Pointer) -> None:
+  """The other way."""
+  _call(
+    'cuMemcpyDtoHAsync_v2',
+    Pointer(array.ctypes.data),
+    Pointer(address),
+    ctypes.c_size_t(array.nbytes),
+    stream,
+  )
+
+
+def copy(to: int, source: int, nbytes: int, stream: Pointer) -> None:
+  """Within a device's memory."""
+  _call(
+    'cuMemcpyDtoDAsync_v2',
+    Pointer(to),
+    Pointer(source),
+    ctypes.c_size_t(nbytes),
+    stream,
+  )
