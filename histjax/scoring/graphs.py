@@ -527,9 +527,7 @@ def _fill(rng, views, longest: int, new: int, pages: int) -> None:
       views['visible'].features['visible'][...] = length[:, None]
 
 
-_INSTRUCTION = re.compile(
-  r'\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\((.*)'
-)
+_INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(')
 
 
 def _check_schedule(text: str) -> None:
