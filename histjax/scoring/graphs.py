@@ -74,21 +74,24 @@ class Marks:
     """Of XLA: what is recorded launches no graphs of XLA's."""
     return {'xla_gpu_enable_command_buffer': ''}
 
-  def read(self, request: Any) -> Any:
-    """The request; in a program, which is recorded from its beginning."""
-    # Its result is unused, and so is in the temporary memory.
-    unused = jax.ShapeDtypeStruct((_ALIGN,), jnp.uint8)
-    jax.ffi.ffi_call(_BEGIN, unused, has_side_effect=True)(request)
-    return request
+  def read(self, request: Any) -> tuple[Any, Any]:
+    """The request, and what `done` is given; in a program.
 
-  def done(self, logits: Any, *states: Any) -> Any:
+    It is recorded from its beginning, whatever this depends on.
+    """
+    # From here to the end it is in use, so no result has its memory.
+    temporary = jax.ShapeDtypeStruct((_ALIGN,), jnp.uint8)
+    found = jax.ffi.ffi_call(_BEGIN, temporary, has_side_effect=True)(request)
+    return request, found
+
+  def done(self, begun: Any, logits: Any, *states: Any) -> Any:
     """The logits; up to here it is recorded, and so are all states."""
     return jax.ffi.ffi_call(
       _END,
       jax.ShapeDtypeStruct(logits.shape, logits.dtype),
       has_side_effect=True,
       input_output_aliases={0: 0},
-    )(logits, *jax.tree.leaves(states))
+    )(logits, begun, *jax.tree.leaves(states))
 
 
 MARKS = Marks()
