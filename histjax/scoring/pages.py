@@ -56,9 +56,10 @@ def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:
     after = [(0, size - n if i == 2 else 0) for i, n in enumerate(new.shape)]
     # One row for each page of a layer: they are copied whole, and none twice.
     new = jnp.pad(new, after).astype(x.dtype).reshape(layers, index.size, -1)
-    where = index.reshape(-1)
+    where = index.reshape(1, -1)
     layer = jnp.arange(layers, dtype=jnp.int32)[:, None]
-    beyond = layers * pages + layer * index.size + jnp.arange(index.size)
+    number = jnp.arange(index.size, dtype=jnp.int32)[None, :]
+    beyond = layers * pages + layer * index.size + number
     rows = jnp.where(where < pages, layer * pages + where, beyond)
     written = (
       x.reshape(layers * pages, -1)
