@@ -51,6 +51,11 @@ def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:
   """
 
   def copy(x, new):
+    if new.shape[0] != x.shape[0] or new.shape[3:] != x.shape[3:]:
+      raise ValueError(
+        f'states {new.shape} are not of the pages {x.shape}: layers, heads and '
+        'their size must be the same'
+      )
     layers, pages = x.shape[:2]
     size = index.shape[1] * x.shape[2]
     after = [(0, size - n if i == 2 else 0) for i, n in enumerate(new.shape)]
