@@ -76,14 +76,16 @@ def register(
   name: str,
   execute: Callable[[int, list[int], list[int]], None],
   initialize: Callable[[], None] | None = None,
+  platform: str = 'CUDA',
 ) -> None:
-  """Makes functions known to XLA as what a custom call on a GPU calls.
+  """Makes functions known to XLA as what a custom call calls.
 
   Args:
     name: of the target; what a name is given first stays.
     execute: when it is the call's turn; of the stream and the addresses of
       operands and results. It must not raise.
     initialize: before the program that has the call is executed; likewise.
+    platform: where; the stream is 0 where there are none.
   """
   if name in _registered:
     return
@@ -109,14 +111,14 @@ def register(
       [_Buffer.from_address(x.items[i]).data for i in range(x.size)]
       for x in (call.args, call.rets)
     )
-    execute(asked.stream, operands, results)
+    execute(asked.stream or 0, operands, results)
 
   _registered[name] = _HANDLER(handler)
   capsule = jax.ffi.pycapsule(_registered[name])
   stages = {'execute': capsule}
   if initialize is not None:
     stages['initialize'] = capsule
-  jax.ffi.register_ffi_target(name, stages, platform='CUDA')
+  jax.ffi.register_ffi_target(name, stages, platform=platform)
 
 
 @functools.cache

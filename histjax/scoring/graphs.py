@@ -363,7 +363,7 @@ class Recording:
     if not self._donate:
       return found
     *states, logits = found
-    self.pool = type(self.pool)(*states) if states else self.pool
+    self.pool = tuple(states)
     return logits
 
   def _record(

@@ -207,7 +207,8 @@ class PagedScorer:
     scorer = self._scorer
     program = scorer._program(job.kind, job.sizes)
     pages = pool.keys.shape[1]
-    recorded, pool = scorer._record(program, job, pool, pages)
+    recorded, states = scorer._record(program, job, pool, pages)
+    pool = Pool(*states)
     if recorded:
       return pool
     slot = scorer._transport.slot(program.layout)
