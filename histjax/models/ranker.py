@@ -295,6 +295,75 @@ class Ranker(nn.Module):
     )
     return HistoryCache(keys, values, cache.length + events.length)
 
+  def encode_and_score(
+    self,
+    history: History,
+    candidates: Candidates,
+    context: Mapping[str, Array],
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[HistoryCache, Float[Array, 'B C T']]:
+    """`encode`, and `score_tasks` from that cache; in one pass if it pays.
+
+    Args:
+      history: `[B, L]`.
+      candidates: `[B, C]`; the mask is not read.
+      context: as `score`.
+      count: as `score`.
+
+    Returns:
+      The cache, and the logits of all tasks.
+    """
+    self.config.require_amortizable()
+    self._check_visible(candidates.visible, history.length)
+    features, tokens = self._candidate_inputs(candidates)
+    keys, values, readout = self.fusion.encode_and_score(
+      self._event_tokens(history),
+      history.length,
+      tokens,
+      candidates.visible,
+      count=count,
+    )
+    cache = HistoryCache(keys, values, history.length)
+    user = self._user(context, cache.num_rows)
+    return cache, self._logits(user, features, readout, count=count)
+
+  def extend_and_score(
+    self,
+    cache: HistoryCache,
+    events: History,
+    candidates: Candidates,
+    context: Mapping[str, Array],
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[HistoryCache, Float[Array, 'B C T']]:
+    """`extend`, and `score_tasks` from that cache; in one pass if it pays.
+
+    Args:
+      cache: of `encode` or `extend`, with room for the events.
+      events: `[B, E]`, those behind the cached ones.
+      candidates: `[B, C]`; `visible` counts old and new events.
+      context: as `score`.
+      count: as `score`.
+
+    Returns:
+      The longer cache, and the logits of all tasks.
+    """
+    self.config.require_extendable()
+    features, tokens = self._candidate_inputs(candidates)
+    given: Any = cache  # None of codes.
+    keys, values, readout = self.fusion.extend_and_score(
+      given.keys,
+      given.values,
+      given.length,
+      self._event_tokens(events),
+      events.length,
+      tokens,
+      candidates.visible,
+      count=count,
+    )
+    longer = HistoryCache(keys, values, cache.length + events.length)
+    user = self._user(context, cache.num_rows)
+    return longer, self._logits(user, features, readout, count=count)
+
   def _event_tokens(self, history: History, *, train: bool = False):
     schema = self.config.schema
     item = self.tables(history.features, schema.item_features)

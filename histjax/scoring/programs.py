@@ -289,11 +289,10 @@ def _score(plan, sizes, variables, keys, values, parts):
 
 def _extend(plan, sizes, variables, keys, values, parts):
   given, length = (keys, values), parts['length']
-  width = [(0, 0), (0, 0), (0, sizes.capacity - keys.shape[2]), (0, 0), (0, 0)]
   keys, values = _widened(plan, keys, values)
   longer: Any = ranker.Ranker(plan.config).apply(
     variables,
-    HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), parts['length']),
+    _with_room(sizes, keys, values, length),
     History(parts['history'], parts['new']),
     method='extend',
   )
@@ -306,6 +305,13 @@ def _extend(plan, sizes, variables, keys, values, parts):
   return keys, values, length[:1]
 
 
+def _with_room(sizes, keys, values, length):
+  """The cache, padded to its new capacity."""
+  more = sizes.capacity - keys.shape[2]
+  width = [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)]
+  return HistoryCache(jnp.pad(keys, width), jnp.pad(values, width), length)
+
+
 def _widened(plan, *arrays):
   """Keys and values, or tuples of them, in the type that reads them."""
   return jax.tree.map(
@@ -316,11 +322,37 @@ def _widened(plan, *arrays):
 
 
 def _encode_and_score(plan, sizes, variables, parts):
+  if plan.cache_dtype is None and sizes.candidates <= plan.microbatch:
+    both: Any = ranker.Ranker(plan.config).apply(
+      variables,
+      History(parts['history'], parts['length']),
+      Candidates(parts['candidates'], parts.get('visible')),
+      parts['context'],
+      parts['count'],
+      method='encode_and_score',
+    )
+    cache, logits = both
+    return cache.keys, cache.values, jnp.moveaxis(logits, -1, 0)
   keys, values, _ = _encode(plan, sizes, variables, parts)
   return keys, values, _score(plan, sizes, variables, keys, values, parts)
 
 
 def _extend_and_score(plan, sizes, variables, keys, values, parts):
+  quantized = isinstance(keys, quantization.Quantized)
+  # Of a quantized cache candidates read codes of new events, which have read
+  # each other before they became codes: in two passes.
+  if not quantized and sizes.candidates <= plan.microbatch:
+    both: Any = ranker.Ranker(plan.config).apply(
+      variables,
+      _with_room(sizes, keys, values, parts['length']),
+      History(parts['history'], parts['new']),
+      Candidates(parts['candidates'], parts.get('visible')),
+      parts['context'],
+      parts['count'],
+      method='extend_and_score',
+    )
+    longer, logits = both
+    return longer.keys, longer.values, jnp.moveaxis(logits, -1, 0)
   keys, values, _ = _extend(plan, sizes, variables, keys, values, parts)
   parts = {**parts, 'length': parts['length'] + parts['new']}
   return keys, values, _score(plan, sizes, variables, keys, values, parts)

@@ -112,6 +112,85 @@ class PackedTest(parameterized.TestCase):
       np.asarray(found.keys)[:, old], np.asarray(cache.keys)[:, old]
     )
 
+  @parameterized.product(
+    encoder=('causal', 'window', 'cross_only'), visible=(False, True)
+  )
+  def test_extend_and_score(self, encoder, visible):
+    model, variables, packed, batch = make(encoder)
+    events = batch.history
+    cache = model.apply(variables, events, method='encode')
+    length = np.array([0, EVENTS - 2, 7], np.int32)  # One is full after it.
+    cache = cache.replace(length=length)
+    new = np.array([NEW, 2, 0], np.int32)
+    new = History({k: v[:, :NEW] for k, v in events.features.items()}, new)
+    seen = np.array([[5, 0, 3, 1], [24, 23, 22, 2], [7, 1, 0, 6]], np.int32)
+    candidates = batch.candidates.replace(visible=seen if visible else None)
+    count = np.array([4, 0, 3], np.int32)
+    with mock.patch.object(
+      ops, 'candidate_tower', wraps=ops.candidate_tower
+    ) as tower:
+      found, logits = self.run_packed(
+        model,
+        packed,
+        cache,
+        new,
+        candidates,
+        batch.context,
+        count,
+        method='extend_and_score',
+      )
+    self.assert_one_pass(encoder, tower)
+    # The two steps with the same weights: as blocks, logits may be further off.
+    longer = self.run_packed(model, packed, cache, new, method='extend')
+    self.assert_near(found, longer, np.ones((ROWS, EVENTS), bool))
+    slot = np.arange(EVENTS)[None]
+    old = (slot < length[:, None]) | (slot >= found.length[:, None])
+    np.testing.assert_array_equal(
+      np.asarray(found.keys)[:, old], np.asarray(cache.keys)[:, old]
+    )
+    with ops.target_platform('cuda', compute_capability='9.0'):
+      expected = model.apply(
+        packed, longer, candidates, batch.context, count, method='score_tasks'
+      )
+    self.assert_logits(logits, expected, count)
+
+  @parameterized.product(encoder=tuple(ENCODERS), visible=(False, True))
+  def test_encode_and_score(self, encoder, visible):
+    model, _, packed, batch = make(encoder)
+    history = batch.history
+    history = history.replace(length=np.array([0, EVENTS, 7], np.int32))
+    seen = np.array([[0, 0, 0, 0], [24, 23, 22, 2], [7, 1, 0, 6]], np.int32)
+    if not model.config.encoder.causal:
+      seen = np.broadcast_to(history.length[:, None], (ROWS, 4))
+    candidates = batch.candidates.replace(visible=seen if visible else None)
+    count = np.array([4, 0, 3], np.int32)
+    request = candidates, batch.context, count
+    with mock.patch.object(
+      ops, 'candidate_tower', wraps=ops.candidate_tower
+    ) as tower:
+      found, logits = self.run_packed(
+        model, packed, history, *request, method='encode_and_score'
+      )
+    self.assert_one_pass(encoder, tower)
+    expected = self.run_packed(model, packed, history, method='encode')
+    real = np.arange(EVENTS) < history.length[:, None]
+    self.assert_near(found, expected, real)
+    with ops.target_platform('cuda', compute_capability='9.0'):
+      expected = model.apply(packed, expected, *request, method='score_tasks')
+    self.assert_logits(logits, expected, count)
+
+  def assert_one_pass(self, encoder, tower):
+    """Events and candidates as a whole block, then candidates alone."""
+    queries = [call.args[0].shape[1] for call in tower.call_args_list]
+    self.assertEqual(queries, [4] if encoder == 'cross_only' else [64, 4])
+
+  def assert_logits(self, found, expected, count):
+    counts = np.arange(4) < count[:, None]
+    # A readout may be rounded to another bfloat16, which has 8 bits.
+    np.testing.assert_allclose(
+      found[counts], expected[counts], rtol=0.02, atol=0.02
+    )
+
   def test_another_tower_has_no_kernel(self):
     model, _, packed, batch = make('causal')
     config = dataclasses.replace(

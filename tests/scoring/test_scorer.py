@@ -99,6 +99,52 @@ class EquivalenceTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(again.keys, cache.keys, **TOLERANCE['float32'])
 
+  @parameterized.product(
+    variant=('causal', 'window', 'no_positions', 'one_layer', 'cross_window'),
+    visible=(False, True),
+  )
+  @given(seed=SEEDS)
+  def test_extend_and_score_are_the_two(self, variant, visible, seed):
+    """In one pass over the layers, by a tower on any machine."""
+    s = scorer(variant, candidate_tower='reference')
+    rng = np.random.default_rng(seed)
+    batch = support.batch(rng, num_events=14)
+    length = rng.integers(0, 11, 3, dtype=np.int32)
+    new = rng.integers(0, 5, 3, dtype=np.int32)
+    new[rng.integers(3)] = 0
+    mask = batch.candidates.mask.copy()
+    mask[rng.integers(3)] = False  # Nothing to score for this one.
+    seen = None
+    if visible:
+      seen = rng.integers(0, (length + new)[:, None] + 1, mask.shape)
+      seen = seen.astype(np.int32)
+    batch = batch.replace(
+      candidates=batch.candidates.replace(visible=seen, mask=mask)
+    )
+    request = batch.candidates, batch.context
+    events = History(
+      {k: v[:, 10:] for k, v in batch.history.features.items()}, new
+    )
+    cache = s.encode(batch.history.replace(length=length))
+    longer, logits = s.extend_and_score(cache, events, *request, donate=False)
+    expected = s.extend(cache, events, donate=False)
+    np.testing.assert_array_equal(longer.info.length, length + new)
+    np.testing.assert_allclose(
+      real(logits, batch),
+      real(s.score(expected, *request), batch),
+      **TOLERANCE['float32'],
+    )
+    written = np.arange(longer.capacity) < longer.length[:, None]
+    for x, y in (
+      (longer.keys, expected.keys),
+      (longer.values, expected.values),
+    ):
+      np.testing.assert_allclose(
+        np.asarray(x)[:, written],
+        np.asarray(y)[:, written],
+        **TOLERANCE['float32'],
+      )
+
   @parameterized.parameters(
     'causal', 'bidirectional', 'bfloat16', 'isolated', 'cross'
   )

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from histjax import key_range as ranges
 from histjax.nn import embedding
@@ -24,7 +24,8 @@ class Fusion(nn.Module):
     config: the encoder; a fusion without a Transformer reads its `width`,
       `window` and `dropout` alone.
     dtype: of the computation.
-    amortizable: whether it has `encode`, `score` and `extend`.
+    amortizable: whether it has `encode`, `score` and `extend`, of which
+      `encode_and_score` and `extend_and_score` are made.
     obstacle: if it has not, why: the end of a sentence for users.
     has_tower: whether `pack` makes weights for `ops.candidate_tower`.
     packable: whether it takes the `segments` of packed rows.
@@ -48,6 +49,74 @@ class Fusion(nn.Module):
     """
     del params, dtype
     return {}
+
+  def encode_and_score(
+    self,
+    history: Float[Array, 'B L D'],
+    length: Int[Array, 'B'],
+    candidates: Float[Array, 'B C D'],
+    visible: Int[Array, 'B C'] | None,
+    *,
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'B C D'],
+  ]:
+    """`encode`, and `score` from what that gives.
+
+    Args:
+      history: tokens `[B, L, D]`.
+      length: int32 `[B]`.
+      candidates: tokens `[B, C, D]`.
+      visible: int32 `[B, C]`, or None for all events.
+      count: as `score`.
+
+    Returns:
+      The keys and values, the fused candidates.
+    """
+    of: Any = self  # If `amortizable`.
+    keys, values = of.encode(history, length)
+    fused = of.score(keys, values, length, candidates, visible, count=count)
+    return keys, values, fused
+
+  def extend_and_score(
+    self,
+    keys: Float[Array, 'layers B L N H'],
+    values: Float[Array, 'layers B L N H'],
+    length: Int[Array, 'B'],
+    events: Float[Array, 'B E D'],
+    new: Int[Array, 'B'],
+    candidates: Float[Array, 'B C D'],
+    visible: Int[Array, 'B C'] | None,
+    *,
+    count: Int[Array, 'B'] | None = None,
+  ) -> tuple[
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'layers B L N H'],
+    Float[Array, 'B C D'],
+  ]:
+    """`extend`, and `score` from what that gives.
+
+    Args:
+      keys: of `encode` or `extend`.
+      values: of `encode` or `extend`.
+      length: int32 `[B]`, events cached.
+      events: tokens `[B, E, D]`.
+      new: int32 `[B]`, new events of each row.
+      candidates: tokens `[B, C, D]`.
+      visible: int32 `[B, C]`, of old and new events; None: all of them.
+      count: as `score`.
+
+    Returns:
+      The longer cache's keys and values, the fused candidates.
+    """
+    of: Any = self  # If `amortizable`.
+    keys, values = of.extend(keys, values, length, events, new)
+    fused = of.score(
+      keys, values, length + new, candidates, visible, count=count
+    )
+    return keys, values, fused
 
   @staticmethod
   def hops(num_layers: int) -> int:

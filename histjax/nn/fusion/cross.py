@@ -35,6 +35,8 @@ class CrossOnly(append.AppendCross):
   they are kept, for many. And it serves longer histories than it trains on.
   """
 
+  events_attend = False
+
   @staticmethod
   def hops(num_layers: int) -> int:
     """One: what a candidate sees has seen nothing."""

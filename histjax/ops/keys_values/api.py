@@ -78,7 +78,7 @@ def keys_values(
     layer: the layer, of the weights and of the cache.
     rotate: whether keys are rotated, by their slot in the cache.
     start: int32 `[B]`; event `e` goes into slot `start[b] + e`, and nowhere if
-      the cache ends before. None: into slot `e`, and E must be L.
+      the cache ends before. None: into slot `e`, and E must be at least L.
     count: int32 `[B]`. Events `e >= count[b]` go nowhere; without `start` their
       slots hold something finite that means nothing, and need not be computed.
       None: all E count.
@@ -164,8 +164,8 @@ def _check(events, keys, values, weights, layer, rotate, start, count):
       )
   if not 0 <= layer < layers:
     raise ValueError(f'layer={layer} must be one of the {layers} of keys')
-  if start is None and num_events != capacity:
+  if start is None and num_events < capacity:
     raise ValueError(
-      f'events has E={num_events} and keys L={capacity}; make them equal, or '
+      f'events has E={num_events} and keys L={capacity}; make E at least L, or '
       'pass start'
     )

@@ -36,7 +36,7 @@ class _Kind(NamedTuple):
 
   Attributes:
     num_rows: users, B.
-    num_events: of a user, a multiple of 64.
+    num_events: of a user that are computed, a multiple of 64.
     capacity: L.
     width: D.
     head_dim: H.
@@ -101,9 +101,12 @@ def keys_values(
     events = jnp.pad(events, [(0, 0), (0, after), (0, 0)])
     if start is not None and count is None:
       count = jnp.full((num_rows,), num_events, jnp.int32)
+  computed = num_events + after
+  if start is None:  # Events from L on go nowhere.
+    computed = min(computed, pl.cdiv(shape[2], ROWS) * ROWS)
   kind = _Kind(
     num_rows,
-    num_events + after,
+    computed,
     shape[2],
     width,
     shape[4],

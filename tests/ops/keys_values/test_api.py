@@ -41,7 +41,7 @@ class ApiTest(parameterized.TestCase):
     ('count', lambda x: x.astype(jnp.float32), r'count is float32 .* int32'),
     ('layer', lambda x: 3, 'layer=3 must be one of the 3 of keys'),
     ('layer', lambda x: -1, 'layer=-1 must be one of'),
-    ('start', lambda x: None, 'E=4 and keys L=9; make them equal, or pass sta'),
+    ('start', lambda x: None, 'E=4 and keys L=9; make E at least L, or'),
   )
   def test_arguments(self, name, change, message):
     call = arguments()

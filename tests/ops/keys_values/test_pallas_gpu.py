@@ -51,6 +51,13 @@ class InterpretedTest(gpu_interpreter.TestCase):
       np.testing.assert_array_equal(x[0, 64:], 0)
       np.testing.assert_array_equal(x[1, 128:], 0)
 
+  def test_more_than_a_history(self):
+    call = suite.make_call(0, (2, 136), 64, 4, capacity=72, ragged=True)
+    call.update(start=None, count=jnp.array([70, 3], jnp.int32))
+    found = pallas_gpu.keys_values(**call)
+    suite.assert_equals_reference(found, call)
+    self.assertFalse(self.races_found())
+
   def test_new_events(self):
     """Some of them behind the end of the cache."""
     self.check((3, 10), 64, 2, capacity=21, start=(4, 0, 19), count=(10, 3, 5))
