@@ -18,7 +18,7 @@ import numpy as np
 Pointer = ctypes.c_void_p
 _MAJOR, _MINOR = 0, 3  # Of the interface that these structures follow.
 _METADATA = 1
-_EXECUTE = 3
+_INITIALIZE, _EXECUTE = 2, 3
 _NOT_READY = 600
 _STREAM_GET_OFFSET = 80  # In `XLA_FFI_Api`.
 
@@ -73,14 +73,19 @@ _registered: dict[str, Any] = {}
 
 
 def register(
-  name: str, function: Callable[[int, list[int], list[int]], None]
+  name: str,
+  execute: Callable[[int, list[int], list[int]], None],
+  initialize: Callable[[], None] | None = None,
+  platform: str = 'CUDA',
 ) -> None:
-  """Makes a function known to XLA as what a custom call on a GPU calls.
+  """Makes functions known to XLA as what a custom call calls.
 
   Args:
-    name: of the target; the first function of a name stays.
-    function: of the stream and the addresses of operands and results. It must
-      not raise.
+    name: of the target; what a name is given first stays.
+    execute: when it is the call's turn; of the stream and the addresses of
+      operands and results. It must not raise.
+    initialize: before the program that has the call is executed; likewise.
+    platform: where; the stream is 0 where there are none.
   """
   if name in _registered:
     return
@@ -94,6 +99,8 @@ def register(
         metadata.version.major, metadata.version.minor = _MAJOR, _MINOR
         metadata.traits, metadata.state_type_id = 0, 0
         return
+    if call.stage == _INITIALIZE and initialize is not None:
+      initialize()
     if call.stage != _EXECUTE:
       return
     address = Pointer.from_address(call.api + _STREAM_GET_OFFSET).value
@@ -104,11 +111,14 @@ def register(
       [_Buffer.from_address(x.items[i]).data for i in range(x.size)]
       for x in (call.args, call.rets)
     )
-    function(asked.stream, operands, results)
+    execute(asked.stream or 0, operands, results)
 
   _registered[name] = _HANDLER(handler)
   capsule = jax.ffi.pycapsule(_registered[name])
-  jax.ffi.register_ffi_target(name, capsule, platform='CUDA')
+  stages = {'execute': capsule}
+  if initialize is not None:
+    stages['initialize'] = capsule
+  jax.ffi.register_ffi_target(name, stages, platform=platform)
 
 
 @functools.cache

@@ -53,7 +53,7 @@ class _Seen:
 
   record: bool
   stream: int = 0
-  request: int = 0
+  temporary: int = 0
   logits: int = 0
   graph: cuda.Graph | None = None
   error: Exception | None = None
@@ -74,23 +74,24 @@ class Marks:
     """Of XLA: what is recorded launches no graphs of XLA's."""
     return {'xla_gpu_enable_command_buffer': ''}
 
-  def read(self, request: Any) -> Any:
-    """The request; from here on it is recorded. In a program."""
-    return jax.ffi.ffi_call(
-      _BEGIN,
-      jax.ShapeDtypeStruct(request.shape, request.dtype),
-      has_side_effect=True,
-      input_output_aliases={0: 0},
-    )(request)
+  def read(self, request: Any) -> tuple[Any, Any]:
+    """The request, and what `done` is given; in a program.
 
-  def done(self, logits: Any, *states: Any) -> Any:
+    It is recorded from its beginning, whatever this depends on.
+    """
+    # From here to the end it is in use, so no result has its memory.
+    temporary = jax.ShapeDtypeStruct((_ALIGN,), jnp.uint8)
+    found = jax.ffi.ffi_call(_BEGIN, temporary, has_side_effect=True)(request)
+    return request, found
+
+  def done(self, begun: Any, logits: Any, *states: Any) -> Any:
     """The logits; up to here it is recorded, and so are all states."""
     return jax.ffi.ffi_call(
       _END,
       jax.ShapeDtypeStruct(logits.shape, logits.dtype),
       has_side_effect=True,
       input_output_aliases={0: 0},
-    )(logits, *jax.tree.leaves(states))
+    )(logits, begun, *jax.tree.leaves(states))
 
 
 MARKS = Marks()
@@ -98,7 +99,7 @@ MARKS = Marks()
 
 def register() -> None:
   """Makes the two custom calls known to XLA."""
-  cuda.register(_BEGIN, _at_begin)
+  cuda.register(_BEGIN, _at_begin, _before)
   cuda.register(_END, _at_end)
 
 
@@ -109,17 +110,22 @@ def marked(plan: Any) -> Any:
   return dataclasses.replace(plan, transport=MARKS)
 
 
+def _before() -> None:
+  seen = _seen
+  if seen is not None and seen.record:
+    try:
+      cuda.begin(cuda.Pointer(seen.stream))
+    except Exception as error:  # Not through XLA.
+      seen.error = error
+
+
 def _at_begin(stream: int, operands: list[int], results: list[int]) -> None:
   del operands
   seen = _seen
-  if seen is None:
-    return
-  seen.stream, (seen.request,) = stream, results
-  if seen.record:
-    try:
-      cuda.begin(cuda.Pointer(stream))
-    except Exception as error:  # Not through XLA.
-      seen.error = error
+  if seen is not None:
+    if seen.record and stream != seen.stream:
+      seen.error = RuntimeError('XLA has several streams')
+    seen.stream, seen.temporary = stream, results[0]
 
 
 def _at_end(stream: int, operands: list[int], results: list[int]) -> None:
@@ -138,10 +144,11 @@ def _at_end(stream: int, operands: list[int], results: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def _seeing(record: bool) -> Iterator[_Seen]:
+def _seeing(stream: int = 0) -> Iterator[_Seen]:
+  """Around a call; with the stream, it is recorded."""
   global _seen
   with _lock:
-    _seen = found = _Seen(record)
+    _seen = found = _Seen(stream != 0, stream)
     try:
       yield found
     finally:
@@ -240,29 +247,30 @@ class Recording:
     self._compiled = lowered.compile()
     _check_schedule(self._compiled.as_text())
     # Kernels are loaded when they are first run, which cannot be recorded.
-    logits = self._call(request)
-    addresses = self._addresses_now()
+    with _seeing() as seen:
+      logits = self._call(request)
+    addresses, stream = self._addresses_now(), seen.stream
     for left in range(2, -1, -1):
       try:
         with _Hole(self._compiled, logits.nbytes, device) as hole:
-          seen, logits = self._record(request)
-          self._temporary = hole.take(seen.request)
+          seen, graph, logits = self._record(request, stream)
+          self._temporary = hole.take(seen.temporary)
         break
       except CannotRecordError:
         if not left:
           raise
     # What another thread did meanwhile, the graph would do again.
-    again, _ = self._record(request)
-    kinds = seen.graph.kinds
-    if again.graph.kinds != kinds or not set(kinds) <= {_KERNEL, _COPY, _FILL}:
+    _, again, _ = self._record(request, stream)
+    kinds = graph.kinds
+    if again.kinds != kinds or not set(kinds) <= {_KERNEL, _COPY, _FILL}:
       raise CannotRecordError(
-        f'it has nodes of kinds {kinds}, then {again.graph.kinds}'
+        f'it has nodes of kinds {kinds}, then {again.kinds}'
       )
     if self._addresses_now() != addresses:
       raise CannotRecordError('it does not write in place')
-    self._graph, self._request = seen.graph, seen.request
+    self._graph, self._request = graph, request
     self._logits, self._result = seen.logits, logits
-    self._stream = cuda.Pointer(seen.stream)
+    self._stream = cuda.Pointer(stream)
     self._addresses = addresses
     self._last: list[Any] = [lambda: None] * len(addresses)
     self._copied = self.pool if self._copies else None
@@ -270,7 +278,7 @@ class Recording:
   @property
   def nbytes(self) -> int:
     """Of the device's memory, that it holds."""
-    held = (self._temporary, self._result, self._copied)
+    held = (self._request, self._temporary, self._result, self._copied)
     return sum(x.nbytes for x in jax.tree.leaves(held))
 
   def slot(self) -> Slot:
@@ -355,22 +363,24 @@ class Recording:
     if not self._donate:
       return found
     *states, logits = found
-    self.pool = type(self.pool)(*states) if states else self.pool
+    self.pool = tuple(states)
     return logits
 
-  def _record(self, request: jax.Array) -> tuple[Any, jax.Array]:
-    """Calls the program, recording it; what its marks saw, and logits."""
-    with _seeing(record=True) as seen:
+  def _record(
+    self, request: jax.Array, stream: int
+  ) -> tuple[Any, cuda.Graph, jax.Array]:
+    """Calls the program, recording it; what its marks saw, graph and logits."""
+    with _seeing(stream) as seen:
       try:
         logits = self._call(request)
       except Exception as error:
-        if seen.stream and seen.graph is None:
+        if seen.graph is None:
           with contextlib.suppress(RuntimeError):
-            cuda.end(cuda.Pointer(seen.stream))
+            cuda.end(cuda.Pointer(stream))
         raise CannotRecordError(f'XLA failed: {error}') from error
     if seen.graph is None:
       raise CannotRecordError(f'CUDA failed: {seen.error}')
-    return seen, logits
+    return seen, seen.graph, logits
 
   def _addresses_now(self) -> list[int]:
     return [_address(x) for x in jax.tree.leaves(self.pool)]
@@ -400,7 +410,7 @@ class Recording:
     stream = cuda.own_stream()
     with _lock:
       cuda.begin(stream)
-      cuda.copy_in(self._request, buffer, stream)
+      cuda.copy_in(_address(self._request), buffer, stream)
       first = cuda.end(stream)
       cuda.begin(stream)
       cuda.copy_out(logits, self._logits, stream)
@@ -520,37 +530,27 @@ def _fill(rng, views, longest: int, new: int, pages: int) -> None:
       views['visible'].features['visible'][...] = length[:, None]
 
 
-_INSTRUCTION = re.compile(
-  r'\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\((.*)'
-)
+_INSTRUCTION = re.compile(r'\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(')
 
 
 def _check_schedule(text: str) -> None:
-  """Raises unless all that a program does lies between its two marks."""
+  """Raises unless a program does all before its last mark, and never waits."""
   if 'is_scheduled=true' not in text:
     raise CannotRecordError('XLA does not tell its schedule')
-  where = 'before'
-  before: list[str] = []
+  ended = False
   for line in text[text.index('\nENTRY ') :].splitlines()[2:]:
     if line.startswith('}'):
       break
     found = _INSTRUCTION.match(line)
     if found is None:
       raise CannotRecordError(f'a line of its schedule is not known: {line}')
-    name, kind, operands = found.groups()
+    name, kind = found.groups()
     if kind in _NOTHING:
       continue
-    if f'"{_BEGIN}"' in line:
-      # The request's copy, which a replay writes itself, may come before.
-      rest = [x for x in before if x not in operands.replace('%', '')]
-      if rest:
-        raise CannotRecordError(f'{rest} come before what is recorded')
-      where = 'between'
-    elif f'"{_END}"' in line:
-      where = 'after'
-    elif where == 'before':
-      before.append(name)
-    elif where == 'after' or kind in _LOOPS:
-      raise CannotRecordError(f'{kind} {name} is {where} what is recorded')
-  if where != 'after':
-    raise CannotRecordError('a mark is not in its schedule')
+    if ended or kind in _LOOPS:
+      raise CannotRecordError(
+        f'{kind} {name} ' + ('comes too late' if ended else 'may wait')
+      )
+    ended = f'"{_END}"' in line
+  if not ended:
+    raise CannotRecordError('its last mark is not in its schedule')

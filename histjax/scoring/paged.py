@@ -73,8 +73,7 @@ class PagedScorer:
     program, slot = self._slot('paged_score', sizes, request)
     inputs.numbers(place.length, slot.views['length'])
     inputs.numbers(place.read, slot.views['read'])
-    self._scorer._check_values(program, slot, [request])
-    logits = self._scorer._call(program, slot, *pool)
+    logits = self._scorer._checked_call(program, slot, pool, [request])
     return self._scorer._one_pending(program, slot, logits, request)
 
   def encode(
@@ -94,8 +93,9 @@ class PagedScorer:
     inputs.numbers(length, slot.views['length'])
     inputs.numbers(place.write, slot.views['write'])
     inputs.history(schema, history, length, slot.views['history'])
-    self._scorer._check_values(program, slot, [request], history, length)
-    keys, values, logits = self._scorer._call(program, slot, *pool)
+    keys, values, logits = self._scorer._checked_call(
+      program, slot, pool, [request], history, length
+    )
     return Pool(keys, values), self._scorer._one_pending(
       program, slot, logits, request
     )
@@ -128,8 +128,9 @@ class PagedScorer:
     inputs.numbers(place.read, slot.views['read'])
     inputs.numbers(place.write, slot.views['write'])
     inputs.history(schema, events, new, slot.views['history'])
-    self._scorer._check_values(program, slot, [request], events, new)
-    keys, values, logits = self._scorer._call(program, slot, *pool)
+    keys, values, logits = self._scorer._checked_call(
+      program, slot, pool, [request], events, new
+    )
     return Pool(keys, values), self._scorer._one_pending(
       program, slot, logits, request
     )
@@ -206,7 +207,8 @@ class PagedScorer:
     scorer = self._scorer
     program = scorer._program(job.kind, job.sizes)
     pages = pool.keys.shape[1]
-    recorded, pool = scorer._record(program, job, pool, pages)
+    recorded, states = scorer._record(program, job, pool, pages)
+    pool = Pool(*states)
     if recorded:
       return pool
     slot = scorer._transport.slot(program.layout)

@@ -51,11 +51,31 @@ def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:
   """
 
   def copy(x, new):
+    if new.shape[0] != x.shape[0] or new.shape[3:] != x.shape[3:]:
+      raise ValueError(
+        f'states {new.shape} are not of the pages {x.shape}: layers, heads and '
+        'their size must be the same'
+      )
+    layers, pages = x.shape[:2]
     size = index.shape[1] * x.shape[2]
     after = [(0, size - n if i == 2 else 0) for i, n in enumerate(new.shape)]
-    new = jnp.pad(new, after).reshape(x.shape[0], -1, *x.shape[2:])
-    return x.at[:, index.reshape(-1)].set(
-      new.astype(x.dtype), mode='drop', wrap_negative_indices=False
+    # One row for each page of a layer: they are copied whole, and none twice.
+    new = jnp.pad(new, after).astype(x.dtype).reshape(layers, index.size, -1)
+    where = index.reshape(1, -1)
+    layer = jnp.arange(layers, dtype=jnp.int32)[:, None]
+    number = jnp.arange(index.size, dtype=jnp.int32)[None, :]
+    beyond = layers * pages + layer * index.size + number
+    rows = jnp.where(where < pages, layer * pages + where, beyond)
+    written = (
+      x.reshape(layers * pages, -1)
+      .at[rows.reshape(-1)]
+      .set(
+        new.reshape(layers * index.size, -1),
+        mode='drop',
+        unique_indices=True,
+        wrap_negative_indices=False,
+      )
     )
+    return written.reshape(x.shape)
 
   return jax.tree.map(copy, pool, states)

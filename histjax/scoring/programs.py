@@ -216,19 +216,20 @@ class Program:
 
     def traced(packed, *arguments):
       *cached, request = arguments
+      request, begun = plan.transport.read(request)
       with dispatch.on(plan.target), dispatch.record() as used:
         result = body(
           plan,
           sizes,
           plan.spec.variables(packed),
           *cached,
-          self.layout.unpack(plan.transport.read(request)),
+          self.layout.unpack(request),
         )
         if kind.endswith('_and_score'):
           *states, logits = result
-          result = (*states, plan.transport.done(logits, *states))
+          result = (*states, plan.transport.done(begun, logits, *states))
         elif kind in ('score', 'paged_score'):
-          result = plan.transport.done(result)
+          result = plan.transport.done(begun, result)
       self.backends = dispatch.names(used)
       return result
 

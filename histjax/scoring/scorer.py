@@ -810,12 +810,7 @@ class Scorer:
       caches = [*caches, *[first] * (more - len(caches))]
       keys = tuple(x.keys for x in caches)
       values = tuple(x.values for x in caches)
-    known = program in self._told
-    if not known:  # No program is compiled for a bad request.
-      self._check_values(program, slot, requests)
-    logits = self._call(program, slot, keys, values)
-    if known:  # While the device is at work.
-      self._check_values(program, slot, requests)
+    logits = self._checked_call(program, slot, (keys, values), requests)
     return self._pending(program, slot, logits, requests)
 
   def _compile(self, job: ahead.Job) -> None:
@@ -905,6 +900,36 @@ class Scorer:
     return self._compilations.call(
       program.call, self._weights, *cached, slot.array
     )
+
+  def _checked_call(
+    self,
+    program: programs.Program,
+    slot: transport.Slot,
+    cached: Any,
+    requests: Sequence[flight.Checked],
+    history: History | None = None,
+    length: np.ndarray | None = None,
+  ) -> Any:
+    """`_check_values` and `_call`, while the device works if that may be.
+
+    No program is compiled for a bad request, and none is given a cache or pool
+    that it takes: a recorded one returns the pool that it was given, and what
+    it wrote for a request that is then refused means nothing.
+    """
+    late = isinstance(slot, graphs.Slot) or (
+      history is None and program in self._told
+    )
+    if not late:
+      self._check_values(program, slot, requests, history, length)
+    found = self._call(program, slot, *cached)
+    if late:
+      try:
+        self._check_values(program, slot, requests, history, length)
+      except ValueError:
+        logits = found[-1] if isinstance(found, tuple) else found
+        self._carrier(slot).release(program.layout, slot, logits)
+        raise
+    return found
 
   def _check_cache(
     self, cache: HistoryCache, num_rows: int, what: str

@@ -94,15 +94,15 @@ class Transport:
     """Of XLA, for programs."""
     return {}
 
-  def read(self, request: Any) -> Any:
-    """The request on the device; in a program."""
-    if self._pinned is None:
-      return request
-    return jax.device_put(request, self._device)
+  def read(self, request: Any) -> tuple[Any, Any]:
+    """The request on the device, and what `done` is given; in a program."""
+    if self._pinned is not None:
+      request = jax.device_put(request, self._device)
+    return request, None
 
-  def done(self, logits: Any, *states: Any) -> Any:
+  def done(self, begun: Any, logits: Any, *states: Any) -> Any:
     """The logits, once these states are written as well; in a program."""
-    del states
+    del begun, states
     return logits
 
   def slot(self, layout: layout_lib.Layout) -> Slot:

@@ -234,7 +234,7 @@ class StoreTest(parameterized.TestCase):
     store.keep('b', store.find('a').past, hashlib.blake2b())
     bad = cache_of(self.rng, 5)
     bad = bad.replace(keys=bad.keys[..., :3])
-    with self.assertRaises(TypeError):
+    with self.assertRaisesRegex(ValueError, 'must be the same'):
       store.put(['b'], bad, [0])
     self.assertIsNone(store.find('b').state)
     self.check(store, ['a'], first, [0])

@@ -1,0 +1,235 @@
+"""What can be seen of `scoring.graphs` without a GPU.
+
+The driver is not there, so `Called` calls the program where a graph would be
+launched. All else is real: slots, what XLA tells of a program, the foreign
+function interface.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from histjax import scoring
+from histjax.scoring import cuda, graphs, paged, transport
+from histjax.serving.pages import Pages, Shape
+from histjax.types import History
+from tests import support
+from tests.scoring import scorers
+
+_TARGET = 'histjax_test_double'
+
+
+def _double(stream, operands, results):
+  del stream
+  source, to = (
+    (ctypes.c_float * 3).from_address(x[0]) for x in (operands, results)
+  )
+  for i in range(3):
+    to[i] = 2 * source[i]
+
+
+class ForeignFunctionTest(absltest.TestCase):
+  """XLA itself calls what `cuda.register` makes known."""
+
+  def test_operands_and_results(self):
+    for _ in range(2):  # The second time changes nothing.
+      cuda.register(_TARGET, _double, platform='cpu')
+
+    @jax.jit
+    def call(x):
+      return jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct((3,), x.dtype))(x)
+
+    found = call(np.array([1.0, 2.0, 4.0], np.float32))
+    np.testing.assert_array_equal(found, [2.0, 4.0, 8.0])
+
+
+class ScheduleTest(parameterized.TestCase):
+  """Of programs with both marks, compiled for the CPU."""
+
+  def setUp(self):
+    super().setUp()
+    for name in (graphs._BEGIN, graphs._END):
+      cuda.register(name, lambda *_: None, platform='cpu')
+
+  def text(self, body):
+    def program(x):
+      x, begun = graphs.MARKS.read(x)
+      return body(x, lambda *y: graphs.MARKS.done(begun, *y))
+
+    return jax.jit(program).lower(jnp.ones(8)).compile().as_text()
+
+  def test_all_before_the_last_mark(self):
+    text = self.text(lambda x, done: done(jnp.sin(x) @ x, x + 1))
+    graphs._check_schedule(text)
+
+  def test_results_of_what_is_not_recorded(self):
+    text = self.text(lambda x, done: jnp.sort(done(x)) + 1)
+    with self.assertRaisesRegex(graphs.CannotRecordError, 'comes too late'):
+      graphs._check_schedule(text)
+
+  def test_loops(self):
+    def body(x, done):
+      return done(jax.lax.while_loop(lambda y: y[0] < 9, lambda y: y * 2, x))
+
+    with self.assertRaisesRegex(graphs.CannotRecordError, 'may wait'):
+      graphs._check_schedule(self.text(body))
+
+  def test_no_marks(self):
+    text = jax.jit(jnp.sin).lower(jnp.ones(8)).compile().as_text()
+    with self.assertRaisesRegex(graphs.CannotRecordError, 'not in its'):
+      graphs._check_schedule(text)
+
+
+class Called(graphs.Recording):
+  """A recording whose launches call the program."""
+
+  def record(self):
+    self._compiled = jax.jit(self._program.traced)
+
+  def check(self, longest, new=0, pages=0):
+    slot = self.slot()
+    graphs._fill(np.random.default_rng(0), slot.views, longest, new, pages)
+    assert self._layout.is_good(slot.buffer)
+    self.seen = {k: v.features.get(k) for k, v in slot.views.items()}
+
+  def launch(self, slot, cached):
+    self.pool = cached
+    slot.logits[...] = self._call(slot.buffer.copy())
+    return (
+      (*self.pool, graphs.Replayed(slot))
+      if self._donate
+      else graphs.Replayed(slot)
+    )
+
+  def _new_slot(self):
+    buffer = np.zeros(self._layout.size, np.int32)
+    views = self._layout.views(buffer)
+    shape = (2, *views['candidates'].part.shape)
+    logits = np.full(shape, np.nan, np.float32)
+    return graphs.Slot(
+      None,
+      buffer,
+      views,
+      self._layout.split(views),
+      self,
+      logits,
+      None,
+      self,
+    )
+
+  def is_ready(self):
+    return True
+
+  def wait(self):
+    pass
+
+  def fetch(self, replayed):
+    assert transport.look(replayed.slot.event.is_ready)
+    return replayed.slot.logits.copy()
+
+
+class ReplayTest(absltest.TestCase):
+  """A scorer whose programs were recorded answers as one that calls them."""
+
+  def setUp(self):
+    super().setUp()
+    for name in (graphs._BEGIN, graphs._END):
+      cuda.register(name, lambda *_: None, platform='cpu')
+
+    def marked(plan):
+      return dataclasses.replace(plan, transport=graphs.MARKS)
+
+    self.enter_context(mock.patch.object(graphs, 'marked', marked))
+    self.enter_context(mock.patch.object(graphs, 'Recording', Called))
+    self.enter_context(mock.patch.object(cuda, 'use', lambda device: None))
+    options = {
+      'history_buckets': (24,),
+      'row_buckets': (4,),
+      'candidate_buckets': (16,),
+      'new_event_buckets': (4,),
+    }
+    self.plain = scorers.scorer('causal', **options, cuda_graphs=False)
+    self.scorer = scoring.Scorer(
+      self.plain.config,
+      self.plain.variables,
+      scoring.ScorerConfig(**options),
+    )
+    self.batch = support.batch(np.random.default_rng(0), 3, 20)
+    self.candidates = self.batch.candidates.replace(visible=None)
+
+  def bad(self):
+    """Candidates with an id that no table has."""
+    features = dict(self.candidates.features)
+    name = next(k for k, x in features.items() if x.dtype.kind == 'i')
+    features[name] = np.full_like(features[name], 2**30)
+    return name, self.candidates.replace(features=features)
+
+  def test_scorer(self):
+    self.scorer.warm_up(rows=4, events=24, candidates=16, calls=['score'])
+    (recording,) = self.scorer._recordings.values()
+    self.assertEqual(
+      set(recording.seen), {'length', 'count', 'context', 'candidates'}
+    )
+    context = self.batch.context
+    cache = self.scorer.encode(self.batch.history)
+    wanted = self.plain.score(
+      self.plain.encode(self.batch.history), self.candidates, context
+    )
+    pending = [
+      self.scorer.score_async(cache, self.candidates, context) for _ in range(2)
+    ]
+    for found in [
+      *pending,
+      self.scorer.score_async(cache, self.candidates, context),
+    ]:
+      np.testing.assert_array_equal(
+        scorers.real(found.result(), self.batch),
+        scorers.real(wanted, self.batch),
+      )
+    self.assertLen(recording._free, 3)
+    name, bad = self.bad()
+    with self.assertRaisesRegex(ValueError, name):
+      self.scorer.score(cache, bad, context)
+    self.assertLen(recording._free, 3)  # A refused one's comes back.
+
+  def test_pool(self):
+    p = paged.PagedScorer(self.scorer)
+    pool = Pages(Shape.of(self.scorer.config, self.scorer.options), 16).pool
+    pool, _ = p.warm_up(
+      pool, rows=4, events=24, candidates=16, new_events=3, visible=False
+    )
+    self.assertLen(self.scorer._recordings, 3)
+    pages = np.array([[5, 2], [1, 9], [7, 3], [16, 16]], np.int32)
+    history, context = self.batch.history, self.batch.context
+    place = paged.Place(np.minimum(pages, 15), pages, history.length, 24)
+    name, bad = self.bad()
+    with self.assertRaisesRegex(ValueError, name):
+      p.encode(pool, place, history, bad, context)
+    pool, first = p.encode(pool, place, history, self.candidates, context)
+    again = p.score(pool, place, self.candidates, context)
+    new = History(
+      {k: x[:, :3] for k, x in history.features.items()},
+      np.minimum(history.length, 3),
+    )
+    pool, longer = p.extend(pool, place, new, self.candidates, context)
+    cache, wanted = self.plain.encode_and_score(
+      history, self.candidates, context
+    )
+    _, after = self.plain.extend_and_score(cache, new, self.candidates, context)
+    for found, expected in ((first, wanted), (again, wanted), (longer, after)):
+      np.testing.assert_allclose(
+        scorers.real(found.result(), self.batch),
+        scorers.real(expected, self.batch),
+        **scorers.TOLERANCE['float32'],
+      )
+
+
+if __name__ == '__main__':
+  absltest.main()
