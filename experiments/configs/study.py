@@ -35,7 +35,7 @@ def streaming(window, fusion='append_cross'):
   }
 
 
-def streaming_kuairand(fusion='append_cross'):
+def streaming_kuairand(fusion='append_cross', window=50):
   """A fusion on kuairand with streaming rows."""
   return {
     'fusion': fusion,
@@ -44,6 +44,7 @@ def streaming_kuairand(fusion='append_cross'):
       'pipeline': {'batch_events': 4096, 'auto_buckets': 4},
       'eval_every': 73,
     },
+    'window': window,
     'datasets': ('kuairand',),
   }
 

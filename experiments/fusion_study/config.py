@@ -54,12 +54,15 @@ class Ablation:
     changes: the fields.
     window: of the history; None: the dataset's first.
     datasets: names; empty: all.
+    baseline: the ablation that it is compared with; empty: its fusion as it
+      was tuned.
   """
 
   fusion: str
   changes: Changes = dataclasses.field(default_factory=dict)
   window: int | None = None
   datasets: tuple[str, ...] = ()
+  baseline: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,8 @@ class StudyConfig:
   """A grid of runs: dataset x fusion x window x seed, and ablations.
 
   Every fusion gets the same trials on every dataset; the one that is best on
-  validation gives the values that its seeds are trained with.
+  validation gives the values that its seeds are trained with. If there is one
+  trial alone, there is nothing to choose and it is not run.
 
   Attributes:
     datasets: by name.
@@ -140,6 +144,14 @@ class StudyConfig:
         f'not in the study; it has {list(self.fusions)}'
       )
     _check_changes(name, ablation.changes)
+    if ablation.baseline and (
+      ablation.baseline == name or ablation.baseline not in self.ablations
+    ):
+      others = [other for other in self.ablations if other != name]
+      raise ValueError(
+        f'study: ablation {name!r} has baseline={ablation.baseline!r}, which '
+        f'must be another ablation, of {others}, or empty'
+      )
     for dataset in ablation.datasets:
       if dataset not in self.datasets:
         raise ValueError(
@@ -184,7 +196,7 @@ def cells(study: StudyConfig) -> Iterator[Cell]:
     for floor in dataset.floors:
       yield Cell(name, 'floor', floor, first)
     for fusion in study.fusions:
-      for trial in study.trials:
+      for trial in study.trials if len(study.trials) > 1 else ():
         yield Cell(name, 'trial', fusion, first, study.tuning_seed, trial)
       for window in dataset.windows:
         for seed in study.seeds:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusion_study.summary import RESAMPLED
+from histjax.nn import fusion as fusion_lib
 
 Values = Mapping[str, Any]
 
@@ -47,7 +48,8 @@ def markdown(summary: Values) -> str:
   parts = [
     'Mean of the seeds +- standard deviation, on test. Differences are to '
     f'`{baseline}` with the same window, of ablations to their fusion without '
-    f'the change: 95 % interval of {summary["resamples"]} resamples of users, '
+    'the change or to the ablation that is named after "to": 95 % interval of '
+    f'{summary["resamples"]} resamples of users, '
     'then, in parentheses, of users and seeds. "Equivalent" is the two '
     f'one-sided tests at a margin of {margin}, 5 % each.'
   ]
@@ -176,8 +178,11 @@ def _cells(row: Values) -> list[str]:
       cells += ['', '']
     else:
       ours, wider = compared[metric], compared[f'{metric}_seeds']
+      to = (
+        '' if compared['to'] in fusion_lib.FUSIONS else f' to {compared["to"]}'
+      )
       cells.append(
-        f'{ours["difference"]:+.4f} {_interval(ours)} ({_interval(wider)})'
+        f'{ours["difference"]:+.4f} {_interval(ours)} ({_interval(wider)}){to}'
       )
       cells.append(
         ours['verdict']

@@ -277,7 +277,7 @@ def _metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
 def _tuning(study: StudyConfig, cell: Cell, workdir) -> Values:
   """What was tried for the cell's fusion, and which trial is the best."""
   fusion = config_lib.fusion_of(study, cell)
-  trials = {}
+  trials: dict[str, Values] = {}
   for other in config_lib.cells(study):
     if other.kind == 'trial' and (other.dataset, other.variant) == (
       cell.dataset,
@@ -296,10 +296,13 @@ def _tuning(study: StudyConfig, cell: Cell, workdir) -> Values:
         'seconds': stored['seconds'],
         'criterion': _criterion(study, stored),
       }
+  chosen = next(iter(study.trials))  # If it is the only one, it was not run.
+  if trials:
+    chosen = max(trials, key=lambda name: trials[name]['criterion'])
   return {
     'criterion': dict(study.criterion),
     'seed': study.tuning_seed,
-    'chosen': max(trials, key=lambda name: trials[name]['criterion']),
+    'chosen': chosen,
     'trials': trials,
   }
 

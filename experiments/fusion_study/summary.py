@@ -175,11 +175,14 @@ class _Dataset:
     return row
 
   def _compared(self, key: Key, cell: Values) -> Values | None:
-    """To the baseline of the same window; an ablation to its own fusion."""
+    """To the baseline of the same window; an ablation to its own."""
     to, window = self.study.baseline, key[1]
     if cell['cell']['kind'] == 'ablation':
-      to = cell['fusion']
+      ablations = self.study.ablations
+      to = ablations[key[0]].baseline or cell['fusion']
       window = self.study.datasets[self.name].windows[0]
+      if to in ablations:
+        window = ablations[to].window or window
     other = (to, window)
     if other == key or other not in self.resampled:
       return None

@@ -1,5 +1,6 @@
 """A tiny study, end to end."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from fusion_study import report, runner, store, summary
-from fusion_study.config import StudyConfig, cells
+from fusion_study.config import StudyConfig, cells, fusion_of
 from histjax import config as dicts
 from histjax import metrics
+from histjax.training import report as report_lib
 from histjax.training import sharding
 from histjax.training import step as step_lib
 
@@ -373,8 +375,84 @@ class TestReport:
       "ablation 'b' is on 'c'",
     ),
     ({'ablations': {'concat': {'fusion': 'concat'}}}, 'the name of a fusion'),
+    (
+      {'ablations': {'b': {'fusion': 'concat', 'baseline': 'c'}}},
+      "ablation 'b' has baseline='c', which must be another ablation",
+    ),
+    (
+      {'ablations': {'b': {'fusion': 'concat', 'baseline': 'b'}}},
+      "baseline='b', which must be another ablation",
+    ),
   ],
 )
 def test_bad_study(changes, message):
   with pytest.raises(ValueError, match=message):
     changed(**changes)
+
+
+def scored_cell(workdir, study, cell, logits):
+  """Writes a finished cell with the metrics and scores that a run leaves."""
+  users = np.repeat(np.arange(20), 10)
+  labels = np.tile([True, False], 100)
+  auc = metrics.auc(logits, labels)
+  store.write_cell(
+    workdir,
+    cell.name,
+    {
+      'cell': dataclasses.asdict(cell),
+      'fusion': fusion_of(study, cell),
+      'test': {'click/auc': auc, 'click/gauc': auc},
+      'num_parameters': 1,
+      'seconds': 1.0,
+      'tuning': {'chosen': 'only'},
+      'environment': {'device': 'cpu'},
+    },
+    {
+      'event': np.arange(200),
+      'user': users,
+      'label': labels,
+      'logit': logits.astype(np.float32),
+    },
+  )
+
+
+def test_an_ablation_is_compared_with_the_one_it_names(tmp_path):
+  study = changed(
+    trials={'only': {}},
+    ablations={
+      'long': {'fusion': 'append_cross', 'window': 16},
+      'long concat': {'fusion': 'concat', 'window': 16, 'baseline': 'long'},
+    },
+  )
+  report_lib.write_json(tmp_path / store.STUDY_FILE, dicts.to_dict(study))
+  rng = np.random.default_rng(0)
+  for cell in cells(study):
+    if cell.kind == 'ablation':
+      scored_cell(tmp_path, study, cell, rng.normal(size=200))
+  rows = {
+    row['variant']: row
+    for row in summary.load(tmp_path, progress=lambda _: None)['datasets'][
+      'planted'
+    ]
+  }
+  compared = rows['long concat']['compared']
+  assert (compared['to'], compared['window']) == ('long', 16)
+  difference = rows['long concat']['auc']['mean'] - rows['long']['auc']['mean']
+  assert compared['auc']['difference'] == pytest.approx(difference)
+  # The fusion of the other as it was tuned is not there.
+  assert rows['long']['compared'] is None
+
+
+def test_one_trial_is_not_run():
+  kinds = {cell.kind for cell in cells(changed(trials={'only': {}}))}
+  assert kinds == {'floor', 'grid', 'ablation'}
+
+
+@pytest.mark.slow
+def test_one_trial_gives_the_values(tmp_path):
+  study = changed(trials={'only': VALUES['trials']['fast']})
+  done, _ = run(tmp_path, study, only=['planted/append_cross/window8-seed1'])
+  assert done
+  (cell,) = store.finished_cells(tmp_path)
+  assert cell['tuning']['chosen'] == 'only'
+  assert cell['config']['optimizer']['learning_rate'] == 0.01
