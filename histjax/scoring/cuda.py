@@ -281,8 +281,13 @@ class Launchable:
 
 
 @functools.cache
-def own_stream() -> Pointer:
-  """A stream that nothing else uses, to record copies on."""
+def own_stream(device: int) -> Pointer:
+  """A stream that nothing else uses, to record copies on.
+
+  Args:
+    device: the id of the one in use, see `use`.
+  """
+  del device
   stream = Pointer()
   _call('cuStreamCreate', ctypes.byref(stream), 1)
   return stream

@@ -60,7 +60,7 @@ class _Seen:
 
 
 _seen: _Seen | None = None
-_lock = threading.RLock()
+exclusive = threading.RLock()
 """Of whoever gives the stream something: while it records, nobody else does."""
 
 
@@ -147,7 +147,7 @@ def _at_end(stream: int, operands: list[int], results: list[int]) -> None:
 def _seeing(stream: int = 0) -> Iterator[_Seen]:
   """Around a call; with the stream, it is recorded."""
   global _seen
-  with _lock:
+  with exclusive:
     _seen = found = _Seen(stream != 0, stream)
     try:
       yield found
@@ -232,7 +232,9 @@ class Recording:
     self.pool: Any = cached
 
   def record(self) -> None:
-    """Compiles and records it. Nothing else may use the device meanwhile.
+    """Compiles and records it.
+
+    Nothing may use the device meanwhile but what holds `exclusive`.
 
     Raises:
       CannotRecordError: it cannot be replayed.
@@ -310,7 +312,7 @@ class Recording:
       writes them.
     """
     cuda.use(self._device)
-    with _lock:
+    with exclusive:
       if self._load(cached):
         slot.graph.launch(self._stream)
       else:  # Another pool: the program itself is called.
@@ -357,7 +359,7 @@ class Recording:
   def _call(self, request: Any) -> jax.Array:
     """Calls the program on the pool; returns logits."""
     request = jax.device_put(request, self._device)
-    with _lock:
+    with exclusive:
       found = self._compiled(self._weights, *self.pool, request)
       jax.block_until_ready(found)
     if not self._donate:
@@ -388,6 +390,11 @@ class Recording:
   def _load(self, cached: Any) -> bool:
     """Whether the graph reads these now, and writes them."""
     for i, array in enumerate(jax.tree.leaves(cached)):
+      if array.is_deleted():
+        raise RuntimeError(
+          'Array has been deleted: a cache or pool that was extended must not '
+          'be used again'
+        )
       if array is self._last[i]():
         continue
       if self._copies:
@@ -407,8 +414,8 @@ class Recording:
     buffer.fill(0)
     shape = self._result.shape
     logits = cuda.pinned(self._result.size, np.float32).reshape(shape)
-    stream = cuda.own_stream()
-    with _lock:
+    stream = cuda.own_stream(self._device.id)
+    with exclusive:
       cuda.begin(stream)
       cuda.copy_in(_address(self._request), buffer, stream)
       first = cuda.end(stream)

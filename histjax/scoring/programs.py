@@ -235,7 +235,9 @@ class Program:
 
     traced.__name__ = kind  # In profiles and logs.
     self.traced = traced
-    options: dict[str, Any] = {'compiler_options': plan.transport.options}
+    options: dict[str, Any] = {}
+    if plan.transport.options:
+      options['compiler_options'] = plan.transport.options
     if kind in ('score', 'paged_score', 'joint', 'plain'):
       options['out_shardings'] = plan.transport.output
     elif kind.endswith('_and_score'):

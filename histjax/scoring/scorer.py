@@ -897,9 +897,10 @@ class Scorer:
   ) -> Any:
     if isinstance(slot, graphs.Slot):
       return slot.recording.launch(slot, cached)
-    return self._compilations.call(
-      program.call, self._weights, *cached, slot.array
-    )
+    with graphs.exclusive:
+      return self._compilations.call(
+        program.call, self._weights, *cached, slot.array
+      )
 
   def _checked_call(
     self,

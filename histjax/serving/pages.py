@@ -12,6 +12,7 @@ import numpy as np
 
 from histjax.models.ranker import RankerConfig
 from histjax.quantization import Quantized
+from histjax.scoring import graphs
 from histjax.scoring import pages as pages_lib
 from histjax.scoring.config import ScorerConfig
 from histjax.scoring.paged import Pool
@@ -135,11 +136,13 @@ class Pages:
 
   def read(self, index: np.ndarray, capacity: int) -> Pool:
     """Copies states out, keys and values `[layers, rows, capacity, N, H]`."""
-    return _read(self.pool, index, capacity=capacity)
+    with graphs.exclusive:
+      return _read(self.pool, index, capacity=capacity)
 
   def write(self, index: np.ndarray, keys: Any, values: Any) -> None:
     """Copies states `[layers, rows, L, N, H]` in, in place."""
-    self.pool = _write(self.pool, index, Pool(keys, values))
+    with graphs.exclusive:
+      self.pool = _write(self.pool, index, Pool(keys, values))
 
   def delete(self) -> None:
     """Frees the memory, as soon as no program reads it."""

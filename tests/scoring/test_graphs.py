@@ -135,6 +135,55 @@ class Called(graphs.Recording):
     return replayed.slot.logits.copy()
 
 
+class MemoryTest(absltest.TestCase):
+  """What a graph reads is where it reads it, or it is not replayed."""
+
+  def recording(self, cached, copies):
+    recording = graphs.Recording.__new__(graphs.Recording)
+    recording._copies, recording._stream = copies, None
+    recording._addresses = [x.unsafe_buffer_pointer() for x in cached]
+    recording._last = [lambda: None] * len(cached)
+    return recording
+
+  def setUp(self):
+    super().setUp()
+    self.copied = []
+
+    def copy(to, source, nbytes, stream):
+      del nbytes, stream
+      self.copied.append((to, source))
+
+    self.enter_context(mock.patch.object(cuda, 'copy', copy))
+
+  def test_caches_are_copied_once(self):
+    held = [jnp.zeros(8), jnp.zeros(8)]
+    one, other = [jnp.ones(8), jnp.ones(8)], [jnp.ones(8), jnp.ones(8)]
+    recording = self.recording(held, copies=True)
+    for cached, number in ((one, 2), (one, 2), (other, 4), (one, 6)):
+      self.assertTrue(recording._load(cached))
+      self.assertLen(self.copied, number)
+    pairs = [
+      tuple(x.unsafe_buffer_pointer() for x in pair)
+      for pair in zip(held, one, strict=True)
+    ]
+    self.assertEqual(self.copied[-2:], pairs)
+    one[0].delete()  # As `extend` does with the cache that it is given.
+    with self.assertRaisesRegex(RuntimeError, 'has been deleted'):
+      recording._load(one)
+
+  def test_another_pool(self):
+    pool, other = [jnp.zeros(8), jnp.zeros(8)], [jnp.zeros(8), jnp.zeros(8)]
+    recording = self.recording(pool, copies=False)
+    for _ in range(2):
+      self.assertTrue(recording._load(pool))
+      self.assertFalse(recording._load(other))
+      self.assertFalse(recording._load([pool[0], other[1]]))
+    self.assertEmpty(self.copied)
+    pool[1].delete()
+    with self.assertRaisesRegex(RuntimeError, 'has been deleted'):
+      recording._load(pool)
+
+
 class ReplayTest(absltest.TestCase):
   """A scorer whose programs were recorded answers as one that calls them."""
 
