@@ -132,13 +132,17 @@ def _waiting_library() -> Any:
   return ctypes.CDLL('libcuda.so.1')
 
 
+class Error(RuntimeError):
+  """A call of the driver failed."""
+
+
 def check(status: int, what: str) -> None:
-  """Raises RuntimeError unless a call of the driver succeeded."""
+  """Raises `Error` unless a call of the driver succeeded."""
   if status:
     name = ctypes.c_char_p()
     _library().cuGetErrorName(status, ctypes.byref(name))
     error = (name.value or b'').decode()
-    raise RuntimeError(f'{what}: {error or status}')
+    raise Error(f'{what}: {error or status}')
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -198,7 +202,7 @@ class Event:
     """Whether it is done.
 
     Raises:
-      RuntimeError: what was done failed.
+      Error: what was done failed.
     """
     status = self._query(self._event)
     if status not in (0, _NOT_READY):
@@ -302,7 +306,7 @@ def end(stream: Pointer) -> Graph:
   """What it was given since `begin`.
 
   Raises:
-    RuntimeError: it was given something that a graph cannot hold.
+    Error: it was given something that a graph cannot hold.
   """
   handle = Pointer()
   _call('cuStreamEndCapture', stream, ctypes.byref(handle))

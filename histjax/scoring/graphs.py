@@ -124,7 +124,7 @@ def _at_begin(stream: int, operands: list[int], results: list[int]) -> None:
   seen = _seen
   if seen is not None:
     if seen.record and stream != seen.stream:
-      seen.error = RuntimeError('XLA has several streams')
+      seen.error = CannotRecordError('XLA has several streams')
     seen.stream, seen.temporary = stream, results[0]
 
 
@@ -377,7 +377,7 @@ class Recording:
         logits = self._call(request)
       except Exception as error:
         if seen.graph is None:
-          with contextlib.suppress(RuntimeError):
+          with contextlib.suppress(cuda.Error):
             cuda.end(cuda.Pointer(stream))
         raise CannotRecordError(f'XLA failed: {error}') from error
     if seen.graph is None:

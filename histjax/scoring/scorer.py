@@ -37,6 +37,7 @@ from histjax.ops import devices, dispatch
 from histjax.scoring import (
   ahead,
   compilations,
+  cuda,
   flight,
   graphs,
   inputs,
@@ -860,7 +861,7 @@ class Scorer:
     try:
       self._compilations.call(recording.record)
       recording.check(sizes.capacity or sizes.events, sizes.events, pages)
-    except graphs.CannotRecordError as error:
+    except (graphs.CannotRecordError, cuda.Error) as error:
       if str(error) not in self._unrecorded:
         self._unrecorded.add(str(error))
         logging.warning('%s is not a CUDA graph: %s', job.kind, error)
