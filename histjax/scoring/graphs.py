@@ -1,10 +1,11 @@
 """Programs replayed as CUDA graphs, without XLA's dispatch.
 
 To start a program costs XLA 100 to 200 us of the host's time, as much as all of
-a request's kernels. So `Scorer.warm_up` records what XLA gives its stream for a
-program, between two custom calls in it, and a request is then: write into
-pinned memory, launch the graph (copy in, the recorded kernels, copy out), look
-at an event.
+a request's kernels. So `Scorer.warm_up` records what XLA gives its stream in a
+call of a program, from before its first kernel (when XLA initializes a custom
+call in it) to a custom call at its end. A request is then: write into pinned
+memory, launch the graph (copy in, the recorded kernels, copy out), look at an
+event.
 
 A graph holds addresses. Parameters, outputs and the copies of a cache are
 arrays that are held; a pool's memory is compared at each call. The program's
