@@ -92,8 +92,8 @@ _ROWS = flags.DEFINE_list(
   'rows', None, 'Users at once, 1; of tables: how many they have.'
 )
 _WIDTH = flags.DEFINE_integer('width', 64, 'Without a workdir: D.')
-_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Likewise: layers.')
-_HEADS = flags.DEFINE_integer('num_heads', 4, 'Likewise: N.')
+_LAYERS = flags.DEFINE_integer('num_layers', 2, 'Without a workdir: layers.')
+_HEADS = flags.DEFINE_integer('num_heads', 4, 'Without a workdir: N.')
 _BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
 _USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: at once.')
 # Of the suites prepare and spill.

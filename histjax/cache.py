@@ -53,7 +53,7 @@ class HistoryCache:
   Attributes:
     keys: `[layers, B, L, N, H]`, per layer, rotated to absolute positions; an
       array, or `quantization.Quantized`.
-    values: `[layers, B, L, N, H]`, likewise.
+    values: `[layers, B, L, N, H]`, of the type of the keys.
     length: int32 `[B]`, the number of events encoded, in host memory if a
       `Scorer` made it. `L` is the capacity.
     info: of a cache that a `Scorer` made, for its checks; None: not known.

@@ -111,8 +111,8 @@ def batch(
     history_features: flat.
     shown: of the candidates.
     candidates: `[num_rows, width]`, anything where not real.
-    visible: likewise.
-    labels: likewise.
+    visible: `[num_rows, width]`, anything where not real.
+    labels: of each task, `[num_rows, width]`, anything where not real.
     group: `[pieces]`.
     packed: whether rows may hold several pieces.
   """

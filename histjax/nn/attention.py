@@ -28,7 +28,7 @@ def attention_with_self(
   Args:
     query: of the candidates.
     key: of the history; what no query of a row sees may hold anything.
-    value: likewise.
+    value: of the history; where no query of a row sees it, anything.
     key_range: int32 `[B, C]`, what each sees of the history.
     own_key: the key of each query's token.
     own_value: its value.

@@ -25,7 +25,7 @@ class Checked(NamedTuple):
   Attributes:
     length: int32 `[B]`, of the histories.
     candidates: as given.
-    context: likewise.
+    context: as given.
     shape: `(B, C)`.
     real: bool `[B, C]`, False at padding; None: there is none.
     visible: int `[B, C]`; None: all events.

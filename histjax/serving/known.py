@@ -84,10 +84,10 @@ class Counts:
     rows_seconds: to check requests and make rows of them.
     get_seconds: to copy states out; where the device works on its own, to ask
       for it.
-    put_seconds: to copy states in, likewise.
-    hit_seconds: to score from states, likewise.
-    extend_seconds: to read new events and score, likewise.
-    encode_seconds: to read histories and score, likewise.
+    put_seconds: to copy states in, or to ask for it.
+    hit_seconds: to score from states, or to ask for it.
+    extend_seconds: to read new events and score, or to ask for it.
+    encode_seconds: to read histories and score, or to ask for it.
   """
 
   hits: int = 0

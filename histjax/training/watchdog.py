@@ -74,8 +74,8 @@ def joined(
 
   Args:
     coordinator_address: see `processes.initialize`.
-    num_processes: likewise.
-    process_id: likewise.
+    num_processes: of the job, see `processes.initialize`.
+    process_id: of this one, from 0.
 
   Raises:
     ValueError: as `processes.initialize`.

@@ -16,7 +16,7 @@ class KeyValueWeights(flax.struct.PyTreeNode):
 
   Attributes:
     matrix: `[layers, D, 2 D]`, keys before values.
-    bias: float32 `[layers, 2 D]`, likewise.
+    bias: float32 `[layers, 2 D]`, keys before values.
   """
 
   matrix: Float[Array, 'layers D 2*D']
