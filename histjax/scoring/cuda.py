@@ -84,7 +84,8 @@ def register(
     name: of the target; what a name is given first stays.
     execute: when it is the call's turn; of the stream and the addresses of
       operands and results. It must not raise.
-    initialize: before the program that has the call is executed. It must not raise.
+    initialize: before the program that has the call is executed. It must not
+      raise.
     platform: where; the stream is 0 where there are none.
   """
   if name in _registered:
