@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from histjax import Ranker, Scorer
+from histjax import HistoryCache, Ranker, Scorer
 from histjax.data import pipeline
 from histjax.ops import devices, dispatch
-from histjax.scoring import pages, programs, weights
+from histjax.scoring import attention, pages, programs, weights
 from histjax.training import optimizer, sharding, state, step
 from histjax.training.config import TrainConfig
 from tests import tpu
@@ -30,6 +30,10 @@ def compile_all(names: dict[str, Any]) -> None:
   chip = tpu.devices(TOPOLOGY)[0]
   if isinstance(names.get('config'), TrainConfig):
     _training(names['config'], names['dataset'], chip)
+  if 'example' in names:
+    _init(names['config'], names['example'], chip)
+  if 'of_each' in names:
+    _attention(names, chip)
   gc.collect()  # Other notebooks' scorers.
   done: set[str] = set()
   # The server's, too.
@@ -64,6 +68,32 @@ def _training(config: TrainConfig, dataset, chip) -> None:
       evaluate = step.make_eval_step(model, schema=schema, mesh=mesh)
       evaluate.lower(start.variables, batch).compile()
     print(f'eval: {dispatch.names(used)}')
+
+
+def _init(config, example, chip) -> None:
+  """`Ranker.init`."""
+  where = jax.sharding.SingleDeviceSharding(chip)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  with dispatch.on(devices.Target.of(chip)), dispatch.record() as used:
+    init = jax.jit(lambda *x: Ranker(config).init(*x))  # Of this target.
+    init.lower(*_shapes((key, example), where)).compile()
+  print(f'init: {dispatch.names(used)}')
+
+
+def _attention(names: dict[str, Any], chip) -> None:
+  """What shows where candidates look."""
+  where = jax.sharding.SingleDeviceSharding(chip)
+  cache = names['cache']
+  given = (
+    names['scorer'].variables,
+    HistoryCache(cache.keys, cache.values, cache.length),
+    names['of_each'],
+    names['batch'].context,
+  )
+  with dispatch.on(devices.Target.of(chip)), dispatch.record() as used:
+    look = attention._last_attention
+    look.lower(names['config'].model, *_shapes(given, where)).compile()
+  print(f'last_attention: {dispatch.names(used)}')
 
 
 def _scoring(scorer: Scorer, chip, done: set[str]) -> None:

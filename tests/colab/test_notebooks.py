@@ -14,8 +14,8 @@ NOTEBOOKS = execute.paths()
 # What each compiles, and so is compiled for a TPU v5e, see `ahead`.
 TRAINED = {'train', 'eval', 'encode', 'score'}
 COMPILED = {
-  'amortized_scoring': {'plain', 'joint', 'encode', 'score', 'extend'},
-  'quickstart': {*TRAINED, 'extend'},
+  'amortized_scoring': {'init', 'plain', 'joint', 'encode', 'score', 'extend'},
+  'quickstart': {*TRAINED, 'extend', 'last_attention'},
   'your_own_data': {*TRAINED, 'paged_encode_and_score'},
 }
 
