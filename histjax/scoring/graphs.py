@@ -398,14 +398,13 @@ class Recording:
         )
       if array is self._last[i]():
         continue
-      if self._copies:
+      address = _address(array)
+      if address != self._addresses[i]:
+        if not self._copies:
+          return False
         if not array.is_ready():
           array.block_until_ready()  # It may come on another stream.
-        cuda.copy(
-          self._addresses[i], _address(array), array.nbytes, self._stream
-        )
-      elif _address(array) != self._addresses[i]:
-        return False
+        cuda.copy(self._addresses[i], address, array.nbytes, self._stream)
       self._last[i] = weakref.ref(array)
     return True
 
