@@ -402,7 +402,7 @@ class Scorer:
         self._weights,
         cache.keys,
         cache.values,
-        slot.array,
+        jax.ShapeDtypeStruct((program.layout.size,), np.int32),
       )
     self._carrier(slot).release(program.layout, slot)
     return dispatch.names(used)

@@ -243,6 +243,13 @@ class ReplayTest(absltest.TestCase):
         scorers.real(wanted, self.batch),
       )
     self.assertLen(recording._free, 3)
+    self.assertEqual(  # Looks at the program, and not at its recording.
+      self.scorer.backends(cache, self.candidates, context),
+      self.plain.backends(
+        self.plain.encode(self.batch.history), self.candidates, context
+      ),
+    )
+    self.assertLen(recording._free, 3)
     name, bad = self.bad()
     with self.assertRaisesRegex(ValueError, name):
       self.scorer.score(cache, bad, context)
