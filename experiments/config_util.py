@@ -85,7 +85,16 @@ class Config:
     """
     if self._flag.value is None:
       raise ValueError('name a file with --config')
-    values = self._flag.value.to_dict()
+    try:
+      values = self._flag.value.to_dict()
+    except OSError as error:  # Kept since parsing, with what led to it.
+      name = config_flags.get_config_filename(flags.FLAGS['config'])
+      if pathlib.Path(name.partition(':')[0]).exists():
+        raise OSError(f'--config={name!r}: {error.__cause__}') from error
+      raise FileNotFoundError(
+        f'--config={name!r} does not exist; name a Python file, as '
+        'experiments/configs/synthetic.py'
+      ) from error
     for path, _ in self._overrides:
       if self._cls is TrainConfig and f'{path}.'.startswith('model.schema.'):
         raise ValueError(

@@ -185,7 +185,10 @@ def _expand(paths: Sequence[str]) -> list[tuple[Path, bool]]:
     if path.is_dir():
       files += [(file, True) for file in _files_in(path)]
     elif not path.exists():
-      raise ValueError(f'{path} does not exist; check `paths`')
+      fix = 'check `paths`'
+      if '*' in str(name) or '?' in str(name):
+        fix = 'patterns are not expanded: name files, or their folder'
+      raise ValueError(f'{path} does not exist; {fix}')
     elif not _format(path):
       raise ValueError(
         f'{path} is neither Parquet nor CSV by its name; convert it to one of '

@@ -423,6 +423,12 @@ def test_undeclared_column(tmp_path):
     EventLog.from_files([str(path)], schema)
 
 
+def test_patterns(tmp_path):
+  write(tmp_path / 'a.parquet', events())
+  with pytest.raises(ValueError, match='patterns are not expanded: name files'):
+    files.read([str(tmp_path / '*.parquet')], ['user'], SCHEMA)
+
+
 def test_one_path_is_a_list_of_one(tmp_path):
   path = write(tmp_path / 'a.csv', events())
   assert len(files.read(str(path), ['user'], SCHEMA)) == 2

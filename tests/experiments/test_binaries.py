@@ -198,6 +198,7 @@ class TestBinaries:
         'absent.csv does not exist',
       ),
       slow('--epochs=3', 'epochs'),
+      slow('--config=absent.py', "--config='absent.py' does not exist; name a"),
     ],
   )
   def test_bad_flag(self, trained, flag, message):
@@ -279,6 +280,7 @@ class TestBinaries:
       ),
       ('config.absent', r'AttributeError: .*absent.*\(.*bad.py, line \d+\)'),
       ('import absent', r'ModuleNotFoundError: .*\(.*bad.py, line \d+\)'),
+      ('open("absent")', r"OSError: --config='.*bad.py': .*'absent'"),
       ('config = (', r'SyntaxError: .*bad.py, line \d+\)'),
     ],
   )
