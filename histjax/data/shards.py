@@ -172,11 +172,11 @@ def check(join: Join, events: Sequence[str], candidates: Sequence[str]) -> None:
     (join.log_table, events),
   ):
     for path in files.with_header(paths):
-      pieces = files.stream(
+      head = files.stream(
         [str(path)], table.columns, join.schema, max_rows=_HEAD
       )
-      with contextlib.suppress(files.NoEvents), contextlib.closing(pieces):
-        table.encode(next(pieces))
+      with contextlib.suppress(files.NoEvents):
+        table.encode(next(head))
 
 
 def prepare(
