@@ -67,9 +67,12 @@ class Config:
       return flags.FLAGS(rest)
     except Exception as error:  # The file is code, and may raise anything.
       cause: BaseException = error
-      while cause.__context__ is not None and isinstance(
-        cause, (flags.Error, ValueError, OSError)
-      ):  # What the file itself raised, and not how it came to be told.
+      of_file = 'flag --config=' in str(error)
+      while (  # What the file itself raised, and not how it came to be told.
+        of_file
+        and cause.__context__ is not None
+        and isinstance(cause, (flags.Error, ValueError, OSError))
+      ):
         cause = cause.__context__
       raise SystemExit(
         f'{type(cause).__name__}: {cause}{_at(cause)}'

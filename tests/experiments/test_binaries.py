@@ -627,6 +627,18 @@ class TestBinaries:
     assert "--output='" in output and 'cannot be written to' in output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--suite=towers', 'flag --suite=towers: value should be one of'),
+    ('--lengths=64,x', "--lengths=['64', 'x'] must be whole numbers"),
+  ],
+)
+def test_a_message_names_the_flag(flag, message):
+  assert message in run('benchmark', flag, expect=1)
+
+
 def test_every_config_can_be_loaded(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / 'experiments')
   from ml_collections import config_flags  # Registers the file's loader.
