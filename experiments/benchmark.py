@@ -174,6 +174,8 @@ def one_model(suite):
 
 
 def _integers(flag, default):
+  if not all(n.isdecimal() for n in flag.value or ()):
+    raise ValueError(f'--{flag.name}={flag.value} must be whole numbers')
   return [int(n) for n in flag.value or default]
 
 

@@ -67,9 +67,12 @@ class Config:
       return flags.FLAGS(rest)
     except Exception as error:  # The file is code, and may raise anything.
       cause: BaseException = error
-      while cause.__context__ is not None and isinstance(
-        cause, (flags.Error, ValueError, OSError)
-      ):  # What the file itself raised, and not how it came to be told.
+      of_file = 'flag --config=' in str(error)
+      while (  # What the file itself raised, and not how it came to be told.
+        of_file
+        and cause.__context__ is not None
+        and isinstance(cause, (flags.Error, ValueError, OSError))
+      ):
         cause = cause.__context__
       raise SystemExit(
         f'{type(cause).__name__}: {cause}{_at(cause)}'
@@ -85,7 +88,16 @@ class Config:
     """
     if self._flag.value is None:
       raise ValueError('name a file with --config')
-    values = self._flag.value.to_dict()
+    try:
+      values = self._flag.value.to_dict()
+    except OSError as error:  # Kept since parsing, with what led to it.
+      name = config_flags.get_config_filename(flags.FLAGS['config'])
+      if pathlib.Path(name.partition(':')[0]).exists():
+        raise OSError(f'--config={name!r}: {error.__cause__}') from error
+      raise FileNotFoundError(
+        f'--config={name!r} does not exist; name a Python file, as '
+        'experiments/configs/synthetic.py'
+      ) from error
     for path, _ in self._overrides:
       if self._cls is TrainConfig and f'{path}.'.startswith('model.schema.'):
         raise ValueError(

@@ -10,6 +10,7 @@ engines into replicas of Ray Serve (the extra `ray`).
 
 import functools
 import importlib
+import time
 from typing import Any
 
 from absl import app, flags, logging
@@ -90,11 +91,18 @@ def serve() -> None:
     engine, warm_up = remote, remote.wait
   else:
     engine, warm_up = make()
+
+  def told() -> None:
+    print('warms up: compiles, and answers 503 until it is ready', flush=True)
+    began = time.monotonic()
+    server.and_settle(warm_up)
+    print(f'ready after {time.monotonic() - began:.0f} s', flush=True)
+
   service = app_lib.Service(
     engine,
     lambda: Columns.of_scorer(engine.scorer),
     config,
-    warm_up=functools.partial(server.and_settle, warm_up),
+    warm_up=told,
   )
   application = app_lib.make_app(
     service,

@@ -206,6 +206,12 @@ def _decode_dataclass(cls: type, value: Any, path: str) -> Any:
 
 
 def _decode_tuple(args: tuple, value: Any, path: str) -> tuple:
+  if isinstance(value, Mapping) and _are_pairs(args):
+    key, item = typing.get_args(args[0])
+    return tuple(
+      (_decode(key, k, f'{path} (key)'), _decode(item, v, _join(path, str(k))))
+      for k, v in value.items()
+    )
   if isinstance(value, str) or not isinstance(value, Sequence):
     raise _wrong_type('a list', value, path)
   if not args:
@@ -220,6 +226,15 @@ def _decode_tuple(args: tuple, value: Any, path: str) -> tuple:
     _decode(a, v, _join(path, str(i)))
     for i, (a, v) in enumerate(zip(args, value, strict=True))
   )
+
+
+def _are_pairs(args: tuple) -> bool:
+  """Whether a tuple is of pairs, for which a mapping may be given."""
+  if len(args) != 2 or args[1] is not Ellipsis:
+    return False
+  pair = typing.get_args(args[0])
+  is_tuple = typing.get_origin(args[0]) is tuple
+  return is_tuple and len(pair) == 2 and Ellipsis not in pair
 
 
 def _decode_union(hint: Any, value: Any, path: str) -> Any:

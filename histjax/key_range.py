@@ -95,6 +95,10 @@ def concatenate(history: KeyRange, candidates: KeyRange) -> KeyRange:
 
   The structure survives where both halves have it and `visible` is the
   history's length, which the structure 'prefix' of the candidates says.
+
+  Args:
+    history: `[B, L]`, of the events.
+    candidates: `[B, C]`, over the same keys.
   """
   structure = history.structure if candidates.structure == 'prefix' else 'any'
   return KeyRange(
@@ -105,7 +109,17 @@ def concatenate(history: KeyRange, candidates: KeyRange) -> KeyRange:
 
 
 def mask(key_range: KeyRange, num_keys: int) -> Bool[Array, 'B Q L']:
-  """The keys `[0, num_keys)` that each query sees, dense: `[B, Q, L]`."""
+  """The keys that each query sees, dense.
+
+      mask[b, q, j] = start[b, q] <= j < stop[b, q]
+
+  Args:
+    key_range: `[B, Q]`.
+    num_keys: `L`.
+
+  Returns:
+    bool `[B, Q, L]`.
+  """
   index = jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
   return (key_range.start[..., None] <= index) & (
     index < key_range.stop[..., None]

@@ -305,6 +305,14 @@ def auc_by_group(
 
   Every intermediate is an integer held exactly, so the order of the data
   changes nothing. Nothing is checked; see `gauc` for what is expected.
+
+  Args:
+    scores: `[K]`, the higher the more likely; ties count half.
+    labels: `[K]`, 1 or 0.
+    group: int `[K]`.
+
+  Returns:
+    float64 `[G]`, the AUC of each group, and `[G]`, how many it has.
   """
   if not len(scores):
     return np.zeros(0), np.zeros(0)

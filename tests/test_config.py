@@ -40,6 +40,7 @@ class Outer:
   weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   on: bool = False
   anything: Any = None
+  kinds: tuple[tuple[str, Literal['a', 'b']], ...] = ()
 
 
 _inner = st.builds(Inner, st.integers(), st.floats(allow_nan=False))
@@ -106,6 +107,23 @@ class RoundTripTest(parameterized.TestCase):
     values = {'needed': 1, 'inner': {'type': 'inner', 'size': 7}}
     self.assertEqual(config_lib.from_dict(Outer, values).inner, Inner(7))
 
+  def test_pairs_may_be_a_mapping(self):
+    for kinds in ({'x': 'a', 'y': 'b'}, [['x', 'a'], ['y', 'b']]):
+      value = config_lib.from_dict(Outer, {'needed': 1, 'kinds': kinds})
+      self.assertEqual(value.kinds, (('x', 'a'), ('y', 'b')))
+    column_types = {'column_types': {'user': 'integer'}}
+    schema = config_lib.from_dict(
+      schema_lib.Schema,
+      {
+        'user': 'user',
+        'time': 'time',
+        'item': [{'type': 'dense', 'name': 'price'}],
+        'tasks': [{'name': 'click'}],
+        **column_types,
+      },
+    )
+    self.assertEqual(schema.types, column_types['column_types'])
+
 
 class StrictTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -141,6 +159,8 @@ class StrictTest(parameterized.TestCase):
     ({'needed': 1, 'either': 3}, r'either=3.*must be Inner \| Other'),
     ({'needed': 1, 'weights': {'a': 'x'}}, r"weights\.a='x'.*float"),
     ({'needed': 1, 'weights': [1]}, r'weights=\[1\] is of type list'),
+    ({'needed': 1, 'kinds': {'x': 'c'}}, r"kinds\.x='c' must be one of"),
+    ({'needed': 1, 'pair': {'x': 'c'}}, r'pair=.*must be a list'),
     (3, r'config=3 is of type int; it must be Outer'),
   )
   def test_refuses(self, values, message):

@@ -204,9 +204,16 @@ def encode_label(columns: Columns, task: Task) -> np.ndarray:
   """float32 `[n]` in {0, 1}.
 
   Raises:
-    ValueError: without a threshold, a value is neither 0 nor 1.
+    ValueError: a value is no number, or, without a threshold, neither 0 nor 1.
   """
-  values = numbers(columns, task.column)
+  choices = 'a number'
+  if task.threshold is None:
+    choices = '0 or 1 (or true or false)'
+  values = numbers(
+    columns,
+    task.column,
+    f'a label of task {task.name!r} must be {choices}; write it so',
+  )
   if task.threshold is not None:
     return (values >= task.threshold).astype(np.float32)
   parts.check(
@@ -364,13 +371,20 @@ def canonical_keys(keys: np.ndarray) -> list[str]:
   return [str(key) for key in keys.tolist()]
 
 
-def numbers(columns: Columns, name: str) -> np.ndarray:
+def numbers(
+  columns: Columns, name: str, problem: str = 'a number is needed; fix it'
+) -> np.ndarray:
   """The column `name` as finite float64 `[n]`.
+
+  Args:
+    columns: has it.
+    name: of the column.
+    problem: of a text that is no number, for the message.
 
   Raises:
     ValueError: a value is no number, or not finite.
   """
-  values = _joined(columns, name, parts.as_floats)
+  values = _joined(columns, name, parts.as_floats, problem)
   parts.check(columns, name, values, ~np.isfinite(values), 'it must be finite')
   return values
 

@@ -1,12 +1,22 @@
-"""Which other encoding than UTF-8 a text file is in, for messages."""
+"""What a file is that is no CSV in UTF-8, for messages."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import re
 from pathlib import Path
 
 import pyarrow as pa
+
+_MAGIC = {
+  rb'\x1f\x8b': 'gzip; end its name in .csv.gz',
+  rb'BZh[1-9]1AY&SY': 'bzip2; end its name in .csv.bz2',
+  rb'\x28\xb5\x2f\xfd': 'Zstandard; end its name in .csv.zst',
+  rb'\xfd7zXZ\0': 'xz; unpack it (xz -d)',
+  rb'PK\x03\x04': 'a ZIP archive or a spreadsheet; unpack or export it',
+  rb'PAR1\x15': 'Parquet; end its name in .parquet',
+}
 
 
 def wide(path: Path) -> str:
@@ -26,6 +36,21 @@ def wide(path: Path) -> str:
   if head[:1] == b'\0':
     return 'UTF-32BE' if head[1:2] == b'\0' else 'UTF-16BE'
   return ''
+
+
+def packed(path: Path) -> str:
+  """What a file named CSV is by its first bytes, and what to do; else ''."""
+  with pa.input_stream(str(path), compression='detect') as stream:
+    head = stream.read(16)
+  return next((s for magic, s in _MAGIC.items() if re.match(magic, head)), '')
+
+
+def is_text(path: Path) -> bool:
+  """Whether a file begins as a text does, in UTF-8 and without controls."""
+  with open(path, 'rb') as file:
+    head = file.read(64)
+  text = head.decode('utf-8', 'ignore').replace('\t', '')
+  return bool(text) and ''.join(text.splitlines()).isprintable()
 
 
 def first_foreign(path: Path) -> str:

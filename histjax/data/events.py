@@ -121,11 +121,12 @@ class EventLog:
         ),
       )
     order = np.lexsort((time, user))  # Stable: ties keep the log's order.
-    features = columns_lib.encode(table, schema.logged)
-    features = {name: x[order] for name, x in features.items()}
+    # First: of a column that is an action, too, a label says more.
     labels = {
       t.name: columns_lib.encode_label(table, t)[order] for t in schema.tasks
     }
+    features = columns_lib.encode(table, schema.logged)
+    features = {name: x[order] for name, x in features.items()}
     request = None
     if schema.request:
       request = columns_lib.encode_keys(table, schema.request)[0][order]

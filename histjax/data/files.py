@@ -185,11 +185,14 @@ def _expand(paths: Sequence[str]) -> list[tuple[Path, bool]]:
     if path.is_dir():
       files += [(file, True) for file in _files_in(path)]
     elif not path.exists():
-      raise ValueError(f'{path} does not exist; check `paths`')
+      fix = 'check `paths`'
+      if '*' in str(name) or '?' in str(name):
+        fix = 'patterns are not expanded: name files, or their folder'
+      raise ValueError(f'{path} does not exist; {fix}')
     elif not _format(path):
       raise ValueError(
-        f'{path} is neither Parquet nor CSV by its name; it must end in one '
-        f'of {", ".join(_PARQUET + _CSV)}'
+        f'{path} is neither Parquet nor CSV by its name; convert it to one of '
+        f'these, whose name ends in {", ".join(_PARQUET + _CSV)}'
       )
     else:
       files.append((path, False))
@@ -311,6 +314,9 @@ def _parquet_names(path: Path) -> list[str]:
 
 
 def _csv_names(path: Path) -> list[str]:
+  packed = encodings.packed(path)
+  if packed:
+    raise ValueError(f'{path} is no text of CSV, but {packed}')
   wide = encodings.wide(path)
   if wide:
     raise ValueError(
@@ -454,4 +460,6 @@ def _cause(path: Path, kind: str, error: Exception) -> str:
     )
   if kind == 'csv' and 'Expected' in str(error):
     return 'every line must have a value for every column of the header'
+  if kind == 'parquet' and encodings.is_text(path):
+    return 'it is a text; if it is CSV, end its name in .csv'
   return 'it is empty, cut short or of another format'

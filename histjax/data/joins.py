@@ -142,11 +142,11 @@ class Table:
     if self.request:
       codes, keys = columns_lib.encode_keys(columns, self.schema.request)
       found['request'] = hashing.digests(keys)[codes]
-    encoded = columns_lib.encode(columns, self.features, self.vocabularies)
-    found |= {f'feature/{name}': values for name, values in encoded.items()}
-    if self.labels:
+    if self.labels:  # Before features, as `EventLog.from_parts`.
       for task in self.schema.tasks:
         found[f'label/{task.name}'] = columns_lib.encode_label(columns, task)
+    encoded = columns_lib.encode(columns, self.features, self.vocabularies)
+    found |= {f'feature/{name}': values for name, values in encoded.items()}
     return found, is_timestamp
 
   def split(self, arrays: Arrays, kind: str) -> dict[str, np.ndarray]:

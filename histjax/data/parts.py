@@ -264,12 +264,12 @@ def _check_integers(columns, name, start, array, problem: str) -> None:
   )
 
 
-def as_floats(columns, name, start, array) -> np.ndarray:
+def as_floats(
+  columns, name, start, array, problem: str = 'a number is needed; fix it'
+) -> np.ndarray:
   """float64, not yet checked to be finite."""
   if pa.types.is_large_string(array.type):
-    array = _parsed_numbers(
-      columns, name, start, array, 'a number is needed; fix it'
-    )
+    array = _parsed_numbers(columns, name, start, array, problem)
   if not _is_number(array.type):
     columns.fail(
       name,

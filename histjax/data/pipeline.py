@@ -359,7 +359,18 @@ def eval_batches(
   shard_index: int = 0,
   shard_count: int = 1,
 ) -> BatchIterator:
-  """Every row once, in order, bucket by bucket; see `train_batches`."""
+  """Every row once, in order, bucket by bucket.
+
+  Args:
+    rows: of a split.
+    config: as of training; batches have its sizes.
+    row_multiple: the rows of a batch are padded to a multiple of it.
+    shard_index: which part of each batch is returned.
+    shard_count: how many parts there are.
+
+  Raises:
+    ValueError: there are no rows, or one is larger than the largest bucket.
+  """
   return BatchIterator(
     _Batches(tuple(make_buckets(rows, config)), None, 1),
     rows,

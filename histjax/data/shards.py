@@ -9,6 +9,7 @@ found before anything is scored, and to read a shard is to read a batch a run.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import json
@@ -32,6 +33,9 @@ PLAN = 'plan.json'
 _USERS = 'users.arrow'
 _COPIES = 4
 """Of a shard's rows, at most, that reading, sorting and deriving hold."""
+
+_HEAD = 1024
+"""Rows of each file that are read before all others."""
 
 _MAX_ROWS = 2**17
 """Of a file, read at once."""
@@ -150,6 +154,29 @@ class Shards:
       shown,
       self.is_timestamp,
     )
+
+
+def check(join: Join, events: Sequence[str], candidates: Sequence[str]) -> None:
+  """Reads the first rows of each file: its columns, and what they hold.
+
+  Args:
+    join: what is read of both.
+    events: files of the log.
+    candidates: files of candidates.
+
+  Raises:
+    ValueError: a column is missing, or a value there is bad.
+  """
+  for table, paths in (
+    (join.candidates_table, candidates),
+    (join.log_table, events),
+  ):
+    for path in files.with_header(paths):
+      head = files.stream(
+        [str(path)], table.columns, join.schema, max_rows=_HEAD
+      )
+      with contextlib.suppress(files.NoEvents):
+        table.encode(next(head))
 
 
 def prepare(
@@ -300,7 +327,8 @@ class _Pass:
       raise ValueError(
         f'user {str(user)!r}: column {self._join.schema.time!r}: the candidate '
         f"of {columns.where(int(early[0]))} is earlier than the user's last "
-        'event in the log; drop the events after it, or set as_of=True'
+        'event in the log; drop the events after it, or set as_of=True '
+        '(--as_of)'
       )
 
 

@@ -157,7 +157,14 @@ def draw(config: SyntheticConfig) -> dict[str, np.ndarray]:
 
 
 def bayes_auc(rows: Rows) -> dict[str, float]:
-  """The best AUC that a model can have on `rows`, for each task."""
+  """The best AUC that a model can have: that of the planted probabilities.
+
+  Args:
+    rows: of a synthetic log.
+
+  Returns:
+    `{task: AUC}`.
+  """
   return {
     task: metrics.auc(
       rows.log.extra[f'bayes_{task}'][rows.events],
@@ -172,6 +179,12 @@ def no_history_auc(splits: Mapping[str, Rows]) -> dict[str, float]:
 
   It predicts the mean probability of the item (in the segment, if training
   shows the two together) over the training events.
+
+  Args:
+    splits: rows of a synthetic log's 'train' and 'test'.
+
+  Returns:
+    `{task: AUC}`.
   """
   train, test = splits['train'], splits['test']
   scores = {}

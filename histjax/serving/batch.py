@@ -97,6 +97,7 @@ def rank_files(
   ranked_files.check_columns(model.join.schema)
   options.task_of(model.join.schema)
   model.config.require_amortizable()
+  shards.check(model.join, events, candidates)
   progress = Progress()
   identity = _identity(model, events, candidates, options, progress)
   parts = ranked_files.Parts.open(target.folder, identity)

@@ -170,14 +170,15 @@ class TrainConfig:
     if field_of_view is None or field_of_view > rows.history_length:
       reach = 'the whole history' if field_of_view is None else field_of_view
       window = (rows.history_length - 1) // self.model.hops + 1
+      smaller = f'model.encoder.window to {window} or less, or '
       raise ValueError(
         f"{field}.kind='streaming' cuts histories to {field}.history_length="
         f'{rows.history_length} events before the first candidate, but with '
         f'model.encoder.window={encoder.window}, model.encoder.num_layers='
         f'{encoder.num_layers} and model.fusion={self.model.fusion!r} a score '
         f'reads {reach}: it would depend on how '
-        f'users are cut into rows. Set model.encoder.window to {window} or '
-        f'less, or {field}.history_length=None'
+        f'users are cut into rows. Set {smaller if window > 0 else ""}'
+        f'{field}.history_length=None'
       )
 
   def _check_tasks(self) -> None:

@@ -1,6 +1,9 @@
 """Files and trees of files: what is read, what is told, what is refused."""
 
+import bz2
 import dataclasses
+import gzip
+import lzma
 import unittest.mock
 
 import numpy as np
@@ -282,6 +285,56 @@ def test_refused(tmp_path, text, message):
     keys(text_file(tmp_path, text))
 
 
+PACKED = {
+  'gzip; end its name in .csv.gz': gzip.compress,
+  'bzip2; end its name in .csv.bz2': bz2.compress,
+  'Zstandard; end its name in .csv.zst': lambda text: pa.compress(
+    text, 'zstd', asbytes=True
+  ),
+  'xz; unpack it': lzma.compress,
+}
+
+
+@pytest.mark.parametrize('message', PACKED)
+def test_packed_and_named_csv(tmp_path, message):
+  path = tmp_path / 'log.csv'
+  path.write_bytes(PACKED[message](b'user,time\na,1\n'))
+  with pytest.raises(ValueError, match=f'no text of CSV, but {message}'):
+    keys(path)
+
+
+def test_one_format_named_as_another(tmp_path):
+  text_file(tmp_path, 'user,time\na,1\n', name='log.parquet')
+  with pytest.raises(ValueError, match='a text; if it is CSV, end its name in'):
+    keys(tmp_path / 'log.parquet')
+  write(tmp_path / 'a.parquet', events()).rename(tmp_path / 'a.csv')
+  with pytest.raises(ValueError, match=r'Parquet; end its name in \.parquet'):
+    keys(tmp_path / 'a.csv')
+  # A column may be called so.
+  assert keys(text_file(tmp_path, 'PAR1,BZh,user\n1,2,a\n')) == ['a']
+
+
+@pytest.mark.parametrize(
+  ('labels', 'threshold', 'message'),
+  [
+    (['yes', 'no'], None, "holds 'yes'.*'y' must be 0 or 1 .or true or false"),
+    (['good', '3'], 3.0, "holds 'good'.*'y' must be a number"),
+    ([-1, 1], None, "row 0 holds -1.*'y' is 0 or 1; fix it, or set the thres"),
+    ([5, 1], None, "row 0 holds 5.*'y' is 0 or 1; fix it, or set the thres"),
+  ],
+)
+def test_labels_that_are_actions_too(tmp_path, labels, threshold, message):
+  """What is wrong is said of the label, and not of the action's table."""
+  schema = dataclasses.replace(
+    SCHEMA,
+    action=(Categorical('did', 2, column='y'),),
+    tasks=(Task('y', threshold=threshold),),
+  )
+  path = write(tmp_path / 'a.csv', events() | {'y': labels})
+  with pytest.raises(ValueError, match=message):
+    EventLog.from_files([str(path)], schema)
+
+
 def test_a_header_in_the_middle(tmp_path):
   path = text_file(
     tmp_path, 'user,time,sku,land,y\na,1,x,NA,0\nuser,time,sku,land,y\n'
@@ -368,6 +421,12 @@ def test_undeclared_column(tmp_path):
   path = write(tmp_path / 'a.parquet', events())
   with pytest.raises(ValueError, match=r"'usr', a column.*mean 'user'"):
     EventLog.from_files([str(path)], schema)
+
+
+def test_patterns(tmp_path):
+  write(tmp_path / 'a.parquet', events())
+  with pytest.raises(ValueError, match='patterns are not expanded: name files'):
+    files.read([str(tmp_path / '*.parquet')], ['user'], SCHEMA)
 
 
 def test_one_path_is_a_list_of_one(tmp_path):

@@ -198,6 +198,7 @@ class TestBinaries:
         'absent.csv does not exist',
       ),
       slow('--epochs=3', 'epochs'),
+      slow('--config=absent.py', "--config='absent.py' does not exist; name a"),
     ],
   )
   def test_bad_flag(self, trained, flag, message):
@@ -279,6 +280,7 @@ class TestBinaries:
       ),
       ('config.absent', r'AttributeError: .*absent.*\(.*bad.py, line \d+\)'),
       ('import absent', r'ModuleNotFoundError: .*\(.*bad.py, line \d+\)'),
+      ('open("absent")', r"OSError: --config='.*bad.py': .*'absent'"),
       ('config = (', r'SyntaxError: .*bad.py, line \d+\)'),
     ],
   )
@@ -623,6 +625,18 @@ class TestBinaries:
     (folder / 'plain').touch()
     output = run('benchmark', f'--output={folder}/plain/scoring', expect=1)
     assert "--output='" in output and 'cannot be written to' in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--suite=towers', 'flag --suite=towers: value should be one of'),
+    ('--lengths=64,x', "--lengths=['64', 'x'] must be whole numbers"),
+  ],
+)
+def test_a_message_names_the_flag(flag, message):
+  assert message in run('benchmark', flag, expect=1)
 
 
 def test_every_config_can_be_loaded(monkeypatch):

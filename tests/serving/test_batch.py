@@ -12,7 +12,7 @@ from absl.testing import absltest
 from pyarrow import csv, parquet
 
 from histjax import Scorer
-from histjax.data import joins, requests, rows
+from histjax.data import files, joins, requests, rows
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
 from histjax.features import TimeGap
@@ -268,6 +268,17 @@ def test_a_bad_event_is_found_first(scores_of, monkeypatch):
   log = with_columns(LOG, price=[0, 0, 0, 3e38, 0, 0])
   with pytest.raises(ValueError, match=r'log\.csv row 3 holds 3e\+38: too lar'):
     scores_of(log, ending='.csv')
+
+
+@pytest.mark.parametrize('of', ['log', 'shown'])
+def test_a_missing_column_is_found_before_any_file_is_gone_through(
+  scores_of, monkeypatch, of
+):
+  monkeypatch.setattr(files, 'digest', None)
+  data = {'log': LOG, 'shown': SHOWN}
+  data[of] = {k: v for k, v in data[of].items() if k != 'price'}
+  with pytest.raises(ValueError, match=rf"'price' is not in .*{of}\."):
+    scores_of(**data)
 
 
 def test_a_user_that_is_larger_than_a_shard(rank):

@@ -229,6 +229,8 @@ class TestCatalogue:
   def test_where_there_is_none(self, scored, monkeypatch, capsys):
     service = service_of(scored)
     assert page.of_run(service, scored, 'no') == []
+    with pytest.raises(ValueError, match='not served; add --page=yes'):
+      page.of_run(service, scored, 'no', 'titles.csv')
 
     def fail(self, tasks):
       raise FileNotFoundError('no such file')

@@ -372,6 +372,7 @@ class TestProcesses:
     # As uvicorn ends: by the signal, once all is done.
     assert found.process.returncode == -signal.SIGTERM, output
     assert 'Traceback' not in output
+    assert 'answers 503 until it is ready\nready after ' in output
     with pytest.raises(httpx.ConnectError):
       httpx.get(f'{found.url}/health/live')
 
@@ -380,6 +381,7 @@ class TestProcesses:
       ([f'--token_file={tmp_path / "none"}'], 'FileNotFoundError'),
       (['--max_wait_ms=1e9'], 'max_wait_s='),
       (['--limits=items=3'], "'items' is none of"),
+      (['--page=no', '--titles=a.csv'], 'not served; add --page=yes'),
     ):
       with Process(workdir, *flags) as found:
         output, _ = found.process.communicate(timeout=300)

@@ -89,6 +89,10 @@ def with_rows(field='rows', **fields):
       },
       r'window=6, .* reads 11: .* to 5 or less',
     ),
+    (  # No window is that small.
+      {'data': with_rows(history_length=0)},
+      r'cut into rows\. Set data\.rows\.history_length=None',
+    ),
     (  # The mean reads events that have seen two windows.
       {
         'data': with_rows(history_length=9),

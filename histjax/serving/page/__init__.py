@@ -47,16 +47,21 @@ def of_run(
     titles: a CSV file with a header and two columns, the item and its title.
 
   Raises:
-    ValueError: the page was asked for, and a column is hashed; or a title is
-      malformed.
+    ValueError: the page was asked for, and a column is hashed; a title is
+      malformed; or there are titles and no page.
     OSError: it was asked for, and a file is not there.
   """
   run = engine.scorer.run
-  if wanted == 'no' or run is None:
+  source = None if run is None else run.config.data.source
+  of_files = isinstance(source, datasets.Events)
+  if wanted == 'no' or run is None or (wanted == 'auto' and of_files):
+    if titles is not None:
+      raise ValueError(
+        f'titles={titles!r} are of the page, which is not served; add '
+        '--page=yes, or leave them out'
+      )
     return []
   data = run.config.data
-  if wanted == 'auto' and isinstance(data.source, datasets.Events):
-    return []
   names = None if titles is None else catalogue_lib.read_titles(titles)
   try:
     log, _ = data.source.load(data.tasks)

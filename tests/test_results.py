@@ -1,0 +1,206 @@
+"""The numbers of the README and `docs/results` are those of the files."""
+
+import json
+import re
+
+import pytest
+from absl.testing import absltest
+
+from tests.docs_pages import PAGES, ROOT
+
+REQUESTS = {
+  '2026-11-29-request-h200': 1e6,
+  '2026-11-28-request-h200': 1e6,
+  '2026-11-28-request-epyc-cpu': 1e3,
+}
+TOWERS = ('tower', 'tower-256', 'tower-ragged')
+TRAINED = {
+  'window 2 x 100': '2026-11-24-train-movielens-cpu',
+  'window 2 x 25': '2026-11-29-train-kuairand-cpu',
+  'history as it was when the split': '2026-11-29-train-kuairand-snapshot-cpu',
+}
+DATASETS = {'MovieLens 1M': 'ml1m', 'KuaiRand-Pure': 'kuairand'}
+NUMBER = r'-?\d+(?:,\d{3})*(?:\.\d+)?'
+
+
+def load(name):
+  text = (ROOT / f'benchmarks/results/{name}.json').read_text()
+  return json.loads(text)
+
+
+def tables(page):
+  """Rows of the page's tables, as cells."""
+  for line in PAGES[page].splitlines():
+    if line.startswith('| '):
+      yield [cell.strip() for cell in line.strip('|').split('|')]
+
+
+def numbers(text):
+  return re.findall(NUMBER, text.replace('+- ', ''))
+
+
+def agrees(said, value):
+  """Whether `said` is `value`, rounded to as many digits."""
+  digits = len(said.partition('.')[2])
+  error = abs(float(said.replace(',', '')) - value)
+  return error <= 0.5 * 10**-digits + 1e-9
+
+
+def check(where, said, values):
+  assert len(said) == len(values), (where, said, values)
+  wrong = [x for x in zip(said, values, strict=True) if not agrees(*x)]
+  assert not wrong, (where, wrong)
+
+
+def of_request(result, unit):
+  """What each cell of a row has: the library, its rival, the ratio."""
+  ours, rival = (result['contenders'][n] for n in ('histjax', 'torch'))
+  for what in ('score', 'new user', 'extend and score'):
+    mine, other = (x[what]['p50'] * unit for x in (ours, rival))
+    yield mine, other, other / mine
+  mine, other = (x['in_flight']['8'] for x in (ours, rival))
+  yield mine, other, mine / other
+
+
+@pytest.mark.parametrize(
+  'page', ['README.md', 'docs/results/gpu.md', 'docs/results/cpu.md']
+)
+def test_requests(page):
+  found = {}
+  for name, unit in REQUESTS.items():  # The newest first.
+    for result in load(name)['results']:
+      w = result['workload']
+      size = [w['num_rows'], w['num_candidates'], w['num_events']]
+      key = (*size, w['width'], w['num_layers'], unit)
+      found.setdefault(key, list(of_request(result, unit)))
+  unit = 1e3 if 'cpu' in page else 1e6
+  seen = 0
+  for cells in tables(page):
+    if len(cells) < 5 or len(re.findall(r'\(\D*[\d.,]+: ', cells[1])) != 1:
+      continue
+    size = [int(n) for n in numbers(cells[0].partition('(')[0])][:5]
+    if unit == 1e3:  # Of one user, 512 candidates.
+      size = [1, 512, *size]
+    expected = found[(*size, unit)]
+    for cell, values in zip(cells[1:5], expected, strict=True):
+      check((page, cells[0]), numbers(cell), values)
+    seen += 1
+  assert seen == (2 if unit == 1e3 else 5)
+
+
+def towers():
+  for name in TOWERS:
+    for result in load(f'2026-11-27-{name}-h200')['results']:
+      if not result['workload']['joint']:
+        yield {
+          name: 1e6 * found['throughput']['median']
+          for name, found in result['contenders'].items()
+        }
+
+
+def test_kernels():
+  rows = [c for c in tables('docs/results/gpu.md') if c[1].endswith(' us')]
+  times = {round(t['histjax']): t for t in towers()}
+  assert len(rows) == len(times) == 5
+  for cells in rows:
+    time = times[int(numbers(cells[1])[0])]
+    rivals = [time['torch:sdpa'], time['jax:cudnn']]
+    said = [numbers(cell)[0] for cell in cells[1:5]]
+    best = min(rivals) / time['histjax']
+    check(cells[0], said, [time['histjax'], *rivals, best])
+  in_readme = [c[5] for c in tables('README.md') if len(c) == 6]
+  in_readme = [numbers(c) for c in in_readme if re.match(r'\d+.* \(\d', c)]
+  assert len(in_readme) == 3
+  for said in in_readme:
+    time = times[int(said[0])]
+    other = time['torch:sdpa']
+    check('README.md', said, [time['histjax'], other, other / time['histjax']])
+
+
+@pytest.mark.parametrize(
+  'page',
+  ['README.md', 'docs/results/movielens.md', 'docs/results/kuairand.md'],
+)
+def test_metrics(page):
+  seen = 0
+  for cells in tables(page):
+    for text, name in TRAINED.items():
+      if text in cells[0] and re.match(r'0\.\d+$', cells[1]):
+        test = load(name)['test']
+        task = next(iter(test)).partition('/')[0]
+        said = ('auc', 'gauc', 'logloss', 'ne')
+        check(cells[0], cells[1:5], [test[f'{task}/{key}'] for key in said])
+        if page != 'README.md':
+          assert f'{name}.json' in PAGES[page]
+        seen += 1
+  assert seen == {'README.md': 3, 'docs/results/movielens.md': 1}.get(page, 2)
+
+
+def test_study():
+  """AUC, GAUC and the difference with both intervals, of each fusion."""
+  summary = load('2026-11-26-study-h200/summary')['datasets']
+  dataset, seen = '', 0
+  for cells in tables('docs/results/fusions.md'):
+    dataset = DATASETS.get(cells[0], dataset)
+    if len(cells) != 5 or not re.match(r'0\.\d+', cells[1]):
+      continue
+    auc = float(numbers(cells[1])[0])
+    (result,) = [
+      x
+      for x in summary[dataset]
+      if f'`{x["variant"]}`' == cells[0].partition(' (')[0]
+      or (x['kind'] == 'floor' and round(x['auc']['mean'], 4) == auc)
+    ]
+    if result['fusion'] is not None:
+      for cell, metric in zip(cells[1:3], ('auc', 'gauc'), strict=True):
+        of = result[metric]
+        check(cells[0], numbers(cell), [of['mean'], of['deviation']])
+    if result.get('compared'):
+      of, seeds = (result['compared'][k] for k in ('auc', 'auc_seeds'))
+      values = [of['difference'], of['low'], of['high']]
+      said = numbers(cells[3])
+      check(cells[0], said, (*values, seeds['low'], seeds['high'])[: len(said)])
+      verdict = f'{of["verdict"]} {seeds["verdict"]}'
+      assert cells[4].startswith(of['verdict']), cells
+      assert set(re.findall('better|worse|undecided', verdict)) <= set(
+        re.findall('better|worse|undecided', cells[4])
+      )
+    seen += 1
+  assert seen == 17
+  for cells in tables('README.md'):
+    differences = len(cells) == 5 and re.match(r'[+-]0\.\d{4}, ', cells[2])
+    if differences and cells[0].startswith('`'):
+      variant = cells[0].split('`')[1]
+      for name, cell in zip(('ml1m', 'kuairand'), cells[2:4], strict=True):
+        (result,) = [x for x in summary[name] if x['variant'] == variant]
+        value = result['compared']['auc']['difference']
+        check(cells[0], [numbers(cell)[0]], [value])
+        assert result['compared']['auc_seeds']['verdict'] in cell
+
+
+def test_cost_of_fusions():
+  found = load('2026-11-26-fusions-cpu')['fusions']
+  rows = [c for c in tables('README.md') if c[-1].endswith(' ms')]
+  rows = [c for c in rows if c[0].startswith('`')]
+  assert len(rows) == 7
+  for cells in rows:
+    check(cells[0], numbers(cells[4]), [found[cells[0].split('`')[1]]])
+
+
+def test_load():
+  """What the page says of the load test."""
+  result = load('2026-11-28-load-epyc-cpu')
+  text = ' '.join(PAGES['docs/serving.md'].split())
+  of = {name: x['rate'] for name, x in result['results'].items()}
+  checks = [x['check'] for x in result['results'].values()]
+  assert not any(x['wrong'] for x in checks)
+  scores = sum(x['scores'] for x in checks)
+  for said in (
+    f'{of["store"]:.0f} requests/s with p99 <= 50 ms, {of["encode"]:.0f} with',
+    f'A sample of {scores:,} scores of that run',
+  ):
+    assert said in text
+
+
+if __name__ == '__main__':
+  absltest.main()
