@@ -21,14 +21,21 @@ says how fast a training step is fed from these; 'spill' times its first step
 beside DuckDB and Polars, if they are installed. 'tables' times updates by the
 rows of a table, beside those with gradients of whole tables. 'train_step' times
 updates, on a log in pointwise, request, streaming and packed rows beside
-PyTorch. The other suites time the named workloads of `benchmarking.workloads`
-against rivals that are installed. Prints tables; writes <output>.json and, but
-for 'fusions', 'histories', 'prepare', 'spill' and full rows of 'train_step',
-the plot <output>.png.
+PyTorch; freed memory stays with the process, as in `train.py`. The other suites
+time the named workloads of `benchmarking.workloads` against rivals that are
+installed. Prints tables; writes <output>.json and, but for 'fusions',
+'histories', 'prepare', 'spill' and full rows of 'train_step', the plot
+<output>.png.
 """
 
 import dataclasses
+import sys
 from typing import Any
+
+from histjax.training import host_memory
+
+if 'train_step' in [x.rpartition('=')[2] for x in sys.argv]:
+  host_memory.keep_freed()  # As `train.py`: before other imports start threads.
 
 import jax
 from absl import app, flags, logging

@@ -16,6 +16,11 @@ the metrics.
 
 import pathlib
 
+from histjax.training import host_memory
+
+if __name__ == '__main__':
+  host_memory.keep_freed()  # Before other imports start threads.
+
 from absl import app, flags, logging
 
 import config_util

@@ -11,6 +11,11 @@ one is, how many there are, and which one it is. See docs/training.md.
 import contextlib
 import logging as std_logging
 
+from histjax.training import host_memory
+
+if __name__ == '__main__':
+  host_memory.keep_freed()  # Before other imports start threads.
+
 import jax
 from absl import app, flags, logging
 
