@@ -516,14 +516,15 @@ OPERANDS = (
   'candidates', 'sin', 'cos', 'keys', 'values', 'start', 'stop', 'count',
   'query', 'output', 'mlp_in', 'mlp_out', 'bias', 'final_scale', 'final_bias',
 )  # fmt: skip
-ATTRIBUTES = ('final_norm', 'heads', 'rotate')
+# `layers` of them, from `first` of the weights and `cached` of the cache.
+ATTRIBUTES = ('cached', 'final_norm', 'first', 'heads', 'layers', 'rotate')
 
 _KEYS_AT, _MLP_IN_AT = OPERANDS.index('keys'), OPERANDS.index('mlp_in')
 
 # A call: the units of work, the shape, the options, the addresses.
 _JOB, _job = _structure(
   *_fields('i8', 'next done users units groups group'),
-  *_fields('i8', 'layers rows num_candidates num_keys width hidden'),
+  *_fields('i8', 'rows num_candidates num_keys width hidden'),
   *_fields('i8', ' '.join(ATTRIBUTES)),
   *_fields('i8', ' '.join(OPERANDS)),
   *_fields('i8', 'result'),
@@ -576,7 +577,7 @@ def _attend(job, layer, row, tiles, apart, query, out, start, bounds, block):
     own = _words(bounds + t * apart, 4)
     most = max(most, own[1] - own[0])
   head_dim = job.width // job.heads
-  cached = (layer * job.rows + row) * job.num_keys * job.width
+  cached = ((job.cached + layer) * job.rows + row) * job.num_keys * job.width
   for n in range(job.heads):
     channels = n * head_dim * _BYTES
     for t in range(tiles):
@@ -679,9 +680,10 @@ def _group(job, row, first_tile, tiles, work):
     )  # fmt: skip
 
   for layer in range(job.layers):
-    square = layer * width * width * _WORD
-    wide = layer * width * hidden * _WORD
-    query_bias = job.bias + layer * (3 * width + hidden) * _WORD
+    matrix = job.first + layer
+    square = matrix * width * width * _WORD
+    wide = matrix * width * hidden * _WORD
+    query_bias = job.bias + matrix * (3 * width + hidden) * _WORD
     output_bias = query_bias + width * _WORD
     in_bias = output_bias + width * _WORD
     out_bias = in_bias + hidden * _WORD
@@ -920,7 +922,7 @@ def _handler(frame_address):
   job.rows, job.num_candidates, job.width = dims[0], dims[1], dims[2]
   job.num_keys = _words(_buffer(args[_KEYS_AT]).dims, 5)[2]
   dims = _words(_buffer(args[_MLP_IN_AT]).dims, 3)
-  job.layers, job.hidden = dims[0], dims[2]
+  job.hidden = dims[2]
   job.next, job.done = 0, 0
 
   api = _api(frame.api)
