@@ -247,6 +247,9 @@ def _linear_of_tiles(w, stride, x, count, c, rows, tiles, apart, packed):
   The ROWS columns of w in use are packed, for all tiles: as they lie, they
   share cache lines with other columns and, at wide strides, sets and pages.
   """
+  if tiles == 1:  # It would cost more than it saves.
+    _linear(w, stride, x, count, c, rows)
+    return
   r = 0
   while r + ROWS <= rows:
     _pack((w + r * _WORD, stride * _WORD, count, packed))
