@@ -31,11 +31,10 @@ def shapes(
   kind, number = np.unique(
     kind + np.searchsorted(tall, count), return_counts=True
   )
-  of_shape = np.repeat(wide, len(tall)), np.tile(tall, len(wide))
-  fits = np.all(
-    [sizes[kind] <= sizes[:, None] for sizes in of_shape], axis=0
-  )  # [shapes, kinds]
-  cost = np.where(fits, np.add(*of_shape)[:, None], np.iinfo(np.int64).max)
+  wide, tall = np.repeat(wide, len(tall)), np.tile(tall, len(wide))
+  fits = (wide[kind] <= wide[:, None]) & (tall[kind] <= tall[:, None])
+  # [shapes, kinds]
+  cost = np.where(fits, (wide + tall)[:, None], np.iinfo(np.int64).max)
 
   def best(paid):
     """The shape that saves most, and what is paid with it."""
@@ -57,8 +56,8 @@ def shapes(
     found, now = best(cost[rest].min(axis=0))
     if now < total:
       chosen, total, i = [*rest, found], now, 0
-  used = np.unique(cost[chosen].argmin(axis=0))
-  return sorted(tuple(int(x[chosen[j]]) for x in of_shape) for j in used)
+  used = [chosen[i] for i in np.unique(cost[chosen].argmin(axis=0))]
+  return sorted((int(wide[i]), int(tall[i])) for i in used)
 
 
 def smallest(

@@ -167,8 +167,8 @@ def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
       most[row_l == size] = bucket_sizes.round_up(longest)
     row_c = most
   return [
-    _bucket(shape, (row_l == shape[0]) & (row_c == shape[1]), config, multiple)
-    for shape in np.unique(np.stack([row_l, row_c], 1), axis=0).tolist()
+    _bucket(wide, tall, (row_l == wide) & (row_c == tall), config, multiple)
+    for wide, tall in np.unique(np.stack([row_l, row_c], 1), axis=0).tolist()
   ]
 
 
@@ -177,13 +177,18 @@ def _of_shapes(length, count, config, multiple: int) -> list[Bucket]:
   into = bucketing.shapes(length, count, config.auto_buckets)
   place = bucketing.smallest(length, count, into)
   return [
-    _bucket(shape, place == i, config, multiple) for i, shape in enumerate(into)
+    _bucket(*shape, place == i, config, multiple)
+    for i, shape in enumerate(into)
   ]
 
 
-def _bucket(shape, held: np.ndarray, config, multiple: int) -> Bucket:
-  fits = config.batch_events // sum(shape) // multiple
-  return Bucket(*shape, max(1, fits) * multiple, np.flatnonzero(held))
+def _bucket(
+  num_events: int, num_candidates: int, held: np.ndarray, config, multiple: int
+) -> Bucket:
+  """The bucket of one shape, of the rows that it holds."""
+  fits = config.batch_events // (num_events + num_candidates) // multiple
+  num_rows = max(1, fits) * multiple
+  return Bucket(num_events, num_candidates, num_rows, np.flatnonzero(held))
 
 
 def _packed(
