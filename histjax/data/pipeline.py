@@ -23,7 +23,7 @@ import grain
 import numpy as np
 
 from histjax import buckets as bucket_sizes
-from histjax.data import packing
+from histjax.data import bucketing, packing
 from histjax.data.rows import RowSource
 from histjax.types import RankingBatch
 
@@ -48,9 +48,10 @@ class PipelineConfig:
       Empty: up to `auto_buckets` of them from the data.
     candidate_buckets: the numbers C that candidates are padded to. Empty: for
       each history bucket, the most candidates that a row of it has. With `pack`
-      the shapes are their pairs, as many of one as of the other.
-    auto_buckets: at most this many history buckets, or with `pack` shapes, are
-      made up.
+      the shapes are their pairs, as many of one as of the other. If both are
+      empty, shapes of both sizes are chosen for the least padding.
+    auto_buckets: at most this many shapes, or history buckets for candidate
+      buckets that are given, are made up.
     seed: of the order of rows and batches.
     num_threads: threads that make batches ahead; 0: none, in the caller's.
     prefetch: batches made ahead.
@@ -151,6 +152,8 @@ def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
   length, count = rows.history_lengths, rows.candidate_counts
   if config.pack:
     return _packed(rows, length, count, config, multiple)
+  if not config.history_buckets and not config.candidate_buckets:
+    return _of_shapes(length, count, config, multiple)
   made_up = bucket_sizes.of_data(length, config.auto_buckets)
   wide = np.array(config.history_buckets or made_up, np.int64)
   row_l = _fit(rows, length, wide, 'history_buckets', 'events of history')
@@ -163,20 +166,29 @@ def make_buckets(rows: RowSource, config: PipelineConfig) -> list[Bucket]:
       longest = int(count[row_l == size].max())
       most[row_l == size] = bucket_sizes.round_up(longest)
     row_c = most
-  buckets = []
-  for num_events, num_candidates in np.unique(
-    np.stack([row_l, row_c], 1), axis=0
-  ).tolist():
-    fits = config.batch_events // (num_events + num_candidates)
-    buckets.append(
-      Bucket(
-        num_events,
-        num_candidates,
-        max(multiple, fits // multiple * multiple),
-        np.flatnonzero((row_l == num_events) & (row_c == num_candidates)),
-      )
-    )
-  return buckets
+  return [
+    _bucket(wide, tall, (row_l == wide) & (row_c == tall), config, multiple)
+    for wide, tall in np.unique(np.stack([row_l, row_c], 1), axis=0).tolist()
+  ]
+
+
+def _of_shapes(length, count, config, multiple: int) -> list[Bucket]:
+  """The buckets of shapes that are made up."""
+  into = bucketing.shapes(length, count, config.auto_buckets)
+  place = bucketing.smallest(length, count, into)
+  return [
+    _bucket(*shape, place == i, config, multiple)
+    for i, shape in enumerate(into)
+  ]
+
+
+def _bucket(
+  num_events: int, num_candidates: int, held: np.ndarray, config, multiple: int
+) -> Bucket:
+  """The bucket of one shape, of the rows that it holds."""
+  fits = config.batch_events // (num_events + num_candidates) // multiple
+  num_rows = max(1, fits) * multiple
+  return Bucket(num_events, num_candidates, num_rows, np.flatnonzero(held))
 
 
 def _packed(

@@ -42,7 +42,7 @@ class SizingTest(parameterized.TestCase):
       self.assertIn(f'\n\n{sizing.rates(report)}\n\n', DOCS)
 
   def test_binary(self):
-    results = 'benchmarks/results/2026-11-28-request-epyc-cpu.json'
+    results = 'benchmarks/results/2026-11-29-request-epyc-cpu.json'
     found = subprocess.run(
       [sys.executable, 'experiments/size.py', f'--results={results}'],
       cwd=ROOT,

@@ -322,6 +322,21 @@ class BackendsTest(parameterized.TestCase):
         program = traced.lower(lowering_platforms=('cuda',)).as_text()
       self.assertEqual(program.count('@mosaic_gpu_v2('), number)
 
+  @parameterized.parameters('extend', 'extend_and_score')
+  def test_a_donated_cache_is_not_copied(self, kind):
+    s, capacity = scorer(), 8192
+    sizes = programs.Sizes(1, 16, 16, capacity=capacity, donate=True)
+    program = programs.Program(s._plan, kind, sizes)
+    encoder = s.config.encoder
+    shape = (encoder.num_layers, 1, capacity, encoder.num_heads)
+    cache = jax.ShapeDtypeStruct((*shape, encoder.head_dim), np.float32)
+    request = jax.ShapeDtypeStruct((program.layout.size,), np.int32)
+    compiled = program.call.lower(s._weights, cache, cache, request).compile()
+    memory = compiled.memory_analysis()
+    one_layer = 4 * cache.size // encoder.num_layers
+    self.assertGreaterEqual(memory.alias_size_in_bytes, 2 * 4 * cache.size)
+    self.assertLess(memory.temp_size_in_bytes, one_layer)
+
   def test_runs_where_its_parameters_are(self):
     batch = support.batch(np.random.default_rng(0))
     _, variables = support.init(support.config())

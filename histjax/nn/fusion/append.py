@@ -267,19 +267,20 @@ class AppendCross(shared.SharedHistory):
       if cache is None:
         return None
       if i < last:
-        key, value = (y[i] for y in cache)
+        keys, values = cache
         x = self._layer(
-          i, tower, x, place_of_all, key, value, all_see, count=live
+          i, tower, x, place_of_all, keys, values, all_see, count=live
         )
     keys, values = cache
     fused = self._tower(
       x[:, num_events:],  # Nothing reads events after the last layer.
       place,
-      keys[last:],
-      values[last:],
+      keys,
+      values,
       seen,
-      tower.layer(last),
+      tower,
       count=count,
+      layer=last,
     )
     return keys, values, fused
 

@@ -53,11 +53,11 @@ class CrossOnly(append.AppendCross):
       )
 
   def _layer(
-    self, i, tower, x, position, key, value, key_range, *, count=None,
+    self, i, tower, x, position, keys, values, key_range, *, count=None,
     block=None, train=False,
   ):  # fmt: skip
     """Events after layer `i`: as they were."""
-    del i, tower, position, key, value, key_range, count, block, train
+    del i, tower, position, keys, values, key_range, count, block, train
     return x
 
   def __call__(

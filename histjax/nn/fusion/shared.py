@@ -60,8 +60,8 @@ class SharedHistory(base.Transformer):
             tower,
             x,
             position,
-            key,
-            value,
+            key[None],
+            value[None],
             key_range,
             block=block,
             train=train,
@@ -111,29 +111,34 @@ class SharedHistory(base.Transformer):
   def _follow(self, tower, x, position, cache, key_range, start, count):
     """The cache with all layers, of which the first is there; by kernels."""
     for i in range(1, len(self.blocks)):
-      key, value = (y[i - 1] for y in cache)
+      keys, values = cache
       x = self._layer(
-        i - 1, tower, x, position, key, value, key_range, count=count
+        i - 1, tower, x, position, keys, values, key_range, count=count
       )
       cache = self._written(i, x, cache, start, count)
     return cache
 
   def _layer(
-    self, i, tower, x, position, key, value, key_range, *, count=None,
+    self, i, tower, x, position, keys, values, key_range, *, count=None,
     block=None, train=False,
   ):  # fmt: skip
-    """Events after layer `i`, by the tower's kernel if it is not None."""
+    """Events after layer `i`, by the tower's kernel if it is not None.
+
+    Keys and values are those of all layers, or of this one: `[1, B, L, N, H]`.
+    """
     if tower is None:
       block = self.blocks[i] if block is None else block
-      return block(x, position, key, value, key_range, train=train)
+      at = i if len(keys) > 1 else 0
+      return block(x, position, keys[at], values[at], key_range, train=train)
     return self._tower(
       x,
       position,
-      key[None],
-      value[None],
+      keys,
+      values,
       key_range,
-      tower.layer(i),
+      tower,
       count=count,
+      layer=i,
       final_norm=False,
     )
 
@@ -220,7 +225,7 @@ class SharedHistory(base.Transformer):
     for i in range(len(self.blocks)):
       keys, values = self._scattered(i, x, position, (keys, values), count)
       if i + 1 < len(self.blocks):
-        x = self._layer(i, tower, x, position, keys[i], values[i], key_range)
+        x = self._layer(i, tower, x, position, keys, values, key_range)
     return keys, values
 
   def _scattered(self, layer, x, position, cache, count):

@@ -19,7 +19,7 @@ def _over_rows(
 ) -> Callable[..., jax.Array]:
   """The kernel, run by each device on the rows that it holds."""
 
-  def call(*arrays, num_heads, count, final_norm):
+  def call(*arrays, num_heads, count, final_norm, **options):
     # As in `_Call`; weights have no rows.
     parts = zip((*arrays, count), (0, 0, 1, 1, 0, None, 0), strict=True)
     leaves, tree = jax.tree.flatten((*arrays, count))
@@ -28,12 +28,32 @@ def _over_rows(
     def on_leaves(*leaves):
       *arrays, count = jax.tree.unflatten(tree, leaves)
       return kernel(
-        *arrays, num_heads=num_heads, count=count, final_norm=final_norm
+        *arrays,
+        num_heads=num_heads,
+        count=count,
+        final_norm=final_norm,
+        **options,
       )
 
     return partition.by_rows(
       on_leaves, axes, 0, mesh_in_context=mesh_in_context
     )(*leaves)
+
+  return call
+
+
+def _of_layer(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """A kernel of all layers that is given one of them."""
+
+  def call(candidates, position, keys, values, *rest, layer, **options):
+    key_range, weights = rest
+    if layer is not None:
+      weights = weights.layer(layer)
+      at = layer if len(keys) > 1 else 0
+      keys, values = keys[at][None], values[at][None]
+    return kernel(
+      candidates, position, keys, values, key_range, weights, **options
+    )
 
   return call
 
@@ -45,10 +65,10 @@ def _lazy(name: str):
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    _over_rows(_lazy('pallas_gpu')), devices.check_hopper
+    _of_layer(_over_rows(_lazy('pallas_gpu'))), devices.check_hopper
   ),
   'pallas_tpu': dispatch.Backend(
-    _over_rows(_lazy('pallas_tpu'), mesh_in_context=True),
+    _of_layer(_over_rows(_lazy('pallas_tpu'), mesh_in_context=True)),
     devices.check_tpu,
   ),
   'numba_cpu': dispatch.Backend(
@@ -56,8 +76,10 @@ _BACKENDS = {
     devices.check_numba,
     numba_cpu.suits,
   ),
-  'xla': dispatch.Backend(xla.candidate_tower, dispatch.any_target),
-  'reference': dispatch.Backend(reference.candidate_tower, dispatch.any_target),
+  'xla': dispatch.Backend(_of_layer(xla.candidate_tower), dispatch.any_target),
+  'reference': dispatch.Backend(
+    _of_layer(reference.candidate_tower), dispatch.any_target
+  ),
 }
 
 
@@ -83,6 +105,7 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  layer: int | None = None,
   final_norm: bool = True,
   implementation: str | None = None,
 ) -> Float[Array, 'B C D']:
@@ -111,6 +134,8 @@ def candidate_tower(
     num_heads: N, with `N H = D`.
     count: int32 `[B]`. The result of candidates `c >= count[b]` is zeros, and
       a kernel does not compute it. None: all C count.
+    layer: of the weights, the one to compute; keys and values are those of all
+      layers, of which 'numba_cpu' copies none, or of this one. None: all.
     final_norm: False: the result is the residual stream, float32, to go on
       with; so a history is read layer by layer, its events as candidates.
     implementation: 'pallas_gpu' (Hopper; bfloat16; D 64 with H 16 or 32 or D
@@ -130,13 +155,13 @@ def candidate_tower(
   """
   call = _Call(candidates, position, keys, values, key_range, weights, count)
   call = jax.tree.map(jnp.asarray, call)
-  _check(call, num_heads, implementation)
+  _check(call, num_heads, layer, implementation)
   if 0 in call.candidates.shape:
     return call.candidates.astype(
       call.weights.query.dtype if final_norm else jnp.float32
     )
   target = dispatch.target_of(call.candidates)
-  return _run(call, num_heads, final_norm, implementation, target)[1]
+  return _run(call, num_heads, layer, final_norm, implementation, target)[1]
 
 
 def candidate_tower_backend(
@@ -149,6 +174,7 @@ def candidate_tower_backend(
   *,
   num_heads: int,
   count: Any = None,
+  layer: int | None = None,
   final_norm: bool = True,
   implementation: str | None = None,
 ) -> str:
@@ -167,6 +193,7 @@ def candidate_tower_backend(
     weights: see `TowerWeights`.
     num_heads: N, with `N H = D`.
     count: int32 `[B]`, or None: all C candidates count.
+    layer: the one to compute; None: all.
     final_norm: whether the result is the last norm's, or the residual stream.
     implementation: the name of a backend; None: the fastest that supports the
       call.
@@ -180,13 +207,13 @@ def candidate_tower_backend(
       this device; the message says why.
   """
   call = _Call(candidates, position, keys, values, key_range, weights, count)
-  _check(call, num_heads, implementation)
+  _check(call, num_heads, layer, implementation)
   target = dispatch.target_of(candidates)
   name = ''
 
   def trace(call):
     nonlocal name
-    name, out = _run(call, num_heads, final_norm, implementation, target)
+    name, out = _run(call, num_heads, layer, final_norm, implementation, target)
     return out
 
   jax.eval_shape(trace, call)
@@ -203,7 +230,7 @@ def has_cpu_kernel(dtype: Any) -> bool:
   return True
 
 
-def _run(call: _Call, num_heads, final_norm, implementation, target):
+def _run(call: _Call, num_heads, layer, final_norm, implementation, target):
   """Runs the named backend, or the first that can; returns its name too."""
   keys, values, key_range = call.keys, call.values, call.key_range
   if not keys.shape[2]:  # One key that nobody sees, instead of none.
@@ -224,11 +251,12 @@ def _run(call: _Call, num_heads, final_norm, implementation, target):
     call.weights,
     num_heads=num_heads,
     count=call.count,
+    layer=layer,
     final_norm=final_norm,
   )
 
 
-def _check(call: _Call, num_heads, implementation):
+def _check(call: _Call, num_heads, layer, implementation):
   """Raises ValueError at a malformed call."""
   dispatch.check_implementation(_BACKENDS, implementation)
   shape, dtype = call.candidates.shape, call.weights.query.dtype
@@ -250,7 +278,15 @@ def _check(call: _Call, num_heads, implementation):
     )
   head_dim = width // num_heads
   num_keys = call.keys.shape[2] if len(call.keys.shape) == 5 else 0
-  cached = (len(call.weights.query), num_rows, num_keys, num_heads, head_dim)
+  num_layers = len(call.weights.query)
+  if layer is not None:
+    if not 0 <= layer < num_layers:
+      raise ValueError(
+        f'layer={layer} must be in [0, {num_layers}), the layers of weights'
+      )
+    if len(call.keys) == 1:
+      num_layers = 1
+  cached = (num_layers, num_rows, num_keys, num_heads, head_dim)
   for name, x in (('keys', call.keys), ('values', call.values)):
     _check_array(name, x, '[layers, B, L, N, H]', cached, dtype)
   if call.position is not None and head_dim % 2:

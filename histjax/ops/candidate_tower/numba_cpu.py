@@ -27,9 +27,10 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  layer: int | None = None,
   final_norm: bool = True,
 ) -> Float[Array, 'B C D']:
-  """See `api.candidate_tower`."""
+  """See `api.candidate_tower`. It reads the layer where it lies."""
   check_dtype(weights.query.dtype)
   target = _register()
   num_rows, num_candidates, width = candidates.shape
@@ -57,8 +58,11 @@ def candidate_tower(
     weights.bias,
     weights.final_scale,
     weights.final_bias,
+    cached=np.int64(layer if layer is not None and len(keys) > 1 else 0),
     final_norm=np.int64(final_norm),
+    first=np.int64(layer or 0),
     heads=np.int64(num_heads),
+    layers=np.int64(len(weights.query) if layer is None else 1),
     rotate=np.int64(position is not None),
   )
 

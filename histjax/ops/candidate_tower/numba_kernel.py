@@ -1,11 +1,12 @@
 """The candidate tower as machine code: Numba and vectors, called by XLA.
 
-A unit of work is a tile of candidates, which passes through all layers with
-its activations in the core's own caches: XLA's threads take units until none
-is left. Activations are held transposed, `[channels, LANES]`: a vector is one
-channel of all candidates of the tile. So weights, keys and values are read as
-they lie, one number at a time for a whole vector, and sums over channels or
-keys, of norms and softmax too, never cross the lanes of a vector.
+A unit of work is a group of a few tiles of candidates, which passes through all
+layers together: a layer's weights, and a block of keys and values, are read for
+all of its tiles before the next. XLA's threads take units until none is left.
+Activations are held transposed, `[channels, LANES]`: a vector is one channel of
+all candidates of a tile. So weights, keys and values are used one number at a
+time for a whole vector, and sums over channels or keys, of norms and softmax
+too, never cross the lanes of a vector.
 
 XLA calls `handler` by its foreign function interface (xla/ffi/api/c_api.h,
 shipped with jaxlib), whose structures are `np.dtype`s here.
@@ -39,6 +40,10 @@ if _FEATURES is None:  # Numba compiles for this machine.
 LANES, ROWS = (32, 8) if '+avx512f' in _FEATURES else (16, 6)
 _KEYS = 128  # In a block of scores, which stays in the first cache.
 _HIDDEN = 128  # Channels of the MLP computed at once; likewise.
+# Tiles of a group, at most: what is read of a layer serves all of them. More
+# gain nothing, and their activations leave the second cache.
+_TILES = 8
+_UNITS = 2  # Groups of every thread, at least, while there are tiles.
 _LOWEST = -1e30
 _LOG2_E = math.log2(math.e)
 _WORD = 4  # Bytes of a float32.
@@ -198,27 +203,79 @@ def _product(rows, *, adjacent, add):
   return emit
 
 
-def _products(*, adjacent, add):
-  """`_product` for any number of vectors c."""
-  many = _product(ROWS, adjacent=adjacent, add=add)
-  one = _product(1, adjacent=adjacent, add=add)
+@_vectors
+def _pack(e, w, stride, count, packed):
+  """Moves ROWS numbers of each k, which lie `stride` apart, together."""
+  rows = ir.VectorType(_FLOAT, ROWS)
 
-  @njit
-  def product(w, stride, x, count, c, rows):
-    step = _WORD if adjacent else _WORD * stride
-    r = 0
-    while r + ROWS <= rows:
-      many((w + r * step, stride, x, count, c + r * _BYTES))
-      r += ROWS
-    while r < rows:
-      one((w + r * step, stride, x, count, c + r * _BYTES))
-      r += 1
+  def move(k, _):
+    source = e.builder.add(w, e.builder.mul(k, stride))
+    number = e.builder.load(
+      e.builder.inttoptr(source, rows.as_pointer()), align=_WORD
+    )
+    target = e.builder.add(packed, e.builder.mul(k, k.type(ROWS * _WORD)))
+    e.builder.store(
+      number, e.builder.inttoptr(target, rows.as_pointer()), align=_WORD
+    )
+    return []
 
-  return product
+  e.loop(count, [], move)
 
 
-_linear = _products(adjacent=True, add=True)
-_scores = _products(adjacent=False, add=False)
+_add_products = _product(ROWS, adjacent=True, add=True)
+_add_one_product = _product(1, adjacent=True, add=True)
+_set_products = _product(ROWS, adjacent=False, add=False)
+_set_one_product = _product(1, adjacent=False, add=False)
+
+
+@njit
+def _linear(w, stride, x, count, c, rows):
+  """`c[r] += sum_k w[k, r] x[k]` for `rows` vectors c."""
+  r = 0
+  while r + ROWS <= rows:
+    _add_products((w + r * _WORD, stride, x, count, c + r * _BYTES))
+    r += ROWS
+  while r < rows:
+    _add_one_product((w + r * _WORD, stride, x, count, c + r * _BYTES))
+    r += 1
+
+
+@njit
+def _linear_of_tiles(w, stride, x, count, c, rows, tiles, apart, packed):
+  """`_linear` for tiles whose x and c lie `apart` bytes from one another.
+
+  The ROWS columns of w in use are packed, for all tiles: as they lie, they
+  share cache lines with other columns and, at wide strides, sets and pages.
+  """
+  if tiles == 1:  # It would cost more than it saves.
+    _linear(w, stride, x, count, c, rows)
+    return
+  r = 0
+  while r + ROWS <= rows:
+    _pack((w + r * _WORD, stride * _WORD, count, packed))
+    for t in range(tiles):
+      at = t * apart
+      _add_products((packed, ROWS, x + at, count, c + at + r * _BYTES))
+    r += ROWS
+  while r < rows:
+    for t in range(tiles):
+      at = t * apart
+      _add_one_product(
+        (w + r * _WORD, stride, x + at, count, c + at + r * _BYTES)
+      )
+    r += 1
+
+
+@njit
+def _scores(w, stride, x, count, c, rows):
+  """`c[r] = sum_k w[r, k] x[k]` for `rows` vectors c."""
+  r = 0
+  while r + ROWS <= rows:
+    _set_products((w + r * _WORD * stride, stride, x, count, c + r * _BYTES))
+    r += ROWS
+  while r < rows:
+    _set_one_product((w + r * _WORD * stride, stride, x, count, c + r * _BYTES))
+    r += 1
 
 
 @_vectors
@@ -462,14 +519,15 @@ OPERANDS = (
   'candidates', 'sin', 'cos', 'keys', 'values', 'start', 'stop', 'count',
   'query', 'output', 'mlp_in', 'mlp_out', 'bias', 'final_scale', 'final_bias',
 )  # fmt: skip
-ATTRIBUTES = ('final_norm', 'heads', 'rotate')
+# `layers` of them, from `first` of the weights and `cached` of the cache.
+ATTRIBUTES = ('cached', 'final_norm', 'first', 'heads', 'layers', 'rotate')
 
 _KEYS_AT, _MLP_IN_AT = OPERANDS.index('keys'), OPERANDS.index('mlp_in')
 
 # A call: the units of work, the shape, the options, the addresses.
 _JOB, _job = _structure(
-  *_fields('i8', 'next done users units'),
-  *_fields('i8', 'layers rows num_candidates num_keys width hidden'),
+  *_fields('i8', 'next done users units groups group'),
+  *_fields('i8', 'rows num_candidates num_keys width hidden'),
   *_fields('i8', ' '.join(ATTRIBUTES)),
   *_fields('i8', ' '.join(OPERANDS)),
   *_fields('i8', 'result'),
@@ -492,125 +550,196 @@ def _transpose(source, count, width, target):
 
 
 @njit
-def _attend(job, layer, row, query, out, start, stop, work):
-  """Attention of all heads; `query` and `out` are `[width, LANES]`."""
+def _find_bounds(start, stop, num_keys, bounds):
+  """The keys that some lane sees, and those that every lane sees."""
   starts, stops = _ints(start, LANES), _ints(stop, LANES)
-  lower, upper = job.num_keys, 0
-  first_common, last_common = 0, job.num_keys  # Keys that every lane sees.
+  lower, upper = num_keys, 0
+  first_common, last_common = 0, num_keys
   for m in range(LANES):
     if starts[m] < stops[m]:
       lower, upper = min(lower, starts[m]), max(upper, stops[m])
     first_common = max(first_common, starts[m])
     last_common = min(last_common, stops[m])
-  head_dim = job.width // job.heads
-  state = work + _KEYS * _BYTES
+  words = _words(bounds, 4)
+  words[0], words[1], words[2], words[3] = (
+    lower, upper, first_common, last_common
+  )  # fmt: skip
+
+
+@njit
+def _attend(job, layer, row, tiles, apart, query, out, start, bounds, block):
+  """Attention of all heads; `query` and `out` are `[width, LANES]`.
+
+  All tiles read their i-th blocks of keys and values before their next: the
+  same ones where their ranges begin together, and else near ones.
+  """
+  stop, state = start + _BYTES, bounds + _BYTES
   shrink = state + 2 * _BYTES
-  cached = (layer * job.rows + row) * job.num_keys * job.width
+  most = 0
+  for t in range(tiles):
+    own = _words(bounds + t * apart, 4)
+    most = max(most, own[1] - own[0])
+  head_dim = job.width // job.heads
+  cached = ((job.cached + layer) * job.rows + row) * job.num_keys * job.width
   for n in range(job.heads):
     channels = n * head_dim * _BYTES
-    _zero((out + channels, head_dim))
-    _start_softmax((state,))
-    for first in range(lower, upper, _KEYS):
-      count = min(_KEYS, upper - first)
-      at = (cached + first * job.width + n * head_dim) * _WORD
-      _scores(job.keys + at, job.width, query + channels, head_dim, work, count)
-      if first < first_common or first + count > last_common:
-        _mask((work, first, start, stop, count))
-      _softmax((work, count, state))
-      if first > lower:
-        _scale((out + channels, shrink, head_dim))
-      _linear(job.values + at, job.width, work, count, out + channels, head_dim)
-    _finish_softmax((state,))
-    _scale((out + channels, shrink, head_dim))
+    for t in range(tiles):
+      _zero((out + t * apart + channels, head_dim))
+      _start_softmax((state + t * apart,))
+    for offset in range(0, most, _KEYS):
+      for t in range(tiles):
+        at = t * apart
+        own = _words(bounds + at, 4)
+        first = own[0] + offset
+        count = min(_KEYS, own[1] - first)
+        if count <= 0:
+          continue
+        keys = (cached + first * job.width + n * head_dim) * _WORD
+        scores = block + at
+        _scores(
+          job.keys + keys, job.width, query + at + channels, head_dim,
+          scores, count,
+        )  # fmt: skip
+        if first < own[2] or first + count > own[3]:
+          _mask((scores, first, start + at, stop + at, count))
+        _softmax((scores, count, state + at))
+        if offset > 0:
+          _scale((out + at + channels, shrink + at, head_dim))
+        _linear(
+          job.values + keys, job.width, scores, count,
+          out + at + channels, head_dim,
+        )  # fmt: skip
+    for t in range(tiles):
+      _finish_softmax((state + t * apart,))
+      _scale((out + t * apart + channels, shrink + t * apart, head_dim))
+
+
+@njit
+def _tile_bytes(job):
+  """Bytes of a tile: three activations, angles, range, softmax, a block."""
+  rotated = job.width // job.heads
+  block = max(_KEYS, _HIDDEN)
+  return (3 * job.width + rotated + 6 + block) * _BYTES
 
 
 @njit
 def _work_bytes(job):
-  """Bytes that a tile needs: three activations, the angles, a block."""
-  rotated = job.width // job.heads
-  block = max(_KEYS, _HIDDEN) + 3
-  return (3 * job.width + rotated + 3 + block) * _BYTES
+  """Bytes of a thread: its tiles, a factor, packed columns of a matrix."""
+  packed = max(job.width, _HIDDEN) * ROWS * _WORD
+  return job.group * _tile_bytes(job) + _BYTES + packed
 
 
 @njit
-def _tile(job, row, tile, work):
-  """All layers of the candidates of one tile."""
+def _load_tile(job, row, first, real, x, sin, start, bounds, factor):
+  """Fills a tile with its candidates, their angles and ranges."""
+  width, half = job.width, job.width // job.heads // 2
+  index = row * job.num_candidates + first
+  _transpose(job.candidates + index * width * _WORD, real, width, x)
+  if job.rotate:
+    for source, target in ((job.sin, sin), (job.cos, sin + half * _BYTES)):
+      _transpose(source + index * half * _WORD, real, half, target)
+      _multiply((target, factor, half))
+  stop = start + _BYTES
+  for source, target in ((job.start, start), (job.stop, stop)):
+    given, own = _ints(source + index * _WORD, real), _ints(target, LANES)
+    for m in range(LANES):
+      # Lanes without a candidate see what the first does, so as to force no
+      # mask; their results are dropped.
+      own[m] = min(max(given[m if m < real else 0], 0), job.num_keys)
+  _find_bounds(start, stop, job.num_keys, bounds)
+
+
+@njit
+def _group(job, row, first_tile, tiles, work):
+  """All layers of the candidates of a few tiles of a row."""
   width, hidden, heads = job.width, job.hidden, job.heads
   head_dim = width // heads
-  half = head_dim // 2
+  apart = _tile_bytes(job)
   x = work
   z = x + width * _BYTES
   query = z + width * _BYTES
   sin = query + width * _BYTES
-  cos = sin + half * _BYTES
-  start = cos + half * _BYTES
-  stop = start + _BYTES
-  factor = stop + _BYTES
-  block = factor + _BYTES
+  cos = sin + head_dim // 2 * _BYTES
+  start = sin + head_dim * _BYTES  # And the ranges' stops.
+  bounds = start + 2 * _BYTES  # And the softmax's three vectors.
+  block = bounds + 4 * _BYTES
+  factor = work + job.group * apart
+  packed = factor + _BYTES
 
-  first = tile * LANES
-  here = min(job.num_candidates - first, LANES)
+  first = first_tile * LANES
+  here = min(job.num_candidates - first, tiles * LANES)
   real = max(min(_ints(job.count, job.rows)[row] - first, here), 0)
   index = row * job.num_candidates + first
   result = _floats(job.result + index * width * _WORD, here * width)
   for i in range(real * width, here * width):
     result[i] = 0
-  if real == 0:
-    return
-  _transpose(job.candidates + index * width * _WORD, real, width, x)
+  tiles = (real + LANES - 1) // LANES
   _floats(factor, 1)[0] = _LOG2_E / math.sqrt(head_dim)
-  if job.rotate:
-    for source, target in ((job.sin, sin), (job.cos, cos)):
-      _transpose(source + index * half * _WORD, real, half, target)
-      _multiply((target, factor, half))
-  for source, target in ((job.start, start), (job.stop, stop)):
-    given, own = _ints(source + index * _WORD, here), _ints(target, LANES)
-    for m in range(LANES):
-      # Lanes without a candidate see what the first does, so as to force no
-      # mask; their results are dropped.
-      own[m] = min(max(given[m if m < real else 0], 0), job.num_keys)
+  for t in range(tiles):
+    at = t * apart
+    _load_tile(
+      job, row, first + t * LANES, min(real - t * LANES, LANES),
+      x + at, sin + at, start + at, bounds + at, factor,
+    )  # fmt: skip
 
   for layer in range(job.layers):
-    square = layer * width * width * _WORD
-    wide = layer * width * hidden * _WORD
-    query_bias = job.bias + layer * (3 * width + hidden) * _WORD
+    matrix = job.first + layer
+    square = matrix * width * width * _WORD
+    wide = matrix * width * hidden * _WORD
+    query_bias = job.bias + matrix * (3 * width + hidden) * _WORD
     output_bias = query_bias + width * _WORD
     in_bias = output_bias + width * _WORD
     out_bias = in_bias + hidden * _WORD
 
-    _normalize((x, z, width))
-    _set_bias((query_bias, query, width))
-    _linear(job.query + square, width, z, width, query, width)
-    if job.rotate:
-      for n in range(heads):
-        _rotate((query + n * head_dim * _BYTES, sin, cos, half))
-    else:
-      _multiply((query, factor, width))
-    _attend(job, layer, row, query, z, start, stop, block)
-    _add_bias((output_bias, x, width))
-    _linear(job.output + square, width, z, width, x, width)
+    for at in range(0, tiles * apart, apart):
+      _normalize((x + at, z + at, width))
+      _set_bias((query_bias, query + at, width))
+    _linear_of_tiles(
+      job.query + square, width, z, width, query, width, tiles, apart, packed
+    )
+    for at in range(0, tiles * apart, apart):
+      if job.rotate:
+        for n in range(heads):
+          _rotate(
+            (query + at + n * head_dim * _BYTES, sin + at, cos + at,
+             head_dim // 2)
+          )  # fmt: skip
+      else:
+        _multiply((query + at, factor, width))
+    _attend(job, layer, row, tiles, apart, query, z, start, bounds, block)
+    for at in range(0, tiles * apart, apart):
+      _add_bias((output_bias, x + at, width))
+    _linear_of_tiles(
+      job.output + square, width, z, width, x, width, tiles, apart, packed
+    )
 
-    _normalize((x, z, width))
-    _add_bias((out_bias, x, width))
+    for at in range(0, tiles * apart, apart):
+      _normalize((x + at, z + at, width))
+      _add_bias((out_bias, x + at, width))
     for channel in range(0, hidden, _HIDDEN):
       count = min(_HIDDEN, hidden - channel)
-      _set_bias((in_bias + channel * _WORD, block, count))
-      _linear(
-        job.mlp_in + wide + channel * _WORD, hidden, z, width, block, count
-      )
-      _gelu((block, count))
-      _linear(
+      for at in range(0, tiles * apart, apart):
+        _set_bias((in_bias + channel * _WORD, block + at, count))
+      _linear_of_tiles(
+        job.mlp_in + wide + channel * _WORD, hidden, z, width, block, count,
+        tiles, apart, packed,
+      )  # fmt: skip
+      for at in range(0, tiles * apart, apart):
+        _gelu((block + at, count))
+      _linear_of_tiles(
         job.mlp_out + wide + channel * width * _WORD, width, block, count,
-        x, width,
+        x, width, tiles, apart, packed,
       )  # fmt: skip
 
-  if job.final_norm:
-    _normalize((x, x, width))
-    _affine((job.final_scale, job.final_bias, x, width))
-  y = _floats(x, width * LANES)
-  for m in range(real):
-    for d in range(width):
-      result[m * width + d] = y[d * LANES + m]
+  for t in range(tiles):
+    own = x + t * apart
+    if job.final_norm:
+      _normalize((own, own, width))
+      _affine((job.final_scale, job.final_bias, own, width))
+    y = _floats(own, width * LANES)
+    for m in range(min(real - t * LANES, LANES)):
+      for d in range(width):
+        result[(t * LANES + m) * width + d] = y[d * LANES + m]
 
 
 @njit
@@ -623,7 +752,10 @@ def _work(address):
     memory = _malloc(_work_bytes(job) + _ALIGN)
     work = (memory + _ALIGN - 1) // _ALIGN * _ALIGN
     while unit < job.units:
-      _tile(job, unit // tiles, unit % tiles, work)
+      row, part = unit // job.groups, unit % job.groups
+      first = tiles * part // job.groups
+      end = tiles * (part + 1) // job.groups
+      _group(job, row, first, end - first, work)
       _fetch_add(address + _DONE, 1)
       unit = _fetch_add(address + _NEXT, 1)
     _free(memory)
@@ -737,6 +869,20 @@ def _schedule(api, context, memory, address):
   return not _drop(api, memory, _call(api.ThreadPool_Schedule, memory))
 
 
+@njit
+def _divide(job, threads):
+  """Sets how many groups a row's tiles form, and the tiles of the largest.
+
+  Groups are small enough that every thread takes a few: some begin late.
+  """
+  tiles = (job.num_candidates + LANES - 1) // LANES
+  least = max(job.rows * ((tiles + _TILES - 1) // _TILES), _UNITS * threads)
+  least = (least + threads - 1) // threads * threads
+  job.groups = min((least + job.rows - 1) // job.rows, tiles)
+  job.group = (tiles + job.groups - 1) // job.groups
+  job.units = job.rows * job.groups
+
+
 @intrinsic
 def _task_address(typing_context):
   """The address of `_task`, resolved when this code is loaded."""
@@ -779,13 +925,14 @@ def _handler(frame_address):
   job.rows, job.num_candidates, job.width = dims[0], dims[1], dims[2]
   job.num_keys = _words(_buffer(args[_KEYS_AT]).dims, 5)[2]
   dims = _words(_buffer(args[_MLP_IN_AT]).dims, 3)
-  job.layers, job.hidden = dims[0], dims[2]
-  job.units = job.rows * ((job.num_candidates + LANES - 1) // LANES)
+  job.hidden = dims[2]
   job.next, job.done = 0, 0
 
   api = _api(frame.api)
   memory = _malloc(_THREADS_BYTES + _SCHEDULE_BYTES)  # Of any arguments.
-  others = min(_num_threads(api, frame.ctx, memory), job.units) - 1
+  threads = _num_threads(api, frame.ctx, memory)
+  _divide(job, threads)
+  others = min(threads, job.units) - 1
   job.users = others + 1
   for i in range(others):
     if not _schedule(api, frame.ctx, memory, address):

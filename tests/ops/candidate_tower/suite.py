@@ -39,6 +39,7 @@ class Call:
   num_heads: int
   count: np.ndarray | None
   final_norm: bool
+  layer: int | None = None
 
   @property
   def dtype(self) -> str:
@@ -254,6 +255,7 @@ def run(call: Call, implementation: str | None) -> np.ndarray:
       *call.positional,
       num_heads=call.num_heads,
       count=call.count,
+      layer=call.layer,
       final_norm=call.final_norm,
       implementation=implementation,
     )
@@ -263,7 +265,7 @@ def run(call: Call, implementation: str | None) -> np.ndarray:
 # One function, so that a call of a shape is compiled once for all tests.
 _tower = jax.jit(
   ops.candidate_tower,
-  static_argnames=('num_heads', 'final_norm', 'implementation'),
+  static_argnames=('num_heads', 'layer', 'final_norm', 'implementation'),
 )
 
 Tower = Callable[[Call], np.ndarray]

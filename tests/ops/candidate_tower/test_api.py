@@ -19,7 +19,8 @@ def arguments(shape=SHAPE):
   call = suite.make_call(0, shape, ragged=True)
   names = ('candidates', 'position', 'keys', 'values', 'key_range', 'weights')
   fields = dict(zip(names, call.positional, strict=True))
-  return {**fields, 'num_heads': call.num_heads, 'count': call.count}
+  fields |= {'num_heads': call.num_heads, 'count': call.count}
+  return {**fields, 'layer': call.layer}
 
 
 class ValidationTest(parameterized.TestCase):
@@ -35,6 +36,8 @@ class ValidationTest(parameterized.TestCase):
     ('position', lambda x: x[:1], r'position is int32 \(1, 3\).*\(2, 3\)'),
     ('position', lambda x: x.astype(np.float32), r'position is float32'),
     ('count', lambda x: x[:1], r'count is int32 \(1,\).*\[B\] = \(2,\)'),
+    ('layer', lambda x: 2, r'layer=2 must be in \[0, 2\)'),
+    ('layer', lambda x: -1, r'layer=-1 must be in \[0, 2\)'),
     ('num_heads', lambda x: 3, r'num_heads=3 must .* divide D=16'),
     ('num_heads', lambda x: 0, r'num_heads=0 must be at least 1'),
     ('num_heads', lambda x: 4, r'keys is .* = \(2, 2, 5, 4, 4\)'),

@@ -80,18 +80,26 @@ class BackendTest(parameterized.TestCase):
     )
     suite.assert_equals_oracle(lambda c: suite.run(c, implementation), call)
 
-  @parameterized.product(implementation=IMPLEMENTATIONS)
-  def test_layer_by_layer(self, implementation):
-    call = suite.make_call(0, SHAPES[0], num_layers=3, dtype='bfloat16')
+  @parameterized.product(
+    implementation=IN_FLOAT32, way=('sliced', 'alone', 'of all')
+  )
+  def test_layer_by_layer(self, implementation, way):
+    dtype = 'float32' if implementation in KERNELS else 'bfloat16'
+    call = suite.make_call(0, SHAPES[0], num_layers=3, dtype=dtype)
     x = call.candidates
     for i in range(3):
-      layer = call.replace(
-        candidates=x,
-        keys=call.keys[i][None],
-        values=call.values[i][None],
-        weights=call.weights.layer(i),
-        final_norm=i == 2,
-      )
+      layer = call.replace(candidates=x, final_norm=i == 2, layer=i)
+      if way == 'of all':  # What is of other layers it must not read.
+        other = (np.arange(3) != i)[:, None, None, None, None]
+        keys, values = (
+          np.where(other, np.nan, y).astype(y.dtype)
+          for y in (call.keys, call.values)
+        )
+      else:
+        keys, values = call.keys[i][None], call.values[i][None]
+      layer = layer.replace(keys=keys, values=values)
+      if way == 'sliced':
+        layer = layer.replace(weights=call.weights.layer(i), layer=None)
       x = suite.run(layer, implementation)
     suite.assert_same(x, suite.run(call, implementation), call)
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from typing import Any
 from unittest import mock
 
 import jax
@@ -73,6 +74,26 @@ class ResultTest(parameterized.TestCase):
     call = call.replace(
       start=np.zeros_like(stop), stop=stop, structure='causal'
     )
+    suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+
+  @parameterized.parameters(
+    ((1, 1000, 300, 2, 8), 'any'),  # Groups of as many tiles as there can be.
+    ((1, 777, 150, 1, 6), 'prefix'),
+    ((5, 300, 40, 2, 8), 'any'),
+  )
+  def test_groups_of_tiles(self, shape, structure):
+    call = suite.make_call(
+      0, shape, structure=structure, ragged=True, mlp_width=150
+    )
+    suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+
+  def test_tiles_that_see_apart(self):
+    # Tiles of a group, between whose keys nobody sees any.
+    call = suite.make_call(0, (1, 640, 900, 1, 8), num_layers=1)
+    tile = np.arange(640, dtype=np.int32)[None] // numba_kernel.LANES
+    start = np.where(tile % 3 == 0, 700, tile % 3 * 17).astype(np.int32)
+    stop = np.where(tile % 3 == 2, start, start + 150 + tile)
+    call = call.replace(start=start, stop=stop.astype(np.int32))
     suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
 
   def test_extreme_scores(self):
@@ -155,12 +176,16 @@ class MemoryTest(parameterized.TestCase):
     # All memory but arguments and result: XLA's, and what each thread takes.
     def work(num_candidates, num_keys):
       job = types.SimpleNamespace(
-        num_candidates=num_candidates, num_keys=num_keys, width=128, heads=4
-      )
-      return numba_kernel._work_bytes.py_func(job)
+        num_candidates=num_candidates, num_keys=num_keys, width=128, heads=4,
+        rows=1,
+      )  # fmt: skip
+      numba_kernel._divide.py_func(job, 2)
+      a_tile = numba_kernel._tile_bytes.py_func
+      with mock.patch.object(numba_kernel, '_tile_bytes', a_tile):
+        return numba_kernel._work_bytes.py_func(job)
 
-    self.assertEqual(work(512, 512), work(100_000, 100_000))
-    self.assertLess(work(512, 512), 2**18)
+    self.assertEqual(work(2048, 512), work(100_000, 100_000))
+    self.assertLess(work(2048, 512), 2**20)
 
     def temporary(num_candidates, num_keys):
       shape = (1, num_candidates, num_keys, 2, 8)
@@ -177,6 +202,26 @@ class MemoryTest(parameterized.TestCase):
 
     # The sines and cosines of each candidate.
     self.assertLessEqual(temporary(2048, 4096), 2048 * 2 * 4 * 4 + 4096)
+
+
+class GroupsTest(absltest.TestCase):
+  @given(
+    rows=st.integers(1, 300),
+    candidates=st.integers(1, 5000),
+    threads=st.integers(1, 130),
+  )
+  def test_divide(self, rows, candidates, threads):
+    job: Any = types.SimpleNamespace(rows=rows, num_candidates=candidates)
+    numba_kernel._divide.py_func(job, threads)
+    tiles = -(-candidates // numba_kernel.LANES)
+    ends = [tiles * i // job.groups for i in range(job.groups + 1)]
+    sizes = np.diff(ends)
+    self.assertEqual(job.units, rows * job.groups)
+    self.assertGreaterEqual(sizes.min(), 1)
+    self.assertEqual(sizes.max(), job.group)
+    self.assertLessEqual(job.group, numba_kernel._TILES)
+    # No thread is without work that a smaller group would give it.
+    self.assertGreaterEqual(job.units, min(rows * tiles, 2 * threads))
 
 
 class DispatchTest(parameterized.TestCase):
