@@ -240,27 +240,24 @@ class RowMaker:
     if len(past):
       _check_clocks(schema, past.is_timestamp, asked.is_timestamp, 'candidates')
       _check_order(schema, past.time, asked)
-    before = np.empty(len(asked), np.int64)
+    before, all_see_all = np.empty(len(asked), np.int64), True
     before.fill(past.stop)
     if self.config.ties == 'strict':
       place = np.searchsorted(past.time, asked.time, 'left')
-      before = past.first + place
-    of_request = asked.request is not None and len(past)
-    if of_request:
+      before, all_see_all = past.first + place, False
+    if asked.request is not None and len(past):
       if past.request is None:
         raise ValueError(
           f'column {schema.request!r} is not in history, but candidates have '
           'it; give it in both'
         )
-      values, first = np.unique(past.request, return_index=True)
-      place = np.minimum(
-        np.searchsorted(values, asked.request), len(values) - 1
-      )
-      known = values[place] == asked.request
-      shown = np.minimum(before, past.visible[first[place]])
-      before = np.where(known, shown, before)
+      if not _is_new(past.request, asked.request):
+        before = _before_requests(
+          before, past.request, past.visible, asked.request
+        )
+        all_see_all = False
     least = most = past.stop
-    if of_request or self.config.ties == 'strict':  # Not the same for all.
+    if not all_see_all:
       least, most = int(before.min()), int(before.max())
     return _view(before, least, most, self.config, visible, past.stop)
 
@@ -403,6 +400,22 @@ def _checked_features(
         '`histjax.features.load(workdir)` reads them'
       )
   return features
+
+
+def _is_new(past: np.ndarray, asked: np.ndarray) -> bool:
+  """Whether all candidates are of one request that has no event yet."""
+  one = asked[0]
+  return bool((asked == one).all()) and not (past == one).any()
+
+
+def _before_requests(
+  before: np.ndarray, past: np.ndarray, visible: np.ndarray, asked: np.ndarray
+) -> np.ndarray:
+  """`before`, and before the first event of each candidate's own request."""
+  values, first = np.unique(past, return_index=True)
+  place = np.minimum(np.searchsorted(values, asked), len(values) - 1)
+  known = values[place] == asked
+  return np.where(known, np.minimum(before, visible[first[place]]), before)
 
 
 def _view(

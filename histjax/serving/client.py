@@ -123,7 +123,7 @@ class Client:
       ServerError: another refusal; its problem names the field and the fix.
       UnavailableError: no answer after all retries.
     """
-    request = {
+    request: dict[str, Any] = {
       'user': user,
       'candidates': candidates,
       'context': context or {},
