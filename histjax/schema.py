@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -309,7 +310,7 @@ class Schema:
             'later events read, or name another column'
           )
 
-  @property
+  @functools.cached_property
   def types(self) -> dict[str, ColumnType]:
     """`column_types` as a dict."""
     return dict(self.column_types)
@@ -325,12 +326,12 @@ class Schema:
           f'{hint}'
         )
 
-  @property
+  @functools.cached_property
   def item_features(self) -> tuple[Feature, ...]:
     """`item` and `derived`: the features of a candidate."""
     return self.item + self.derived
 
-  @property
+  @functools.cached_property
   def history_features(self) -> tuple[Feature, ...]:
     """The features of a history event."""
     return self.item_features + self.action

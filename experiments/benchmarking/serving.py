@@ -155,6 +155,7 @@ def _in_process(
     history_buckets=tuple(sorted(lengths)),
     candidate_buckets=tuple(sorted(candidates)),
     row_buckets=tuple(sorted(users)),
+    new_event_buckets=(NEW_EVENTS,),
   )
   scorer = Scorer(config, rankers.variables(model), options)
   number = max(users) * pages.number(max(lengths)) + 1
@@ -189,6 +190,13 @@ def _cell(
     GPU tells its `kernels`; and `ratios`, how many times as long as 'hit' the
     other kinds take.
   """
+  # As a server does: on a GPU programs are replayed from now on.
+  way.store.warm_up(
+    candidates=candidates,
+    events=length,
+    rows=max(users),
+    new_events=NEW_EVENTS,
+  )
   copy = min(way.store.store.measure_copy(length) for _ in range(3))
   cell: dict[str, Any] = {
     'name': f'L {length}, C {candidates}',

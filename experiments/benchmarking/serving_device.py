@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from histjax.scoring import Scorer
+from histjax.scoring import Scorer, graphs
 from histjax.scoring.paged import Pool
 
 _CALLS = 200  # Back to back, at most: each has its own output.
@@ -28,6 +28,7 @@ class Recorded:
     request: its last one.
     has_pool: whether it reads a pool in between,
     donates: and writes it.
+    slot: that a CUDA graph reads, which is replayed in the program's place.
   """
 
   call: Callable[..., Any]
@@ -35,6 +36,7 @@ class Recorded:
   request: Any
   has_pool: bool
   donates: bool
+  slot: graphs.Slot | None = None
 
   def times(
     self, seconds: float, pool: Pool
@@ -52,6 +54,9 @@ class Recorded:
 
     def one():
       nonlocal pool
+      if self.slot is not None:
+        out = self.slot.recording.launch(self.slot, tuple(pool))
+        return out[-1] if self.donates else out
       if not self.has_pool:
         return self.call(self.weights, self.request)
       out = self.call(self.weights, *pool, self.request)
@@ -86,12 +91,13 @@ def recorded(scorer: Scorer) -> Iterator[list[Recorded]]:
   def recording(program, slot, *cached):
     result = call(program, slot, *cached)  # Compiles it, if it was not.
     has_pool = bool(cached)
+    donates = has_pool and isinstance(result, tuple)
+    one, request, replayed = program.call, slot.array, None
+    if isinstance(slot, graphs.Slot):  # Its graph is made of this program.
+      one, replayed = slot.recording._compiled, slot
+      request = jax.device_put(slot.buffer.copy(), scorer.device)
     calls.append(
-      Recorded(
-        *(program.call, scorer._weights, slot.array),
-        has_pool,
-        has_pool and isinstance(result, tuple),
-      )
+      Recorded(one, scorer._weights, request, has_pool, donates, replayed)
     )
     return result
 

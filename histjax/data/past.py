@@ -272,8 +272,9 @@ class Reach:
     """
     if not past.first or not len(visible):
       return False
-    if request is not None and np.isin(request, past.dropped).any():
-      return True
+    if request is not None and len(past.dropped):
+      if np.isin(request, past.dropped).any():
+        return True
     return self._needed(past, int(visible.min()), time.min()) < past.first
 
   def _needed(self, past: Past, visible: int, time: Any) -> int:

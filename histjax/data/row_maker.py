@@ -51,17 +51,16 @@ class View:
   Attributes:
     before: int64 `[c]`, the events before each impression.
     sees: int64 `[c]`, the event after the last one that each sees.
+    least: the least of `sees`.
+    stop: the largest, the event after the row's last one.
     start: the first event of the row's history.
   """
 
   before: np.ndarray
   sees: np.ndarray
+  least: int
+  stop: int
   start: int
-
-  @property
-  def stop(self) -> int:
-    """The event after the row's last one."""
-    return int(self.sees.max())
 
 
 class RowMaker:
@@ -86,6 +85,8 @@ class RowMaker:
     self.needs_time = (
       self.features.needs('time') or self.config.ties == 'strict'
     )
+    self._needs_user = self.features.needs('user')
+    self._items = schema.item + schema.hidden
 
   def reach(self, depth: int | None) -> past_lib.Reach:
     """How far back rows read.
@@ -150,18 +151,17 @@ class RowMaker:
       if keys is shared:
         request = np.repeat(request, number)
     user = np.zeros(1, np.uint64)
-    if self.features.needs('user'):
+    if self._needs_user:
       user = values_lib.user_of(schema, context)
     known = self.features.vocabularies
     one = {name: [value] for name, value in context.items()}
     encoded = values_lib.encode(
       schema, one, schema.context, 1, 'context', known
     )
-    items = schema.item + schema.hidden
     return Asked(
       context={name: values[0] for name, values in encoded.items()},
       features=values_lib.encode(
-        schema, shown, items, number, 'candidates', known
+        schema, shown, self._items, number, 'candidates', known
       ),
       time=np.repeat(time, number) if times is shared else time,
       is_timestamp=bool(is_timestamp),
@@ -240,25 +240,26 @@ class RowMaker:
     if len(past):
       _check_clocks(schema, past.is_timestamp, asked.is_timestamp, 'candidates')
       _check_order(schema, past.time, asked)
-    before = np.full(len(asked), past.stop)
+    before, all_see_all = np.empty(len(asked), np.int64), True
+    before.fill(past.stop)
     if self.config.ties == 'strict':
       place = np.searchsorted(past.time, asked.time, 'left')
-      before = past.first + place
+      before, all_see_all = past.first + place, False
     if asked.request is not None and len(past):
       if past.request is None:
         raise ValueError(
           f'column {schema.request!r} is not in history, but candidates have '
           'it; give it in both'
         )
-      values, first = np.unique(past.request, return_index=True)
-      place = np.minimum(
-        np.searchsorted(values, asked.request), len(values) - 1
-      )
-      known = values[place] == asked.request
-      of_request = np.minimum(before, past.visible[first[place]])
-      before = np.where(known, of_request, before)
-    sees = _seen(before, self.config, visible, past.stop)
-    return View(before, sees, _start(sees, self.config))
+      if not _is_new(past.request, asked.request):
+        before = _before_requests(
+          before, past.request, past.visible, asked.request
+        )
+        all_see_all = False
+    least = most = past.stop
+    if not all_see_all:
+      least, most = int(before.min()), int(before.max())
+    return _view(before, least, most, self.config, visible, past.stop)
 
   def candidates(
     self, past: past_lib.Past, asked: Asked, view: View
@@ -351,7 +352,7 @@ class RowMaker:
       dropped=np.zeros(0, np.uint64),
       visible=np.zeros(number, np.int64),
       features=values_lib.encode(
-        schema, columns, schema.item + schema.hidden, number, source, known
+        schema, columns, self._items, number, source, known
       ),
       actions={},
       labels={},
@@ -401,27 +402,49 @@ def _checked_features(
   return features
 
 
-def _seen(
-  before: np.ndarray, config: RowConfig, visible, num_events: int
+def _is_new(past: np.ndarray, asked: np.ndarray) -> bool:
+  """Whether all candidates are of one request that has no event yet."""
+  one = asked[0]
+  return bool((asked == one).all()) and not (past == one).any()
+
+
+def _before_requests(
+  before: np.ndarray, past: np.ndarray, visible: np.ndarray, asked: np.ndarray
 ) -> np.ndarray:
-  """The event after the last one that each candidate sees, `[c]`."""
+  """`before`, and before the first event of each candidate's own request."""
+  values, first = np.unique(past, return_index=True)
+  place = np.minimum(np.searchsorted(values, asked), len(values) - 1)
+  known = values[place] == asked
+  return np.where(known, np.minimum(before, visible[first[place]]), before)
+
+
+def _view(
+  before: np.ndarray,
+  least: int,
+  most: int,
+  config: RowConfig,
+  visible: int | None,
+  num_events: int,
+) -> View:
+  """The view of candidates that have `[least, most]` events `before` them."""
+  sees = before
   if visible is not None:
     if not 0 <= visible <= num_events:
       raise ValueError(
         f'visible={visible} must be in [0, {num_events}], the events of the '
         'history'
       )
-    before = np.minimum(before, visible)
-  if config.kind == 'snapshot':
-    return np.full_like(before, before.min())
-  return before
+    least, most = min(least, visible), min(most, visible)
+    sees = np.minimum(before, visible)
+  if config.kind == 'snapshot' and least < most:
+    sees, most = np.full_like(before, least), least
+  return View(before, sees, least, most, _start(least, config))
 
 
-def _start(sees: np.ndarray, config: RowConfig) -> int:
+def _start(least: int, config: RowConfig) -> int:
   """The first event of the row's history."""
   if config.history_length is None:
     return 0
-  least = int(sees.min())
   if config.on_overflow == 'error' and least > config.history_length:
     raise ValueError(
       f'history has {least} events, more than history_length='
@@ -433,15 +456,17 @@ def _start(sees: np.ndarray, config: RowConfig) -> int:
 def _check_clocks(
   schema: Schema, past: bool | None, given: bool | None, source: str
 ) -> None:
-  columns_lib.check_clocks(
-    schema.time, {'history': bool(past), source: bool(given)}
-  )
+  if bool(past) != bool(given):
+    columns_lib.check_clocks(
+      schema.time, {'history': bool(past), source: bool(given)}
+    )
 
 
 def _check_order(schema: Schema, time: np.ndarray, asked: Asked) -> None:
-  early = np.flatnonzero(asked.time < time[-1])
-  if early.size and not asked.as_of:
-    raise ValueError(
-      f'column {schema.time!r}: candidate {early[0]} is earlier than the '
-      "history's last event; drop the events after it, or set as_of=True"
-    )
+  if asked.as_of or np.minimum.reduce(asked.time) >= time[-1]:
+    return
+  early = int(np.argmax(asked.time < time[-1]))
+  raise ValueError(
+    f'column {schema.time!r}: candidate {early} is earlier than the '
+    "history's last event; drop the events after it, or set as_of=True"
+  )

@@ -26,7 +26,7 @@ def one(context: Any) -> Mapping[str, Any]:
 
 def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
   """Plain values as columns of one length; ValueError if they are none."""
-  if isinstance(events, Mapping):
+  if type(events) is dict or isinstance(events, Mapping):
     return _equal_columns(events, source)
   try:
     if isinstance(events, str):
@@ -57,6 +57,9 @@ def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
 def _equal_columns(columns: Mapping[str, Any], source: str):
   found = {}
   for name, values in columns.items():
+    if type(values) is list:
+      found[name] = values
+      continue
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(
       values, '__iter__'
     ):
@@ -65,8 +68,8 @@ def _equal_columns(columns: Mapping[str, Any], source: str):
         f'{type(values).__name__}; give one value an event, as a list'
       )
     found[name] = values if hasattr(values, '__len__') else list(values)
-  lengths = {name: len(values) for name, values in found.items()}
-  if len(set(lengths.values())) > 1:
+  if len(set(map(len, found.values()))) > 1:
+    lengths = {name: len(values) for name, values in found.items()}
     raise ValueError(
       f'columns of {source} differ in length: {lengths}; make them equal'
     )

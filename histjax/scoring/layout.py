@@ -114,7 +114,7 @@ class Layout:
   parts: tuple[Part, ...]
   requests: int = 1
 
-  @property
+  @functools.cached_property
   def size(self) -> int:
     """The number of int32 values of a buffer."""
     return sum(part.size for part in self.parts)

@@ -38,7 +38,8 @@ class Place(NamedTuple):
 
   Attributes:
     read: int32 `[B, P]`, the pages of each state.
-    write: int32 `[B, P]`, those to write; beyond the last page: none.
+    write: int32 `[B, P]`, those to write; beyond the last page: none. `[0, 0]`
+      of a program that writes none.
     length: int32 `[B]`, the events of each state that is read.
     capacity: of the states, P pages hold it.
   """

@@ -34,22 +34,19 @@ def zeros(model: Model, length: int) -> History:
 
 def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
   """All candidates, `[B, C]`."""
-  counts = np.array([len(job.asked) for job in jobs])
+  counts = [len(job.asked) for job in jobs]
   names = [f.name for f in model.schema.item_features]
-  parts = [dict(job.candidates) for job in jobs]
-  width = int(counts.max())
-  visible = None
-  if any(job.visible is not None for job in jobs):
-    seen = [
-      {'': np.full(len(job.asked), job.state.length)}
-      if job.visible is None
-      else {'': job.visible}
-      for job in jobs
+  parts = [job.candidates for job in jobs]
+  width, visible, mask = max(counts), None, None
+  seen = [job.visible for job in jobs]
+  if any(x is not None for x in seen):
+    whole = [
+      {'': np.full(len(job.asked), job.state.length) if x is None else x}
+      for job, x in zip(jobs, seen, strict=True)
     ]
-    visible = _stacked(seen, [''], width)[''].astype(np.int32)
-  mask = None
-  if counts.min() < width:
-    mask = np.arange(width)[None] < counts[:, None]
+    visible = _stacked(whole, [''], width)[''].astype(np.int32)
+  if min(counts) < width:
+    mask = np.arange(width)[None] < np.array(counts)[:, None]
   return Candidates(_stacked(parts, names, width), visible, mask)
 
 

@@ -25,7 +25,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import jax
@@ -39,12 +39,29 @@ from histjax.scoring.config import ScorerConfig
 from histjax.scoring.paged import Place, Pool
 from histjax.scoring.pages import EVENTS
 from histjax.serving import pages as pages_lib
-from histjax.serving.entries import Entries
-from histjax.serving.known import Counts, Known, State, StoreConfig, Update
+from histjax.serving.entries import Entries, Entry
+from histjax.serving.known import (
+  Counts,
+  Known,
+  LostStateError,
+  State,
+  StoreConfig,
+  Update,
+)
 
-__all__ = ['CacheStore', 'Counts', 'Known', 'State', 'StoreConfig', 'Update']
+__all__ = [
+  'CacheStore',
+  'Counts',
+  'Known',
+  'LostStateError',
+  'State',
+  'StoreConfig',
+  'Update',
+]
 
 T = TypeVar('T')
+
+_NOWHERE = np.zeros((0, 0), np.int32)
 
 
 class CacheStore:
@@ -141,10 +158,7 @@ class CacheStore:
     with self._lock:
       self._entries.expire()
       entry = self._entries.get(user)
-      if entry is None:
-        return None
-      self._entries.touch(user)
-      return entry.known
+      return None if entry is None else self._entries.touch(user).known
 
   def keep(self, user: str, past: Past, digest: hashlib.blake2b) -> None:
     """Keeps a user's events; the state on the device stays as it is.
@@ -254,24 +268,26 @@ class CacheStore:
 
   def use(
     self,
-    users: Sequence[str],
+    states: Mapping[str, State],
     capacity: int,
     program: Callable[[Pool, Place], T],
   ) -> T:
     """Runs a program that reads states where they are.
 
     Args:
-      users: who have states, as `states` says.
+      states: of each user that which is wanted.
       capacity: a bucket that holds each.
       program: called with the pool and the places, rows padded.
+
+    Raises:
+      LostStateError: a user has another one, or none; nothing was run.
     """
     with self._lock:
-      for user in users:
+      pages = [self._holding(u, x).pages for u, x in states.items()]
+      for user in states:
         self._entries.touch(user)
-      found = [self._entries[user] for user in users]
-      lengths = [x.known.state.length if x.known.state else 0 for x in found]
-      place = self._to_read([x.pages for x in found], lengths, capacity)
-      return program(self._pages.pool, place)
+      lengths = [state.length for state in states.values()]
+      return program(self._pages.pool, self._to_read(pages, lengths, capacity))
 
   def update(
     self,
@@ -288,14 +304,14 @@ class CacheStore:
         padded; returns the pool that takes its place.
 
     Raises:
+      LostStateError: a state that is to be read is not there; nothing was run.
       Exception: the program's own; then these states are lost, or all if it
         took the pool's memory.
     """
     with self._lock:
       # Before anybody makes room: a program reads all before it writes.
-      old = [self._entries.get(x.user) if x.same else None for x in updates]
       place = self._to_read(
-        [[] if x is None else x.pages for x in old],
+        [self._holding(x.user, x.old).pages if x.same else [] for x in updates],
         [x.same for x in updates],
         capacity,
       )
@@ -452,9 +468,15 @@ class CacheStore:
     """Where states are, rows padded; nothing to write."""
     rows = self._scorer_config.rows(len(taken))
     read = self._pages.to_read(taken, rows, capacity)
-    write = self._pages.to_write([], [], rows, capacity)
-    return Place(read, write, np.array(lengths, np.int32), capacity)
+    return Place(read, _NOWHERE, np.array(lengths, np.int32), capacity)
 
   def _has(self, user: str, state: State) -> bool:
     entry = self._entries.get(user)
     return entry is not None and entry.known.state == state
+
+  def _holding(self, user: str, state: State) -> Entry:
+    """The entry of a user who has this state."""
+    entry = self._entries.get(user)
+    if entry is None or entry.known.state != state:
+      raise LostStateError(f'user {user!r} has no state {state}')
+    return entry

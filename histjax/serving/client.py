@@ -118,15 +118,16 @@ class Client:
       timeout_ms: until its batch must have begun; None: the server's.
 
     Raises:
+      ValueError: a value is of a type that cannot be sent.
       UnknownHistoryError: send the whole history with first=0.
       ServerError: another refusal; its problem names the field and the fix.
       UnavailableError: no answer after all retries.
     """
-    request = {
-      'user': _plain(user),
-      'candidates': _plain(candidates),
-      'context': _plain(context or {}),
-      'events': _plain(events),
+    request: dict[str, Any] = {
+      'user': user,
+      'candidates': candidates,
+      'context': context or {},
+      'events': events,
       'first': first,
     }
     if timeout_ms is not None:
@@ -134,7 +135,7 @@ class Client:
     response = self._send(
       'POST',
       '/v1/score',
-      content=messages.encode(messages.MSGPACK, request),
+      content=_ENCODER.encode(request),
       headers={'content-type': messages.MSGPACK, 'accept': messages.MSGPACK},
     )
     return msgspec.msgpack.decode(response.content, type=messages.ScoreReply)
@@ -201,12 +202,16 @@ def _seconds(text: str) -> float:
   return min(float(text), 60.0) if text.isdecimal() else 0.0
 
 
-def _plain(table: Any) -> Any:
-  """With lists and Python's numbers for NumPy's."""
-  if isinstance(table, Mapping):
-    return {k: _plain(v) for k, v in table.items()}
-  if hasattr(table, 'tolist'):
-    return table.tolist()
-  if isinstance(table, (list, tuple)):
-    return [_plain(x) for x in table]
-  return table
+def _plain(value: Any) -> Any:
+  """What MessagePack has no type for as what it has one for."""
+  if isinstance(value, Mapping):
+    return dict(value)
+  if hasattr(value, 'tolist'):  # NumPy's arrays and numbers.
+    return value.tolist()
+  raise ValueError(
+    f'a request has {value!r}, a {type(value).__name__}; give numbers, texts '
+    'and booleans, in lists or NumPy arrays'
+  )
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)

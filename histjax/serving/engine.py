@@ -10,12 +10,11 @@ request = Request(user=7, candidates=[..], first=50, events=[one_more])
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -29,10 +28,18 @@ from histjax.scoring.flight import Pending
 from histjax.scoring.paged import PagedScorer
 from histjax.scoring.scorer import Scorer
 from histjax.serving import batches
-from histjax.serving.cache_store import CacheStore, Counts, StoreConfig, Update
+from histjax.serving.cache_store import (
+  CacheStore,
+  LostStateError,
+  StoreConfig,
+  Update,
+)
 from histjax.serving.planning import Job, Model, Request, Source, UnknownHistory
 
 __all__ = ['Engine', 'EngineConfig', 'Request', 'Result', 'UnknownHistory']
+
+_SOURCES: tuple[Source, ...] = ('hit', 'extended', 'encoded')
+"""In the order of their programs: those in the store first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,25 +194,26 @@ class Engine:
       before = counts.rows_seconds
       left = self._by_user(model, requests, found)
       while left:
-        now = {i: user for user, (i, *_) in left.items()}
-        left = {u: rest for u, (_, *rest) in left.items() if rest}
+        now = sorted([(rest.pop(), user) for user, rest in left.items()])
+        left = {user: rest for user, rest in left.items() if rest}
         jobs: dict[int, Job] = {}
-        with _timed(counts):
-          for i, user in sorted(now.items()):
-            try:
-              jobs[i] = model.plan(user, self._store.find(user), requests[i])
-            except (ValueError, UnknownHistory) as error:
-              found[i] = error
+        begin = time.perf_counter()
+        for i, user in now:
+          try:
+            jobs[i] = model.plan(user, self._store.find(user), requests[i])
+          except (ValueError, UnknownHistory) as error:
+            found[i] = error
+        counts.rows_seconds += time.perf_counter() - begin
         self._run(model, requests, jobs, found, flights)
-      counts.unknown += sum(
-        isinstance(x, UnknownHistory) for x in found.values()
-      )
+      for x in found.values():  # Errors as yet.
+        counts.unknown += isinstance(x, UnknownHistory)
       rows_s = counts.rows_seconds - before
+    fingerprint = model.scorer.fingerprint
     for i, job, pending in flights:
       try:
         logits = {k: x[0] for k, x in pending.result().items()}
         found[i] = Result(
-          logits, job.source, job.past.stop, model.scorer.fingerprint, rows_s
+          logits, job.source, job.past.stop, fingerprint, rows_s
         )
       except Exception as error:  # Of this request, or of its program.
         found[i] = error
@@ -322,11 +330,11 @@ class Engine:
     requests: Sequence[Request],
     found: dict[int, Result | Exception],
   ) -> dict[str, list[int]]:
-    """The requests of each user, in their order."""
+    """The requests of each user, the last one first."""
     users: dict[str, list[int]] = {}
-    for i, request in enumerate(requests):
+    for i in reversed(range(len(requests))):
       try:
-        users.setdefault(model.key(request.user), []).append(i)
+        users.setdefault(model.key(requests[i].user), []).append(i)
       except ValueError as error:
         found[i] = error
     return users
@@ -340,25 +348,37 @@ class Engine:
     flights: list[tuple[int, Job, Pending]],
   ) -> None:
     """Starts the programs of jobs, each of another user."""
-    for source in ('hit', 'extended', 'encoded'):  # Those in the store first.
+    for source in _SOURCES:
       for part in _groups(model, jobs, source, self.options):
         group = {i: jobs[i] for i in part}
-        if source != 'encoded':
-          for i in self._lost(model, group):
-            try:
-              jobs[i] = model.plan_without_state(group.pop(i), requests[i])
-            except (ValueError, UnknownHistory) as error:
-              found[i] = error
-              del jobs[i]
-        if not group:
-          continue
-        try:
-          pending = self._start(model, source, [*group.values()])
-        except Exception as error:  # Of the device: it is nobody's own.
-          found |= dict.fromkeys(group, error)
-          continue
-        for row, (i, job) in enumerate(group.items()):
-          flights.append((i, job, pending.row(row, len(job.asked))))
+        while group:
+          try:
+            pending = self._start(model, source, [*group.values()])
+          except LostStateError:
+            self._replan(model, requests, jobs, group, found)
+            continue
+          except Exception as error:  # Of the device: it is nobody's own.
+            found |= dict.fromkeys(group, error)
+            break
+          for row, (i, job) in enumerate(group.items()):
+            flights.append((i, job, pending.row(row, len(job.asked))))
+          break
+
+  def _replan(
+    self,
+    model: Model,
+    requests: Sequence[Request],
+    jobs: dict[int, Job],
+    group: dict[int, Job],
+    found: dict[int, Result | Exception],
+  ) -> None:
+    """Takes from a group those whose states are lost; they are encoded."""
+    for i in self._lost(model, group):
+      try:
+        jobs[i] = model.plan_without_state(group.pop(i), requests[i])
+      except (ValueError, UnknownHistory) as error:
+        found[i] = error
+        del jobs[i]
 
   def _lost(self, model: Model, group: Mapping[int, Job]) -> list[int]:
     """Whose states others took the place of since they were planned."""
@@ -374,25 +394,29 @@ class Engine:
   def _start(
     self, model: Model, source: Source, jobs: Sequence[Job]
   ) -> Pending:
-    """Starts one program, which leaves the states that come of it in place."""
+    """Starts one program, which leaves the states that come of it in place.
+
+    Raises:
+      LostStateError: others took the place of a state since it was planned.
+    """
     counts, paged = self._store.counts, model.paged
-    with _timed(counts):
-      request = batches.candidates(model, jobs), batches.context(model, jobs)
-    capacity = model.scorer.options.events(
-      max(job.state.length for job in jobs)
-    )
     begin = time.perf_counter()
-    if source == 'hit':
+    request = batches.candidates(model, jobs), batches.context(model, jobs)
+    history = None if source == 'hit' else batches.history(model, jobs)
+    capacity = model.scorer.options.events(
+      max([job.state.length for job in jobs])
+    )
+    made, begin = begin, time.perf_counter()
+    counts.rows_seconds += begin - made
+    if history is None:
       pending = self._store.use(
-        [job.user for job in jobs],
+        {job.user: job.state for job in jobs},
         capacity,
         lambda pool, place: paged.score(pool, place, *request),
       )
       counts.hits += len(jobs)
       counts.hit_seconds += time.perf_counter() - begin
       return pending
-    with _timed(counts):
-      history = batches.history(model, jobs)
     program = paged.extend if source == 'extended' else paged.encode
     pending = self._store.update(
       [
@@ -431,16 +455,6 @@ class Engine:
         self._store.measured('encode', capacity, seconds)
         self._store.measure_copy(capacity)
     return done
-
-
-@contextlib.contextmanager
-def _timed(counts: Counts) -> Iterator[None]:
-  """Counts the time as that of rows."""
-  begin = time.perf_counter()
-  try:
-    yield
-  finally:
-    counts.rows_seconds += time.perf_counter() - begin
 
 
 def _max_events(model: Model, options: EngineConfig) -> int | None:
@@ -484,15 +498,18 @@ def _groups(
   model: Model, jobs: Mapping[int, Job], source: Source, config: EngineConfig
 ) -> list[list[int]]:
   """Jobs that share a program: of one bucket of events and of candidates."""
-  options, found = model.scorer.options, []
+  found: list[list[int]] = []
+  these = [(i, job) for i, job in jobs.items() if job.source == source]
+  if not these:
+    return found
+  options = model.scorer.options
   groups: dict[tuple[int, int], list[int]] = {}
-  for i, job in jobs.items():
-    if job.source == source:
-      key = (
-        options.events(job.state.length),
-        options.candidates(len(job.asked), options.microbatch),
-      )
-      groups.setdefault(key, []).append(i)
+  for i, job in these:
+    key = (
+      options.events(job.state.length),
+      options.candidates(len(job.asked), options.microbatch),
+    )
+    groups.setdefault(key, []).append(i)
   for group in groups.values():
     while group:
       number = part_size(len(group), config, options.rows)

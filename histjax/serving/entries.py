@@ -66,10 +66,12 @@ class Entries:
     """The entry of a user."""
     return self._entries.get(user)
 
-  def touch(self, user: str) -> None:
-    """The user was seen just now."""
-    self._entries[user].used = self._clock()
+  def touch(self, user: str) -> Entry:
+    """The entry of a user who is there, and was seen just now."""
+    entry = self._entries[user]
+    entry.used = self._clock()
     self._entries.move_to_end(user)
+    return entry
 
   def expire(self) -> None:
     """Forgets who was not seen for too long."""

@@ -47,6 +47,10 @@ class State:
     return self.stop - self.start
 
 
+class LostStateError(LookupError):
+  """A state that was to be read is not there any more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Known:
   """What is known of a user.
@@ -125,3 +129,8 @@ class Update:
   digest: hashlib.blake2b
   state: State
   same: int = 0
+
+  @property
+  def old(self) -> State:
+    """The state that is read, of `same` events."""
+    return State(self.state.start, self.state.start + self.same)

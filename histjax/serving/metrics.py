@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -70,15 +71,20 @@ class Metrics:
       'histjax_ready', '1 if requests are scored.', registry=registry
     ).set_function(lambda: float(ready()))
     registry.register(_Store(store, fingerprint))
+    # To look up a child takes as long as to add to it; there are few.
+    self._of_phase = functools.cache(self._phases.labels)
+    self._of_source = functools.cache(self._sources.labels)
+    self._of_path = functools.cache(self._seconds.labels)
+    self._of_status = functools.cache(self._requests.labels)
 
   def observe_request(self, path: str, status: int, seconds: float) -> None:
     """Of each response."""
-    self._requests.labels(path, status).inc()
-    self._seconds.labels(path).observe(seconds)
+    self._of_status(path, status).inc()
+    self._of_path(path).observe(seconds)
 
   def observe_phase(self, phase: str, seconds: float) -> None:
     """Of a request."""
-    self._phases.labels(phase).observe(seconds)
+    self._of_phase(phase).observe(seconds)
 
   def observe_batch(
     self, queue_s: Sequence[float], seconds: float, results: Sequence[Any]
@@ -93,7 +99,7 @@ class Metrics:
 
   def observe_source(self, source: str) -> None:
     """Of a scored request."""
-    self._sources.labels(source).inc()
+    self._of_source(source).inc()
 
   def text(self) -> bytes:
     """In Prometheus's text format."""

@@ -114,10 +114,10 @@ class Job:
   @property
   def visible(self) -> np.ndarray | None:
     """Int `[c]`, the state's events that candidates see; None: all."""
-    sees = self.view.sees
-    if (sees == self.state.stop).all():
+    view, stop = self.view, self.state.stop
+    if view.least == view.stop == stop:
       return None
-    return sees - self.state.start
+    return view.sees - self.state.start
 
   def events(self) -> dict[str, np.ndarray]:
     """Those to read, `{name: [n]}`: new ones, or all of the state."""
@@ -150,7 +150,7 @@ class Model:
     """Of the model."""
     return self.scorer.config.schema
 
-  @property
+  @functools.cached_property
   def reach(self) -> int | None:
     """R, if a state may begin anywhere R events before; None: it may not."""
     reach = self.scorer.config.receptive_field
@@ -159,7 +159,7 @@ class Model:
       return None
     return reach
 
-  @property
+  @functools.cached_property
   def is_extendable(self) -> bool:
     """Whether new events leave the state of old ones as it is."""
     encoder = self.scorer.config.encoder
@@ -252,10 +252,10 @@ class Model:
     """
     start, stop = view.start, past.stop
     if self.reach is not None:
-      start = max(start, int(view.sees.min()) - self.reach, 0)
+      start = max(start, view.least - self.reach, 0)
     if not self.is_extendable:
       stop = view.stop
-    if not self.scorer.config.encoder.causal and view.sees.min() < stop:
+    if not self.scorer.config.encoder.causal and view.least < stop:
       raise ValueError(
         'encoder.causal=False: candidates that see different parts of the '
         'history cannot be scored together; send them in several requests'
@@ -285,7 +285,7 @@ class Model:
     if old.start == view.start:
       return state
     if self.reach is not None:
-      reached = int(view.sees.min()) - self.reach
+      reached = view.least - self.reach
       return state if old.start <= max(view.start, reached) else None
     length = self.maker.config.history_length
     if length is None or old.start > view.start:

@@ -75,6 +75,25 @@ class MakeRowTest(parameterized.TestCase):
       )
       self.assertEqual(row.visible.tolist(), [visible])
 
+  @parameterized.parameters(
+    ((5, 5), (2, 2)), ((5, 6), (2, 2)), ((1, 1), (1, 1)), ((5, 1, 0), (2, 1, 0))
+  )
+  def test_requests_of_several_candidates(self, given, visible):
+    """Each sees what was before its own request's first event."""
+    for config, wanted in (
+      (None, visible),
+      (RowConfig('snapshot'), (min(visible),) * len(visible)),
+    ):
+      row = requests.make_row(
+        logs.schema(request=True),
+        context={'user_age': 2},
+        history=[{**e, 'rid': i} for i, e in enumerate(PAST)],
+        candidates=[{**SHOWN, 'rid': rid} for rid in given],
+        config=config,
+      )
+      self.assertEqual(row.visible.tolist(), list(wanted))
+      self.assertLen(row.history['stars'], max(wanted))
+
   @parameterized.parameters((0, 0), (1, 1), (2, 2), (None, 2))
   def test_visible(self, visible, seen):
     for config in (None, RowConfig('snapshot')):

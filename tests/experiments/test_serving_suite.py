@@ -2,13 +2,15 @@
 
 import pathlib
 import tempfile
+from typing import Any
 from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
 import benchmarking
-from benchmarking import serving, serving_report, workloads
+from benchmarking import serving, serving_device, serving_report, workloads
+from histjax.scoring import graphs, paged
 
 MODEL = workloads.Request(1, 1, 1, 16, num_layers=1, num_heads=2)
 
@@ -64,6 +66,30 @@ class ServingSuiteTest(parameterized.TestCase):
       self.assertRaisesRegex(ValueError, 'extend: relative error .* Scorer'),
     ):
       serving.run(MODEL, (16,), (4,), users=(2,), seconds=0.0, http=False)
+
+  @parameterized.parameters(False, True)
+  def test_a_graph_is_replayed(self, donates):
+    """In the program's place, and the pool stays."""
+    out, pool = mock.Mock(), paged.Pool(np.zeros(1), np.zeros(1))
+    recording, none = mock.Mock(), mock.Mock()
+    recording.launch.side_effect = lambda slot, cached: (
+      (*cached, out) if donates else out
+    )
+    request = np.arange(3, dtype=np.int32)
+    slot = graphs.Slot(None, request, {}, [], recording, request, none, none)
+    scorer: Any = mock.Mock(
+      device=None, _call=lambda _, slot, *pool: recording.launch(slot, pool)
+    )
+    with serving_device.recorded(scorer) as calls:
+      scorer._call(mock.Mock(), slot, *pool)
+    (one,) = calls
+    np.testing.assert_array_equal(one.request, request)
+    kept, times = one.times(1e-3, pool)
+    self.assertIs(kept, pool)
+    self.assertGreater(times['call'], 0)
+    self.assertGreater(recording.launch.call_count, 2)
+    self.assertEqual(recording.launch.call_args, mock.call(slot, tuple(pool)))
+    recording._compiled.assert_not_called()
 
   def test_bad_arguments(self):
     with self.assertRaisesRegex(ValueError, r'lengths=\[10\] must be above 10'):

@@ -254,6 +254,40 @@ class TestRefusals:
       assert response.status_code == 422
       assert problem_of(response).field == field
 
+  def test_names_the_row_that_is_not_finite(self, served):
+    rows = [{**bodies.EVENT, 'item': x} for x in (1.0, 2.0, np.nan)]
+    columns = {name: [row[name] for row in rows] for name in bodies.EVENT}
+    for events in (rows, columns):
+      response = served.http.post(
+        '/v1/score',
+        content=messages.encode(messages.MSGPACK, bodies.body(events=events)),
+        headers={'content-type': messages.MSGPACK},
+      )
+      assert 'events.item row 2 is nan' in problem_of(response).detail
+
+  @pytest.mark.parametrize(
+    ('values', 'said'),
+    [
+      ([1e308, 1e308], None),  # The sum is not finite.
+      ([2**1100, 1.0], None),  # It is of no float.
+      ([1, 'text', True], None),
+      ([1e308, 1e308, np.inf], 'row 2 is inf'),
+      ([2**1100, 1.0, np.nan], 'row 2 is nan'),
+      (['a', -np.inf], 'row 1 is -inf'),
+      ([1, 'x' * 2000], 'a text of 2000'),
+      (['x', 'y' * 2000], 'a text of 2000'),
+    ],
+  )
+  def test_values_of_a_column(self, values, said):
+    request = messages.ScoreRequest(7, {'item': values})
+    parts = ('candidates', 'events', 'context')
+    known = dict.fromkeys(parts, frozenset({'item'}))
+    if said is None:
+      messages.check(request, known, messages.Limits())
+      return
+    with pytest.raises(messages.BadRequestError, match=said):
+      messages.check(request, known, messages.Limits())
+
   def test_names_unknown_columns_and_the_known(self, served):
     body = bodies.body(candidates={'item': [1], 'category': [1], 'itme': [1]})
     problem = problem_of(post(served, body))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from histjax.cache import CacheInfo, HistoryCache, quantize
 from histjax.serving import pages
 from histjax.serving.cache_store import (
   CacheStore,
+  LostStateError,
   State,
   StoreConfig,
   Update,
@@ -281,6 +283,31 @@ class StoreTest(parameterized.TestCase):
     )
     self.assertEqual(place.write[0, 0], none)
     self.assertLess(place.write[0, 1], none)
+
+  def test_a_state_that_is_not_there_is_not_read(self):
+    store = self.store()
+    self.put(store, ['a', 'b'], 5, 17)
+    held = {'a': State(0, 5), 'b': State(0, 17)}
+    place = store.use(held, 48, lambda pool, place: place)
+    self.assertEqual(place.length.tolist(), [5, 17])
+    self.assertEqual(place.write.size, 0)
+    past = store.find('a').past
+    program = mock.Mock()
+    for state in (State(0, 4), State(1, 5)):
+      with self.assertRaisesRegex(LostStateError, "'a' has no state"):
+        store.use({'b': State(0, 17), 'a': state}, 48, program)
+    for start, same in ((0, 4), (1, 4)):
+      update = Update('a', past, hashlib.blake2b(), State(start, 9), same)
+      with self.assertRaisesRegex(LostStateError, "'a' has no state"):
+        store.update([update], 48, program)
+    store.drop('b')
+    with self.assertRaisesRegex(LostStateError, "'b' has no state"):
+      store.use(held, 48, program)
+    store.forget('a')
+    with self.assertRaisesRegex(LostStateError, "'a' has no state"):
+      store.use(held, 48, program)
+    program.assert_not_called()
+    self.assertIsNone(store.find('a'))
 
   def test_quantized(self):
     options = dataclasses.replace(BUCKETS, cache_dtype='int8')

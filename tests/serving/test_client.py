@@ -1,5 +1,7 @@
 """The client tries again what may be tried again."""
 
+import types
+
 import httpx
 import msgspec
 import numpy as np
@@ -92,9 +94,9 @@ def test_arrays_and_the_token(slept):
   answers = Answers(200)
   make(answers, token='a token').score(
     np.int64(7),
-    {'item': np.arange(2), 'price': np.ones(2, np.float32)},
+    {'item': np.arange(2), 'price': [np.float32(1), np.float64(1)]},
     context={'segment': np.int32(1)},
-    events=[{'item': np.int64(1)}],
+    events=[types.MappingProxyType({'item': np.int64(1)})],
     timeout_ms=5,
   )
   (request,) = answers.requests
@@ -108,6 +110,11 @@ def test_arrays_and_the_token(slept):
     'first': 0,
     'timeout_ms': 5,
   }
+
+
+def test_what_is_no_value(slept):
+  with pytest.raises(ValueError, match='1j, a complex; give numbers'):
+    make(Answers(200)).score(7, {'item': [1j]})
 
 
 def test_against_a_server(served):

@@ -286,6 +286,34 @@ class EngineTest(parameterized.TestCase):
       past = pasts[request.user]
       worlds.check(result, worlds.expected('strict', True, request, past))
 
+  @parameterized.parameters('drop', 'forget')
+  def test_a_state_that_somebody_drops_before_it_is_used(self, what):
+    engine = self.engine()
+    pasts = {user: worlds.events(self.rng, 6, user) for user in (3, 4)}
+    requests = [
+      worlds.request(self.rng, user, past, 0) for user, past in pasts.items()
+    ]
+    engine.score(requests)
+    use, lost = engine.store.use, []
+
+    def late(states, *args):
+      if not lost:
+        lost.append('4')
+        getattr(engine.store, what)('4')
+      return use(states, *args)
+
+    requests = [
+      worlds.request(self.rng, user, past) for user, past in pasts.items()
+    ]
+    with mock.patch.object(engine.store, 'use', late):
+      results = engine.score(requests)
+    self.assertEqual([r.source for r in results], ['hit', 'encoded'])
+    for request, result in zip(requests, results, strict=True):
+      past = pasts[request.user]
+      worlds.check(result, worlds.expected('strict', True, request, past))
+    found = engine.metrics()
+    self.assertEqual((found['hits'], found['misses']), (1, 3))
+
   def test_headroom(self):
     engine = self.engine('truncated', headroom=3)
     past = worlds.events(self.rng, 12, USER)
