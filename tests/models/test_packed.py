@@ -56,7 +56,7 @@ class PackedTest(parameterized.TestCase):
     super().setUp()
     for module, call in (
       (api, reference.keys_values),
-      (tower_api, tower_reference.candidate_tower),
+      (tower_api, tower_api._of_layer(tower_reference.candidate_tower)),
       (head_api, head_reference.interaction_head),
     ):
       kernel = dispatch.Backend(call, devices.check_hopper)
