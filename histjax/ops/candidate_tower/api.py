@@ -45,7 +45,7 @@ def _over_rows(
 def _of_layer(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   """A kernel of all layers that is given one of them."""
 
-  def call(candidates, position, keys, values, *rest, layer, **options):
+  def call(candidates, position, keys, values, *rest, layer=None, **options):
     key_range, weights = rest
     if layer is not None:
       weights = weights.layer(layer)
