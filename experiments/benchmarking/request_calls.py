@@ -18,6 +18,7 @@ from histjax.scoring import flight, paged, transport
 from histjax.scoring import layout as layout_lib
 from histjax.scoring import pages as pages_lib
 from histjax.serving import pages
+from histjax.types import Candidates
 
 DEPTHS = (1, 2, 4, 8)
 """Requests in flight."""
@@ -213,6 +214,16 @@ class Pages:
     before = np.arange(number) < old[:, None] // pages_lib.EVENTS
     write = np.where(before, count, index[2])  # These pages stay.
     self._extended = paged.Place(index[2], write, old, events)
+    # Of several requests, each of the same users.
+    self._places = {
+      n: paged.Place(
+        np.tile(index[0], (n, 1)),
+        np.tile(index[0], (n, 1)),
+        np.tile(length, n),
+        events,
+      )
+      for n in range(1, max(DEPTHS) + 1)
+    }
     self._pool = pool
     self._warm_up(self._rows, rankers.NEW_EVENTS, paged.CALLS)
     self._warm_up(self._rows * max(DEPTHS), 0, ['score'])
@@ -263,7 +274,7 @@ class Pages:
     self, depth: int
   ) -> Iterable[tuple[str, Callable[[int], Pending]]]:
     """See `Contender`; several requests can be the rows of one, too."""
-    for size in sorted({1, max(1, depth // 2), depth}):
+    for size in [n for n in DEPTHS if n <= depth]:
       yield f'{size} at once', _Group(self._start, size).submit
 
   def _write(self, index: int, place: paged.Place) -> Pending:
@@ -280,32 +291,23 @@ class Pages:
   def _score(self, indices: Sequence[int]) -> Any:
     given = [self._requests[i % len(self._requests)] for i in indices]
     candidates, context = given[0].candidates, given[0].context
-    place = self._scored
-    if (more := len(given)) > 1:
-      parts = [(x.candidates, x.context) for x in given]
-      candidates, context = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-      place = place._replace(
-        read=np.tile(place.read, (more, 1)), length=np.tile(place.length, more)
-      )
+    if len(given) > 1:
+      candidates = Candidates(_together([x.candidates.features for x in given]))
+      context = _together([x.context for x in given])
+    place = self._places[len(given)]
     return self._paged.score(self._pool, place, candidates, context)
 
   def _start(self, indices: list[int]) -> list[Pending]:
     # A group that is not full has the program of one that is.
     pending = self._score(indices)
     return [
-      _Rows(pending, slice(i * self._rows, (i + 1) * self._rows))
+      pending.rows(i * self._rows, self._rows, self._workload.num_candidates)
       for i in range(len(indices))
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-  pending: Pending
-  rows: slice
-
-  def result(self) -> rankers.Logits:
-    """Of one request of several."""
-    return {k: x[self.rows] for k, x in self.pending.result().items()}
+def _together(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+  return {k: np.concatenate([x[k] for x in parts]) for k in parts[0]}
 
 
 def _scorer(implementation, workload, variables) -> scoring.Scorer:
@@ -400,7 +402,7 @@ class Floor:
     self, depth: int
   ) -> Iterable[tuple[str, Callable[[int], Pending]]]:
     """See `Contender`; several requests go in one array, too."""
-    for size in sorted({1, max(1, depth // 2), depth}):
+    for size in [n for n in DEPTHS if n <= depth]:
       group = _Group(self._starter('score', size), size)
       yield f'{size} at once', group.submit
 
@@ -436,7 +438,7 @@ class _Bytes:
 
   def result(self) -> rankers.Logits:
     """`{task: [B, C]}`."""
-    found = self.flight.fetch()[self.index]
+    found = self.flight.fetch()[0][self.index]
     return {t.name: found[i] for i, t in enumerate(rankers.SCHEMA.tasks)}
 
 

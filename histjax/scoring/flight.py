@@ -76,16 +76,22 @@ class Flight:
     self._carrier = carrier
     self._lock = threading.Lock()
     self._fetched: np.ndarray | None = None
+    self._is_finite = False
 
-  def fetch(self) -> np.ndarray:
-    """The logits `[T, B, C]` of all requests, waited for."""
+  def fetch(self) -> tuple[np.ndarray, bool]:
+    """Waits for the logits of all requests.
+
+    Returns:
+      The logits `[T, B, C]`, and whether all are finite, padding as well.
+    """
     with self._lock:
       if self._fetched is None:
         self._fetched = self._carrier.fetch(self._logits)
+        self._is_finite = bool(np.isfinite(self._fetched).all())
         # Once: two requests in one slot would be mixed up.
         self._carrier.release(self._program.layout, self._slot)
         self._logits = self._slot = None
-      return self._fetched
+      return self._fetched, self._is_finite
 
 
 class Pending:
@@ -111,18 +117,22 @@ class Pending:
     """
     rows, columns = self._shape
     first = self._first_row
-    found = self._flight.fetch()[:, first : first + rows, :columns]
-    if not np.isfinite(found).all():
+    logits, is_finite = self._flight.fetch()
+    found = logits[:, first : first + rows, :columns]
+    if not is_finite:
       self._check(found)
     return {task.name: x for task, x in zip(self._tasks, found, strict=True)}
 
-  def row(self, index: int, candidates: int) -> Pending:
-    """Those of one row and its first candidates, which are checked alone."""
+  def rows(self, first: int, number: int, candidates: int) -> Pending:
+    """Those of some rows and their first candidates, checked alone."""
+    real = self._real
+    if real is not None:
+      real = real[first : first + number, :candidates]
     return Pending(
       self._flight,
-      self._first_row + index,
-      (1, candidates),
-      None if self._real is None else self._real[index, None, :candidates],
+      self._first_row + first,
+      (number, candidates),
+      real,
       self._tasks,
     )
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from histjax import schema as schema_lib
 
-_CHUNK = 2**13
-"""Values looked at at once: what is made of them stays in the CPU's cache."""
+_FEW = 2**13
+"""Values that are looked at all at once: of more, a pass for each part of them
+takes less time, of fewer, its calls take more."""
 
 
 class Part(NamedTuple):
@@ -135,19 +136,39 @@ class Layout:
       below.dense[...] = np.inf
     return mask, limit
 
+  @functools.cached_property
+  def _checked(self) -> tuple[list[tuple[slice, np.ndarray]], list[slice]]:
+    """Where ids of a part are, with the sizes of their tables, and numbers."""
+    ids: list[tuple[slice, np.ndarray]] = []
+    dense: list[slice] = []
+    offset = 0
+    for part in self.parts:
+      middle = offset + len(part.ids) * math.prod(part.shape)
+      end = offset + part.size
+      if part.sizes is not None:
+        if offset < middle:
+          sizes = np.array(part.sizes, np.uint32)
+          ids.append((slice(offset, middle), sizes))
+        if middle < end:
+          dense.append(slice(middle, end))
+      offset = end
+    return ids, dense
+
   def is_good(self, buffer: np.ndarray) -> bool:
     """Whether all ids are of their tables and all dense values finite.
 
     Args:
       buffer: int32 `[size]`.
     """
-    mask, limit = self._limits
-    bits = buffer.view(np.uint32)
-    for first in range(0, self.size, _CHUNK):
-      here = slice(first, first + _CHUNK)
-      if ((bits[here] & mask[here]) >= limit[here]).any():
+    if self.size <= _FEW:
+      mask, limit = self._limits
+      return not ((buffer.view(np.uint32) & mask) >= limit).any()
+    ids, dense = self._checked
+    bits, values = buffer.view(np.uint32), buffer.view(np.float32)
+    for here, sizes in ids:  # An id below 0 is a large one.
+      if (bits[here].reshape(len(sizes), -1).max(axis=1) >= sizes).any():
         return False
-    return True
+    return all([np.isfinite(values[here]).all() for here in dense])
 
   def views(self, buffer: np.ndarray) -> dict[str, View]:
     """The parts of a buffer, int32 `[size]`, by name."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from histjax.quantization import Quantized
-from histjax.scoring import ahead, flight, inputs, programs
+from histjax.scoring import ahead, flight, inputs, programs, transport
 from histjax.scoring.flight import Pending
 from histjax.scoring.scorer import Scorer
 from histjax.types import Candidates, History
@@ -60,6 +60,8 @@ class PagedScorer:
   def __init__(self, scorer: Scorer):
     """Of this scorer, whose options hold."""
     self._scorer = scorer
+    # By what tells them apart: a `Sizes` takes longer to make.
+    self._programs: dict[tuple, programs.Program] = {}
 
   def score(
     self,
@@ -70,8 +72,9 @@ class PagedScorer:
   ) -> Pending:
     """As `Scorer.score_async`, of the states in the pages."""
     request = self._checked(candidates, context, place.length)
-    sizes = programs.Sizes(len(place.read), place.capacity)
-    program, slot = self._slot('paged_score', sizes, request)
+    program, slot = self._slot(
+      'paged_score', request, len(place.read), place.capacity
+    )
     inputs.numbers(place.length, slot.views['length'])
     inputs.numbers(place.read, slot.views['read'])
     logits = self._scorer._checked_call(program, slot, pool, [request])
@@ -89,8 +92,9 @@ class PagedScorer:
     schema = self._scorer.config.schema
     length, _ = inputs.lengths(schema, history)
     request = self._checked(candidates, context, length)
-    sizes = programs.Sizes(len(place.write), place.capacity, donate=True)
-    program, slot = self._slot('paged_encode_and_score', sizes, request)
+    program, slot = self._slot(
+      'paged_encode_and_score', request, len(place.write), place.capacity
+    )
     inputs.numbers(length, slot.views['length'])
     inputs.numbers(place.write, slot.views['write'])
     inputs.history(schema, history, length, slot.views['history'])
@@ -117,13 +121,13 @@ class PagedScorer:
     new, _ = inputs.lengths(schema, events)
     length = place.length[: len(new)] + new
     request = self._checked(candidates, context, length)
-    sizes = programs.Sizes(
+    program, slot = self._slot(
+      'paged_extend_and_score',
+      request,
       len(place.read),
       self._scorer.options.new_events(int(new.max(initial=0))),
-      capacity=place.capacity,
-      donate=True,
+      place.capacity,
     )
-    program, slot = self._slot('paged_extend_and_score', sizes, request)
     inputs.numbers(place.length, slot.views['length'])
     inputs.numbers(new, slot.views['new'])
     inputs.numbers(place.read, slot.views['read'])
@@ -191,14 +195,23 @@ class PagedScorer:
     inputs.check_rows(request.shape[0], len(length))
     return request
 
-  def _slot(self, kind, sizes, request):
+  def _slot(
+    self,
+    kind: programs.Kind,
+    request: flight.Checked,
+    rows: int,
+    events: int,
+    capacity: int = 0,
+  ) -> tuple[programs.Program, transport.Slot]:
     """The program and its slot, in which the request is."""
     scorer, options = self._scorer, self._scorer.options
-    sizes = sizes._replace(
-      candidates=options.candidates(request.shape[1], options.microbatch),
-      visible=request.visible is not None,
-    )
-    program = scorer._program(kind, sizes)
+    candidates = options.candidates(request.shape[1], options.microbatch)
+    visible = request.visible is not None
+    key = (kind, rows, events, candidates, visible, capacity)
+    program = self._programs.get(key)
+    if program is None:
+      sizes = programs.Sizes(*key[1:], donate=kind != 'paged_score')
+      program = self._programs[key] = scorer._program(kind, sizes)
     slot = scorer._new_slot(program)
     request.write(scorer.config.schema, slot.views)
     return program, slot

@@ -774,9 +774,10 @@ class Scorer:
     ):
       inputs.numbers(cache.length, views['length'])
       request.write(self.config.schema, views)
-    for views in slot.requests[len(requests) :]:  # Of nobody.
-      views['length'].ids.fill(0)
-      views['count'].ids.fill(0)
+    for views in slot.requests[len(requests) :]:  # Of nobody, and looked at.
+      for view in views.values():
+        view.ids.fill(0)
+        view.dense.fill(0)
     return program, slot
 
   def _check_values(

@@ -361,7 +361,7 @@ class Engine:
             found |= dict.fromkeys(group, error)
             break
           for row, (i, job) in enumerate(group.items()):
-            flights.append((i, job, pending.row(row, len(job.asked))))
+            flights.append((i, job, pending.rows(row, 1, len(job.asked))))
           break
 
   def _replan(

@@ -173,6 +173,30 @@ class ManyTest(parameterized.TestCase):
           s.score_many([*requests[:2], bad])
       call.assert_not_called()
 
+  def test_what_a_slot_held_does_not_matter(self):
+    s = of_memory(False)
+    first, *_ = made = batches(3, seed=2)
+    made = [x.replace(history=first.history) for x in made]
+    made = [
+      x.replace(candidates=x.candidates.replace(visible=None)) for x in made
+    ]
+    take = s._transport.slot
+
+    def slot(layout):
+      found = take(layout)
+      found.buffer.fill(-1)  # As a request that was refused may leave it.
+      return found
+
+    with mock.patch.object(s._transport, 'slot', slot):
+      for _ in range(2):  # Then values are checked after they were written.
+        requests = self.requests(s, made)
+        # Three share the program of four.
+        for found, batch in zip(s.score_many(requests), made, strict=True):
+          check(found, batch, s)
+        check(s.score(*requests[0]), made[0], s)
+        _, found = s.encode_and_score(first.history, *requests[0][1:])
+        check(found, made[0], s)
+
   def test_a_bad_logit_is_of_its_request(self):
     s = of_memory(False)
     made = batches(2, seed=5)

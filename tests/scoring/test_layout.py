@@ -1,5 +1,7 @@
 """What is written to a request's views is what its program unpacks."""
 
+from unittest import mock
+
 import numpy as np
 from absl.testing import absltest
 from hypothesis import example, given
@@ -77,17 +79,22 @@ class LayoutTest(absltest.TestCase):
       (
         layout_lib.numbers('length', (2,)),
         layout_lib.features(
-          'a', (schema_lib.Categorical('x', size),), (len(ids),)
+          'a',
+          (schema_lib.Categorical('w', 1), schema_lib.Categorical('x', size)),
+          (len(ids),),
         ),
         layout_lib.features('b', (schema_lib.Dense('y'),), (len(bits),)),
       )
     )
     buffer = np.full(layout.size, -1, np.int32)  # Lengths may be any number.
     views = layout.views(buffer)
+    views['a'].features['w'][...] = 0
     views['a'].features['x'][...] = ids
     views['b'].features['y'][...] = dense
     good = all(0 <= i < size for i in ids) and bool(np.isfinite(dense).all())
-    self.assertEqual(layout.is_good(buffer), good)
+    for few in (0, 2**13):  # Part by part, all at once.
+      with mock.patch.object(layout_lib, '_FEW', few):
+        self.assertEqual(layout.is_good(buffer), good)
 
   @given(parts=parts(), requests=st.integers(1, 3))
   def test_requests_share_the_rows(self, parts, requests):
