@@ -6,6 +6,7 @@
   python experiments/benchmark.py --suite=request --output=/tmp/request
   python experiments/benchmark.py --suite=train_step
   python experiments/benchmark.py --suite=tables --rows=10000,1000000,10000000
+  python experiments/benchmark.py --suite=devices --rows=1000000
   python experiments/benchmark.py --suite=serving --output=/tmp/serving
   python experiments/benchmark.py --suite=prepare --folder=/tmp/prepare \
     --config=experiments/configs/events.py --events=1000000
@@ -19,7 +20,8 @@ come back: hit, extend, miss and no cache, on the device, in process and through
 HTTP. 'prepare' makes a log (`generate`) and shards of it, within --memory, and
 says how fast a training step is fed from these; 'spill' times its first step
 beside DuckDB and Polars, if they are installed. 'tables' times updates by the
-rows of a table, beside those with gradients of whole tables. 'train_step' times
+rows of a table, beside those with gradients of whole tables; 'devices' on one
+device and on all, and says what they send. 'train_step' times
 updates, on a log in pointwise, request, streaming and packed rows beside
 PyTorch; freed memory stays with the process, as in `train.py`. The other suites
 time the named workloads of `benchmarking.workloads` against rivals that are
@@ -44,6 +46,7 @@ import benchmarking
 import config_util
 from benchmarking import (
   cost,
+  devices,
   histories,
   requests,
   suites,
@@ -65,10 +68,11 @@ _OF_ONE_MODEL = ('scoring', 'cost', 'fusions', 'histories')
 _SERVING = 'serving'
 _OF_A_LOG = ('prepare', 'spill')
 _TABLES = 'tables'
+_DEVICES = 'devices'
 _SUITE = flags.DEFINE_enum(
   'suite',
   'scoring',
-  [*_OF_ONE_MODEL, _SERVING, *_OF_A_LOG, _TABLES, *_SUITES],
+  [*_OF_ONE_MODEL, _SERVING, *_OF_A_LOG, _TABLES, _DEVICES, *_SUITES],
   'What to time.',
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
@@ -96,7 +100,7 @@ _CANDIDATES = flags.DEFINE_list(
   'candidates', None, 'C; 64,512, or of serving 128,512,2048.'
 )
 _ROWS = flags.DEFINE_list(
-  'rows', None, 'Users at once, 1; of tables: how many they have.'
+  'rows', None, 'Users at once, 1; of tables and devices: rows of a table.'
 )
 _WIDTH = flags.DEFINE_integer('width', 64, 'Without a workdir: D.')
 _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Without a workdir: layers.')
@@ -233,12 +237,12 @@ def log_suite(suite):
   )
 
 
-def tables_suite():
+def tables_suite(module: Any):
   options: dict[str, Any] = {}
   if _SECONDS.value is not None:
     options['seconds'] = _SECONDS.value
-  return tables.run(
-    _integers(_ROWS, tables.ROWS),
+  return module.run(
+    _integers(_ROWS, module.ROWS),
     contenders=_CONTENDERS.value,
     repeats=_REPEATS.value,
     **options,
@@ -288,8 +292,8 @@ def main(argv):
       report = log_suite(suite)
     elif suite == _SERVING:
       report = serving_suite(save)
-    elif suite == _TABLES:
-      report = tables_suite()
+    elif suite in (_TABLES, _DEVICES):
+      report = tables_suite(tables if suite == _TABLES else devices)
     else:
       report = named_suite(suite, save)
   except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarking import (
   cost,
+  devices,
   load_plot,
   scoring,
   serving_report,
@@ -34,6 +35,7 @@ def write_report(report: Mapping[str, Any], output: str) -> list[str]:
     'serving': serving_report.plot,
     'load': load_plot.plot,
     'tables': tables.plot,
+    'devices': devices.plot,
     'train_step': train_rows.plot,
   }
   with_plot = report['suite'] in plots

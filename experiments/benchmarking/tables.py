@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,11 @@ from histjax import schema as schema_lib
 from histjax import testing
 from histjax.models.ranker import Ranker, RankerConfig
 from histjax.nn.encoder import EncoderConfig
-from histjax.training import losses, sharding
+from histjax.training import losses
 from histjax.training import optimizer as optimizer_lib
 from histjax.training import state as state_lib
 from histjax.training import step as step_lib
+from histjax.types import RankingBatch
 
 ROWS = (10_000, 1_000_000, 10_000_000)
 _BATCHES = 4
@@ -44,6 +45,7 @@ class Workload:
     num_candidates: C.
     encoder_width: D.
     num_layers: of the encoder.
+    dtype: of the network's products.
   """
 
   width: int = 64
@@ -52,6 +54,7 @@ class Workload:
   num_candidates: int = 16
   encoder_width: int = 64
   num_layers: int = 2
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
 
 
 def run(
@@ -59,7 +62,6 @@ def run(
   workload: Workload | None = None,
   *,
   contenders: Sequence[str] | None = None,
-  table_axis: int | None = None,
   repeats: int = 15,
   seconds: float = 1.0,
   progress: Callable[[str], None] = print,
@@ -71,7 +73,6 @@ def run(
     workload: the model and the batches.
     contenders: some of 'histjax' and 'dense'; None: both. 'dense' runs if it
       fits into the memory.
-    table_axis: over how many devices tables are split; None: on one device.
     repeats: rounds, in which the sizes take turns.
     seconds: the least time spent on each size, over all rounds.
     progress: called with a line at a time.
@@ -88,15 +89,15 @@ def run(
   results: dict[int, dict[str, Any]] = {}
   calls: dict[int, Callable[[], Any]] = {}
   for size in rows:
-    batches = _batches(workload, size)
+    batches = batches_of(workload, size)
     results[size] = {
       'name': f'{size} rows',
       'rows': size,
-      'touched': float(np.mean([_touched(batch) for batch in batches])),
+      'touched': float(np.mean([touched_by(batch) for batch in batches])),
       'contenders': {},
     }
     if 'histjax' in names:
-      calls[size], found = _update(workload, size, batches, table_axis)
+      calls[size], found = _update(workload, size, batches)
       results[size]['contenders']['histjax'] = found
       jax.block_until_ready(calls[size]())
   times: dict[int, list[float]] = {size: [] for size in calls}
@@ -104,7 +105,7 @@ def run(
     for size, call in calls.items():
       times[size] += timing.samples(call, seconds / repeats)
   for size, values in times.items():
-    results[size]['contenders']['histjax'] |= _percentiles(values)
+    results[size]['contenders']['histjax'] |= percentiles(values)
     progress(line(results[size], 'histjax'))
   calls.clear()
   for size in rows if 'dense' in names else ():
@@ -115,7 +116,7 @@ def run(
   return {
     'suite': 'tables',
     'environment': machine.environment() | machine.clocks(),
-    'workload': dataclasses.asdict(workload) | {'table_axis': table_axis},
+    'workload': dataclasses.asdict(workload),
     'results': list(results.values()),
   }
 
@@ -165,7 +166,8 @@ def plot(report: Mapping[str, Any]):
   return figure
 
 
-def _schema(size: int) -> schema_lib.Schema:
+def schema_of(size: int) -> schema_lib.Schema:
+  """With so many items."""
   return schema_lib.Schema(
     user='user',
     time='time',
@@ -176,10 +178,11 @@ def _schema(size: int) -> schema_lib.Schema:
   )
 
 
-def _model(workload: Workload, size: int, multiple: int = 1) -> Ranker:
+def model_of(workload: Workload, size: int, multiple: int = 1) -> Ranker:
+  """The ranker, whose tables have a multiple of so many rows."""
   return Ranker(
     RankerConfig(
-      schema=_schema(size),
+      schema=schema_of(size),
       encoder=EncoderConfig(
         num_layers=workload.num_layers,
         width=workload.encoder_width,
@@ -187,12 +190,14 @@ def _model(workload: Workload, size: int, multiple: int = 1) -> Ranker:
       ),
       embedding_dim=workload.width,
       table_row_multiple=multiple,
+      dtype=workload.dtype,
     )
   )
 
 
-def _batches(workload: Workload, size: int):
-  schema, found = _schema(size), []
+def batches_of(workload: Workload, size: int) -> list[RankingBatch]:
+  """A few batches of random rows, with labels."""
+  schema, found = schema_of(size), []
   shape = (workload.num_rows, workload.num_candidates)
   for seed in range(_BATCHES):
     rng = np.random.default_rng(seed)
@@ -208,36 +213,31 @@ def _batches(workload: Workload, size: int):
   return found
 
 
-def _touched(batch) -> int:
+def touched_by(batch: RankingBatch) -> int:
+  """Its distinct items."""
   ids = [x.features['item'].ravel() for x in (batch.history, batch.candidates)]
   return len(np.unique(np.concatenate(ids)))
 
 
-def _optimizer() -> optimizer_lib.Optimizer:
+def optimizer() -> optimizer_lib.Optimizer:
+  """That of both contenders."""
   return optimizer_lib.make_optimizer(
     optimizer_lib.OptimizerConfig(clip_norm=1.0)
   )
 
 
-def _update(workload, size, batches, table_axis):
+def _update(workload, size, batches):
   """A call that updates, and what its program needs."""
-  mesh = None
-  if table_axis is not None:
-    mesh = sharding.data_mesh(table=table_axis)
-  schema, tx = _schema(size), _optimizer()
-  model = _model(workload, size, table_axis or 1)
-  state = state_lib.create_state(model, tx, schema, 0, mesh=mesh)
-  step: Any = step_lib.make_train_step(model, tx, schema, mesh=mesh)
-  placed = [
-    batch if mesh is None else sharding.put_batch(batch, mesh)
-    for batch in batches
-  ]
-  memory = _memory(step.lower(state, placed[0]).compile())
+  schema, tx = schema_of(size), optimizer()
+  model = model_of(workload, size)
+  state = state_lib.create_state(model, tx, schema, 0)
+  step: Any = step_lib.make_train_step(model, tx, schema)
+  memory = memory_of(step.lower(state, batches[0]).compile())
   number = 0
 
   def update():
     nonlocal state, number
-    state = step(state, placed[number % len(placed)])
+    state = step(state, batches[number % len(batches)])
     number += 1
     return state.window.loss
 
@@ -246,8 +246,8 @@ def _update(workload, size, batches, table_axis):
 
 def _dense(workload, size, repeats, seconds):
   """The same model and optimizer, with gradients of whole tables."""
-  schema, tx = _schema(size), _optimizer()
-  model, batches = _model(workload, size), _batches(workload, size)
+  schema, tx = schema_of(size), optimizer()
+  model, batches = model_of(workload, size), batches_of(workload, size)
   assert tx.clip_norm is not None
   transformation = optax.chain(
     optax.clip_by_global_norm(tx.clip_norm),
@@ -281,10 +281,10 @@ def _dense(workload, size, repeats, seconds):
 
   shapes = jax.eval_shape(create, jax.random.key(0))
   compiled = jax.jit(step, donate_argnums=0).lower(shapes, batches[0]).compile()
-  found = _memory(compiled)
+  found = memory_of(compiled)
   # Beside its state while it is made, which is as large.
   needed = 2 * found['argument_bytes'] + found['temporary_bytes']
-  limit = _DENSE_SHARE * _device_bytes()
+  limit = _DENSE_SHARE * device_bytes()
   if needed > limit:
     return found | {
       'failed': f'it needs {needed / 2**30:.1f} GiB, of {limit / 2**30:.1f}'
@@ -298,10 +298,11 @@ def _dense(workload, size, repeats, seconds):
     return out
 
   jax.block_until_ready(update())
-  return found | _percentiles(timing.samples(update, seconds, min(repeats, 5)))
+  return found | percentiles(timing.samples(update, seconds, min(repeats, 5)))
 
 
-def _memory(compiled) -> dict[str, Any]:
+def memory_of(compiled: Any) -> dict[str, Any]:
+  """What a program needs on a device."""
   memory = compiled.memory_analysis()
   return {
     'temporary_bytes': memory.temp_size_in_bytes,
@@ -309,14 +310,16 @@ def _memory(compiled) -> dict[str, Any]:
   }
 
 
-def _device_bytes() -> int:
+def device_bytes() -> int:
+  """Of a device's memory."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'bytes_limit' in stats:
     return stats['bytes_limit']
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES')
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, Any]:
+def percentiles(values: Sequence[float]) -> dict[str, Any]:
+  """Of the seconds of calls."""
   return {
     'p50': float(np.percentile(values, 50)),
     'p99': float(np.percentile(values, 99)),

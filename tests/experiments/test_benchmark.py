@@ -7,6 +7,7 @@ import tempfile
 import time
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
@@ -15,6 +16,7 @@ import benchmarking
 from benchmarking import (
   contenders,
   cost,
+  devices,
   histories,
   machine,
   report,
@@ -363,7 +365,7 @@ class TablesTest(absltest.TestCase):
     self.assertTrue(os.path.getsize(paths[1]))
 
   def test_what_does_not_fit_is_not_run(self):
-    with mock.patch.object(tables, '_device_bytes', lambda: 1000):
+    with mock.patch.object(tables, 'device_bytes', lambda: 1000):
       result = tables.run(
         (20,),
         tables.Workload(8, 4, 6, 2, 8, 1),
@@ -375,6 +377,53 @@ class TablesTest(absltest.TestCase):
     self.assertIn('it needs 0.0 GiB', found['dense']['failed'])
     self.assertLessEqual(found['histjax']['p50'], found['histjax']['p99'])
     self.assertGreater(found['histjax']['argument_bytes'], 20 * 8 * 4)
+
+
+class DevicesTest(absltest.TestCase):
+  @pytest.mark.slow  # It compiles three updates.
+  def test_report(self):
+    result = devices.run(
+      (64,),
+      tables.Workload(8, 8, 6, 2, 8, 1),
+      repeats=2,
+      seconds=0,
+      progress=str,
+    )
+    self.assertEqual(result['devices'], jax.device_count())
+    (entry,) = result['results']
+    found = entry['contenders']
+    self.assertEqual(set(found), set(devices.CONTENDERS))
+    for name, row in found.items():
+      self.assertLessEqual(row['p50'], row['p99'])
+      self.assertEqual(row['collective_bytes'] > 0, name != 'histjax:one')
+      self.assertLess(entry['ratios'][name]['loss'], 1e-5)
+    # A device has its part of the table alone.
+    whole, split = (
+      found[f'histjax:{x}']['argument_bytes'] for x in ('whole', 'split')
+    )
+    # Of each row its values and the accumulator.
+    of_table = (64 + 10_000) * (8 + 1) * 4
+    self.assertLess(split, whole - of_table * 0.8)
+    paths = benchmarking.write_report(result, temporary(self, 'devices'))
+    with open(paths[0]) as f:
+      self.assertEqual(json.load(f), result)
+    self.assertTrue(os.path.getsize(paths[1]))
+
+  def test_what_it_cannot_compare(self):
+    with self.assertRaisesRegex(ValueError, "'histjax:two'.*must be of"):
+      devices.run((64,), contenders=['histjax:two'])
+    with mock.patch.object(jax, 'device_count', lambda: 1):
+      with self.assertRaisesRegex(ValueError, 'one device'):
+        devices.run((64,))
+
+  def test_bytes_of_collectives(self):
+    program = """
+  %a = f32[3,5]{1,0} all-reduce(%x), replica_groups={{0,1}}
+  %b = (bf16[7]{0}, s32[]) all-gather-start(%y), dimensions={0}
+  %c = f32[100]{0} add(%a, %all-reduce)
+  %d = f32[100]{0} all-reduce-done(%e)
+"""
+    self.assertEqual(devices.collective_bytes(program), 4 * 15 + 14 + 4)
 
 
 class TrainStepsTest(absltest.TestCase):
