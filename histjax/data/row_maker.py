@@ -17,7 +17,11 @@ from histjax.features import FittedFeatures, Impressions
 from histjax.schema import Schema
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+_NOBODY = np.zeros(1, np.uint64)
+_NOBODY.setflags(write=False)
+
+
+@dataclasses.dataclass(eq=False)  # Frozen ones take long to make.
 class Asked:
   """What a request says of itself, encoded: its user and c candidates.
 
@@ -44,7 +48,7 @@ class Asked:
     return len(self.time)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class View:
   """What candidates see, as numbers of events from the user's first on.
 
@@ -87,6 +91,9 @@ class RowMaker:
     )
     self._needs_user = self.features.needs('user')
     self._items = schema.item + schema.hidden
+    self._shown_as_read = (
+      not self.features.configs and self._items == schema.item_features
+    )
 
   def reach(self, depth: int | None) -> past_lib.Reach:
     """How far back rows read.
@@ -150,16 +157,14 @@ class RowMaker:
       request = values_lib.keys(schema, keys, schema.request, 'candidates')
       if keys is shared:
         request = np.repeat(request, number)
-    user = np.zeros(1, np.uint64)
+    user = _NOBODY
     if self._needs_user:
       user = values_lib.user_of(schema, context)
     known = self.features.vocabularies
-    one = {name: [value] for name, value in context.items()}
-    encoded = values_lib.encode(
-      schema, one, schema.context, 1, 'context', known
-    )
     return Asked(
-      context={name: values[0] for name, values in encoded.items()},
+      context=values_lib.encode_one(
+        schema, context, schema.context, 'context', known
+      ),
       features=values_lib.encode(
         schema, shown, self._items, number, 'candidates', known
       ),
@@ -272,6 +277,8 @@ class RowMaker:
       view: of `view`.
     """
     found = dict(asked.features)
+    if self._shown_as_read:
+      return found
     if self.features.configs:
       # One clock: whole times and others in one request.
       time = np.concatenate([past.time, asked.time])
@@ -463,7 +470,7 @@ def _check_clocks(
 
 
 def _check_order(schema: Schema, time: np.ndarray, asked: Asked) -> None:
-  if asked.as_of or np.minimum.reduce(asked.time) >= time[-1]:
+  if asked.as_of or asked.time[asked.time.argmin()] >= time[-1]:
     return
   early = int(np.argmax(asked.time < time[-1]))
   raise ValueError(

@@ -17,7 +17,7 @@ Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
 def one(context: Any) -> Mapping[str, Any]:
   """The context, if it is one value a column, else a ValueError."""
-  if not isinstance(context, Mapping):
+  if type(context) is not dict and not isinstance(context, Mapping):
     raise ValueError(
       f'context is a {type(context).__name__}; give {{column: value}}'
     )
@@ -28,6 +28,8 @@ def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
   """Plain values as columns of one length; ValueError if they are none."""
   if type(events) is dict or isinstance(events, Mapping):
     return _equal_columns(events, source)
+  if type(events) in (list, tuple) and not events:
+    return {}
   try:
     if isinstance(events, str):
       raise TypeError
@@ -104,6 +106,22 @@ def encode(
     columns, [f.column for f in features], source, schema
   )
   return columns_lib.encode(table, features, vocabularies)
+
+
+def encode_one(
+  schema: Schema,
+  values: Mapping[str, Any],
+  features: tuple[Feature, ...],
+  source: str,
+  vocabularies: Mapping[str, Vocabulary],
+) -> dict[str, np.generic]:
+  """As `encode`, of one value a column, `{name: scalar}`."""
+  found = plain.encode_one(schema, values, features, vocabularies)
+  if found is not None:
+    return found
+  one = {name: [value] for name, value in values.items()}
+  encoded = encode(schema, one, features, 1, source, vocabularies)
+  return {name: x[0] for name, x in encoded.items()}
 
 
 def keys(schema: Schema, columns, name: str, source: str) -> np.ndarray:

@@ -39,7 +39,7 @@ def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
   parts = [job.candidates for job in jobs]
   width, visible, mask = max(counts), None, None
   seen = [job.visible for job in jobs]
-  if any(x is not None for x in seen):
+  if any([x is not None for x in seen]):
     whole = [
       {'': np.full(len(job.asked), job.state.length) if x is None else x}
       for job, x in zip(jobs, seen, strict=True)
@@ -62,12 +62,18 @@ def _stacked(
   parts: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], width: int
 ) -> dict[str, np.ndarray]:
   """`{name: [B, width]}`, zeros behind each part's `[n]`."""
-  if len(parts) == 1 and len(parts[0][names[0]]) == width:
-    return {name: parts[0][name][None] for name in names}
+  number = len(parts)
+  if all([len(part[names[0]]) == width for part in parts]):
+    if number == 1:
+      return {name: parts[0][name][None] for name in names}
+    return {
+      name: np.concatenate([part[name] for part in parts]).reshape(number, -1)
+      for name in names
+    }
   found = {}
   for name in names:
     dtype = parts[0][name].dtype
-    found[name] = np.zeros((len(parts), width), dtype)
+    found[name] = np.zeros((number, width), dtype)
     for row, part in enumerate(parts):
       found[name][row, : len(part[name])] = part[name]
   return found

@@ -349,7 +349,8 @@ class Engine:
   ) -> None:
     """Starts the programs of jobs, each of another user."""
     for source in _SOURCES:
-      for part in _groups(model, jobs, source, self.options):
+      these = [i for i, job in jobs.items() if job.source == source]
+      for part in _groups(model, jobs, these, self.options):
         group = {i: jobs[i] for i in part}
         while group:
           try:
@@ -403,9 +404,7 @@ class Engine:
     begin = time.perf_counter()
     request = batches.candidates(model, jobs), batches.context(model, jobs)
     history = None if source == 'hit' else batches.history(model, jobs)
-    capacity = model.scorer.options.events(
-      max([job.state.length for job in jobs])
-    )
+    capacity = jobs[0].bucket[0]  # They share it.
     made, begin = begin, time.perf_counter()
     counts.rows_seconds += begin - made
     if history is None:
@@ -495,24 +494,18 @@ def _means_the_same(one: RowMaker, other: RowMaker) -> bool:
 
 
 def _groups(
-  model: Model, jobs: Mapping[int, Job], source: Source, config: EngineConfig
+  model: Model, jobs: Mapping[int, Job], these: list[int], config: EngineConfig
 ) -> list[list[int]]:
   """Jobs that share a program: of one bucket of events and of candidates."""
+  if len(these) < 2:
+    return [these] if these else []
   found: list[list[int]] = []
-  these = [(i, job) for i, job in jobs.items() if job.source == source]
-  if not these:
-    return found
-  options = model.scorer.options
   groups: dict[tuple[int, int], list[int]] = {}
-  for i, job in these:
-    key = (
-      options.events(job.state.length),
-      options.candidates(len(job.asked), options.microbatch),
-    )
-    groups.setdefault(key, []).append(i)
+  for i in these:
+    groups.setdefault(jobs[i].bucket, []).append(i)
   for group in groups.values():
     while group:
-      number = part_size(len(group), config, options.rows)
+      number = part_size(len(group), config, model.scorer.options.rows)
       found.append(group[:number])
       group = group[number:]
   return found

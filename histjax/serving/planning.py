@@ -83,7 +83,7 @@ class Request:
   first: int = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)  # Frozen ones take long to make.
 class Job:
   """A request that was checked, and what is to be done for it.
 
@@ -98,6 +98,7 @@ class Job:
     state: that comes of it.
     old: the state that is used; None: none.
     candidates: `{name: [c]}`.
+    bucket: what a program pads the state's events and the candidates to.
   """
 
   user: str
@@ -110,6 +111,7 @@ class Job:
   state: State
   old: State | None
   candidates: dict[str, np.ndarray]
+  bucket: tuple[int, int]
 
   @property
   def visible(self) -> np.ndarray | None:
@@ -221,13 +223,15 @@ class Model:
     context = self._context(user, request)
     asked = self.maker.ask(context, request.candidates)
     options = self.scorer.options
-    options.candidates(len(asked), options.microbatch)  # Or there is no bucket.
+    # Raises if there is no bucket.
+    width = options.candidates(len(asked), options.microbatch)
     past, digest, old = self._advanced(known, request, asked)
     view = self.maker.view(past, asked)
-    self._check_kept(past, view.before, asked.time, asked.request)
+    if past.first:
+      self._check_kept(past, view.before, asked.time, asked.request)
     candidates = self.maker.candidates(past, asked, view)
     state = None if old is None else self._after(old, past, view)
-    source: Source = 'hit' if state == old else 'extended'
+    source: Source = 'hit' if state is old or state == old else 'extended'
     if old is None or state is None:
       source, state, old = 'encoded', self._whole(user, past, view), None
     return Job(
@@ -241,6 +245,7 @@ class Model:
       state,
       old,
       candidates,
+      (options.events(state.length), width),
     )
 
   def _whole(self, user: str, past: Past, view: View) -> State:
@@ -277,7 +282,9 @@ class Model:
     """The state after new events; None: it is not the row's."""
     if not self.is_extendable:
       return old if old == State(view.start, view.stop) else None
-    state = State(old.start, past.stop)
+    state = old
+    if past.stop != old.stop:
+      state = State(old.start, past.stop)
     if self.max_events is not None and state.length > self.max_events:
       return None
     if state.stop - old.stop > self.max_new_events:
@@ -294,7 +301,7 @@ class Model:
 
   def _context(self, user: str, request: Request) -> Mapping[str, Any]:
     context, name = request.context, self.schema.user
-    if not isinstance(context, Mapping):
+    if type(context) is not dict and not isinstance(context, Mapping):
       raise ValueError(
         f'context is a {type(context).__name__}; give {{column: value}}'
       )
