@@ -34,14 +34,15 @@ from histjax.vocabulary import Vocabulary
 _TYPES: dict[type, Any] = {int: np.int64, float: np.float64}
 _CODES: dict[Any, str] = {np.int64: 'q', np.float64: 'd'}
 _UNSIGNED = {np.dtype(np.int32): np.uint32, np.dtype(np.int64): np.uint64}
-_KINDS = {'integer': 'iu', 'number': 'iuf', None: 'iuf'}
+_KINDS = {'integer': 'iu', 'number': 'iuf', None: 'iuf'}  # All of `_as_array`.
 _MAX_EXACT = 2**53  # Arrow mixes whole numbers and others below that alone.
 _MAX_TEXT = 64
 _key = functools.lru_cache(1 << 16)(hashing.key)
-# What `marshal`, version 2, writes of an item: a mark of its type, and itself.
-_MARKED: dict[type, tuple[bytes, np.dtype, Any]] = {
-  int: (b'i', np.dtype([('mark', 'S1'), ('value', '<i4')]), np.int32),
-  float: (b'g', np.dtype([('mark', 'S1'), ('value', '<f8')]), np.float64),
+# What `marshal`, version 2, writes of an item: a mark of its type, and itself;
+# how many bytes that is, and what is read.
+_MARKED: dict[type, tuple[bytes, int, np.dtype, np.dtype]] = {
+  int: (b'i', 5, np.dtype('<i4'), np.dtype(np.int32)),
+  float: (b'g', 9, np.dtype('<f8'), np.dtype(np.float64)),
 }
 _HEAD = 5  # Bytes before the items: the list's mark and length.
 
@@ -178,24 +179,29 @@ def _index(schema, values, feature: Categorical) -> np.ndarray | None:
     last = feature.size - 1
     outside = (found < 0) | (found > last)
     return np.where(outside, last, found).astype(np.int32)
-  bits = found
-  if found.dtype in _UNSIGNED:  # Below 0 is beyond all others.
-    bits = found.view(_UNSIGNED[found.dtype])
+  bits, unsigned = found, _UNSIGNED.get(found.dtype)
+  if unsigned is not None:  # Below 0 is beyond all others.
+    bits = found.view(unsigned)
   elif found.dtype.kind == 'i' and found[found.argmin()] < 0:
     return None
   if bits[bits.argmax()] >= feature.size:
     return None
-  return found.astype(np.int32, copy=found is values)
+  if unsigned is np.uint32 and found is not values:  # It is new.
+    return found
+  return found.astype(np.int32)
 
 
 def _dense(schema, values, feature: Dense) -> np.ndarray | None:
   raw = _numbers(schema, values, feature.column)
   if raw is None:
     return None
-  raw = raw.astype(np.float64, copy=False)
-  if not _within(raw, 0 if feature.log else -MAX_RAW, MAX_RAW):
-    return None
-  scaled = columns_lib.scale(raw, feature)
+  if raw.dtype.char != 'd':
+    raw = raw.astype(np.float64)
+  scaled = raw
+  if feature.log or feature.offset != 0 or feature.scale != 1:
+    if not _within(raw, 0 if feature.log else -MAX_RAW, MAX_RAW):
+      return None
+    scaled = columns_lib.scale(raw, feature)
   if not _within(scaled, -MAX_DENSE, MAX_DENSE):
     return None
   return scaled.astype(np.float32)
@@ -210,11 +216,11 @@ def _within(values: np.ndarray, low: float, high: float) -> bool:
 
 def _numbers(schema: Schema, values: Any, name: str) -> np.ndarray | None:
   """int32, int64, float64, or an array's own type `[n]`."""
-  kinds = _KINDS.get(schema.types.get(name) if schema.column_types else None)
   found = _as_array(values)
-  if kinds is None or found is None or found.dtype.kind not in kinds:
-    return None
-  return found
+  if found is None or not schema.column_types:
+    return found
+  kinds = _KINDS.get(schema.types.get(name))
+  return None if kinds is None or found.dtype.kind not in kinds else found
 
 
 def _as_array(values: Any) -> np.ndarray | None:
@@ -227,8 +233,10 @@ def _as_array(values: Any) -> np.ndarray | None:
   number, kind = len(values), type(values[0])
   if kind not in _TYPES:
     return None
-  if type(values[-1]) is kind and (found := _marked(values, kind)) is not None:
-    return found
+  if type(values[-1]) is kind:
+    found = _marked(values, kind, number)
+    if found is not None:
+      return found
   kinds = [*map(type, values)]
   same = kinds.count(kind) == number
   if not same and kinds.count(int) + kinds.count(float) < number:
@@ -244,22 +252,23 @@ def _as_array(values: Any) -> np.ndarray | None:
   return found
 
 
-def _marked(values: Sequence[Any], kind: type) -> np.ndarray | None:
+def _marked(values: Any, kind: type, number: int) -> np.ndarray | None:
   """int32 or float64 `[n]` of values that are all of this type.
 
   None if one is not, or is an integer of more than 32 bits. To write them with
   marks and to look at these takes half of what it takes to look at each type.
   """
-  mark, item, dtype = _MARKED[kind]
+  mark, size, item, dtype = _MARKED[kind]
+  if kind is int and not -(2**31) <= values[0] < 2**31:
+    return None
   try:
     written = marshal.dumps(values, 2)
   except ValueError:  # One is of a type that it does not know.
     return None
   # If an item has the mark, the next begins where the next mark must be.
-  number = len(values)
-  if written[_HEAD :: item.itemsize] != mark * number:
+  if written[_HEAD::size] != mark * number:
     return None
-  return np.frombuffer(written, item, number, _HEAD)['value'].astype(dtype)
+  return np.ndarray((number,), item, written, _HEAD + 1, (size,)).astype(dtype)
 
 
 def _keys(schema: Schema, values: Any, name: str) -> np.ndarray | None:

@@ -151,6 +151,8 @@ class RowMaker:
       with_time,
       'candidates',
     )
+    if times is shared:
+      time = np.repeat(time, number)
     request = None
     if schema.request and schema.request in shown:
       keys = shared if schema.request in shared else shown
@@ -168,7 +170,7 @@ class RowMaker:
       features=values_lib.encode(
         schema, shown, self._items, number, 'candidates', known
       ),
-      time=np.repeat(time, number) if times is shared else time,
+      time=time,
       is_timestamp=bool(is_timestamp),
       request=request,
       user=user,
@@ -241,16 +243,16 @@ class RowMaker:
       ValueError: a candidate is earlier than the last event, or the history
         is longer than it may be.
     """
-    schema = self.schema
-    if len(past):
+    schema, number, stop = self.schema, len(past.time), past.stop
+    if number:
       _check_clocks(schema, past.is_timestamp, asked.is_timestamp, 'candidates')
       _check_order(schema, past.time, asked)
-    before, all_see_all = np.empty(len(asked), np.int64), True
-    before.fill(past.stop)
+    before, all_see_all = np.empty(len(asked.time), np.int64), True
+    before.fill(stop)
     if self.config.ties == 'strict':
       place = np.searchsorted(past.time, asked.time, 'left')
       before, all_see_all = past.first + place, False
-    if asked.request is not None and len(past):
+    if asked.request is not None and number:
       if past.request is None:
         raise ValueError(
           f'column {schema.request!r} is not in history, but candidates have '
@@ -261,10 +263,10 @@ class RowMaker:
           before, past.request, past.visible, asked.request
         )
         all_see_all = False
-    least = most = past.stop
+    least = most = stop
     if not all_see_all:
       least, most = int(before.min()), int(before.max())
-    return _view(before, least, most, self.config, visible, past.stop)
+    return _view(before, least, most, self.config, visible, stop)
 
   def candidates(
     self, past: past_lib.Past, asked: Asked, view: View

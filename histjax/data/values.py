@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,10 +58,9 @@ def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
 
 
 def _equal_columns(columns: Mapping[str, Any], source: str):
-  found = {}
-  for name, values in columns.items():
+  found: dict[str, Any] = dict(columns)
+  for name, values in found.items():
     if type(values) is list:
-      found[name] = values
       continue
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(
       values, '__iter__'
@@ -146,12 +146,20 @@ def user_of(schema: Schema, context: Mapping[str, Any]) -> np.ndarray:
   )
 
 
+@functools.lru_cache(64)
+def no_times(number: int) -> np.ndarray:
+  """Zeros, which stand for times that nothing reads; read-only."""
+  found = np.zeros(number, np.int64)
+  found.setflags(write=False)
+  return found
+
+
 def times(
   schema: Schema, columns, number: int, wanted: bool, source: str
 ) -> tuple[np.ndarray, bool | None]:
   """Times, and whether they are timestamps; zeros if they are not wanted."""
   if not wanted or not number:
-    return np.zeros(number, np.int64), None
+    return no_times(number), None
   if schema.time not in columns:
     raise ValueError(
       f'{source} lacks column {schema.time!r}, the time, which '

@@ -34,8 +34,13 @@ def zeros(model: Model, length: int) -> History:
 
 def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
   """All candidates, `[B, C]`."""
+  if len(jobs) == 1:
+    shown, one = jobs[0].candidates, jobs[0].visible
+    return Candidates(
+      {name: shown[name][None] for name in model.shown},
+      None if one is None else one[None].astype(np.int32),
+    )
   counts = [len(job.asked) for job in jobs]
-  names = [f.name for f in model.schema.item_features]
   parts = [job.candidates for job in jobs]
   width, visible, mask = max(counts), None, None
   seen = [job.visible for job in jobs]
@@ -47,15 +52,13 @@ def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
     visible = _stacked(whole, [''], width)[''].astype(np.int32)
   if min(counts) < width:
     mask = np.arange(width)[None] < np.array(counts)[:, None]
-  return Candidates(_stacked(parts, names, width), visible, mask)
+  return Candidates(_stacked(parts, model.shown, width), visible, mask)
 
 
 def context(model: Model, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
   """`{name: [B]}`."""
-  return {
-    f.name: np.array([job.asked.context[f.name] for job in jobs])
-    for f in model.schema.context
-  }
+  given = [job.asked.context for job in jobs]
+  return {name: np.array([x[name] for x in given]) for name in model.context}
 
 
 def _stacked(

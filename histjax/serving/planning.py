@@ -147,10 +147,20 @@ class Model:
   max_events: int | None
   max_new_events: int
 
-  @property
+  @functools.cached_property
   def schema(self) -> Schema:
     """Of the model."""
     return self.scorer.config.schema
+
+  @functools.cached_property
+  def shown(self) -> tuple[str, ...]:
+    """Names of the features of candidates."""
+    return tuple(f.name for f in self.schema.item_features)
+
+  @functools.cached_property
+  def context(self) -> tuple[str, ...]:
+    """Names of the features of the context."""
+    return tuple(f.name for f in self.schema.context)
 
   @functools.cached_property
   def reach(self) -> int | None:
@@ -180,9 +190,9 @@ class Model:
 
   def key(self, user: str | int) -> str:
     """The user's canonical key: 7 and '7' are one user, as in a log."""
-    name, schema = self.schema.user, self.schema
     if type(user) is int and 0 <= user < 2**63:  # As below, in no time.
       return str(user)
+    name, schema = self.schema.user, self.schema
     if type(user) is str and user.isascii() and not schema.column_types:
       if user not in schema.null_values:
         return user
@@ -317,7 +327,11 @@ class Model:
   ) -> tuple[Past, hashlib.blake2b, State | None]:
     """The user's past with the request's events, and the state so far."""
     first = request.first
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+    if (
+      type(first) is not int
+      and (isinstance(first, bool) or not isinstance(first, int))
+      or first < 0
+    ):
       raise ValueError(f'first={first!r} must be an integer >= 0')
     count = 0 if known is None else known.past.stop
     if first > count:
