@@ -16,7 +16,6 @@ from histjax.data.grouping import RowConfig
 from histjax.features import FittedFeatures, Impressions
 from histjax.schema import Schema
 
-
 _NOBODY = np.zeros(1, np.uint64)
 _NOBODY.setflags(write=False)
 
@@ -472,7 +471,8 @@ def _check_clocks(
 
 
 def _check_order(schema: Schema, time: np.ndarray, asked: Asked) -> None:
-  if asked.as_of or asked.time[asked.time.argmin()] >= time[-1]:
+  last = time[-1]
+  if asked.as_of or last <= 0 or asked.time[asked.time.argmin()] >= last:
     return
   early = int(np.argmax(asked.time < time[-1]))
   raise ValueError(

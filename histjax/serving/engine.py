@@ -188,7 +188,7 @@ class Engine:
       bad, an `UnknownHistory` if the whole history must be sent.
     """
     found: dict[int, Result | Exception] = {}
-    flights: list[tuple[int, Job, Pending]] = []
+    flights: list[tuple[dict[int, Job], Pending]] = []
     with self._lock:
       model, counts = self._model, self._store.counts
       before = counts.rows_seconds
@@ -209,14 +209,15 @@ class Engine:
         counts.unknown += isinstance(x, UnknownHistory)
       rows_s = counts.rows_seconds - before
     fingerprint = model.scorer.fingerprint
-    for i, job, pending in flights:
-      try:
-        logits = {k: x[0] for k, x in pending.result().items()}
-        found[i] = Result(
-          logits, job.source, job.past.stop, fingerprint, rows_s
+    for group, pending in flights:
+      for (i, job), logits in zip(
+        group.items(), _logits(group, pending), strict=True
+      ):
+        found[i] = (
+          logits
+          if isinstance(logits, Exception)
+          else Result(logits, job.source, job.past.stop, fingerprint, rows_s)
         )
-      except Exception as error:  # Of this request, or of its program.
-        found[i] = error
     return [found[i] for i in range(len(requests))]
 
   def warm_up(
@@ -345,7 +346,7 @@ class Engine:
     requests: Sequence[Request],
     jobs: dict[int, Job],
     found: dict[int, Result | Exception],
-    flights: list[tuple[int, Job, Pending]],
+    flights: list[tuple[dict[int, Job], Pending]],
   ) -> None:
     """Starts the programs of jobs, each of another user."""
     for source in _SOURCES:
@@ -361,8 +362,7 @@ class Engine:
           except Exception as error:  # Of the device: it is nobody's own.
             found |= dict.fromkeys(group, error)
             break
-          for row, (i, job) in enumerate(group.items()):
-            flights.append((i, job, pending.row(row, len(job.asked))))
+          flights.append((group, pending))
           break
 
   def _replan(
@@ -509,6 +509,33 @@ def _groups(
       found.append(group[:number])
       group = group[number:]
   return found
+
+
+def _logits(
+  group: Mapping[int, Job], pending: Pending
+) -> list[dict[str, np.ndarray] | Exception]:
+  """Those of each request that shares a program, waited for, or its error."""
+  try:
+    whole = pending.result()
+  except Exception:  # Of one request, or of the program.
+    return [
+      _of_row(pending, row, job) for row, job in enumerate(group.values())
+    ]
+  return [
+    {task: x[row, : len(job.asked)] for task, x in whole.items()}
+    for row, job in enumerate(group.values())
+  ]
+
+
+def _of_row(
+  pending: Pending, row: int, job: Job
+) -> dict[str, np.ndarray] | Exception:
+  """Those of one request, which are checked alone, or its error."""
+  try:
+    found = pending.row(row, len(job.asked)).result()
+  except Exception as error:
+    return error
+  return {task: x[0] for task, x in found.items()}
 
 
 def part_size(

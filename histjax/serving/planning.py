@@ -327,11 +327,7 @@ class Model:
   ) -> tuple[Past, hashlib.blake2b, State | None]:
     """The user's past with the request's events, and the state so far."""
     first = request.first
-    if (
-      type(first) is not int
-      and (isinstance(first, bool) or not isinstance(first, int))
-      or first < 0
-    ):
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
       raise ValueError(f'first={first!r} must be an integer >= 0')
     count = 0 if known is None else known.past.stop
     if first > count:
