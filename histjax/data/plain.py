@@ -216,7 +216,9 @@ def _within(values: np.ndarray, low: float, high: float) -> bool:
 
 def _numbers(schema: Schema, values: Any, name: str) -> np.ndarray | None:
   """int32, int64, float64, or an array's own type `[n]`."""
-  found = _as_array(values)
+  found = _marked(values)
+  if found is None:
+    found = _as_array(values)
   if found is None or not schema.column_types:
     return found
   kinds = _KINDS.get(schema.types.get(name))
@@ -233,10 +235,6 @@ def _as_array(values: Any) -> np.ndarray | None:
   number, kind = len(values), type(values[0])
   if kind not in _TYPES:
     return None
-  if type(values[-1]) is kind:
-    found = _marked(values, kind, number)
-    if found is not None:
-      return found
   kinds = [*map(type, values)]
   same = kinds.count(kind) == number
   if not same and kinds.count(int) + kinds.count(float) < number:
@@ -252,15 +250,21 @@ def _as_array(values: Any) -> np.ndarray | None:
   return found
 
 
-def _marked(values: Any, kind: type, number: int) -> np.ndarray | None:
-  """int32 or float64 `[n]` of values that are all of this type.
+def _marked(values: Any) -> np.ndarray | None:
+  """int32 or float64 `[n]` of a list of one type, int of 32 bits or float.
 
-  None if one is not, or is an integer of more than 32 bits. To write them with
-  marks and to look at these takes half of what it takes to look at each type.
+  None of others. To write items with their marks and to look at these takes
+  half of what it takes to look at each type.
   """
-  mark, size, item, dtype = _MARKED[kind]
-  if kind is int and not -(2**31) <= values[0] < 2**31:
+  if (type(values) is not list and type(values) is not tuple) or not values:
     return None
+  first, number = values[0], len(values)
+  kind = type(first)
+  if type(values[-1]) is not kind or kind not in _MARKED:
+    return None
+  if kind is int and not -(2**31) <= first < 2**31:
+    return None
+  mark, size, item, dtype = _MARKED[kind]
   try:
     written = marshal.dumps(values, 2)
   except ValueError:  # One is of a type that it does not know.
