@@ -116,7 +116,7 @@ class Pages:
     """Pages of users as an index int32 `[rows, P]`; zeros are read besides."""
     width = pages_lib.number(capacity)
     flat: list[int] = []
-    for part in pages:  # To write each to an array takes ten times as long.
+    for part in pages:  # To write each to an array takes longer.
       flat += part
       flat += [0] * (width - len(part))
     flat += [0] * (width * (rows - len(pages)))

@@ -375,8 +375,10 @@ class Model:
     self, known: Known, new: Past, first: int
   ) -> int | None:
     """The first event that differs from what is known of it."""
-    place = known.past.first_difference(dataclasses.replace(new, first=first))
     count = known.past.stop
+    if first and first >= count:  # None of them is known.
+      return None
+    place = known.past.first_difference(dataclasses.replace(new, first=first))
     if place is not None or first or len(new) < count or not known.past.first:
       return place
     digest = hashlib.blake2b(digest_size=16)
