@@ -11,7 +11,7 @@ from histjax import scoring
 from histjax.data import requests as requests_lib
 from histjax.data.row_maker import RowMaker
 from histjax.data.rows import RowConfig, collate
-from histjax.scoring import flight, paged
+from histjax.scoring import paged, transport
 from histjax.serving import engine as engine_lib
 from histjax.serving.cache_store import State, StoreConfig
 from histjax.serving.engine import Engine, EngineConfig, Request, part_size
@@ -241,14 +241,14 @@ class EngineTest(parameterized.TestCase):
       for user, number in ((3, 3), (4, 2), (5, 3))
     ]
     engine.score(requests)
-    bad = flight.Flight.fetch
+    original = transport.Transport.fetch
 
-    def fetch(self):
-      found = np.array(bad(self))
+    def fetch(self, logits):
+      found = np.array(original(self, logits))
       found[0, 1, 1] = np.nan
       return found
 
-    with mock.patch.object(flight.Flight, 'fetch', fetch):
+    with mock.patch.object(transport.Transport, 'fetch', fetch):
       results = engine.score(requests)
     self.assertRegex(str(results[1]), 'row 0, candidate 1 is nan')
     for i in (0, 2):
