@@ -8,6 +8,7 @@ kept with it and never computed again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -52,7 +53,7 @@ class Past:
     """The number of events here."""
     return len(self.time)
 
-  @property
+  @functools.cached_property
   def stop(self) -> int:
     """The number of all of the user's events."""
     return self.first + len(self)

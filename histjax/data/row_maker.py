@@ -16,8 +16,11 @@ from histjax.data.grouping import RowConfig
 from histjax.features import FittedFeatures, Impressions
 from histjax.schema import Schema
 
+_NOBODY = np.zeros(1, np.uint64)
+_NOBODY.setflags(write=False)
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(eq=False)  # Frozen ones take long to make.
 class Asked:
   """What a request says of itself, encoded: its user and c candidates.
 
@@ -44,7 +47,7 @@ class Asked:
     return len(self.time)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class View:
   """What candidates see, as numbers of events from the user's first on.
 
@@ -87,6 +90,9 @@ class RowMaker:
     )
     self._needs_user = self.features.needs('user')
     self._items = schema.item + schema.hidden
+    self._shown_as_read = (
+      not self.features.configs and self._items == schema.item_features
+    )
 
   def reach(self, depth: int | None) -> past_lib.Reach:
     """How far back rows read.
@@ -144,26 +150,26 @@ class RowMaker:
       with_time,
       'candidates',
     )
+    if times is shared:
+      time = np.repeat(time, number)
     request = None
     if schema.request and schema.request in shown:
       keys = shared if schema.request in shared else shown
       request = values_lib.keys(schema, keys, schema.request, 'candidates')
       if keys is shared:
         request = np.repeat(request, number)
-    user = np.zeros(1, np.uint64)
+    user = _NOBODY
     if self._needs_user:
       user = values_lib.user_of(schema, context)
     known = self.features.vocabularies
-    one = {name: [value] for name, value in context.items()}
-    encoded = values_lib.encode(
-      schema, one, schema.context, 1, 'context', known
-    )
     return Asked(
-      context={name: values[0] for name, values in encoded.items()},
+      context=values_lib.encode_one(
+        schema, context, schema.context, 'context', known
+      ),
       features=values_lib.encode(
         schema, shown, self._items, number, 'candidates', known
       ),
-      time=np.repeat(time, number) if times is shared else time,
+      time=time,
       is_timestamp=bool(is_timestamp),
       request=request,
       user=user,
@@ -236,16 +242,16 @@ class RowMaker:
       ValueError: a candidate is earlier than the last event, or the history
         is longer than it may be.
     """
-    schema = self.schema
-    if len(past):
+    schema, number, stop = self.schema, len(past.time), past.stop
+    if number:
       _check_clocks(schema, past.is_timestamp, asked.is_timestamp, 'candidates')
       _check_order(schema, past.time, asked)
-    before, all_see_all = np.empty(len(asked), np.int64), True
-    before.fill(past.stop)
+    before, all_see_all = np.empty(len(asked.time), np.int64), True
+    before.fill(stop)
     if self.config.ties == 'strict':
       place = np.searchsorted(past.time, asked.time, 'left')
       before, all_see_all = past.first + place, False
-    if asked.request is not None and len(past):
+    if asked.request is not None and number:
       if past.request is None:
         raise ValueError(
           f'column {schema.request!r} is not in history, but candidates have '
@@ -256,10 +262,10 @@ class RowMaker:
           before, past.request, past.visible, asked.request
         )
         all_see_all = False
-    least = most = past.stop
+    least = most = stop
     if not all_see_all:
       least, most = int(before.min()), int(before.max())
-    return _view(before, least, most, self.config, visible, past.stop)
+    return _view(before, least, most, self.config, visible, stop)
 
   def candidates(
     self, past: past_lib.Past, asked: Asked, view: View
@@ -272,6 +278,8 @@ class RowMaker:
       view: of `view`.
     """
     found = dict(asked.features)
+    if self._shown_as_read:
+      return found
     if self.features.configs:
       # One clock: whole times and others in one request.
       time = np.concatenate([past.time, asked.time])
@@ -463,7 +471,8 @@ def _check_clocks(
 
 
 def _check_order(schema: Schema, time: np.ndarray, asked: Asked) -> None:
-  if asked.as_of or np.minimum.reduce(asked.time) >= time[-1]:
+  last = time[-1]
+  if asked.as_of or last <= 0 or asked.time[asked.time.argmin()] >= last:
     return
   early = int(np.argmax(asked.time < time[-1]))
   raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ Events = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
 def one(context: Any) -> Mapping[str, Any]:
   """The context, if it is one value a column, else a ValueError."""
-  if not isinstance(context, Mapping):
+  if type(context) is not dict and not isinstance(context, Mapping):
     raise ValueError(
       f'context is a {type(context).__name__}; give {{column: value}}'
     )
@@ -28,6 +29,8 @@ def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
   """Plain values as columns of one length; ValueError if they are none."""
   if type(events) is dict or isinstance(events, Mapping):
     return _equal_columns(events, source)
+  if type(events) in (list, tuple) and not events:
+    return {}
   try:
     if isinstance(events, str):
       raise TypeError
@@ -55,10 +58,9 @@ def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
 
 
 def _equal_columns(columns: Mapping[str, Any], source: str):
-  found = {}
-  for name, values in columns.items():
+  found: dict[str, Any] = dict(columns)
+  for name, values in found.items():
     if type(values) is list:
-      found[name] = values
       continue
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(
       values, '__iter__'
@@ -106,6 +108,22 @@ def encode(
   return columns_lib.encode(table, features, vocabularies)
 
 
+def encode_one(
+  schema: Schema,
+  values: Mapping[str, Any],
+  features: tuple[Feature, ...],
+  source: str,
+  vocabularies: Mapping[str, Vocabulary],
+) -> dict[str, np.generic]:
+  """As `encode`, of one value a column, `{name: scalar}`."""
+  found = plain.encode_one(schema, values, features, vocabularies)
+  if found is not None:
+    return found
+  one = {name: [value] for name, value in values.items()}
+  encoded = encode(schema, one, features, 1, source, vocabularies)
+  return {name: x[0] for name, x in encoded.items()}
+
+
 def keys(schema: Schema, columns, name: str, source: str) -> np.ndarray:
   """Digests of a column of keys, uint64 `[n]`."""
   found = plain.digests(schema, columns.get(name), name)
@@ -128,12 +146,20 @@ def user_of(schema: Schema, context: Mapping[str, Any]) -> np.ndarray:
   )
 
 
+@functools.lru_cache(64)
+def no_times(number: int) -> np.ndarray:
+  """Zeros, which stand for times that nothing reads; read-only."""
+  found = np.zeros(number, np.int64)
+  found.setflags(write=False)
+  return found
+
+
 def times(
   schema: Schema, columns, number: int, wanted: bool, source: str
 ) -> tuple[np.ndarray, bool | None]:
   """Times, and whether they are timestamps; zeros if they are not wanted."""
   if not wanted or not number:
-    return np.zeros(number, np.int64), None
+    return no_times(number), None
   if schema.time not in columns:
     raise ValueError(
       f'{source} lacks column {schema.time!r}, the time, which '

@@ -34,12 +34,17 @@ def zeros(model: Model, length: int) -> History:
 
 def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
   """All candidates, `[B, C]`."""
+  if len(jobs) == 1:
+    shown, one = jobs[0].candidates, jobs[0].visible
+    return Candidates(
+      {name: shown[name][None] for name in model.shown},
+      None if one is None else one[None].astype(np.int32),
+    )
   counts = [len(job.asked) for job in jobs]
-  names = [f.name for f in model.schema.item_features]
   parts = [job.candidates for job in jobs]
   width, visible, mask = max(counts), None, None
   seen = [job.visible for job in jobs]
-  if any(x is not None for x in seen):
+  if any([x is not None for x in seen]):
     whole = [
       {'': np.full(len(job.asked), job.state.length) if x is None else x}
       for job, x in zip(jobs, seen, strict=True)
@@ -47,27 +52,31 @@ def candidates(model: Model, jobs: Sequence[Job]) -> Candidates:
     visible = _stacked(whole, [''], width)[''].astype(np.int32)
   if min(counts) < width:
     mask = np.arange(width)[None] < np.array(counts)[:, None]
-  return Candidates(_stacked(parts, names, width), visible, mask)
+  return Candidates(_stacked(parts, model.shown, width), visible, mask)
 
 
 def context(model: Model, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
   """`{name: [B]}`."""
-  return {
-    f.name: np.array([job.asked.context[f.name] for job in jobs])
-    for f in model.schema.context
-  }
+  given = [job.asked.context for job in jobs]
+  return {name: np.array([x[name] for x in given]) for name in model.context}
 
 
 def _stacked(
   parts: Sequence[Mapping[str, np.ndarray]], names: Sequence[str], width: int
 ) -> dict[str, np.ndarray]:
   """`{name: [B, width]}`, zeros behind each part's `[n]`."""
-  if len(parts) == 1 and len(parts[0][names[0]]) == width:
-    return {name: parts[0][name][None] for name in names}
+  number = len(parts)
+  if all([len(part[names[0]]) == width for part in parts]):
+    if number == 1:
+      return {name: parts[0][name][None] for name in names}
+    return {
+      name: np.concatenate([part[name] for part in parts]).reshape(number, -1)
+      for name in names
+    }
   found = {}
   for name in names:
     dtype = parts[0][name].dtype
-    found[name] = np.zeros((len(parts), width), dtype)
+    found[name] = np.zeros((number, width), dtype)
     for row, part in enumerate(parts):
       found[name][row, : len(part[name])] = part[name]
   return found

@@ -286,7 +286,7 @@ class CacheStore:
       pages = [self._holding(u, x).pages for u, x in states.items()]
       for user in states:
         self._entries.touch(user)
-      lengths = [state.length for state in states.values()]
+      lengths = [state.stop - state.start for state in states.values()]
       return program(self._pages.pool, self._to_read(pages, lengths, capacity))
 
   def update(
@@ -477,6 +477,8 @@ class CacheStore:
   def _holding(self, user: str, state: State) -> Entry:
     """The entry of a user who has this state."""
     entry = self._entries.get(user)
-    if entry is None or entry.known.state != state:
+    if entry is None or (
+      entry.known.state is not state and entry.known.state != state
+    ):
       raise LostStateError(f'user {user!r} has no state {state}')
     return entry

@@ -188,7 +188,7 @@ class Engine:
       bad, an `UnknownHistory` if the whole history must be sent.
     """
     found: dict[int, Result | Exception] = {}
-    flights: list[tuple[int, Job, Pending]] = []
+    flights: list[tuple[dict[int, Job], Pending]] = []
     with self._lock:
       model, counts = self._model, self._store.counts
       before = counts.rows_seconds
@@ -209,14 +209,15 @@ class Engine:
         counts.unknown += isinstance(x, UnknownHistory)
       rows_s = counts.rows_seconds - before
     fingerprint = model.scorer.fingerprint
-    for i, job, pending in flights:
-      try:
-        logits = {k: x[0] for k, x in pending.result().items()}
-        found[i] = Result(
-          logits, job.source, job.past.stop, fingerprint, rows_s
+    for group, pending in flights:
+      for (i, job), logits in zip(
+        group.items(), _logits(group, pending), strict=True
+      ):
+        found[i] = (
+          logits
+          if isinstance(logits, Exception)
+          else Result(logits, job.source, job.past.stop, fingerprint, rows_s)
         )
-      except Exception as error:  # Of this request, or of its program.
-        found[i] = error
     return [found[i] for i in range(len(requests))]
 
   def warm_up(
@@ -345,11 +346,12 @@ class Engine:
     requests: Sequence[Request],
     jobs: dict[int, Job],
     found: dict[int, Result | Exception],
-    flights: list[tuple[int, Job, Pending]],
+    flights: list[tuple[dict[int, Job], Pending]],
   ) -> None:
     """Starts the programs of jobs, each of another user."""
     for source in _SOURCES:
-      for part in _groups(model, jobs, source, self.options):
+      these = [i for i, job in jobs.items() if job.source == source]
+      for part in _groups(model, jobs, these, self.options):
         group = {i: jobs[i] for i in part}
         while group:
           try:
@@ -360,8 +362,7 @@ class Engine:
           except Exception as error:  # Of the device: it is nobody's own.
             found |= dict.fromkeys(group, error)
             break
-          for row, (i, job) in enumerate(group.items()):
-            flights.append((i, job, pending.rows(row, 1, len(job.asked))))
+          flights.append((group, pending))
           break
 
   def _replan(
@@ -403,9 +404,7 @@ class Engine:
     begin = time.perf_counter()
     request = batches.candidates(model, jobs), batches.context(model, jobs)
     history = None if source == 'hit' else batches.history(model, jobs)
-    capacity = model.scorer.options.events(
-      max([job.state.length for job in jobs])
-    )
+    capacity = jobs[0].bucket[0]  # They share it.
     made, begin = begin, time.perf_counter()
     counts.rows_seconds += begin - made
     if history is None:
@@ -495,27 +494,48 @@ def _means_the_same(one: RowMaker, other: RowMaker) -> bool:
 
 
 def _groups(
-  model: Model, jobs: Mapping[int, Job], source: Source, config: EngineConfig
+  model: Model, jobs: Mapping[int, Job], these: list[int], config: EngineConfig
 ) -> list[list[int]]:
   """Jobs that share a program: of one bucket of events and of candidates."""
+  if len(these) < 2:
+    return [these] if these else []
   found: list[list[int]] = []
-  these = [(i, job) for i, job in jobs.items() if job.source == source]
-  if not these:
-    return found
-  options = model.scorer.options
   groups: dict[tuple[int, int], list[int]] = {}
-  for i, job in these:
-    key = (
-      options.events(job.state.length),
-      options.candidates(len(job.asked), options.microbatch),
-    )
-    groups.setdefault(key, []).append(i)
+  for i in these:
+    groups.setdefault(jobs[i].bucket, []).append(i)
   for group in groups.values():
     while group:
-      number = part_size(len(group), config, options.rows)
+      number = part_size(len(group), config, model.scorer.options.rows)
       found.append(group[:number])
       group = group[number:]
   return found
+
+
+def _logits(
+  group: Mapping[int, Job], pending: Pending
+) -> list[dict[str, np.ndarray] | Exception]:
+  """Those of each request that shares a program, waited for, or its error."""
+  try:
+    whole = pending.result()
+  except Exception:  # Of one request, or of the program.
+    return [
+      _of_row(pending, row, job) for row, job in enumerate(group.values())
+    ]
+  return [
+    {task: x[row, : len(job.asked)] for task, x in whole.items()}
+    for row, job in enumerate(group.values())
+  ]
+
+
+def _of_row(
+  pending: Pending, row: int, job: Job
+) -> dict[str, np.ndarray] | Exception:
+  """Those of one request, which are checked alone, or its error."""
+  try:
+    found = pending.rows(row, 1, len(job.asked)).result()
+  except Exception as error:
+    return error
+  return {task: x[0] for task, x in found.items()}
 
 
 def part_size(

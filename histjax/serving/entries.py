@@ -163,7 +163,7 @@ class Entries:
       self._counts.refused += 1
       return []
     entry.pages += self.pages.take(missing)
-    entry.known = dataclasses.replace(entry.known, state=state)
+    entry.known = Known(entry.known.past, entry.known.digest, state)
     return entry.pages
 
   def _victims(self, busy: set[str], missing: int) -> list[str]:

@@ -83,7 +83,7 @@ class Request:
   first: int = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)  # Frozen ones take long to make.
 class Job:
   """A request that was checked, and what is to be done for it.
 
@@ -98,6 +98,7 @@ class Job:
     state: that comes of it.
     old: the state that is used; None: none.
     candidates: `{name: [c]}`.
+    bucket: what a program pads the state's events and the candidates to.
   """
 
   user: str
@@ -110,6 +111,7 @@ class Job:
   state: State
   old: State | None
   candidates: dict[str, np.ndarray]
+  bucket: tuple[int, int]
 
   @property
   def visible(self) -> np.ndarray | None:
@@ -145,10 +147,20 @@ class Model:
   max_events: int | None
   max_new_events: int
 
-  @property
+  @functools.cached_property
   def schema(self) -> Schema:
     """Of the model."""
     return self.scorer.config.schema
+
+  @functools.cached_property
+  def shown(self) -> tuple[str, ...]:
+    """Names of the features of candidates."""
+    return tuple(f.name for f in self.schema.item_features)
+
+  @functools.cached_property
+  def context(self) -> tuple[str, ...]:
+    """Names of the features of the context."""
+    return tuple(f.name for f in self.schema.context)
 
   @functools.cached_property
   def reach(self) -> int | None:
@@ -178,9 +190,9 @@ class Model:
 
   def key(self, user: str | int) -> str:
     """The user's canonical key: 7 and '7' are one user, as in a log."""
-    name, schema = self.schema.user, self.schema
     if type(user) is int and 0 <= user < 2**63:  # As below, in no time.
       return str(user)
+    name, schema = self.schema.user, self.schema
     if type(user) is str and user.isascii() and not schema.column_types:
       if user not in schema.null_values:
         return user
@@ -221,13 +233,15 @@ class Model:
     context = self._context(user, request)
     asked = self.maker.ask(context, request.candidates)
     options = self.scorer.options
-    options.candidates(len(asked), options.microbatch)  # Or there is no bucket.
+    # Raises if there is no bucket.
+    width = options.candidates(len(asked), options.microbatch)
     past, digest, old = self._advanced(known, request, asked)
     view = self.maker.view(past, asked)
-    self._check_kept(past, view.before, asked.time, asked.request)
+    if past.first:
+      self._check_kept(past, view.before, asked.time, asked.request)
     candidates = self.maker.candidates(past, asked, view)
     state = None if old is None else self._after(old, past, view)
-    source: Source = 'hit' if state == old else 'extended'
+    source: Source = 'hit' if state is old or state == old else 'extended'
     if old is None or state is None:
       source, state, old = 'encoded', self._whole(user, past, view), None
     return Job(
@@ -241,6 +255,7 @@ class Model:
       state,
       old,
       candidates,
+      (options.events(state.length), width),
     )
 
   def _whole(self, user: str, past: Past, view: View) -> State:
@@ -277,7 +292,9 @@ class Model:
     """The state after new events; None: it is not the row's."""
     if not self.is_extendable:
       return old if old == State(view.start, view.stop) else None
-    state = State(old.start, past.stop)
+    state = old
+    if past.stop != old.stop:
+      state = State(old.start, past.stop)
     if self.max_events is not None and state.length > self.max_events:
       return None
     if state.stop - old.stop > self.max_new_events:
@@ -294,7 +311,7 @@ class Model:
 
   def _context(self, user: str, request: Request) -> Mapping[str, Any]:
     context, name = request.context, self.schema.user
-    if not isinstance(context, Mapping):
+    if type(context) is not dict and not isinstance(context, Mapping):
       raise ValueError(
         f'context is a {type(context).__name__}; give {{column: value}}'
       )
@@ -318,6 +335,9 @@ class Model:
         f'first={first}, but {count} events of user {request.user!r} are '
         'known; send the whole history, first=0'
       )
+    if known is not None and type(request.events) is tuple:
+      if not request.events:  # As below, in no time.
+        return known.past, known.digest, known.state
     events = values_lib.read(request.events, 'events')
     if known is not None and not values_lib.length_of(events):
       return known.past, known.digest, known.state
@@ -355,8 +375,10 @@ class Model:
     self, known: Known, new: Past, first: int
   ) -> int | None:
     """The first event that differs from what is known of it."""
-    place = known.past.first_difference(dataclasses.replace(new, first=first))
     count = known.past.stop
+    if first and first >= count:  # None of them is known.
+      return None
+    place = known.past.first_difference(dataclasses.replace(new, first=first))
     if place is not None or first or len(new) < count or not known.past.first:
       return place
     digest = hashlib.blake2b(digest_size=16)

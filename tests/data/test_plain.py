@@ -108,6 +108,19 @@ def by_arrow(use: str, values, schema: Schema):
     return outcome(use, values, schema)
 
 
+class MyInt(int):
+  """Not quite an int."""
+
+
+ODD = (
+  *(True, None, 2.5, float('nan'), 'i', b'i' * 10, 'i' * 10, MyInt(3)),
+  *(2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63, 10**400, [1], (1, 2)),
+  *(np.int32(5), np.float64(0.5), np.float32(0.5), np.bool_(True), 1j),
+  *(np.array([105]), np.array(7), decimal.Decimal(1), {'a': 1}, Level.LOW),
+)
+"""Values in a long list of others."""
+
+
 def schema_of(use: str, types=(), null_values=('',)) -> Schema:
   item = USES.get(use, Dense('other'))
   log = Schema(
@@ -166,6 +179,77 @@ class PlainTest(parameterized.TestCase):
       values_lib.columns_lib, 'from_mapping', side_effect=AssertionError
     ):
       self.assertEqual(outcome(use, values, schema), wanted)
+
+  @parameterized.product(
+    use=('index', 'hash', 'dense', 'log', 'time', 'labels', 'keys'),
+    of=('int', 'float'),
+  )
+  def test_an_odd_one_among_many(self, use, of):
+    schema = schema_of(use)
+    rest = [1, 0, 1] * 40 if of == 'int' else [0.0, 1.0, 1.0] * 40
+    for odd in ODD:
+      for place in (0, 57, len(rest)):
+        for kind in (list, tuple):
+          values = kind([*rest[:place], odd, *rest[place:]])
+          self.assertEqual(
+            outcome(use, values, schema),
+            by_arrow(use, values, schema),
+            (odd, place),
+          )
+
+  def test_the_caller_s_array_is_not_kept(self):
+    feature = Categorical('x', 10)
+    schema = dataclasses.replace(schema_of('index'), item=(feature,))
+    for dtype in (np.int8, np.uint16, np.int32, np.uint32, np.int64, np.uint64):
+      values = np.array([3, 9, 0]).astype(dtype)
+      found = plain.encode(schema, {'x': values}, (feature,), 3, {})['x']
+      self.assertEqual(found.dtype, np.int32)
+      values[:] = 1
+      self.assertEqual(found.tolist(), [3, 9, 0])
+
+  @parameterized.parameters(*USES)
+  def test_one_value_as_a_column(self, use):
+    @given(
+      st.one_of(*ITEMS) | st.sampled_from(ODD),
+      st.sampled_from(TYPES),
+      st.sampled_from([('',), (), ('NA', '7')]),
+    )
+    def check(value, types, null_values):
+      schema = schema_of(use, types, null_values)
+
+      def one(value):
+        found = values_lib.encode_one(
+          schema, {'x': value}, schema.item, SOURCE, KNOWN
+        )
+        return {k: np.array([x]) for k, x in found.items()}
+
+      def column(value):
+        return values_lib.encode(
+          schema, {'x': [value]}, schema.item, 1, SOURCE, KNOWN
+        )
+
+      found = []
+      for way in (one, column):
+        try:
+          (array,) = way(value).values()
+          found.append((array.dtype, array.tobytes()))
+        except Exception as error:
+          found.append((type(error), str(error)))
+      self.assertEqual(*found)
+
+    check()
+
+  def test_one_value_that_is_missing(self):
+    schema = schema_of('index')
+    with self.assertRaisesRegex(ValueError, "'x'"):
+      values_lib.encode_one(schema, {'y': 1}, schema.item, SOURCE, KNOWN)
+
+  def test_one_of_the_last_row(self):
+    feature = Categorical('x', 10, out_of_vocabulary=True)
+    schema = Schema('user', 'time', (feature,), (Task('click'),))
+    for value, row in ((3, 3), (9, 9), (10, 9), (-1, 9)):
+      found = plain.encode_one(schema, {'x': value}, (feature,), {})
+      self.assertEqual(found['x'], row)
 
   def test_ids_out_of_the_vocabulary_have_the_last_row(self):
     feature = Categorical('item', 10, out_of_vocabulary=True)

@@ -1,5 +1,6 @@
 """A past that grows step by step makes the rows of one that is read whole."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -184,6 +185,19 @@ class RowMakerTest(parameterized.TestCase):
     self.assertIsNone(HistoryRates(('tab@3',)).lookback(None))
     own = features.FittedFeatures((test_serving.Shown(),))
     self.assertIsNone(own.lookback(3))
+
+  def test_stop_after_a_step(self):
+    """It is of each past its own."""
+    log, fitted, _ = test_serving.load(test_serving.small(), False, 0)
+    maker = row_maker.RowMaker(log.schema, None, fitted)
+    events = test_serving.records(test_serving.small(), log)[:4]
+    user = np.zeros(1, np.uint64)
+    past = maker.extend(maker.start(), maker.read(events[:2]), user)
+    self.assertEqual((past.stop, past.until(1).stop), (2, 1))
+    moved = dataclasses.replace(past, first=5)
+    self.assertEqual((moved.stop, moved.since(6).stop), (7, 7))
+    longer = maker.extend(past, maker.read(events[2:]), user)
+    self.assertEqual((past.stop, longer.stop), (2, 4))
 
   def test_refused(self):
     log, fitted, _ = test_serving.load(test_serving.small(), False, 0)

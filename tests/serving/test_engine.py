@@ -11,7 +11,7 @@ from histjax import scoring
 from histjax.data import requests as requests_lib
 from histjax.data.row_maker import RowMaker
 from histjax.data.rows import RowConfig, collate
-from histjax.scoring import paged
+from histjax.scoring import paged, transport
 from histjax.serving import engine as engine_lib
 from histjax.serving.cache_store import State, StoreConfig
 from histjax.serving.engine import Engine, EngineConfig, Request, part_size
@@ -198,6 +198,62 @@ class EngineTest(parameterized.TestCase):
     with mock.patch.object(paged.PagedScorer, 'score') as score:
       self.assertLen(engine.score(bad), len(bad))
     score.assert_not_called()
+
+  def test_odd_values_of_a_hit(self):
+    """They are read, or refused, as they are of a whole row."""
+    engine = self.engine()
+    past = worlds.events(self.rng, 3, USER)
+    good = self.request(past, number=3)
+    self.one(engine, dataclasses.replace(good, events=past, first=0), 'encoded')
+    for column, values in (
+      ('item', [1, True, 2]),
+      ('item', [1.0, 2.0, 3.0]),
+      ('item', [np.int32(1), np.int64(2), 3]),
+      ('item', np.array([1, 2, 3], np.uint8)),
+      ('item', [1, 2, 99]),
+      ('item', [1, -1, 2]),
+      ('item', [1, None, 2]),
+      ('item', [1, 2**70, 2]),
+      ('price', [1, 2.5, 3]),
+      ('price', [1.5, np.float32(0.5), 2.5]),
+      ('price', [1.5, float('nan'), 2.5]),
+      ('price', [1.5, 1e12, 2.5]),
+      ('price', [1.5, 'x', 2.5]),
+    ):
+      shown = {
+        name: [c[name] for c in good.candidates] for name in good.candidates[0]
+      }
+      request = dataclasses.replace(good, candidates={**shown, column: values})
+      (found,) = engine.score([request])
+      try:
+        wanted = worlds.expected('strict', True, request, past)
+      except ValueError as error:
+        self.assertEqual((type(found), str(found)), (ValueError, str(error)))
+        continue
+      self.assertEqual(found.source, 'hit')
+      worlds.check(found, wanted)
+
+  def test_a_logit_that_is_not_finite(self):
+    """Of those who share a program one fails, and not the others."""
+    engine = self.engine()
+    requests = [
+      worlds.request(self.rng, user, [], 0, number=number)
+      for user, number in ((3, 3), (4, 2), (5, 3))
+    ]
+    engine.score(requests)
+    original = transport.Transport.fetch
+
+    def fetch(self, logits):
+      found = np.array(original(self, logits))
+      found[0, 1, 1] = np.nan
+      return found
+
+    with mock.patch.object(transport.Transport, 'fetch', fetch):
+      results = engine.score(requests)
+    self.assertRegex(str(results[1]), 'row 0, candidate 1 is nan')
+    for i in (0, 2):
+      self.assertEqual(results[i].source, 'hit')
+      worlds.check(results[i], worlds.expected('strict', True, requests[i], []))
 
   def test_too_many_events(self):
     engine = self.engine()
