@@ -37,11 +37,6 @@ _LOSSES = 20
 """
 _COUNTED = 50
 """Updates between two looks at the counters of the links."""
-_COLLECTIVE = re.compile(
-  r'= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|'
-  r'collective-permute)(?:-start)?\('
-)
-_ARRAY = re.compile(r'([a-z]+)(\d+)\[([\d,]*)\]')
 
 
 def run(
@@ -53,7 +48,7 @@ def run(
   seconds: float = 1.0,
   progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Compares losses, then times updates that are waited for, in turns.
+  """Compares losses, then times updates, in turns.
 
   Args:
     rows: of the table of items, multiples of the number of devices.
@@ -68,11 +63,12 @@ def run(
     `results`, one per size: `name`, `rows`, `touched` (distinct items of a
     batch, the mean), `touched_bytes` (of their rows and gradients) and
     `contenders`: of each `compile_seconds`, `loss` (the mean of the first
-    updates), `p50`, `p99` and `calls` of an update, and of one device
-    `argument_bytes`, `temporary_bytes`, `collective_bytes` (results of
-    collectives in the program) and `link_bytes` (sent, by the counters of
-    NVLink; None: there are none); or `failed`, as one that needs more memory
-    than a device has. `ratios`: of the others to one device, `speed` and
+    updates), `update` (seconds of one where none is waited for, as in
+    training: the median over rounds), `p50`, `p99` and `calls` of one that is
+    waited for, and of one device `argument_bytes`, `temporary_bytes` and
+    `link_bytes` (sent in an update, by the counters of NVLink; None: there are
+    none); or `failed`, as one that needs more memory than a device has.
+    `ratios`: to one device, `speed` of `update`, `waited_for` of `p50`, and
     `loss`, the relative difference.
 
   Raises:
@@ -109,15 +105,21 @@ def _compare(workload, size, names, repeats, seconds, progress):
       calls[name] = call
     progress(f'{size} rows  {name}: {rows[name]}')
   times: dict[str, list[float]] = {name: [] for name in calls}
+  updates: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(repeats):
     for name, call in calls.items():
       times[name] += timing.samples(call, seconds / repeats)
-  for name, values in times.items():
-    rows[name] |= tables.percentiles(values)
-    rows[name]['link_bytes'] = _sent_by(calls[name])
+      number = int(seconds / repeats / np.median(times[name]))
+      updates[name].append(_update_seconds(call, max(2, number)))
+  for name, call in calls.items():
+    row = rows[name]
+    row['update'] = float(np.median(updates[name]))
+    row |= tables.percentiles(times[name])
+    row['link_bytes'] = _sent_by(call)
     progress(
-      f'{size} rows  {name}: p50 {1e3 * rows[name]["p50"]:.2f} ms, p99 '
-      f'{1e3 * rows[name]["p99"]:.2f} ms, sent {rows[name]["link_bytes"]}'
+      f'{size} rows  {name}: {1e3 * row["update"]:.2f} ms, waited for p50 '
+      f'{1e3 * row["p50"]:.2f} ms, p99 {1e3 * row["p99"]:.2f} ms, sent '
+      f'{row["link_bytes"]}'
     )
   one = rows.get('histjax:one', {})
   return {
@@ -129,7 +131,8 @@ def _compare(workload, size, names, repeats, seconds, progress):
     'contenders': rows,
     'ratios': {
       name: {
-        'speed': one['p50'] / row['p50'],
+        'speed': one['update'] / row['update'],
+        'waited_for': one['p50'] / row['p50'],
         'loss': abs(row['loss'] / one['loss'] - 1),
       }
       for name, row in rows.items()
@@ -160,7 +163,6 @@ def _update(workload, size, batches, name):
     'devices': number,
     'compile_seconds': time.perf_counter() - begin,
     **tables.memory_of(compiled),
-    'collective_bytes': collective_bytes(compiled.as_text()),
   }
   needed = found['argument_bytes'] + found['temporary_bytes']
   limit = tables.device_bytes()
@@ -182,26 +184,20 @@ def _update(workload, size, batches, name):
   return update, found
 
 
-def collective_bytes(program: str) -> int:
-  """Of all results of collectives in an optimized program, on one device."""
-  total = 0
-  for line in program.splitlines():
-    if found := _COLLECTIVE.search(line):
-      parts = [
-        int(bits) // 8 * int(np.prod([int(n) for n in dims.split(',') if n]))
-        for _, bits, dims in _ARRAY.findall(found.group(1))
-      ]
-      total += sum(parts)
-  return total
+def _update_seconds(call: Callable[[], Any], number: int) -> float:
+  """Of one of so many, of which the last alone is waited for."""
+  begin = time.perf_counter()
+  for _ in range(number):
+    last = call()
+  jax.block_until_ready(last)
+  return (time.perf_counter() - begin) / number
 
 
 def _sent_by(call: Callable[[], Any]) -> float | None:
   """Bytes that the first device sends over its links in a call."""
   jax.block_until_ready(call())
   before = _counters()
-  for _ in range(_COUNTED):
-    last = call()
-  jax.block_until_ready(last)
+  _update_seconds(call, _COUNTED)
   after = _counters()
   if before is None or after is None:
     return None
@@ -235,9 +231,9 @@ def plot(report: Mapping[str, Any]):
   axes = figure.subplots(1, len(entries), squeeze=False)[0]
   for axis, entry in zip(axes, entries, strict=True):
     rates = {
-      name.partition(':')[2]: 1 / row['p50']
+      name.partition(':')[2]: 1 / row['update']
       for name, row in entry['contenders'].items()
-      if 'p50' in row
+      if 'update' in row
     }
     axis.bar(list(rates), list(rates.values()))
     axis.set(title=entry['name'], ylabel='updates a second')

@@ -395,7 +395,7 @@ class DevicesTest(absltest.TestCase):
     self.assertEqual(set(found), set(devices.CONTENDERS))
     for name, row in found.items():
       self.assertLessEqual(row['p50'], row['p99'])
-      self.assertEqual(row['collective_bytes'] > 0, name != 'histjax:one')
+      self.assertGreater(row['update'], 0)
       self.assertLess(entry['ratios'][name]['loss'], 1e-5)
     # A device has its part of the table alone.
     whole, split = (
@@ -415,15 +415,6 @@ class DevicesTest(absltest.TestCase):
     with mock.patch.object(jax, 'device_count', lambda: 1):
       with self.assertRaisesRegex(ValueError, 'one device'):
         devices.run((64,))
-
-  def test_bytes_of_collectives(self):
-    program = """
-  %a = f32[3,5]{1,0} all-reduce(%x), replica_groups={{0,1}}
-  %b = (bf16[7]{0}, s32[]) all-gather-start(%y), dimensions={0}
-  %c = f32[100]{0} add(%a, %all-reduce)
-  %d = f32[100]{0} all-reduce-done(%e)
-"""
-    self.assertEqual(devices.collective_bytes(program), 4 * 15 + 14 + 4)
 
 
 class TrainStepsTest(absltest.TestCase):
