@@ -104,18 +104,9 @@ def _compare(workload, size, names, repeats, seconds, progress):
     if call is not None:
       calls[name] = call
     progress(f'{size} rows  {name}: {rows[name]}')
-  times: dict[str, list[float]] = {name: [] for name in calls}
-  updates: dict[str, list[float]] = {name: [] for name in calls}
-  for _ in range(repeats):
-    for name, call in calls.items():
-      times[name] += timing.samples(call, seconds / repeats)
-      number = int(seconds / repeats / np.median(times[name]))
-      updates[name].append(_update_seconds(call, max(2, number)))
-  for name, call in calls.items():
+  _time(rows, calls, repeats, seconds)
+  for name in calls:
     row = rows[name]
-    row['update'] = float(np.median(updates[name]))
-    row |= tables.percentiles(times[name])
-    row['link_bytes'] = _sent_by(call)
     progress(
       f'{size} rows  {name}: {1e3 * row["update"]:.2f} ms, waited for p50 '
       f'{1e3 * row["p50"]:.2f} ms, p99 {1e3 * row["p99"]:.2f} ms, sent '
@@ -139,6 +130,22 @@ def _compare(workload, size, names, repeats, seconds, progress):
       if 'p50' in row and 'p50' in one
     },
   }
+
+
+def _time(rows, calls, repeats, seconds) -> None:
+  """Adds times to rows; contenders take turns."""
+  times: dict[str, list[float]] = {name: [] for name in calls}
+  updates: dict[str, list[float]] = {name: [] for name in calls}
+  for _ in range(repeats):
+    for name, call in calls.items():
+      times[name] += timing.samples(call, seconds / repeats)
+      number = int(seconds / repeats / np.median(times[name]))
+      updates[name].append(_update_seconds(call, max(2, number)))
+  for name, call in calls.items():
+    row = rows[name]
+    row['update'] = float(np.median(updates[name]))
+    row |= tables.percentiles(times[name])
+    row['link_bytes'] = _sent_by(call)
 
 
 def _update(workload, size, batches, name):
