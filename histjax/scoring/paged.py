@@ -115,7 +115,8 @@ class PagedScorer:
   ) -> tuple[Pool, Pending]:
     """As `Scorer.extend_and_score_async`, in donated pages.
 
-    The capacity must hold the new events, too.
+    The capacity must hold the new events, too. Pages that hold no new event are
+    not written, whatever `place.write` has there.
     """
     schema = self._scorer.config.schema
     new, _ = inputs.lengths(schema, events)

@@ -7,6 +7,7 @@ user's state, in the order of its events.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -39,6 +40,42 @@ def read(pool: Any, index: Int[Array, 'B P'], capacity: int) -> Any:
     return found[:, :, : -(-capacity * x.shape[2] // EVENTS)]
 
   return jax.tree.map(copy, pool)
+
+
+def extended(
+  pool: Any,
+  index: Int[Array, 'B P'],
+  states: Any,
+  length: Int[Array, 'B'],
+  new_events: int,
+) -> Any:
+  """As `write`, of the pages that hold new events alone.
+
+  Args:
+    pool: keys or values.
+    index: as `write`; other pages are dropped, whatever it has there.
+    states: as `write`.
+    length: of each state, without the new events.
+    new_events: at most.
+  """
+  width = index.shape[1]
+  # Events may begin at the end of a page.
+  few = min(width, number(new_events + EVENTS - 1))
+  first = jnp.clip(length // EVENTS, 0, width - few)
+
+  def cut(x, unit, axis):
+    of_row = functools.partial(
+      jax.lax.dynamic_slice_in_dim, slice_size=few * unit, axis=axis
+    )
+    return jax.vmap(of_row, (axis, 0), axis)(x, first * unit)
+
+  def of_pages(x, new):
+    unit = x.shape[2]
+    after = width * unit - new.shape[2]
+    new = jnp.pad(new, [(0, after if i == 2 else 0) for i in range(new.ndim)])
+    return cut(new, unit, 1)
+
+  return write(pool, cut(index, 1, 0), jax.tree.map(of_pages, pool, states))
 
 
 def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:

@@ -377,7 +377,11 @@ def _paged_extend_and_score(plan, sizes, variables, keys, values, parts):
     pages_lib.read(x, parts['read'], sizes.capacity) for x in (keys, values)
   )
   *states, logits = _extend_and_score(plan, sizes, variables, a, b, parts)
-  return (*_written(keys, values, states, parts), logits)
+  written = (
+    pages_lib.extended(pool, parts['write'], x, parts['length'], sizes.events)
+    for pool, x in zip((keys, values), states, strict=True)
+  )
+  return (*written, logits)
 
 
 def _written(keys, values, states, parts):

@@ -309,19 +309,20 @@ class CacheStore:
         took the pool's memory.
     """
     with self._lock:
+      self._entries.expire()
       # Before anybody makes room: a program reads all before it writes.
       place = self._to_read(
         [self._holding(x.user, x.old).pages if x.same else [] for x in updates],
         [x.same for x in updates],
         capacity,
       )
-      self._entries.expire()
       for x in updates:
         self._entries.keep(x.user, x.past, x.digest)
       places = self._entries.place(
         [x.user for x in updates],
         [x.state for x in updates],
         [x.same for x in updates],
+        whole=False,
       )
       write = self._pages.to_write(*places, len(place.read), capacity)
       with self._guard([x.user for x in updates]):

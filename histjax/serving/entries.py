@@ -104,6 +104,8 @@ class Entries:
     users: Sequence[str],
     states: Sequence[State],
     same: Sequence[int],
+    *,
+    whole: bool = True,
   ) -> tuple[list[list[int]], list[int]]:
     """Makes room for states; those of `users` do not make room themselves.
 
@@ -111,16 +113,20 @@ class Entries:
       users: each once.
       states: of each.
       same: as `CacheStore.put`.
+      whole: whether what is not the same can be all of a state. False: one of
+        which a part is to stay, and is lost meanwhile, has no place.
 
     Returns:
       The pages of each, none if there is no room, and which is the first of
       them that must be written.
     """
-    busy, first = set(users), []
+    busy, first, lost = set(users), [], set()
     for user, state, number in zip(users, states, same, strict=True):
       entry = self._entries.get(user)
       old = None if entry is None else entry.known.state
       if old is None:  # Lost meanwhile: nothing of it is there.
+        if number and not whole:
+          lost.add(user)
         number = 0
       elif number and old.start != state.start:
         raise ValueError(
@@ -129,9 +135,10 @@ class Entries:
         )
       first.append(number // pages_lib.EVENTS)
     pages = [
-      self._place(user, state, busy)
+      [] if user in lost else self._place(user, state, busy)
       for user, state in zip(users, states, strict=True)
     ]
+    self._counts.refused += len(lost)
     return pages, first
 
   def release(self, user: str) -> None:

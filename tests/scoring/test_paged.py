@@ -1,10 +1,17 @@
 """A pool's programs score, extend and encode as a scorer does its caches."""
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from hypothesis import given
+from hypothesis import strategies as st
 
 from histjax import scoring
+from histjax.quantization import Quantized
 from histjax.scoring import paged
+from histjax.scoring import pages as pages_lib
 from histjax.serving.pages import Pages, Shape
 from histjax.types import History
 from tests import support
@@ -76,6 +83,48 @@ class PagedTest(parameterized.TestCase):
           )
         ),
       )
+
+  @given(
+    capacity=st.sampled_from([5, 32, 75]),  # Few shapes to compile.
+    new=st.sampled_from([0, 1, 18]),
+    share=st.lists(st.floats(0, 1), min_size=2, max_size=2),
+    quantized=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+  )
+  def test_new_events_are_written(self, capacity, new, share, quantized, seed):
+    rng = np.random.default_rng(seed)
+    new = min(new, capacity)
+    length = (np.array(share) * (capacity - new)).astype(np.int32)
+    width, unit = pages_lib.number(capacity), pages_lib.EVENTS
+    beyond = 2 * width + 1
+
+    def draw(*shape):
+      return rng.integers(-9, 9, shape).astype(np.float32)
+
+    def pair(rows, events, scales):
+      codes = jnp.asarray(draw(2, rows, events, 2, 3))
+      if not quantized:
+        return codes
+      return Quantized(codes, jnp.asarray(draw(2, rows, scales, 2)))
+
+    pool = pair(beyond, unit, 1)
+    pages = rng.permutation(beyond)[: 2 * width].reshape(2, width)
+    pages = pages.astype(np.int32)
+    states = pair(2, capacity, width)
+    # All but the pages of new events is there already.
+    here, first = np.arange(width)[None], length[:, None] // unit
+    pool = pages_lib.write(pool, np.where(here < first, pages, beyond), states)
+    found = pages_lib.extended(
+      pool, np.where(here < first, beyond, pages), states, length, new
+    )
+    read = pages_lib.read(found, pages, capacity)
+    for x, wanted in zip(
+      jax.tree.leaves(read), jax.tree.leaves(states), strict=True
+    ):
+      for row, stop in enumerate(length + new):
+        if x.shape[2] != capacity:  # Scales of pages.
+          stop = pages_lib.number(int(stop))
+        chex.assert_trees_all_equal(x[:, row, :stop], wanted[:, row, :stop])
 
   def test_warm_up(self):
     s = scorer('causal')

@@ -254,7 +254,7 @@ class StoreTest(parameterized.TestCase):
     self.check(store, ['b'], cache, [0])
 
   def test_update_of_a_state_that_was_lost(self):
-    """Someone else's events took its place: all of it is written again."""
+    """Someone else's events took its place: a part alone is not kept."""
     maker = worlds.maker('causal', False)
     user = np.zeros(1, np.uint64)
     past = maker.extend(
@@ -271,10 +271,13 @@ class StoreTest(parameterized.TestCase):
     self.assertEqual(store.counts.forgotten, 2)
     self.assertTrue((place.read[:2, :2] > 0).all())  # Of both, as it was.
     none = store._pages.num_pages
-    self.assertEqual(place.write[0].tolist(), [none] * 3)
-    self.assertLess(place.write[1, 0], none)
-    self.assertLess(place.write[1, 1], none)
-    self.assertEqual(place.write[1, 2], none)
+    self.assertEqual(place.write[:2].tolist(), [[none] * 3] * 2)
+    self.assertIsNone(store.find('b').state)
+    self.assertEqual(store.used_bytes, 0)
+    encode = dataclasses.replace(updates[1], same=0)
+    place = store.update([encode], 48, lambda pool, place: (pool, place))
+    self.assertLess(place.write[0, :2].max(), none)
+    self.assertEqual(place.write[0, 2], none)
     self.assertEqual(store.find('b').state, State(0, 18))
     place = store.update(
       [dataclasses.replace(updates[1], state=State(0, 19), same=18)],
