@@ -75,8 +75,7 @@ class Flight:
     self._logits: Any = logits
     self._carrier = carrier
     self._lock = threading.Lock()
-    self._fetched: np.ndarray | None = None
-    self._is_finite = False
+    self._found: tuple[np.ndarray, bool] | None = None
 
   def fetch(self) -> tuple[np.ndarray, bool]:
     """Waits for the logits of all requests.
@@ -84,14 +83,18 @@ class Flight:
     Returns:
       The logits `[T, B, C]`, and whether all are finite, padding as well.
     """
-    with self._lock:
-      if self._fetched is None:
-        self._fetched = self._carrier.fetch(self._logits)
-        self._is_finite = bool(np.isfinite(self._fetched).all())
-        # Once: two requests in one slot would be mixed up.
-        self._carrier.release(self._program.layout, self._slot)
-        self._logits = self._slot = None
-      return self._fetched, self._is_finite
+    found = self._found
+    if found is None:
+      with self._lock:
+        found = self._found
+        if found is None:
+          logits = self._carrier.fetch(self._logits)
+          found = logits, bool(np.isfinite(logits).all())
+          self._found = found
+          # Once: two requests in one slot would be mixed up.
+          self._carrier.release(self._program.layout, self._slot)
+          self._logits = self._slot = None
+    return found
 
 
 class Pending:

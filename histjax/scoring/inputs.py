@@ -65,7 +65,7 @@ def check_batch(
   context(schema, batch.context, rows, views['context'])
   history(schema, batch.history, length, views['history'])
   candidates(schema, batch.candidates, shape, real, views['candidates'])
-  if not layout.is_good(buffer):
+  if not layout.is_good(buffer, views):
     check_context(schema, batch.context)
     check_history(schema, batch.history, length)
     check_candidates(schema, batch.candidates, real)
@@ -131,7 +131,7 @@ def lengths(
       f'[0, L] with L={shape[1]}'
     )
   length = length.astype(np.int32)
-  length.setflags(write=False)  # It becomes the cache's.
+  length.setflags(False)  # Not to be written: it becomes the cache's.
   return length, shape
 
 
@@ -159,7 +159,7 @@ def check_history(
 
 def _real_events(shape, length) -> np.ndarray | None:
   """bool `[B, L]`, False at padding; None: there is none."""
-  if length.min(initial=shape[1]) == shape[1]:
+  if min(length.tolist(), default=shape[1]) >= shape[1]:
     return None
   return np.arange(shape[1])[None, :] < length[:, None]
 
@@ -175,8 +175,7 @@ def candidates_shape(
     raise ValueError(
       f'candidates: features have shape {shape}; it must be [B, C]'
     )
-  for field in ('visible', 'mask'):
-    part = getattr(value, field)
+  for field, part in (('visible', value.visible), ('mask', value.mask)):
     if part is None:
       continue
     part = _host(f'candidates.{field}', part)
@@ -224,21 +223,24 @@ def count(
   shape: tuple[int, int], real: np.ndarray | None, view: layout_lib.View
 ) -> None:
   """Writes int32 `[B]`, the candidates of each row up to its last real one."""
-  out = view.features['count']
+  out = view.number
   if real is None:
-    out[: shape[0]] = shape[1]
+    out[...] = shape[1]
   else:
     end = np.arange(1, shape[1] + 1)[None, :]
     out[: shape[0]] = np.where(real, end, 0).max(axis=1, initial=0)
-  out[shape[0] :] = 0
+  if shape[0] < len(out):
+    out[shape[0] :] = 0
 
 
 def numbers(value: np.ndarray, view: layout_lib.View) -> None:
   """Writes integers, zeros behind them."""
-  out = view.features[view.part.name]
-  if value.shape != out.shape:
+  out = view.number
+  if value.shape == out.shape:
+    out[...] = value
+  else:
     out.fill(0)
-  out[tuple(map(slice, value.shape))] = value
+    out[tuple(map(slice, value.shape))] = value
 
 
 def visible(
@@ -380,14 +382,15 @@ def _check_values(field, given, spec, real) -> None:
 def _check_names(
   field: str, features: Mapping[str, Any], spec: Sequence[schema_lib.Feature]
 ) -> None:
-  if isinstance(features, Mapping) and len(features) == len(spec):
+  is_mapping = type(features) is dict or isinstance(features, Mapping)
+  if is_mapping and len(features) == len(spec):
     for feature in spec:
       if feature.name not in features:
         break
     else:
       return
   wanted = [f.name for f in spec]
-  if not isinstance(features, Mapping):
+  if not is_mapping:
     raise ValueError(
       f'{field} is a {type(features).__name__}; expected a dict of the '
       f'features {wanted}'

@@ -125,7 +125,7 @@ class PagedScorer:
       'paged_extend_and_score',
       request,
       len(place.read),
-      self._scorer.options.new_events(int(new.max(initial=0))),
+      self._scorer.options.new_events(max(new.tolist(), default=0)),
       place.capacity,
     )
     inputs.numbers(place.length, slot.views['length'])

@@ -632,7 +632,11 @@ class Scorer:
     logits: jax.Array,
     request: flight.Checked,
   ) -> Pending:
-    return self._pending(program, slot, logits, [request])[0]
+    if program not in self._told:
+      self._log(program)
+    at_work = flight.Flight(program, slot, logits, self._carrier(slot))
+    tasks = self.config.schema.tasks
+    return Pending(at_work, 0, request.shape, request.real, tasks)
 
   def _check_request(
     self,
@@ -789,7 +793,7 @@ class Scorer:
     length: np.ndarray | None = None,
   ) -> None:
     """Raises ValueError if a value was written that must not be."""
-    if program.layout.is_good(slot.buffer):
+    if program.layout.is_good(slot.buffer, slot.views):
       return
     if history is not None and length is not None:
       inputs.check_history(self.config.schema, history, length)
