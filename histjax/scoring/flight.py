@@ -18,6 +18,10 @@ from histjax.types import Candidates
 Logits: TypeAlias = dict[str, Float[np.ndarray, 'B C']]
 """`{task: [B, C]}`, float32 in host memory; at padding they mean nothing."""
 
+Part: TypeAlias = tuple[int, tuple[int, int], np.ndarray | None]
+"""Of logits of several requests: the first row, `(B, C)`, and which are real
+(bool `[B, C]`; None: all)."""
+
 
 class Checked(NamedTuple):
   """A request to score, whose shapes are right.
@@ -58,6 +62,24 @@ class Checked(NamedTuple):
     """Raises ValueError for the first value that must not be."""
     inputs.check_context(schema, self.context)
     inputs.check_candidates(schema, self.candidates, self.real)
+
+
+def write_each(
+  schema: schema_lib.Schema,
+  requests: Sequence[Checked],
+  views: Mapping[str, layout_lib.View],
+) -> None:
+  """Writes requests, but for lengths, rows of one after those of another."""
+  names = ('count', 'context', 'candidates', 'visible')
+  written = [views[name] for name in names if name in views]
+  first = 0
+  for request in requests:
+    rows = request.shape[0]
+    own = {view.part.name: view.rows(first, rows) for view in written}
+    request.write(schema, own)
+    first += rows
+  for view in written:  # Of nobody, and looked at.
+    view.rows(first, view.part.shape[0] - first).clear()
 
 
 class Flight:

@@ -131,7 +131,7 @@ def lengths(
       f'[0, L] with L={shape[1]}'
     )
   length = length.astype(np.int32)
-  length.setflags(False)  # Not to be written: it becomes the cache's.
+  length.setflags(write=False)  # It becomes the cache's.
   return length, shape
 
 
@@ -307,8 +307,7 @@ def _write_as_is(given: Any, shape: tuple[int, ...], view: layout_lib.View):
   if shape != view.part.shape:
     if any(map(operator.gt, shape, view.part.shape)):  # It is to be cut.
       return False
-    view.ids.fill(0)
-    view.dense.fill(0)
+    view.clear()
     part = tuple(map(slice, shape))
   for name, out, dtype in columns:
     value = given.get(name)
@@ -320,12 +319,66 @@ def _write_as_is(given: Any, shape: tuple[int, ...], view: layout_lib.View):
   return True
 
 
+def alike(requests: Sequence[tuple[Any, Any]]) -> tuple[int, int] | None:
+  """The `(B, C)` that all may have, if none has a mask or `visible`.
+
+  Args:
+    requests: `(candidates, context)`, at least one; not checked.
+  """
+  for value, _ in requests:
+    if type(value) is not Candidates:
+      return None
+    if value.visible is not None or value.mask is not None:
+      return None
+  features = requests[0][0].features
+  if type(features) is not dict or not features:
+    return None
+  shape: Any = getattr(next(iter(features.values())), 'shape', ())
+  return shape if len(shape) == 2 else None
+
+
+def write_together(
+  given: Sequence[Any], shape: tuple[int, ...], view: layout_lib.View
+) -> bool:
+  """Writes features of several, rows of one after those of the one before it.
+
+  Zeros are behind them.
+
+  Args:
+    given: features of each.
+    shape: of each.
+    view: to write.
+
+  Returns:
+    Whether all were of the right names, types and shape; else what is written
+    means nothing.
+  """
+  columns, number = view.columns, len(given)
+  rows = number * shape[0]
+  if shape[1:] != view.part.shape[1:] or rows > view.part.shape[0]:
+    return False
+  sizes, shapes = [len(columns)] * number, [shape] * number
+  try:
+    if [len(x) for x in given] != sizes:
+      return False
+    for name, out, _ in columns:
+      parts = [features.get(name) for features in given]
+      if [x.shape for x in parts] != shapes:
+        return False
+      if rows < len(out):
+        out[rows:] = 0
+        out = out[:rows]
+      np.concatenate(parts, out=out, casting='no')
+  except (AttributeError, TypeError):  # No dict, no arrays, or other types.
+    return False
+  return True
+
+
 def _write_converted(field, given, spec, shape, real, view) -> bool:
   """Writes features of any types; whether no id was lost by that."""
   whole = view.part.shape
   if shape != whole:
-    view.ids.fill(0)
-    view.dense.fill(0)
+    view.clear()
   part = tuple(map(slice, map(min, shape, whole)))
   good = True
   for feature in spec:

@@ -19,7 +19,7 @@ import numpy as np
 
 from histjax import schema as schema_lib
 
-_FEW = 6000
+_FEW = 2**14
 """Values that are looked at all at once: of more, a pass for each part of them
 takes less time, of fewer, its calls take more."""
 _AS_LIST = 32
@@ -101,7 +101,7 @@ class View:
 
   @functools.cached_property
   def _checked(self) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """Ids, `[N]` or if many `[ids, N]`; what each must be below; dense `[N]`."""
+    """Ids, `[N]` or if many `[ids, N]`, their sizes of tables, and dense."""
     sizes = list(self.part.sizes or ())
     ids, dense = self.ids[: len(sizes)], self.dense.reshape(-1)
     each = ids.size // max(1, len(sizes))
@@ -120,12 +120,16 @@ class View:
       return all(map(math.isfinite, dense.tolist()))
     return bool(np.isfinite(dense).all())
 
-  def rows(self, index: int, number: int) -> View:
-    """One of `number` equal parts of the rows."""
-    size = self.part.shape[0] // number
-    here = slice(index * size, (index + 1) * size)
+  def clear(self) -> None:
+    """Writes zeros."""
+    self.ids.fill(0)
+    self.dense.fill(0)
+
+  def rows(self, first: int, number: int) -> View:
+    """Some of the rows."""
+    here = slice(first, first + number)
     return View(
-      self.part._replace(shape=(size, *self.part.shape[1:])),
+      self.part._replace(shape=(number, *self.part.shape[1:])),
       {name: x[here] for name, x in self.features.items()},
       self.ids[:, here],
       self.dense[:, here],
@@ -194,10 +198,14 @@ class Layout:
     """The views of each request's rows."""
     if self.requests == 1:
       return [views]
-    return [
-      {name: view.rows(i, self.requests) for name, view in views.items()}
-      for i in range(self.requests)
-    ]
+    found = []
+    for i in range(self.requests):
+      own = {}
+      for name, view in views.items():
+        number = view.part.shape[0] // self.requests
+        own[name] = view.rows(i * number, number)
+      found.append(own)
+    return found
 
   def unpack(self, request: jax.Array) -> dict[str, Any]:
     """What `views` were written to, in a program.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -632,11 +632,8 @@ class Scorer:
     logits: jax.Array,
     request: flight.Checked,
   ) -> Pending:
-    if program not in self._told:
-      self._log(program)
-    at_work = flight.Flight(program, slot, logits, self._carrier(slot))
-    tasks = self.config.schema.tasks
-    return Pending(at_work, 0, request.shape, request.real, tasks)
+    part = 0, request.shape, request.real
+    return self._pending(program, slot, logits, [part])[0]
 
   def _check_request(
     self,
@@ -780,15 +777,14 @@ class Scorer:
       request.write(self.config.schema, views)
     for views in slot.requests[len(requests) :]:  # Of nobody, and looked at.
       for view in views.values():
-        view.ids.fill(0)
-        view.dense.fill(0)
+        view.clear()
     return program, slot
 
   def _check_values(
     self,
     program: programs.Program,
     slot: transport.Slot,
-    requests: Sequence[flight.Checked],
+    requests: Iterable[flight.Checked],
     history: History | None = None,
     length: np.ndarray | None = None,
   ) -> None:
@@ -817,7 +813,9 @@ class Scorer:
       keys = tuple(x.keys for x in caches)
       values = tuple(x.values for x in caches)
     logits = self._checked_call(program, slot, (keys, values), requests)
-    return self._pending(program, slot, logits, requests)
+    rows = first.num_rows
+    parts = [(i * rows, x.shape, x.real) for i, x in enumerate(requests)]
+    return self._pending(program, slot, logits, parts)
 
   def _compile(self, job: ahead.Job) -> None:
     """Runs a program on what is in its slot."""
@@ -913,7 +911,7 @@ class Scorer:
     program: programs.Program,
     slot: transport.Slot,
     cached: Any,
-    requests: Sequence[flight.Checked],
+    requests: Iterable[flight.Checked],
     history: History | None = None,
     length: np.ndarray | None = None,
   ) -> Any:
@@ -968,13 +966,11 @@ class Scorer:
     program: programs.Program,
     slot: transport.Slot,
     logits: jax.Array,
-    requests: Sequence[flight.Checked],
+    parts: Iterable[flight.Part],
   ) -> list[Pending]:
+    """Those of each part of the logits."""
     if program not in self._told:
       self._log(program)
     at_work = flight.Flight(program, slot, logits, self._carrier(slot))
-    rows = logits.shape[1] // len(slot.requests)
-    return [
-      Pending(at_work, i * rows, x.shape, x.real, self.config.schema.tasks)
-      for i, x in enumerate(requests)
-    ]
+    tasks = self.config.schema.tasks
+    return [Pending(at_work, *part, tasks) for part in parts]
