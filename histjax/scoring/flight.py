@@ -111,7 +111,8 @@ class Flight:
         found = self._found
         if found is None:
           logits = self._carrier.fetch(self._logits)
-          found = logits, bool(np.isfinite(logits).all())
+          good = np.logical_and.reduce(np.isfinite(logits), axis=None)
+          found = logits, bool(good)
           self._found = found
           # Once: two requests in one slot would be mixed up.
           self._carrier.release(self._program.layout, self._slot)

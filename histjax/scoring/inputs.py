@@ -117,13 +117,16 @@ def lengths(
   check_type(value, History, 'history')
   _check_names('history.features', value.features, schema.history_features)
   shape = _shape_of(value.features)
-  length = _host('history.length', value.length)
+  length = value.length
+  if type(length) is not np.ndarray:
+    length = _host('history.length', length)
   if len(shape) != 2 or length.shape != shape[:1]:
     raise ValueError(
       f'history: features have shape {shape} and length {length.shape}; '
       'they must be [B, L] and [B]'
     )
-  _check_integers('history.length', length)
+  if length.dtype != np.int32:
+    _check_integers('history.length', length)
   values = length.tolist()  # Of so few NumPy's reductions take longer.
   if values and not 0 <= min(values) <= max(values) <= shape[1]:
     raise ValueError(

@@ -118,7 +118,7 @@ class View:
         return False
     if len(dense) <= _AS_LIST:
       return all(map(math.isfinite, dense.tolist()))
-    return bool(np.isfinite(dense).all())
+    return bool(np.logical_and.reduce(np.isfinite(dense)))
 
   def clear(self) -> None:
     """Writes zeros."""
@@ -178,7 +178,8 @@ class Layout:
     """
     if self.size <= _FEW:
       mask, limit = self._limits
-      return not ((buffer.view(np.uint32) & mask) >= limit).any()
+      bad = (buffer.view(np.uint32) & mask) >= limit
+      return not np.logical_or.reduce(bad)
     return all([view.is_good() for view in views.values()])
 
   def views(self, buffer: np.ndarray) -> dict[str, View]:
