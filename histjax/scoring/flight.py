@@ -129,7 +129,7 @@ class Pending:
     first_row: int,
     shape: tuple[int, int],
     real: np.ndarray | None,
-    tasks: Sequence[schema_lib.Task],
+    tasks: Sequence[str],
   ):
     self._flight = flight
     self._first_row = first_row
@@ -147,7 +147,7 @@ class Pending:
     found = logits[:, first : first + rows, :columns]
     if not is_finite:
       self._check(found)
-    return {task.name: x for task, x in zip(self._tasks, found, strict=True)}
+    return dict(zip(self._tasks, found))  # noqa: B905
 
   def rows(self, first: int, number: int, candidates: int) -> Pending:
     """Those of some rows and their first candidates, checked alone."""
@@ -169,7 +169,7 @@ class Pending:
     if bad.any():
       i, row, column = np.argwhere(bad)[0]
       raise ValueError(
-        f'the logit {self._tasks[i].name!r} of row {row}, candidate {column} '
+        f'the logit {self._tasks[i]!r} of row {row}, candidate {column} '
         f'is {found[i, row, column]}: a dense value is too large for the '
         'network, or a parameter is not finite; check these'
       )

@@ -7,6 +7,7 @@ as a program of a request computes, so there is one and not four.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -60,6 +61,12 @@ class PagedScorer:
   def __init__(self, scorer: Scorer):
     """Of this scorer, whose options hold."""
     self._scorer = scorer
+    options = scorer.options
+    # Looked up in less time than computed.
+    self._new_events = functools.cache(options.new_events)
+    self._candidates = functools.cache(
+      lambda number: options.candidates(number, options.microbatch)
+    )
     # By what tells them apart: a `Sizes` takes longer to make.
     self._programs: dict[tuple, programs.Program] = {}
 
@@ -174,7 +181,7 @@ class PagedScorer:
       'paged_extend_and_score',
       request,
       len(place.read),
-      self._scorer.options.new_events(max(new.tolist(), default=0)),
+      self._new_events(max(new.tolist(), default=0)),
       place.capacity,
     )
     inputs.numbers(place.length, slot.views['length'])
@@ -316,8 +323,7 @@ class PagedScorer:
     capacity: int = 0,
   ) -> tuple[programs.Program, transport.Slot]:
     """The program of a bucket, and a slot."""
-    scorer, options = self._scorer, self._scorer.options
-    candidates = options.candidates(candidates, options.microbatch)
+    scorer, candidates = self._scorer, self._candidates(candidates)
     key = (kind, rows, events, candidates, visible, capacity)
     program = self._programs.get(key)
     if program is None:

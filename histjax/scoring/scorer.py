@@ -87,6 +87,7 @@ class Scorer:
     """
     self.config = config
     self.options = scorer_config or ScorerConfig()
+    self._tasks = tuple(task.name for task in config.schema.tasks)
     self._run: run_lib.Run | None = None
     self._compilations = compilations.Counter()
     self._logged: set[tuple[str, str]] = set()
@@ -632,8 +633,8 @@ class Scorer:
     logits: jax.Array,
     request: flight.Checked,
   ) -> Pending:
-    part = 0, request.shape, request.real
-    return self._pending(program, slot, logits, [part])[0]
+    at_work = self._flight(program, slot, logits)
+    return Pending(at_work, 0, request.shape, request.real, self._tasks)
 
   def _check_request(
     self,
@@ -969,8 +970,12 @@ class Scorer:
     parts: Iterable[flight.Part],
   ) -> list[Pending]:
     """Those of each part of the logits."""
+    at_work, tasks = self._flight(program, slot, logits), self._tasks
+    return [Pending(at_work, *part, tasks) for part in parts]
+
+  def _flight(
+    self, program: programs.Program, slot: transport.Slot, logits: jax.Array
+  ) -> flight.Flight:
     if program not in self._told:
       self._log(program)
-    at_work = flight.Flight(program, slot, logits, self._carrier(slot))
-    tasks = self.config.schema.tasks
-    return [Pending(at_work, *part, tasks) for part in parts]
+    return flight.Flight(program, slot, logits, self._carrier(slot))
