@@ -110,7 +110,10 @@ class View:
     return ids.reshape(len(sizes), each), sizes, dense
 
   def is_good(self) -> bool:
-    """Whether ids are of their tables and dense values finite, if features."""
+    """Whether ids are of their tables and dense values finite, if features.
+
+    Only of a whole part: some of its rows are not one piece of memory.
+    """
     ids, sizes, dense = self._checked
     if sizes:  # An id below 0 is a large one.
       largest = ids if ids.ndim == 1 else np.maximum.reduce(ids, axis=1)
