@@ -345,7 +345,7 @@ def write_together(
 ) -> bool:
   """Writes features of several, rows of one after those of the one before it.
 
-  Zeros are behind them.
+  Zeros are in the padding.
 
   Args:
     given: features of each.
@@ -357,9 +357,13 @@ def write_together(
     means nothing.
   """
   columns, number = view.columns, len(given)
-  rows = number * shape[0]
-  if shape[1:] != view.part.shape[1:] or rows > view.part.shape[0]:
-    return False
+  every, whole = (number * shape[0], *shape[1:]), view.part.shape
+  part: Any = ...
+  if every != whole:
+    if any(map(operator.gt, every, whole)):
+      return False
+    view.clear()
+    part = tuple(map(slice, every))
   sizes, shapes = [len(columns)] * number, [shape] * number
   try:
     if [len(x) for x in given] != sizes:
@@ -368,10 +372,7 @@ def write_together(
       parts = [features.get(name) for features in given]
       if [x.shape for x in parts] != shapes:
         return False
-      if rows < len(out):
-        out[rows:] = 0
-        out = out[:rows]
-      np.concatenate(parts, out=out, casting='no')
+      np.concatenate(parts, out=out[part], casting='no')
   except (AttributeError, TypeError):  # No dict, no arrays, or other types.
     return False
   return True

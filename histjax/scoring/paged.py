@@ -99,8 +99,8 @@ class PagedScorer:
       place: of all, those of a request after those of the one before it, B of
         `length` in all.
       requests: `(candidates, context)`, each of some of the B rows: features
-        `[rows, C]`, of each its own C, and `{name: [rows]}`. Least time take
-        those of int32 and float32 arrays of one shape, C that of a bucket.
+        `[rows, C]`, of each its own C, and `{name: [rows]}`. Those of int32
+        and float32 arrays of one shape take the least time.
 
     Returns:
       The logits of each, `[rows, C]`, which are checked alone.
