@@ -18,7 +18,6 @@ from histjax.scoring import flight, paged, transport
 from histjax.scoring import layout as layout_lib
 from histjax.scoring import pages as pages_lib
 from histjax.serving import pages
-from histjax.types import Candidates
 
 DEPTHS = (1, 2, 4, 8)
 """Requests in flight."""
@@ -252,7 +251,7 @@ class Pages:
   def call(self, name: str) -> Call:
     """See `Contender`."""
     if name == 'score':
-      return Call(lambda index, _: self._score([index]).result())
+      return Call(lambda index, _: self._score(index).result())
     if name == 'new user':
       return Call(lambda index, _: self._write(index, self._new).result())
 
@@ -288,26 +287,20 @@ class Pages:
     )
     return pending
 
-  def _score(self, indices: Sequence[int]) -> Any:
-    given = [self._requests[i % len(self._requests)] for i in indices]
-    candidates, context = given[0].candidates, given[0].context
-    if len(given) > 1:
-      candidates = Candidates(_together([x.candidates.features for x in given]))
-      context = _together([x.context for x in given])
-    place = self._places[len(given)]
-    return self._paged.score(self._pool, place, candidates, context)
+  def _score(self, index: int) -> Pending:
+    request = self._requests[index]
+    return self._paged.score(
+      self._pool, self._scored, request.candidates, request.context
+    )
 
-  def _start(self, indices: list[int]) -> list[Pending]:
+  def _start(self, indices: list[int]) -> Sequence[Pending]:
     # A group that is not full has the program of one that is.
-    pending = self._score(indices)
-    return [
-      pending.rows(i * self._rows, self._rows, self._workload.num_candidates)
-      for i in range(len(indices))
-    ]
-
-
-def _together(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-  return {k: np.concatenate([x[k] for x in parts]) for k in parts[0]}
+    given = [self._requests[i % len(self._requests)] for i in indices]
+    return self._paged.score_many(
+      self._pool,
+      self._places[len(given)],
+      [(x.candidates, x.context) for x in given],
+    )
 
 
 def _scorer(implementation, workload, variables) -> scoring.Scorer:

@@ -197,7 +197,8 @@ class Event:
 
   def record(self, stream: Pointer) -> None:
     """At the end of what the stream was given so far."""
-    check(self._record(self._event, stream), 'cuEventRecord')
+    if status := self._record(self._event, stream):
+      check(status, 'cuEventRecord')
 
   def is_ready(self) -> bool:
     """Whether it is done.
@@ -206,9 +207,11 @@ class Event:
       Error: what was done failed.
     """
     status = self._query(self._event)
-    if status not in (0, _NOT_READY):
+    if status == 0:
+      return True
+    if status != _NOT_READY:
       check(status, 'cuEventQuery')
-    return status == 0
+    return False
 
   def wait(self) -> None:
     """Until it is done; other threads of Python run meanwhile."""
@@ -279,7 +282,8 @@ class Launchable:
 
   def launch(self, stream: Pointer) -> None:
     """Gives it to a stream."""
-    check(self._launch(self._handle, stream), 'cuGraphLaunch')
+    if status := self._launch(self._handle, stream):
+      check(status, 'cuGraphLaunch')
 
   def __del__(self):
     self._destroy(self._handle)

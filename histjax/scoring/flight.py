@@ -18,6 +18,10 @@ from histjax.types import Candidates
 Logits: TypeAlias = dict[str, Float[np.ndarray, 'B C']]
 """`{task: [B, C]}`, float32 in host memory; at padding they mean nothing."""
 
+Part: TypeAlias = tuple[int, tuple[int, int], np.ndarray | None]
+"""Of logits of several requests: the first row, `(B, C)`, and which are real
+(bool `[B, C]`; None: all)."""
+
 
 class Checked(NamedTuple):
   """A request to score, whose shapes are right.
@@ -60,6 +64,24 @@ class Checked(NamedTuple):
     inputs.check_candidates(schema, self.candidates, self.real)
 
 
+def write_each(
+  schema: schema_lib.Schema,
+  requests: Sequence[Checked],
+  views: Mapping[str, layout_lib.View],
+) -> None:
+  """Writes requests, but for lengths, rows of one after those of another."""
+  names = ('count', 'context', 'candidates', 'visible')
+  written = [views[name] for name in names if name in views]
+  first = 0
+  for request in requests:
+    rows = request.shape[0]
+    own = {view.part.name: view.rows(first, rows) for view in written}
+    request.write(schema, own)
+    first += rows
+  for view in written:  # Of nobody, and looked at.
+    view.rows(first, view.part.shape[0] - first).clear()
+
+
 class Flight:
   """One program at work, for one request or several."""
 
@@ -75,8 +97,7 @@ class Flight:
     self._logits: Any = logits
     self._carrier = carrier
     self._lock = threading.Lock()
-    self._fetched: np.ndarray | None = None
-    self._is_finite = False
+    self._found: tuple[np.ndarray, bool] | None = None
 
   def fetch(self) -> tuple[np.ndarray, bool]:
     """Waits for the logits of all requests.
@@ -84,14 +105,19 @@ class Flight:
     Returns:
       The logits `[T, B, C]`, and whether all are finite, padding as well.
     """
-    with self._lock:
-      if self._fetched is None:
-        self._fetched = self._carrier.fetch(self._logits)
-        self._is_finite = bool(np.isfinite(self._fetched).all())
-        # Once: two requests in one slot would be mixed up.
-        self._carrier.release(self._program.layout, self._slot)
-        self._logits = self._slot = None
-      return self._fetched, self._is_finite
+    found = self._found
+    if found is None:
+      with self._lock:
+        found = self._found
+        if found is None:
+          logits = self._carrier.fetch(self._logits)
+          good = np.logical_and.reduce(np.isfinite(logits), axis=None)
+          found = logits, bool(good)
+          self._found = found
+          # Once: two requests in one slot would be mixed up.
+          self._carrier.release(self._program.layout, self._slot)
+          self._logits = self._slot = None
+    return found
 
 
 class Pending:
@@ -103,7 +129,7 @@ class Pending:
     first_row: int,
     shape: tuple[int, int],
     real: np.ndarray | None,
-    tasks: Sequence[schema_lib.Task],
+    tasks: Sequence[str],
   ):
     self._flight = flight
     self._first_row = first_row
@@ -121,7 +147,7 @@ class Pending:
     found = logits[:, first : first + rows, :columns]
     if not is_finite:
       self._check(found)
-    return {task.name: x for task, x in zip(self._tasks, found, strict=True)}
+    return dict(zip(self._tasks, found))  # noqa: B905
 
   def rows(self, first: int, number: int, candidates: int) -> Pending:
     """Those of some rows and their first candidates, checked alone."""
@@ -143,7 +169,7 @@ class Pending:
     if bad.any():
       i, row, column = np.argwhere(bad)[0]
       raise ValueError(
-        f'the logit {self._tasks[i].name!r} of row {row}, candidate {column} '
+        f'the logit {self._tasks[i]!r} of row {row}, candidate {column} '
         f'is {found[i, row, column]}: a dense value is too large for the '
         'network, or a parameter is not finite; check these'
       )

@@ -390,7 +390,9 @@ class Recording:
 
   def _load(self, cached: Any) -> bool:
     """Whether the graph reads these now, and writes them."""
-    for i, array in enumerate(jax.tree.leaves(cached)):
+    if len(cached) != len(self._last):  # Else it has no trees.
+      cached = jax.tree.leaves(cached)
+    for i, array in enumerate(cached):
       if array.is_deleted():
         raise RuntimeError(
           'Array has been deleted: a cache or pool that was extended must not '

@@ -65,7 +65,7 @@ def check_batch(
   context(schema, batch.context, rows, views['context'])
   history(schema, batch.history, length, views['history'])
   candidates(schema, batch.candidates, shape, real, views['candidates'])
-  if not layout.is_good(buffer):
+  if not layout.is_good(buffer, views):
     check_context(schema, batch.context)
     check_history(schema, batch.history, length)
     check_candidates(schema, batch.candidates, real)
@@ -117,13 +117,16 @@ def lengths(
   check_type(value, History, 'history')
   _check_names('history.features', value.features, schema.history_features)
   shape = _shape_of(value.features)
-  length = _host('history.length', value.length)
+  length = value.length
+  if type(length) is not np.ndarray:
+    length = _host('history.length', length)
   if len(shape) != 2 or length.shape != shape[:1]:
     raise ValueError(
       f'history: features have shape {shape} and length {length.shape}; '
       'they must be [B, L] and [B]'
     )
-  _check_integers('history.length', length)
+  if length.dtype != np.int32:
+    _check_integers('history.length', length)
   values = length.tolist()  # Of so few NumPy's reductions take longer.
   if values and not 0 <= min(values) <= max(values) <= shape[1]:
     raise ValueError(
@@ -159,7 +162,7 @@ def check_history(
 
 def _real_events(shape, length) -> np.ndarray | None:
   """bool `[B, L]`, False at padding; None: there is none."""
-  if length.min(initial=shape[1]) == shape[1]:
+  if min(length.tolist(), default=shape[1]) >= shape[1]:
     return None
   return np.arange(shape[1])[None, :] < length[:, None]
 
@@ -175,8 +178,7 @@ def candidates_shape(
     raise ValueError(
       f'candidates: features have shape {shape}; it must be [B, C]'
     )
-  for field in ('visible', 'mask'):
-    part = getattr(value, field)
+  for field, part in (('visible', value.visible), ('mask', value.mask)):
     if part is None:
       continue
     part = _host(f'candidates.{field}', part)
@@ -224,21 +226,24 @@ def count(
   shape: tuple[int, int], real: np.ndarray | None, view: layout_lib.View
 ) -> None:
   """Writes int32 `[B]`, the candidates of each row up to its last real one."""
-  out = view.features['count']
+  out = view.number
   if real is None:
-    out[: shape[0]] = shape[1]
+    out[...] = shape[1]
   else:
     end = np.arange(1, shape[1] + 1)[None, :]
     out[: shape[0]] = np.where(real, end, 0).max(axis=1, initial=0)
-  out[shape[0] :] = 0
+  if shape[0] < len(out):
+    out[shape[0] :] = 0
 
 
 def numbers(value: np.ndarray, view: layout_lib.View) -> None:
   """Writes integers, zeros behind them."""
-  out = view.features[view.part.name]
-  if value.shape != out.shape:
+  out = view.number
+  if value.shape == out.shape:
+    out[...] = value
+  else:
     out.fill(0)
-  out[tuple(map(slice, value.shape))] = value
+    out[tuple(map(slice, value.shape))] = value
 
 
 def visible(
@@ -305,8 +310,7 @@ def _write_as_is(given: Any, shape: tuple[int, ...], view: layout_lib.View):
   if shape != view.part.shape:
     if any(map(operator.gt, shape, view.part.shape)):  # It is to be cut.
       return False
-    view.ids.fill(0)
-    view.dense.fill(0)
+    view.clear()
     part = tuple(map(slice, shape))
   for name, out, dtype in columns:
     value = given.get(name)
@@ -318,12 +322,67 @@ def _write_as_is(given: Any, shape: tuple[int, ...], view: layout_lib.View):
   return True
 
 
+def alike(requests: Sequence[tuple[Any, Any]]) -> tuple[int, int] | None:
+  """The `(B, C)` that all may have, if none has a mask or `visible`.
+
+  Args:
+    requests: `(candidates, context)`, at least one; not checked.
+  """
+  for value, _ in requests:
+    if type(value) is not Candidates:
+      return None
+    if value.visible is not None or value.mask is not None:
+      return None
+  features = requests[0][0].features
+  if type(features) is not dict or not features:
+    return None
+  shape: Any = getattr(next(iter(features.values())), 'shape', ())
+  return shape if len(shape) == 2 else None
+
+
+def write_together(
+  given: Sequence[Any], shape: tuple[int, ...], view: layout_lib.View
+) -> bool:
+  """Writes features of several, rows of one after those of the one before it.
+
+  Zeros are in the padding.
+
+  Args:
+    given: features of each.
+    shape: of each.
+    view: to write.
+
+  Returns:
+    Whether all were of the right names, types and shape; else what is written
+    means nothing.
+  """
+  columns, number = view.columns, len(given)
+  every, whole = (number * shape[0], *shape[1:]), view.part.shape
+  part: Any = ...
+  if every != whole:
+    if any(map(operator.gt, every, whole)):
+      return False
+    view.clear()
+    part = tuple(map(slice, every))
+  sizes, shapes = [len(columns)] * number, [shape] * number
+  try:
+    if [len(x) for x in given] != sizes:
+      return False
+    for name, out, _ in columns:
+      parts = [features.get(name) for features in given]
+      if [x.shape for x in parts] != shapes:
+        return False
+      np.concatenate(parts, out=out[part], casting='no')
+  except (AttributeError, TypeError):  # No dict, no arrays, or other types.
+    return False
+  return True
+
+
 def _write_converted(field, given, spec, shape, real, view) -> bool:
   """Writes features of any types; whether no id was lost by that."""
   whole = view.part.shape
   if shape != whole:
-    view.ids.fill(0)
-    view.dense.fill(0)
+    view.clear()
   part = tuple(map(slice, map(min, shape, whole)))
   good = True
   for feature in spec:
@@ -380,14 +439,15 @@ def _check_values(field, given, spec, real) -> None:
 def _check_names(
   field: str, features: Mapping[str, Any], spec: Sequence[schema_lib.Feature]
 ) -> None:
-  if isinstance(features, Mapping) and len(features) == len(spec):
+  is_mapping = type(features) is dict or isinstance(features, Mapping)
+  if is_mapping and len(features) == len(spec):
     for feature in spec:
       if feature.name not in features:
         break
     else:
       return
   wanted = [f.name for f in spec]
-  if not isinstance(features, Mapping):
+  if not is_mapping:
     raise ValueError(
       f'{field} is a {type(features).__name__}; expected a dict of the '
       f'features {wanted}'

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,11 @@ import numpy as np
 
 from histjax import schema as schema_lib
 
-_FEW = 2**13
+_FEW = 2**14
 """Values that are looked at all at once: of more, a pass for each part of them
 takes less time, of fewer, its calls take more."""
+_AS_LIST = 32
+"""Values of which a list is looked at in less time than an array."""
 
 
 class Part(NamedTuple):
@@ -91,12 +94,45 @@ class View:
     """Names, arrays and types of the features."""
     return tuple((name, x, x.dtype) for name, x in self.features.items())
 
-  def rows(self, index: int, number: int) -> View:
-    """One of `number` equal parts of the rows."""
-    size = self.part.shape[0] // number
-    here = slice(index * size, (index + 1) * size)
+  @functools.cached_property
+  def number(self) -> np.ndarray:
+    """int32 `part.shape`, of a part of `numbers`."""
+    return self.features[self.part.name]
+
+  @functools.cached_property
+  def _checked(self) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Ids, `[N]` or if many `[ids, N]`, their sizes of tables, and dense."""
+    sizes = list(self.part.sizes or ())
+    ids, dense = self.ids[: len(sizes)], self.dense.reshape(-1)
+    each = ids.size // max(1, len(sizes))
+    if ids.size <= _AS_LIST:
+      return ids.reshape(-1), [x for x in sizes for _ in range(each)], dense
+    return ids.reshape(len(sizes), each), sizes, dense
+
+  def is_good(self) -> bool:
+    """Whether ids are of their tables and dense values finite, if features.
+
+    Only of a whole part: some of its rows are not one piece of memory.
+    """
+    ids, sizes, dense = self._checked
+    if sizes:  # An id below 0 is a large one.
+      largest = ids if ids.ndim == 1 else np.maximum.reduce(ids, axis=1)
+      if not all(map(operator.lt, largest.tolist(), sizes)):
+        return False
+    if len(dense) <= _AS_LIST:
+      return all(map(math.isfinite, dense.tolist()))
+    return bool(np.logical_and.reduce(np.isfinite(dense)))
+
+  def clear(self) -> None:
+    """Writes zeros."""
+    self.ids.fill(0)
+    self.dense.fill(0)
+
+  def rows(self, first: int, number: int) -> View:
+    """Some of the rows."""
+    here = slice(first, first + number)
     return View(
-      self.part._replace(shape=(size, *self.part.shape[1:])),
+      self.part._replace(shape=(number, *self.part.shape[1:])),
       {name: x[here] for name, x in self.features.items()},
       self.ids[:, here],
       self.dense[:, here],
@@ -136,39 +172,18 @@ class Layout:
       below.dense[...] = np.inf
     return mask, limit
 
-  @functools.cached_property
-  def _checked(self) -> tuple[list[tuple[slice, np.ndarray]], list[slice]]:
-    """Where ids of a part are, with the sizes of their tables, and numbers."""
-    ids: list[tuple[slice, np.ndarray]] = []
-    dense: list[slice] = []
-    offset = 0
-    for part in self.parts:
-      middle = offset + len(part.ids) * math.prod(part.shape)
-      end = offset + part.size
-      if part.sizes is not None:
-        if offset < middle:
-          sizes = np.array(part.sizes, np.uint32)
-          ids.append((slice(offset, middle), sizes))
-        if middle < end:
-          dense.append(slice(middle, end))
-      offset = end
-    return ids, dense
-
-  def is_good(self, buffer: np.ndarray) -> bool:
+  def is_good(self, buffer: np.ndarray, views: dict[str, View]) -> bool:
     """Whether all ids are of their tables and all dense values finite.
 
     Args:
       buffer: int32 `[size]`.
+      views: its.
     """
     if self.size <= _FEW:
       mask, limit = self._limits
-      return not ((buffer.view(np.uint32) & mask) >= limit).any()
-    ids, dense = self._checked
-    bits, values = buffer.view(np.uint32), buffer.view(np.float32)
-    for here, sizes in ids:  # An id below 0 is a large one.
-      if (bits[here].reshape(len(sizes), -1).max(axis=1) >= sizes).any():
-        return False
-    return all([np.isfinite(values[here]).all() for here in dense])
+      bad = (buffer.view(np.uint32) & mask) >= limit
+      return not np.logical_or.reduce(bad)
+    return all([view.is_good() for view in views.values()])
 
   def views(self, buffer: np.ndarray) -> dict[str, View]:
     """The parts of a buffer, int32 `[size]`, by name."""
@@ -187,10 +202,14 @@ class Layout:
     """The views of each request's rows."""
     if self.requests == 1:
       return [views]
-    return [
-      {name: view.rows(i, self.requests) for name, view in views.items()}
-      for i in range(self.requests)
-    ]
+    found = []
+    for i in range(self.requests):
+      own = {}
+      for name, view in views.items():
+        number = view.part.shape[0] // self.requests
+        own[name] = view.rows(i * number, number)
+      found.append(own)
+    return found
 
   def unpack(self, request: jax.Array) -> dict[str, Any]:
     """What `views` were written to, in a program.

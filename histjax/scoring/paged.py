@@ -7,6 +7,7 @@ as a program of a request computes, so there is one and not four.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -60,6 +61,12 @@ class PagedScorer:
   def __init__(self, scorer: Scorer):
     """Of this scorer, whose options hold."""
     self._scorer = scorer
+    options = scorer.options
+    # Looked up in less time than computed.
+    self._new_events = functools.cache(options.new_events)
+    self._candidates = functools.cache(
+      lambda number: options.candidates(number, options.microbatch)
+    )
     # By what tells them apart: a `Sizes` takes longer to make.
     self._programs: dict[tuple, programs.Program] = {}
 
@@ -72,13 +79,62 @@ class PagedScorer:
   ) -> Pending:
     """As `Scorer.score_async`, of the states in the pages."""
     request = self._checked(candidates, context, place.length)
-    program, slot = self._slot(
-      'paged_score', request, len(place.read), place.capacity
+    program, slot = self._score_slot(
+      place, request.shape[1], request.visible is not None
     )
-    inputs.numbers(place.length, slot.views['length'])
-    inputs.numbers(place.read, slot.views['read'])
+    request.write(self._scorer.config.schema, slot.views)
     logits = self._scorer._checked_call(program, slot, pool, [request])
     return self._scorer._one_pending(program, slot, logits, request)
+
+  def score_many(
+    self,
+    pool: Pool,
+    place: Place,
+    requests: Sequence[tuple[Candidates, Mapping[str, Any]]],
+  ) -> list[Pending]:
+    """As `score` of each, in one program that they share.
+
+    Args:
+      pool: is read.
+      place: of all, those of a request after those of the one before it, B of
+        `length` in all.
+      requests: `(candidates, context)`, each of some of the B rows: features
+        `[rows, C]`, of each its own C, and `{name: [rows]}`. Those of int32
+        and float32 arrays of one shape take the least time.
+
+    Returns:
+      The logits of each, `[rows, C]`, which are checked alone.
+
+    Raises:
+      ValueError: one that `score` would refuse, or they have not B rows; then
+        the logits of none are returned.
+    """
+    if not requests:
+      inputs.check_rows(0, len(place.length))
+      return []
+    shape = inputs.alike(requests)
+    if shape is not None:
+      found = self._score_alike(pool, place, requests, shape)
+      if found is not None:
+        return found
+    scorer = self._scorer
+    checked: list[flight.Checked] = []
+    parts: list[flight.Part] = []
+    first = 0
+    for candidates, context in requests:
+      request = scorer._check_candidates(
+        candidates, context, place.length[first:]
+      )
+      checked.append(request)
+      parts.append((first, request.shape, request.real))
+      first += request.shape[0]
+    inputs.check_rows(first, len(place.length))
+    columns = max([x.shape[1] for x in checked])
+    visible = not all([x.visible is None for x in checked])
+    program, slot = self._score_slot(place, columns, visible)
+    flight.write_each(scorer.config.schema, checked, slot.views)
+    logits = scorer._checked_call(program, slot, pool, checked)
+    return scorer._pending(program, slot, logits, parts)
 
   def encode(
     self,
@@ -126,7 +182,7 @@ class PagedScorer:
       'paged_extend_and_score',
       request,
       len(place.read),
-      self._scorer.options.new_events(int(new.max(initial=0))),
+      self._new_events(max(new.tolist(), default=0)),
       place.capacity,
     )
     inputs.numbers(place.length, slot.views['length'])
@@ -191,6 +247,48 @@ class PagedScorer:
     compiled = self._scorer.num_compilations - before
     return pool, ahead.WarmUp(len(todo), compiled, seconds)
 
+  def _score_alike(
+    self, pool: Pool, place: Place, requests, shape: tuple[int, int]
+  ) -> list[Pending] | None:
+    """`score_many` of requests of this shape; None: they are not.
+
+    It checks no request by itself, which costs more than to write it.
+    """
+    rows, length = shape[0], place.length
+    total = rows * len(requests)
+    if total != len(length):
+      return None
+    program, slot = self._score_slot(place, shape[1], False)
+    scorer, views = self._scorer, slot.views
+    features = [x.features for x, _ in requests]
+    contexts = [x for _, x in requests]
+    if not (
+      inputs.write_together(features, shape, views['candidates'])
+      and inputs.write_together(contexts, shape[:1], views['context'])
+    ):
+      scorer._carrier(slot).release(program.layout, slot)
+      return None
+    inputs.count((total, shape[1]), None, views['count'])
+    firsts = range(0, total, rows) if rows else [0] * len(requests)
+    checked = (  # Made if a value is bad.
+      flight.Checked(length[i : i + rows], value, context, shape, None, None)
+      for i, (value, context) in zip(firsts, requests, strict=True)
+    )
+    logits = scorer._checked_call(program, slot, pool, checked)
+    parts = [(first, shape, None) for first in firsts]
+    return scorer._pending(program, slot, logits, parts)
+
+  def _score_slot(
+    self, place: Place, candidates: int, visible: bool
+  ) -> tuple[programs.Program, transport.Slot]:
+    """The program of 'score' and a slot, in which the place is."""
+    program, slot = self._new_slot(
+      'paged_score', candidates, visible, len(place.read), place.capacity
+    )
+    inputs.numbers(place.length, slot.views['length'])
+    inputs.numbers(place.read, slot.views['read'])
+    return program, slot
+
   def _checked(self, candidates, context, length) -> flight.Checked:
     request = self._scorer._check_candidates(candidates, context, length)
     inputs.check_rows(request.shape[0], len(length))
@@ -205,17 +303,34 @@ class PagedScorer:
     capacity: int = 0,
   ) -> tuple[programs.Program, transport.Slot]:
     """The program and its slot, in which the request is."""
-    scorer, options = self._scorer, self._scorer.options
-    candidates = options.candidates(request.shape[1], options.microbatch)
-    visible = request.visible is not None
+    program, slot = self._new_slot(
+      kind,
+      request.shape[1],
+      request.visible is not None,
+      rows,
+      events,
+      capacity,
+    )
+    request.write(self._scorer.config.schema, slot.views)
+    return program, slot
+
+  def _new_slot(
+    self,
+    kind: programs.Kind,
+    candidates: int,
+    visible: bool,
+    rows: int,
+    events: int,
+    capacity: int = 0,
+  ) -> tuple[programs.Program, transport.Slot]:
+    """The program of a bucket, and a slot."""
+    scorer, candidates = self._scorer, self._candidates(candidates)
     key = (kind, rows, events, candidates, visible, capacity)
     program = self._programs.get(key)
     if program is None:
       sizes = programs.Sizes(*key[1:], donate=kind != 'paged_score')
       program = self._programs[key] = scorer._program(kind, sizes)
-    slot = scorer._new_slot(program)
-    request.write(scorer.config.schema, slot.views)
-    return program, slot
+    return program, scorer._new_slot(program)
 
   def _compile(self, pool: Pool, job: ahead.Job) -> Pool:
     """Makes a program ready; returns the pool, which may be donated."""
@@ -228,8 +343,7 @@ class PagedScorer:
       return pool
     slot = scorer._transport.slot(program.layout)
     for view in slot.views.values():  # Something may be left over.
-      view.ids.fill(0)
-      view.dense.fill(0)
+      view.clear()
     if 'write' in slot.views:
       slot.views['write'].ids.fill(pages)
     result = scorer._call(program, slot, *pool)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -87,6 +87,7 @@ class Scorer:
     """
     self.config = config
     self.options = scorer_config or ScorerConfig()
+    self._tasks = tuple(task.name for task in config.schema.tasks)
     self._run: run_lib.Run | None = None
     self._compilations = compilations.Counter()
     self._logged: set[tuple[str, str]] = set()
@@ -632,7 +633,8 @@ class Scorer:
     logits: jax.Array,
     request: flight.Checked,
   ) -> Pending:
-    return self._pending(program, slot, logits, [request])[0]
+    at_work = self._flight(program, slot, logits)
+    return Pending(at_work, 0, request.shape, request.real, self._tasks)
 
   def _check_request(
     self,
@@ -776,20 +778,19 @@ class Scorer:
       request.write(self.config.schema, views)
     for views in slot.requests[len(requests) :]:  # Of nobody, and looked at.
       for view in views.values():
-        view.ids.fill(0)
-        view.dense.fill(0)
+        view.clear()
     return program, slot
 
   def _check_values(
     self,
     program: programs.Program,
     slot: transport.Slot,
-    requests: Sequence[flight.Checked],
+    requests: Iterable[flight.Checked],
     history: History | None = None,
     length: np.ndarray | None = None,
   ) -> None:
     """Raises ValueError if a value was written that must not be."""
-    if program.layout.is_good(slot.buffer):
+    if program.layout.is_good(slot.buffer, slot.views):
       return
     if history is not None and length is not None:
       inputs.check_history(self.config.schema, history, length)
@@ -813,7 +814,9 @@ class Scorer:
       keys = tuple(x.keys for x in caches)
       values = tuple(x.values for x in caches)
     logits = self._checked_call(program, slot, (keys, values), requests)
-    return self._pending(program, slot, logits, requests)
+    rows = first.num_rows
+    parts = [(i * rows, x.shape, x.real) for i, x in enumerate(requests)]
+    return self._pending(program, slot, logits, parts)
 
   def _compile(self, job: ahead.Job) -> None:
     """Runs a program on what is in its slot."""
@@ -909,7 +912,7 @@ class Scorer:
     program: programs.Program,
     slot: transport.Slot,
     cached: Any,
-    requests: Sequence[flight.Checked],
+    requests: Iterable[flight.Checked],
     history: History | None = None,
     length: np.ndarray | None = None,
   ) -> Any:
@@ -964,13 +967,15 @@ class Scorer:
     program: programs.Program,
     slot: transport.Slot,
     logits: jax.Array,
-    requests: Sequence[flight.Checked],
+    parts: Iterable[flight.Part],
   ) -> list[Pending]:
+    """Those of each part of the logits."""
+    at_work, tasks = self._flight(program, slot, logits), self._tasks
+    return [Pending(at_work, *part, tasks) for part in parts]
+
+  def _flight(
+    self, program: programs.Program, slot: transport.Slot, logits: jax.Array
+  ) -> flight.Flight:
     if program not in self._told:
       self._log(program)
-    at_work = flight.Flight(program, slot, logits, self._carrier(slot))
-    rows = logits.shape[1] // len(slot.requests)
-    return [
-      Pending(at_work, i * rows, x.shape, x.real, self.config.schema.tasks)
-      for i, x in enumerate(requests)
-    ]
+    return flight.Flight(program, slot, logits, self._carrier(slot))

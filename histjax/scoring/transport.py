@@ -161,6 +161,8 @@ class Transport:
 
 def look(is_ready: Callable[[], bool]) -> bool:
   """Whether it is ready, if need be after some milliseconds of looking."""
+  if is_ready():
+    return True
   begin = time.perf_counter()
   while not is_ready():
     waited = time.perf_counter() - begin

@@ -96,7 +96,7 @@ class Called(graphs.Recording):
   def check(self, longest, new=0, pages=0):
     slot = self.slot()
     graphs._fill(np.random.default_rng(0), slot.views, longest, new, pages)
-    assert self._layout.is_good(slot.buffer)
+    assert self._layout.is_good(slot.buffer, slot.views)
     self.seen = {k: v.features.get(k) for k, v in slot.views.items()}
 
   def launch(self, slot, cached):

@@ -92,9 +92,11 @@ class LayoutTest(absltest.TestCase):
     views['a'].features['x'][...] = ids
     views['b'].features['y'][...] = dense
     good = all(0 <= i < size for i in ids) and bool(np.isfinite(dense).all())
-    for few in (0, 2**13):  # Part by part, all at once.
-      with mock.patch.object(layout_lib, '_FEW', few):
-        self.assertEqual(layout.is_good(buffer), good)
+    # All at once; part by part, as arrays and as lists.
+    for few, as_list in ((2**13, 0), (0, 0), (0, 32)):
+      with mock.patch.multiple(layout_lib, _FEW=few, _AS_LIST=as_list):
+        views = layout.views(buffer)
+        self.assertEqual(layout.is_good(buffer, views), good)
 
   @given(parts=parts(), requests=st.integers(1, 3))
   def test_requests_share_the_rows(self, parts, requests):

@@ -150,5 +150,152 @@ class PagedTest(parameterized.TestCase):
       )
 
 
+class ManyTest(parameterized.TestCase):
+  """Requests, of users of their own, are the rows of one program."""
+
+  def setUp(self):
+    super().setUp()
+    self.s = scorers.scorer('one_layer', history_buckets=(24,))
+    self.p = paged.PagedScorer(self.s)
+    self.pages = Pages(
+      Shape.of(self.s.config, self.s.options), 25, self.s.device
+    )
+
+  def batches(self, rng, shapes, **options):
+    return [
+      support.batch(rng, rows, EVENTS, candidates, **options)
+      for rows, candidates in shapes
+    ]
+
+  def encode(self, batches):
+    """The pool, and the places of each and of all."""
+    pool, places, free = self.pages.pool, [], iter(range(1, 25))
+    for batch in batches:
+      number = len(batch.history.length)
+      of_users = [[next(free), next(free)] for _ in range(number)]
+      rows = self.s.options.rows(number)
+      place = paged.Place(
+        self.pages.to_read(of_users, rows, 24),
+        self.pages.to_write(of_users, [0] * number, rows, 24),
+        np.asarray(batch.history.length),
+        24,
+      )
+      candidates = batch.candidates.replace(visible=None)
+      pool, _ = self.p.encode(
+        pool, place, batch.history, candidates, batch.context
+      )
+      places.append(place)
+    self.pages.pool = pool
+    real = [x.read[: len(x.length)] for x in places]
+    index = np.concatenate(real)
+    rows = self.s.options.rows(len(index))
+    read = np.zeros((rows, 2), np.int32)
+    read[: len(index)] = index
+    length = np.concatenate([x.length for x in places])
+    return pool, places, paged.Place(read, read, length, 24)
+
+  @given(
+    seed=st.integers(0, 2**32 - 1),
+    shapes=st.lists(
+      st.tuples(st.integers(1, 3), st.sampled_from((1, 5, 16))),
+      min_size=1,
+      max_size=4,
+    ),
+    alike=st.booleans(),
+    plain=st.booleans(),
+    typed=st.booleans(),
+  )
+  def test_equals_one_after_another(self, seed, shapes, alike, plain, typed):
+    """Of any rows, numbers of candidates, types, masks and `visible`."""
+    if alike:
+      shapes = [shapes[0]] * len(shapes)
+    rng = np.random.default_rng(seed)
+    made = self.batches(rng, shapes, shared_visible=bool(seed % 2))
+    pool, places, place = self.encode(made)
+    requests = []
+    for batch in made:
+      candidates, context = batch.candidates, batch.context
+      if plain:
+        candidates = candidates.replace(visible=None, mask=None)
+      if not typed and rng.random() < 0.5:
+        context = {k: v.tolist() for k, v in context.items()}
+        features = {
+          k: v.astype('int64' if v.dtype == np.int32 else 'float64')
+          for k, v in candidates.features.items()
+        }
+        candidates = candidates.replace(features=features)
+      requests.append((candidates, context))
+    many = self.p.score_many(pool, place, requests)
+    self.assertLen(many, len(requests))
+    for found, own, request in zip(many, places, requests, strict=True):
+      expected = self.p.score(pool, own, *request).result()
+      real = request[0].mask
+      for task, values in found.result().items():
+        self.assertEqual(values.shape, request[0].shape)
+        np.testing.assert_allclose(
+          values if real is None else values[real],
+          expected[task] if real is None else expected[task][real],
+          **scorers.TOLERANCE['float32'],
+        )
+
+  def test_refused(self):
+    made = self.batches(np.random.default_rng(0), [(1, 16)] * 3)
+    pool, _, place = self.encode(made)
+    candidates = [x.candidates.replace(visible=None, mask=None) for x in made]
+    contexts = [x.context for x in made]
+
+    def feature(name, value):
+      features = {**candidates[1].features, name: value}
+      return candidates[0], candidates[1].replace(features=features)
+
+    item = np.zeros((1, 16), np.int32)
+    item[0, 3] = 40
+    numbers = np.zeros((1, 16), np.float32)
+    numbers[0, 2] = np.nan
+    for of_candidates, of_context, message in (
+      (feature('item', item), {}, r"\['item'\]\[0, 3\] is 40"),
+      (feature('duration', numbers), {}, r"\['duration'\]\[0, 2\] is nan"),
+      (feature('item', numbers), {}, r"\['item'\] has dtype float32"),
+      (feature('tag_0', item[:, :9]), {}, r"'\] has shape \(1, 9\)"),
+      (feature('other', item), {}, r"\['other'\] is not in the schema"),
+      (candidates[:2], {'user': np.array([99])}, r"'user'\]\[0\] is 99"),
+      (candidates[:2], {'user': np.array([[1]])}, r'has shape \(1, 1\)'),
+      ([candidates[0], None], {}, 'candidates is a NoneType'),
+    ):
+      requests = list(zip(of_candidates, contexts[:2], strict=True))
+      requests[1] = requests[1][0], {**contexts[1], **of_context}
+      requests.append((candidates[2], contexts[2]))
+      for given_requests in (requests, requests[::-1]):
+        with self.assertRaisesRegex(ValueError, message):
+          self.p.score_many(pool, place, given_requests)
+    good = list(zip(candidates, contexts, strict=True))
+    with self.assertRaisesRegex(ValueError, '2 rows, history 3'):
+      self.p.score_many(pool, place, good[:2])
+    with self.assertRaisesRegex(ValueError, '0 rows, history 3'):
+      self.p.score_many(pool, place, [])
+    # What they left in a slot is nobody's.
+    for x in self.p.score_many(pool, place, good):
+      self.assertLen(x.result(), 2)
+
+  def test_a_bad_logit_is_of_its_request(self):
+    made = self.batches(np.random.default_rng(0), [(1, 16)] * 2)
+    pool, places, place = self.encode(made)
+    good, bad = (x.candidates.replace(visible=None, mask=None) for x in made)
+    duration = np.full((1, 16), 3e38, np.float32)
+    bad = bad.replace(features={**bad.features, 'duration': duration})
+    first, second = self.p.score_many(
+      pool, place, [(good, made[0].context), (bad, made[1].context)]
+    )
+    with self.assertRaisesRegex(
+      ValueError, 'row 0, candidate 0 is .*too large'
+    ):
+      second.result()
+    expected = self.p.score(pool, places[0], good, made[0].context).result()
+    for task, values in first.result().items():
+      np.testing.assert_allclose(
+        values, expected[task], **scorers.TOLERANCE['float32']
+      )
+
+
 if __name__ == '__main__':
   absltest.main()
