@@ -10,7 +10,8 @@ from tests.docs_pages import PAGES, ROOT
 
 REQUESTS = {
   '2026-11-29-request-h200': 1e6,
-  '2026-11-28-request-h200': 1e6,
+  '2026-11-29-request-wide-h200': 1e6,
+  '2026-11-29-request-printed-h200': 1e6,
   '2026-11-29-request-epyc-cpu': 1e3,
 }
 TOWERS = ('tower', 'tower-256', 'tower-ragged')
