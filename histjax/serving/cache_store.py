@@ -297,6 +297,9 @@ class CacheStore:
   ) -> T:
     """Keeps what becomes known of users, and runs a program that writes states.
 
+    Of a state that is extended it writes the pages of new events alone. One that
+    the host's budget for events does not leave in place has no pages after it.
+
     Args:
       updates: of users, each once.
       capacity: a bucket that holds each state.
