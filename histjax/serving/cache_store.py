@@ -297,8 +297,8 @@ class CacheStore:
   ) -> T:
     """Keeps what becomes known of users, and runs a program that writes states.
 
-    Of a state that is extended it writes the pages of new events alone. One that
-    the host's budget for events does not leave in place has no pages after it.
+    Of a state that is extended it writes the pages of new events alone. One
+    that the host's budget for events does not leave in place has none after it.
 
     Args:
       updates: of users, each once.
