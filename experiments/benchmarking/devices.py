@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -216,16 +215,7 @@ def _sent_by(call: Callable[[], Any]) -> float | None:
 
 def _counters() -> int | None:
   """Bytes sent by the first GPU's links since it was started; None: unknown."""
-  try:
-    output = subprocess.run(
-      ['nvidia-smi', 'nvlink', '-gt', 'd', '-i', '0'],
-      capture_output=True,
-      text=True,
-      check=True,
-      timeout=20,
-    ).stdout
-  except (OSError, subprocess.SubprocessError):
-    return None
+  output = machine.nvidia_smi('nvlink', '-gt', 'd')
   found = re.findall(r'Data Tx: (\d+) KiB', output)
   return 1024 * sum(map(int, found)) if found else None
 

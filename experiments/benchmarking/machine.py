@@ -60,19 +60,25 @@ def environment() -> dict[str, Any]:
 
 def clocks() -> dict[str, str]:
   """Driver, clocks and power of the first NVIDIA GPU; empty without one."""
-  command = ['nvidia-smi', f'--query-gpu={",".join(_CLOCKS)}', '-i', '0']
+  query = f'--query-gpu={",".join(_CLOCKS)}'
+  output = nvidia_smi(query, '--format=csv,noheader')
+  if not output:
+    return {}
+  return dict(zip(_CLOCKS, output.strip().split(', '), strict=False))
+
+
+def nvidia_smi(*arguments: str) -> str:
+  """What it says of the first NVIDIA GPU; nothing without one."""
   try:
-    output = subprocess.run(
-      [*command, '--format=csv,noheader'],
+    return subprocess.run(
+      ['nvidia-smi', *arguments, '-i', '0'],
       capture_output=True,
       text=True,
       check=True,
       timeout=20,
     ).stdout
   except (OSError, subprocess.SubprocessError):
-    return {}
-  values = output.strip().split(', ')
-  return dict(zip(_CLOCKS, values, strict=False))
+    return ''
 
 
 def ceilings(dtype: str) -> dict[str, float]:
