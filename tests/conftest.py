@@ -31,6 +31,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests import children
+
 jax.devices()  # Reads the flags, once. libtpu ends a process at CPUs' flags.
 os.environ['XLA_FLAGS'] = ' '.join(
   f for f in os.environ['XLA_FLAGS'].split() if not f.startswith('--xla_cpu_')
@@ -96,6 +98,13 @@ def pytest_terminal_summary(terminalreporter, config):
       f'Random examples: --hypothesis-profile=random --hypothesis-seed={seed} '
       'gives the same.'
     )
+
+
+@pytest.fixture(autouse=True)
+def _end_processes():
+  """Of a test that failed; they would be warnings in another one."""
+  yield
+  children.end()
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -27,7 +27,7 @@ from histjax import config as config_lib
 from histjax.data import datasets
 from histjax.training import train_and_evaluate
 from histjax.training.config import TrainConfig
-from tests import docs_pages
+from tests import children, docs_pages
 from tests.docs_pages import PAGES, ROOT
 from tests.training import runs
 
@@ -283,7 +283,7 @@ class TestCommands:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
     serve = serve.replace('\\\n', ' ').replace('$(DEMO_DIR)', 'runs/demo')
-    server = subprocess.Popen(
+    server = children.start(
       [
         sys.executable,
         *serve.split(),

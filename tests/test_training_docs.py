@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from histjax import config
+from tests import children
 from tests.training import members, runs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,7 +50,7 @@ def test_commands(tmp_path):
     command = command.replace('/tmp/', f'{tmp_path}/').replace(address, port)
     python, *words = command.split()
     assert python == 'python'
-    return subprocess.Popen(
+    return children.start(
       [sys.executable, *words, *SMALL],
       cwd=ROOT,
       env=members.environment(1),

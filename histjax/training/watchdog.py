@@ -30,6 +30,10 @@ from histjax.training import processes
 _KEY = 'histjax/watchdog'
 _GRACE_S = 2.0
 """In which the cause of an error may turn out to be the loss of another."""
+_HELLO_S = 5.0
+"""In which who has connected must say who it is."""
+_LEAVE_S = 2 * _HELLO_S
+"""In which process 0 tells all others that it leaves."""
 
 _active: Watchdog | None = None
 _count = 0
@@ -102,8 +106,8 @@ class Watchdog:
     self._me = processes.whoami()
     self._closed = threading.Event()
     self._names = {0: 'process 0'}
-    self._lock = threading.Lock()
     self._sockets: dict[int, socket.socket] = {}
+    self._last: dict[str, Any] = {}
     if self._me['process'] == 0:
       server = _listen()
       port, self._token = server.getsockname()[1], secrets.token_hex(16)
@@ -118,18 +122,28 @@ class Watchdog:
 
   def close(self) -> None:
     """Leaves in peace."""
-    self._closed.set()
-    self._tell({'bye': True})
+    self._leave({'bye': True})
 
   def failed(self, reason: str) -> None:
     """Tells the others why this one ends, unless another one is lost."""
     if not self._closed.wait(_GRACE_S):
-      self._closed.set()
       first_line = reason.strip().split('\n')[0]
-      self._tell({'end': f'{_name(self._me)} failed: {first_line}'})
+      self._leave({'end': f'{_name(self._me)} failed: {first_line}'})
+
+  def _leave(self, last: dict[str, Any]) -> None:
+    """After this, no thread of this one ends anything."""
+    self._last = last
+    self._closed.set()
+    if self._me['process'] == 0:
+      self._thread.join(_LEAVE_S)  # It tells them, then closes connections.
+    else:
+      self._tell(last)
 
   def _start(self, watch: Callable[[], None]) -> None:
-    threading.Thread(target=watch, name='histjax-watchdog', daemon=True).start()
+    self._thread = threading.Thread(
+      target=watch, name='histjax-watchdog', daemon=True
+    )
+    self._thread.start()
 
   def _connect(self, host: str, port: int) -> socket.socket | None:
     try:
@@ -150,10 +164,9 @@ class Watchdog:
   def _tell(self, message: dict[str, Any]) -> None:
     """To those that this one is connected to."""
     data = json.dumps(message).encode() + b'\n'
-    with self._lock:
-      for peer in self._sockets.values():
-        with contextlib.suppress(OSError):  # It is gone, which will show.
-          peer.sendall(data)
+    for peer in self._sockets.values():
+      with contextlib.suppress(OSError):  # It is gone, which will show.
+        peer.sendall(data)
 
   def _watch_first(self, first: socket.socket) -> None:
     """In every process but the first: reads until process 0 is gone."""
@@ -166,22 +179,15 @@ class Watchdog:
   def _watch_all(self, server: socket.socket) -> None:
     """In process 0."""
     with selectors.DefaultSelector() as selector, server:
+      server.settimeout(0)
       selector.register(server, selectors.EVENT_READ)
       while not self._closed.is_set():
-        for ready, _ in selector.select(timeout=1):
+        for ready, _ in selector.select(timeout=0.1):
           if ready.fileobj is server:
-            peer, _ = server.accept()
-            peer.settimeout(5)
-            hello = next(_messages(peer), {})
-            if hello.get('token') != self._token:
-              peer.close()  # It is none of ours.
-              continue
-            _keep_alive(peer)
-            number = int(hello['hello']['process'])
-            self._names[number] = _name(hello['hello'])
-            with self._lock:
-              self._sockets[number] = peer
-            selector.register(peer, selectors.EVENT_READ, number)
+            for number in self._accepted(server):
+              selector.register(
+                self._sockets[number], selectors.EVENT_READ, number
+              )
             continue
           number = ready.data
           peer = self._sockets[number]
@@ -191,11 +197,32 @@ class Watchdog:
             continue
           name = self._names[number]
           line = message['end'] or f'{name} is lost: its connection was closed'
-          with self._lock:
-            self._sockets.pop(number)
+          self._sockets.pop(number)
           self._end(line)
+      # Whoever is not accepted would see a closed connection: a loss.
+      for _ in self._accepted(server):
+        pass
+      self._tell(self._last)
     for peer in self._sockets.values():
       peer.close()
+
+  def _accepted(self, server: socket.socket) -> Iterator[int]:
+    """The processes that have connected since, by their numbers."""
+    while True:
+      try:
+        peer, _ = server.accept()
+      except OSError:  # No more; or it has gone already.
+        return
+      peer.settimeout(_HELLO_S)
+      hello = next(_messages(peer), {})
+      if hello.get('token') != self._token:
+        peer.close()  # It is none of ours.
+        continue
+      _keep_alive(peer)
+      number = int(hello['hello']['process'])
+      self._names[number] = _name(hello['hello'])
+      self._sockets[number] = peer
+      yield number
 
   def _end(self, line: str) -> None:
     if self._closed.is_set():
@@ -250,7 +277,7 @@ def _messages(peer: socket.socket) -> Iterator[dict[str, Any]]:
     if byte == b'\n':
       try:
         yield dict(json.loads(held))
-      except ValueError:
+      except (TypeError, ValueError):  # It is none of ours.
         return
       held = b''
     elif len(held) > 10_000:

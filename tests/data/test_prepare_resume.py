@@ -19,6 +19,7 @@ from histjax.data import datasets
 from histjax.data import splits as splits_lib
 from histjax.data.prepare import plan
 from histjax.data.rows import RowConfig
+from tests import children
 from tests.data import prepared_rows, test_prepare
 from tests.marks import slow_unless
 
@@ -154,7 +155,7 @@ class ResumeTest(parameterized.TestCase):
   def test_killed(self, stages):
     """Really killed; ends as if it had not been."""
     for where in stages:
-      process = subprocess.Popen(
+      process = children.start(
         [
           *(sys.executable, '-m', 'tests.data.prepare_process'),
           *(str(self.folder), where),

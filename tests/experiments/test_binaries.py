@@ -19,6 +19,7 @@ from fusion_study.config import StudyConfig
 from histjax import Scorer, features
 from histjax import config as config_lib
 from histjax.serving import load
+from tests import children
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -324,7 +325,7 @@ class TestBinaries:
     """Every binary says which flag takes its parameters, and has it."""
     work = tmp_path / 'work'
     steps = ['--config.num_steps=99', '--config.checkpoint_every=1']
-    started = subprocess.Popen(
+    started = children.start(
       [
         *(sys.executable, ROOT / 'experiments' / 'train.py'),
         *('--config=config.py', f'--workdir={work}', *steps),

@@ -12,6 +12,7 @@ from absl.testing import absltest
 from pyarrow import parquet
 
 from histjax.serving import batch
+from tests import children
 from tests.serving import many_users
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -23,7 +24,7 @@ def paths(tmp_path):
 
 
 def start(folder, mode):
-  return subprocess.Popen(
+  return children.start(
     [sys.executable, '-m', 'tests.serving.many_users', str(folder), mode],
     stdout=subprocess.PIPE,
     text=True,

@@ -9,6 +9,8 @@ import sys
 
 import jax
 
+from tests import children
+
 HOST = socket.gethostname()
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -47,7 +49,7 @@ def start_each(workdirs, changes, *, devices=1, faults=None):
   """
   address = free_address()
   return [
-    subprocess.Popen(
+    children.start(
       [
         *(sys.executable, '-m', 'tests.training.member', address),
         *(str(len(workdirs)), str(index), str(devices), str(workdir)),

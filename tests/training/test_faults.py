@@ -10,12 +10,13 @@ import sys
 import numpy as np
 import pytest
 
+from tests import children
 from tests.serving import full_disk
 from tests.training import members, runs
 
 
 def start_victim(workdir, number):
-  return subprocess.Popen(
+  return children.start(
     [
       *(sys.executable, '-m', 'tests.training.victim'),
       *(str(workdir), str(number)),

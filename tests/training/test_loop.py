@@ -27,6 +27,7 @@ from histjax.training import checkpoints, evaluation, loop
 from histjax.training import config as train_config
 from histjax.training import optimizer as optimizer_lib
 from histjax.training import report as report_lib
+from tests import children
 from tests.training import runs
 
 CONFIG = runs.CONFIG
@@ -318,7 +319,7 @@ class TestResume:
       from tests.training import runs
       print(runs.run({str(tmp_path)!r})['interrupted'])
     """)
-    process = subprocess.Popen(
+    process = children.start(
       [sys.executable, '-c', code],
       env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
       stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from histjax.training import checkpoints, loop, processes
+from tests import children
 from tests.training import members, runs, test_loop, test_sharding
 
 pytestmark = pytest.mark.slow
@@ -159,7 +160,7 @@ if len(sys.argv) > 1:
 def test_metrics_merge_exactly():
   address = members.free_address()
   started = [
-    subprocess.Popen(
+    children.start(
       [sys.executable, '-c', SCORES, address, str(index)],
       env=members.environment(1),
       stdout=subprocess.PIPE,
@@ -200,7 +201,7 @@ TABLES = textwrap.dedent("""
 def test_tables_split_in_each_of_two_processes(tmp_path):
   address = members.free_address()
   started = [
-    subprocess.Popen(
+    children.start(
       [
         sys.executable,
         '-c',

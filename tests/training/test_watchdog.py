@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from histjax.training import processes, watchdog
+from tests import children
 from tests.training import members
 
 CODE = """
@@ -38,7 +40,7 @@ print('the end', flush=True)
 def start(count, victim, how):
   address = members.free_address()
   return [
-    subprocess.Popen(
+    children.start(
       [
         *(sys.executable, '-c', CODE, address, str(count), str(index)),
         *(str(victim), how),
@@ -147,6 +149,60 @@ class TestLeaving:
     processes.check_same({'the data': 1})
 
 
+class TestProcessZero:
+  """Its connections, without the other processes."""
+
+  @pytest.fixture
+  def connect(self, monkeypatch):
+    who = {'process': 0, 'host': 'here', 'pid': 1}
+    monkeypatch.setattr(processes, 'whoami', lambda: who)
+    published = []
+    monkeypatch.setattr(
+      processes, 'publish', lambda key, value: published.append(value)
+    )
+    self.watchdog = watchdog.Watchdog('key')
+    port, token, _ = json.loads(published[0])
+
+    def connected(number=None):
+      peer = socket.create_connection(('localhost', port), timeout=60)
+      if number is not None:
+        hello = {**who, 'process': number}
+        peer.sendall(json.dumps({'hello': hello, 'token': token}).encode())
+        peer.sendall(b'\n')
+      return peer
+
+    return connected
+
+  @pytest.mark.parametrize('how', ['close', 'failed'])
+  def test_all_are_told_before_it_leaves(self, connect, monkeypatch, how):
+    """Also those that it had no time to accept: a stranger keeps it."""
+    monkeypatch.setattr(watchdog, '_GRACE_S', 0)
+    with connect() as stranger, connect(1) as one, connect(2) as other:
+      stop = threading.Timer(0.5, stranger.close)
+      stop.start()
+      if how == 'close':
+        self.watchdog.close()
+      else:
+        self.watchdog.failed('ValueError: no\nmore')
+      for peer in (one, other):
+        assert [*watchdog._messages(peer)] == [
+          {'bye': True}
+          if how == 'close'
+          else {'end': 'process 0 (host here, pid 1) failed: ValueError: no'}
+        ]
+      stop.join()
+
+  @pytest.mark.parametrize('said', [b'', b'5\n', b'{}\n', b'GET / HTTP\n'])
+  def test_strangers_are_sent_away(self, connect, said):
+    with connect() as stranger:
+      stranger.sendall(said)
+      stranger.shutdown(socket.SHUT_WR)
+      assert stranger.recv(1) == b''
+    with connect(1) as one:
+      self.watchdog.close()
+      assert [*watchdog._messages(one)] == [{'bye': True}]
+
+
 class TestArguments:
   @pytest.mark.parametrize(
     'given, message',
@@ -194,7 +250,7 @@ print(json.dumps([jax.process_index(), processes.exchange('a')]))
 """
     port = int(members.free_address().rpartition(':')[2])
     started = [
-      subprocess.Popen(
+      children.start(
         [sys.executable, '-c', f'import json{code}'],
         env={
           **members.environment(1),
