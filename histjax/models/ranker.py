@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from histjax import key_range as ranges
+from histjax import ops
 from histjax import schema as schema_lib
 from histjax.cache import HistoryCache
 from histjax.nn import embedding, fusion, interaction
@@ -408,9 +409,9 @@ def pack(config: RankerConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
   """What to score with besides the variables: parameters packed for kernels.
 
   With the collection `tower` a fusion that has one runs in
-  `ops.candidate_tower` in `__call__`, `encode`, `score` and `extend`. In
-  bfloat16, where there are such kernels, its keys and values come from
-  `ops.keys_values`, the head runs in `ops.interaction_head`, and a token is one
+  `ops.candidate_tower` in `__call__`, `encode`, `score` and `extend`, and the
+  head in `ops.interaction_head` where there is a kernel. In bfloat16 keys and
+  values come from `ops.keys_values`, if there is one, and a token is one
   product. Without it all run layer by layer, as in training.
 
       model.apply({**variables, **pack(config, variables)}, batch)
@@ -430,6 +431,8 @@ def pack(config: RankerConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
     packed['tokens'] = embedding.EventTokens.pack(
       params['tokens'], config.dtype
     )
+  by_kernel = config.dtype == 'bfloat16' or ops.has_cpu_kernel(config.dtype)
+  if by_kernel and config.interaction.implementation != 'xla':
     packed['head'] = interaction.InteractionHead.pack(
       config.interaction, params['head'], config.encoder.width, config.dtype
     )

@@ -30,7 +30,7 @@ class InteractionConfig:
     mlp_widths: hidden channels of the MLP.
     dropout: probability, after each hidden layer of the MLP.
     implementation: that of `ops.interaction_head`, which scores; 'xla': layer
-      by layer, as in training; None: the kernel where there is one.
+      by layer, as in training; None: a kernel where there is one.
   """
 
   kind: Literal['dcn_v2', 'mlp'] = 'dcn_v2'
@@ -38,7 +38,7 @@ class InteractionConfig:
   cross_rank: int = 64
   mlp_widths: tuple[int, ...] = (128, 64)
   dropout: float = 0.0
-  implementation: Literal['pallas_gpu', 'xla'] | None = None
+  implementation: Literal['pallas_gpu', 'numba_cpu', 'xla'] | None = None
 
   def __post_init__(self):
     if self.kind not in ('dcn_v2', 'mlp'):
@@ -57,10 +57,10 @@ class InteractionConfig:
       )
     if not 0 <= self.dropout < 1:
       raise ValueError(f'interaction.dropout={self.dropout} must be in [0, 1)')
-    if self.implementation not in (None, 'pallas_gpu', 'xla'):
+    if self.implementation not in (None, 'pallas_gpu', 'numba_cpu', 'xla'):
       raise ValueError(
         f'interaction.implementation={self.implementation!r} must be '
-        "'pallas_gpu', 'xla' or None"
+        "'pallas_gpu', 'numba_cpu', 'xla' or None"
       )
 
 
@@ -149,7 +149,7 @@ class InteractionHead(nn.Module):
   ) -> Float[Array, 'B C T']:
     """`__call__` for the candidates `[features ; readout]`.
 
-    In the kernel of `ops.interaction_head`, if the collection `tower` has the
+    In a kernel of `ops.interaction_head`, if the collection `tower` has the
     packed parameters, the target such a kernel, and the config names no other.
 
     Args:
@@ -174,7 +174,8 @@ class InteractionHead(nn.Module):
           readout.astype(self.dtype),
           self.get_variable('tower', 'weights'),
           count=count,
-          implementation='pallas_gpu',
+          implementation=named,
+          kernels_only=True,
         )
       except NotImplementedError:  # Not here, or not of these sizes.
         if named is not None:

@@ -156,7 +156,7 @@ def run(
   Within, `target_of` gives `target`.
 
   Raises:
-    NotImplementedError: the named backend cannot compute this.
+    NotImplementedError: the named backend, or each, cannot compute this.
   """
   for name in backends if implementation is None else [implementation]:
     backend = backends[name]
@@ -174,7 +174,9 @@ def run(
     if used is not None:
       used.setdefault(operation, set()).add(name)
     return name, out
-  raise AssertionError('some backend computes every call')
+  raise NotImplementedError(
+    f'{operation}: none of {", ".join(backends)} computes this on {target}'
+  )
 
 
 def device_of(x: Any) -> jax.Device:

@@ -274,7 +274,7 @@ class BackendsTest(parameterized.TestCase):
     cache = s.encode(batch.history)
     self.assertEqual(
       s.backends(cache, batch.candidates, batch.context),
-      {'history_attention': 'reference'},
+      {'history_attention': 'reference', 'interaction_head': 'numba_cpu'},
     )
 
   def test_a_program_for_another_platform_has_its_kernel(self):

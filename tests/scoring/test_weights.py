@@ -5,6 +5,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from histjax.models import ranker
+from histjax.nn import interaction
 from histjax.scoring import weights
 from tests import support
 
@@ -42,7 +43,10 @@ class WeightsTest(parameterized.TestCase):
   def test_large_ones_are_not_joined(self):
     large = np.zeros((weights._SMALL + 1,), np.float32)
     packed, spec = weights.pack(
-      support.config(fusion='concat'),
+      support.config(
+        fusion='concat',
+        interaction=interaction.InteractionConfig(implementation='xla'),
+      ),
       {
         'params': {'a': large, 'b': np.ones(3, np.float32)},
         'state': {'c': np.ones(3, np.int32)},

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import devices, dispatch, partition
+from histjax.ops import cpu, devices, dispatch, partition
 from histjax.ops.candidate_tower import numba_cpu, reference, xla
 from histjax.types import STRUCTURES, KeyRange
 
@@ -221,10 +221,10 @@ def candidate_tower_backend(
 
 
 def has_cpu_kernel(dtype: Any) -> bool:
-  """Whether 'numba_cpu' computes towers of this type on the target."""
+  """Whether 'numba_cpu' computes in this type on the target."""
   try:
     devices.check_numba(dispatch.target_of())
-    numba_cpu.check_dtype(dtype)
+    cpu.check_dtype(dtype)
   except NotImplementedError:
     return False
   return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -10,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import rotary
+from histjax.ops import cpu, rotary
 from histjax.ops.candidate_tower import reference
 from histjax.types import KeyRange
-
-_TARGET = 'histjax_candidate_tower'
 
 
 def candidate_tower(
@@ -31,8 +28,8 @@ def candidate_tower(
   final_norm: bool = True,
 ) -> Float[Array, 'B C D']:
   """See `api.candidate_tower`. It reads the layer where it lies."""
-  check_dtype(weights.query.dtype)
-  target = _register()
+  cpu.check_dtype(weights.query.dtype)
+  target = cpu.register('candidate_tower')
   num_rows, num_candidates, width = candidates.shape
   if position is None:
     sin = cos = jnp.zeros((0,), jnp.float32)
@@ -67,37 +64,7 @@ def candidate_tower(
   )
 
 
-def check_dtype(dtype: Any) -> None:
-  """Raises NotImplementedError unless matrices of this type can be read."""
-  if jnp.dtype(dtype) != jnp.float32:
-    raise NotImplementedError(
-      f'numba_cpu computes in float32, and the matrices are {dtype}'
-    )
-
-
 def suits(candidates: Any, *args: Any, **kwargs: Any) -> bool:
-  """Whether rows have candidates enough.
-
-  A row's last tile is computed as if it were full. XLA, which multiplies all
-  rows at once, is faster with a few candidates in each of many rows.
-  """
+  """See `cpu.suits`."""
   del args, kwargs
-  num_rows, num_candidates = candidates.shape[:2]
-  return num_rows <= 4 or num_candidates >= 4
-
-
-@functools.cache
-def _register() -> str:
-  """Compiles the kernel and makes it known to XLA; returns its name there."""
-  from histjax.ops.candidate_tower import numba_kernel
-
-  handler = jax.ffi.pycapsule(numba_kernel.handler.ctypes)
-  try:
-    jax.ffi.register_ffi_target(_TARGET, handler, platform='cpu')
-  except jax.errors.JaxRuntimeError as error:
-    raise NotImplementedError(
-      'numba_cpu follows version '
-      f'{numba_kernel.MAJOR}.{numba_kernel.MINOR} of the foreign function '
-      f'interface of XLA, which JAX {jax.__version__} refuses: {error}'
-    ) from error
-  return _TARGET
+  return cpu.suits(*candidates.shape[:2])

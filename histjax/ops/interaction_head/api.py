@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,29 +10,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from histjax.ops import devices, dispatch, partition
-from histjax.ops.interaction_head import reference
+from histjax.ops.interaction_head import numba_cpu, reference
 from histjax.ops.interaction_head.weights import HeadWeights
 
-_kernel = dispatch.lazy(f'{__package__}.pallas_gpu', 'interaction_head')
 
-
-def _over_rows(user, features, readout, weights, *, count):
+def _over_rows(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   """The kernel, run by each device on the rows that it holds."""
-  leaves, tree = jax.tree.flatten((weights, count))
-  axes = [None] * len(jax.tree.leaves(weights)) + [0] * (count is not None)
 
-  def on_leaves(user, features, readout, *leaves):
-    weights, count = jax.tree.unflatten(tree, leaves)
-    return _kernel(user, features, readout, weights, count=count)
+  def call(user, features, readout, weights, *, count):
+    leaves, tree = jax.tree.flatten((weights, count))
+    axes = [None] * len(jax.tree.leaves(weights)) + [0] * (count is not None)
 
-  return partition.by_rows(on_leaves, [0, 0, 0, *axes], 0)(
-    user, features, readout, *leaves
-  )
+    def on_leaves(user, features, readout, *leaves):
+      weights, count = jax.tree.unflatten(tree, leaves)
+      return kernel(user, features, readout, weights, count=count)
+
+    return partition.by_rows(on_leaves, [0, 0, 0, *axes], 0)(
+      user, features, readout, *leaves
+    )
+
+  return call
 
 
 # The fastest first; 'reference' computes every call on every device.
 _BACKENDS = {
-  'pallas_gpu': dispatch.Backend(_over_rows, devices.check_hopper),
+  'pallas_gpu': dispatch.Backend(
+    _over_rows(dispatch.lazy(f'{__package__}.pallas_gpu', 'interaction_head')),
+    devices.check_hopper,
+  ),
+  'numba_cpu': dispatch.Backend(
+    _over_rows(numba_cpu.interaction_head),
+    devices.check_numba,
+    numba_cpu.suits,
+  ),
   'reference': dispatch.Backend(
     reference.interaction_head, dispatch.any_target
   ),
@@ -46,6 +57,7 @@ def interaction_head(
   *,
   count: Int[Array, 'B'] | None = None,
   implementation: str | None = None,
+  kernels_only: bool = False,
 ) -> Float[Array, 'B C T']:
   """The logits of `nn.interaction.InteractionHead`, from packed parameters.
 
@@ -66,16 +78,18 @@ def interaction_head(
     count: int32 `[B]`. Logits of candidates `c >= count[b]` are finite but mean
       nothing, and need not be computed. None: all C count.
     implementation: 'pallas_gpu' (Hopper; bfloat16, D a multiple of 64, at most
-      256 channels in the MLP's layers and a rank of at most 128) or 'reference'
-      (float32, everywhere, readable). None: the fastest that supports the call.
+      256 channels in the MLP's layers and a rank of at most 128), 'numba_cpu'
+      (float32; needs Numba) or 'reference' (float32, everywhere, readable).
+      None: the fastest that supports the call.
+    kernels_only: 'reference' is not picked; a call without a kernel raises.
 
   Returns:
     `[B, C, T]` float32.
 
   Raises:
     ValueError: an argument is malformed, or no such implementation.
-    NotImplementedError: the named implementation cannot compute this call on
-      this device; the message says why.
+    NotImplementedError: the named implementation, or with `kernels_only` any,
+      cannot compute this call on this device; the message says why.
   """
   user, features, readout = map(jnp.asarray, (user, features, readout))
   count = None if count is None else jnp.asarray(count)
@@ -83,9 +97,12 @@ def interaction_head(
   dispatch.check_implementation(_BACKENDS, implementation)
   if 0 in readout.shape[:2]:
     return jnp.zeros((*readout.shape[:2], weights.shape.tasks), jnp.float32)
+  backends = dict(_BACKENDS)
+  if kernels_only and implementation is None:
+    del backends['reference']
   return dispatch.run(
     'interaction_head',
-    _BACKENDS,
+    backends,
     implementation,
     dispatch.target_of(readout),
     user,

@@ -8,7 +8,8 @@ which they are needed, so that to stream them takes one counter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
@@ -165,27 +166,25 @@ class HeadWeights(flax.struct.PyTreeNode):
         readout's.
       vectors: likewise.
       dtype: of the matrices.
+
+    With arrays of NumPy nothing is compiled, and its fields are such arrays.
     """
+    numpy = _numpy(vectors['logits_bias'])
     padded = {}
     for name, (rows, columns, (deep, wide)) in shape.matrices().items():
-      empty = jnp.zeros((deep * TILE, wide * TILE), jnp.float32)
-      padded[name] = empty.at[rows[:, None], columns[None, :]].set(
-        matrices[name]
-      )
+      spread = _spread(matrices[name].astype(np.float32), rows, deep, 0)
+      padded[name] = _spread(spread, columns, wide, 1)
     tiles = [
       padded[name][k * TILE : (k + 1) * TILE, n * TILE : (n + 1) * TILE]
       for name, k, n in shape.mlp_tiles() + shape.cross_tiles()
     ]
     rows_of_64 = [
-      jnp.zeros(count * TILE, jnp.float32)
-      .at[places]
-      .set(vectors[name])
-      .reshape(count, TILE)
+      _spread(vectors[name].astype(np.float32), places, count, 0)
       for name, places, count in shape.vectors()
     ]
     return cls(
-      tiles=jnp.stack(tiles).astype(dtype),
-      vectors=jnp.concatenate(rows_of_64),
+      tiles=numpy.stack(tiles).astype(dtype),
+      vectors=numpy.concatenate(rows_of_64).reshape(-1, TILE),
       shape=shape,
     )
 
@@ -196,7 +195,7 @@ class HeadWeights(flax.struct.PyTreeNode):
     number = {name_k_n: i for i, name_k_n in enumerate(order)}
     matrices = {}
     for name, (rows, columns, (deep, wide)) in shape.matrices().items():
-      padded = jnp.block(
+      padded = _numpy(self.tiles).block(
         [
           [self.tiles[number[name, k, n]] for n in range(wide)]
           for k in range(deep)
@@ -213,5 +212,34 @@ class HeadWeights(flax.struct.PyTreeNode):
     return matrices, vectors
 
 
-def _take(x: Array, index: Sequence[int] | np.ndarray, axis: int) -> Array:
-  return jnp.take(x.astype(jnp.float32), jnp.asarray(index), axis=axis)
+def _runs(places: np.ndarray) -> list[tuple[int, int]]:
+  """Of places side by side, how many there are and where they begin."""
+  cuts = np.flatnonzero(np.diff(places) != 1) + 1
+  return [(len(x), int(x[0])) for x in np.split(places, cuts) if len(x)]
+
+
+def _numpy(x: Any) -> Any:
+  """The library that this array is of."""
+  return np if isinstance(x, np.ndarray) else jnp
+
+
+def _spread(x: Any, places: np.ndarray, count: int, axis: int) -> Any:
+  """What is in `x` at these places of `count` blocks, zeros between them."""
+  parts, done, end = [], 0, 0
+  for size, first in [*_runs(places), (0, count * TILE)]:
+    gap = list(x.shape)
+    gap[axis] = first - end
+    parts += [_numpy(x).zeros(gap, x.dtype), _cut(x, done, size, axis)]
+    done, end = done + size, first + size
+  return _numpy(x).concatenate(parts, axis)
+
+
+def _take(x: Any, places: np.ndarray, axis: int) -> Any:
+  """What lies at these places, in float32."""
+  parts = [_cut(x, first, size, axis) for size, first in _runs(places)]
+  return _numpy(x).concatenate(parts, axis).astype(np.float32)
+
+
+def _cut(x: Any, first: int, size: int, axis: int) -> Any:
+  cut = slice(first, first + size)
+  return x[cut] if axis == 0 else x[:, cut]

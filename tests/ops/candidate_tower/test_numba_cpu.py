@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from histjax import ops
-from histjax.ops.candidate_tower import numba_cpu, numba_kernel
+from histjax.ops import cpu, numba_kernels
 from tests import support
 from tests.ops.candidate_tower import suite
 
@@ -90,7 +90,7 @@ class ResultTest(parameterized.TestCase):
   def test_tiles_that_see_apart(self):
     # Tiles of a group, between whose keys nobody sees any.
     call = suite.make_call(0, (1, 640, 900, 1, 8), num_layers=1)
-    tile = np.arange(640, dtype=np.int32)[None] // numba_kernel.LANES
+    tile = np.arange(640, dtype=np.int32)[None] // numba_kernels.LANES
     start = np.where(tile % 3 == 0, 700, tile % 3 * 17).astype(np.int32)
     stop = np.where(tile % 3 == 2, start, start + 150 + tile)
     call = call.replace(start=start, stop=stop.astype(np.int32))
@@ -154,13 +154,17 @@ class ResultTest(parameterized.TestCase):
     name = 'x86-64-v3' if os.uname().machine == 'x86_64' else 'generic'
     program = """
 import numpy as np
-from histjax.ops.candidate_tower import numba_kernel
-from tests import support
+from histjax.ops import numba_kernels
+from histjax import ops
 from tests.ops.candidate_tower import suite
-assert (numba_kernel.LANES, numba_kernel.ROWS) == (16, 6)
+from tests.ops.interaction_head import suite as heads, test_numba_cpu
+assert (numba_kernels.LANES, numba_kernels.ROWS) == (16, 6)
 for shape in ((2, 37, 150, 2, 8), (1, 16, 5, 1, 6)):
   call = suite.make_call(0, shape, ragged=True)
   suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+shape = ops.HeadShape(40, 30, 64, (128, 64), 2, 64, 2)
+call = heads.make_call(0, (2, 77), shape, dtype='float32', ragged=True)
+test_numba_cpu.NumbaTest().assert_equals_oracle(call)
 """
     environment = {
       **os.environ,
@@ -179,10 +183,10 @@ class MemoryTest(parameterized.TestCase):
         num_candidates=num_candidates, num_keys=num_keys, width=128, heads=4,
         rows=1,
       )  # fmt: skip
-      numba_kernel._divide.py_func(job, 2)
-      a_tile = numba_kernel._tile_bytes.py_func
-      with mock.patch.object(numba_kernel, '_tile_bytes', a_tile):
-        return numba_kernel._work_bytes.py_func(job)
+      numba_kernels._divide.py_func(job, 2)
+      a_tile = numba_kernels._tile_bytes.py_func
+      with mock.patch.object(numba_kernels, '_tile_bytes', a_tile):
+        return numba_kernels._work_bytes.py_func(job)
 
     self.assertEqual(work(2048, 512), work(100_000, 100_000))
     self.assertLess(work(2048, 512), 2**20)
@@ -212,14 +216,14 @@ class GroupsTest(absltest.TestCase):
   )
   def test_divide(self, rows, candidates, threads):
     job: Any = types.SimpleNamespace(rows=rows, num_candidates=candidates)
-    numba_kernel._divide.py_func(job, threads)
-    tiles = -(-candidates // numba_kernel.LANES)
+    numba_kernels._divide.py_func(job, threads)
+    tiles = -(-candidates // numba_kernels.LANES)
     ends = [tiles * i // job.groups for i in range(job.groups + 1)]
     sizes = np.diff(ends)
     self.assertEqual(job.units, rows * job.groups)
     self.assertGreaterEqual(sizes.min(), 1)
     self.assertEqual(sizes.max(), job.group)
-    self.assertLessEqual(job.group, numba_kernel._TILES)
+    self.assertLessEqual(job.group, numba_kernels._TILES)
     # No thread is without work that a smaller group would give it.
     self.assertGreaterEqual(job.units, min(rows * tiles, 2 * threads))
 
@@ -254,7 +258,7 @@ class DispatchTest(parameterized.TestCase):
   def test_an_interface_that_jax_refuses(self):
     shape = (1, 9, 9, 2, 8)
     error = jax.errors.JaxRuntimeError('API version is incompatible')
-    numba_cpu._register.cache_clear()
+    cpu.register.cache_clear()
     with mock.patch.object(jax.ffi, 'register_ffi_target', side_effect=error):
       self.assertEqual(backend(shape), 'xla')
       with self.assertRaisesRegex(NotImplementedError, 'is incompatible'):
@@ -277,16 +281,16 @@ class InterfaceTest(parameterized.TestCase):
 
   def test_version(self):
     found = re.search(r'define XLA_FFI_API_MAJOR (\d+)', self.header)
-    self.assertEqual(int(found[1]), numba_kernel.MAJOR)
+    self.assertEqual(int(found[1]), numba_kernels.MAJOR)
 
-  @parameterized.parameters(*numba_kernel.STRUCTURES)
+  @parameterized.parameters(*numba_kernels.STRUCTURES)
   def test_structure(self, name):
     """Names, order and sizes; with C's alignment they give the offsets."""
     body = re.search(rf'struct XLA_FFI_{name} {{(.*?)\n}};?', self.header, re.S)
     code = re.sub(r'//.*', '', body[1])
     code = re.sub(r'_XLA_FFI_API\w+\(XLA_FFI_(\w+)\)', r'void* \1', code)
     declared = re.findall(r'([\w ]+\**) +(\w+);', code)
-    ours = numba_kernel.STRUCTURES[name]
+    ours = numba_kernels.STRUCTURES[name]
     if name != 'Api':  # It grows at its end.
       self.assertLen(declared, len(ours.names))
     for field, (kind, theirs) in zip(ours.names, declared, strict=False):
@@ -295,7 +299,7 @@ class InterfaceTest(parameterized.TestCase):
       self.assertEqual(ours[field].itemsize, self.size(kind.strip()), field)
 
   def size(self, kind):
-    nested = numba_kernel.STRUCTURES.get(kind.removeprefix('XLA_FFI_'))
+    nested = numba_kernels.STRUCTURES.get(kind.removeprefix('XLA_FFI_'))
     if nested is not None and '*' not in kind:
       return nested.itemsize
     if '*' in kind or kind in ('size_t', 'int64_t', 'XLA_FFI_TypeId'):

@@ -22,10 +22,8 @@ def make_weights(rng, shape: HeadShape, dtype: str) -> HeadWeights:
     name: 0.1 * rng.normal(size=len(places))
     for name, places, _ in shape.vectors()
   }
-  return _pack(shape, matrices, vectors, dtype)
-
-
-_pack = jax.jit(HeadWeights.pack, static_argnums=(0, 3))
+  packed = HeadWeights.pack(shape, matrices, vectors, jnp.dtype(dtype))
+  return jax.tree.map(jnp.asarray, packed)
 
 
 def make_call(

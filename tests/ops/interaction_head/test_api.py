@@ -1,7 +1,6 @@
 """What the public function checks and computes without its kernel."""
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +58,10 @@ class ApiTest(parameterized.TestCase):
         ops.interaction_head(**arguments(), implementation='pallas_gpu')
       with dispatch.record() as used:
         ops.interaction_head(**arguments())
+      with self.assertRaisesRegex(
+        NotImplementedError, 'none of pallas_gpu, numba_cpu computes this on'
+      ):
+        ops.interaction_head(**arguments(), kernels_only=True)
     self.assertEqual(used, {'interaction_head': {'reference'}})
 
   @parameterized.parameters(((0, 3),), ((2, 0),))
@@ -81,12 +84,11 @@ class ApiTest(parameterized.TestCase):
       logits = (user.sum(axis=-1) * count)[:, None] + of_candidates
       return logits[:, :, None] + bias[None, None]
 
-    with mock.patch.object(api, '_kernel', kernel):
-      found = jax.vmap(
-        lambda arrays, count: api._over_rows(
-          **arrays, weights=packed, count=count
-        )
-      )(stacked, counts)
+    found = jax.vmap(
+      lambda arrays, count: api._over_rows(kernel)(
+        **arrays, weights=packed, count=count
+      )
+    )(stacked, counts)
     self.assertIn((4,), seen)
     for i, out in enumerate(found):
       each = {k: x[i] for k, x in stacked.items()}

@@ -1,4 +1,4 @@
-"""The candidate tower as machine code: Numba and vectors, called by XLA.
+"""Candidate tower and interaction head as machine code, called by XLA.
 
 A unit of work is a group of a few tiles of candidates, which passes through all
 layers together: a layer's weights, and a block of keys and values, are read for
@@ -8,12 +8,15 @@ all candidates of a tile. So weights, keys and values are used one number at a
 time for a whole vector, and sums over channels or keys, of norms and softmax
 too, never cross the lanes of a vector.
 
-XLA calls `handler` by its foreign function interface (xla/ffi/api/c_api.h,
+XLA calls a `handler` by its foreign function interface (xla/ffi/api/c_api.h,
 shipped with jaxlib), whose structures are `np.dtype`s here.
+
+One file: what Numba keeps on disk is of one, and would not follow another.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -26,6 +29,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
 from histjax.ops.candidate_tower.reference import EPSILON
+from histjax.ops.interaction_head.weights import TILE
 
 types: Any = numba.types
 config: Any = numba.config
@@ -49,7 +53,6 @@ _LOG2_E = math.log2(math.e)
 _WORD = 4  # Bytes of a float32.
 _BYTES = LANES * _WORD  # Of a vector.
 _ALIGN = 128  # Bytes: no vector lies across two cache lines.
-_TASK = 'histjax_candidate_tower_task'
 
 _FLOAT: Any = ir.FloatType()
 _INT: Any = ir.IntType(32)
@@ -294,6 +297,23 @@ def _add_bias(e, bias, x, count):
 
 
 @_vectors
+def _copy(e, x, out, count):
+  e.each(out, count, lambda i: e.load(x, i))
+
+
+@_vectors
+def _relu(e, x, count):
+  # What is NaN stays NaN.
+  e.each(x, count, lambda i: e.larger(e.load(x, i), e.const(0.0)))
+
+
+@_vectors
+def _cross(e, x0, y, x, count):
+  """`x = x0 y + x`."""
+  e.each(x, count, lambda i: e.fma(e.load(x0, i), e.load(y, i), e.load(x, i)))
+
+
+@_vectors
 def _normalize(e, x, out, count):
   b = e.builder
   (total,) = e.loop(
@@ -514,29 +534,47 @@ _malloc = types.ExternalFunction('malloc', types.intp(types.intp))
 _free = types.ExternalFunction('free', types.void(types.intp))
 _yield = types.ExternalFunction('sched_yield', types.int32())
 
-# What `numba_cpu` passes, in this order; attributes are sorted by their names.
+# What a kernel is passed, in this order; attributes are sorted by their names.
 OPERANDS = (
   'candidates', 'sin', 'cos', 'keys', 'values', 'start', 'stop', 'count',
   'query', 'output', 'mlp_in', 'mlp_out', 'bias', 'final_scale', 'final_bias',
 )  # fmt: skip
 # `layers` of them, from `first` of the weights and `cached` of the cache.
 ATTRIBUTES = ('cached', 'final_norm', 'first', 'heads', 'layers', 'rotate')
+HEAD_OPERANDS = (
+  'features', 'user', 'readout', 'count', 'tiles', 'vectors', 'widths'
+)  # fmt: skip
+HEAD_ATTRIBUTES = ('cross_layers', 'rank', 'tasks')
 
 _KEYS_AT, _MLP_IN_AT = OPERANDS.index('keys'), OPERANDS.index('mlp_in')
+_WIDTHS_AT = HEAD_OPERANDS.index('widths')
 
-# A call: the units of work, the shape, the options, the addresses.
+# A call: the units of work, the rows, what a kernel adds.
+_COMMON = _fields(
+  'i8', 'next done users units groups group rows num_candidates result'
+)
 _JOB, _job = _structure(
-  *_fields('i8', 'next done users units groups group'),
-  *_fields('i8', 'rows num_candidates num_keys width hidden'),
-  *_fields('i8', ' '.join(ATTRIBUTES)),
-  *_fields('i8', ' '.join(OPERANDS)),
-  *_fields('i8', 'result'),
+  *_COMMON,
+  *_fields('i8', 'num_keys width hidden'),
+  *_fields('i8', ' '.join((*ATTRIBUTES, *OPERANDS))),
 )
-_JOB_BYTES = _JOB.itemsize
-_NEXT, _DONE, _USERS, _FIRST_OPERAND, _FIRST_ATTRIBUTE = (
-  _JOB.fields[name][1]
-  for name in ('next', 'done', 'users', OPERANDS[0], ATTRIBUTES[0])
+_HEAD_JOB, _head_job = _structure(
+  *_COMMON,
+  *_fields('i8', 'of_user of_features of_readout num_widths'),
+  *_fields('i8', ' '.join((*HEAD_ATTRIBUTES, *HEAD_OPERANDS))),
 )
+_NEXT, _DONE, _USERS = (_JOB.fields[x][1] for x in ('next', 'done', 'users'))
+
+
+def _layout(job, operands, attributes):
+  """The bytes of a job, and where its operands and attributes begin."""
+  return (
+    job.itemsize, job.fields[operands[0]][1], job.fields[attributes[0]][1]
+  )  # fmt: skip
+
+
+_JOB_LAYOUT = _layout(_JOB, OPERANDS, ATTRIBUTES)
+_HEAD_LAYOUT = _layout(_HEAD_JOB, HEAD_OPERANDS, HEAD_ATTRIBUTES)
 
 
 @njit
@@ -743,22 +781,213 @@ def _group(job, row, first_tile, tiles, work):
 
 
 @njit
-def _work(address):
-  """Takes units until none is left."""
-  job = _job(address)
-  tiles = (job.num_candidates + LANES - 1) // LANES
-  unit = _fetch_add(address + _NEXT, 1)
-  if unit < job.units:
-    memory = _malloc(_work_bytes(job) + _ALIGN)
-    work = (memory + _ALIGN - 1) // _ALIGN * _ALIGN
-    while unit < job.units:
-      row, part = unit // job.groups, unit % job.groups
-      first = tiles * part // job.groups
-      end = tiles * (part + 1) // job.groups
-      _group(job, row, first, end - first, work)
-      _fetch_add(address + _DONE, 1)
-      unit = _fetch_add(address + _NEXT, 1)
-    _free(memory)
+def _blocks(width):
+  return (width + TILE - 1) // TILE
+
+
+@njit
+def _head_widths(job):
+  """Vectors of x0, of the widest layer of the MLP, of a cross layer's rank."""
+  deep = _blocks(job.of_user + job.of_features) + _blocks(job.of_readout)
+  widest = 0
+  for width in _ints(job.widths, job.num_widths):
+    widest = max(widest, width)
+  return deep * TILE, widest, job.rank
+
+
+@njit
+def _head_tile_bytes(job):
+  """Bytes of a tile: x0, x, two layers of the MLP, two of a rank, a block."""
+  deep, widest, rank = _head_widths(job)
+  return (2 * (deep + widest + rank) + TILE) * _BYTES
+
+
+@njit
+def _head_work_bytes(job):
+  """Bytes of a thread: its tiles, and one of the user."""
+  return (job.group + 1) * _head_tile_bytes(job)
+
+
+@njit
+def _through(weights, first, last, x, c, columns, tiles, apart):
+  """`c += x[first:last] W[first:last]`, in place of W its tiles, by rows."""
+  wide = _blocks(columns)
+  for k in range(first // TILE, (last + TILE - 1) // TILE):
+    begin = max(first, k * TILE)
+    count = min(last, (k + 1) * TILE) - begin
+    for n in range(wide):
+      w = weights + ((k * wide + n) * TILE + begin - k * TILE) * TILE * _WORD
+      for at in range(0, tiles * apart, apart):
+        _linear(
+          w, TILE, x + at + begin * _BYTES, count,
+          c + at + n * TILE * _BYTES, min(TILE, columns - n * TILE),
+        )  # fmt: skip
+
+
+@njit
+def _head_group(job, row, first_tile, tiles, work):
+  """The head of the candidates of a few tiles of a row."""
+  of_user, of_features, of_readout = (
+    job.of_user, job.of_features, job.of_readout
+  )  # fmt: skip
+  rank, cross_layers, tasks = job.rank, job.cross_layers, job.tasks
+  widths = _ints(job.widths, job.num_widths)
+  deep, widest, _ = _head_widths(job)
+  near = of_user + of_features
+  far = _blocks(near) * TILE  # Where the readout is.
+  end = far + of_readout
+  apart = _head_tile_bytes(job)
+  x0 = work
+  x = x0 + deep * _BYTES
+  hidden = x + deep * _BYTES
+  other = hidden + widest * _BYTES
+  low = other + widest * _BYTES
+  next_low = low + rank * _BYTES
+  block = next_low + rank * _BYTES
+  of_all = job.group * apart  # From a tile to what the user has in all.
+
+  first = first_tile * LANES
+  here = min(job.num_candidates - first, tiles * LANES)
+  real = max(min(_ints(job.count, job.rows)[row] - first, here), 0)
+  index = row * job.num_candidates + first
+  result = _floats(job.result + index * tasks * _WORD, here * tasks)
+  for i in range(real * tasks, here * tasks):
+    result[i] = 0
+  tiles = (real + LANES - 1) // LANES
+  if tiles == 0:
+    return
+
+  in_mlp, in_cross = job.tiles, job.tiles
+  depth = deep // TILE
+  for i in range(job.num_widths):
+    in_cross += depth * _blocks(widths[i]) * TILE * TILE * _WORD
+    depth = _blocks(widths[i])
+  low_blocks = _blocks(rank)
+  bias = job.vectors
+
+  # The user, of whom every candidate's sums begin with the same.
+  _set_bias((job.user + row * of_user * _WORD, x0 + of_all, of_user))
+  _set_bias((bias, hidden + of_all, widths[0]))
+  _through(
+    in_mlp, 0, of_user, x0 + of_all, hidden + of_all, widths[0], 1, apart
+  )
+  if cross_layers > 0:
+    _zero((low + of_all, rank))
+    _through(in_cross, 0, of_user, x0 + of_all, low + of_all, rank, 1, apart)
+  for t in range(tiles):
+    at = t * apart
+    own = index + t * LANES
+    count = min(real - t * LANES, LANES)
+    _copy((x0 + of_all, x0 + at, of_user))
+    _transpose(
+      job.features + own * of_features * _WORD, count, of_features,
+      x0 + at + of_user * _BYTES,
+    )  # fmt: skip
+    _transpose(
+      job.readout + own * of_readout * _WORD, count, of_readout,
+      x0 + at + far * _BYTES,
+    )  # fmt: skip
+    _copy((hidden + of_all, hidden + at, widths[0]))
+    if cross_layers > 0:
+      _copy((low + of_all, low + at, rank))
+      _copy((x0 + at, x + at, deep))
+
+  _through(in_mlp, of_user, near, x0, hidden, widths[0], tiles, apart)
+  _through(in_mlp, far, end, x0, hidden, widths[0], tiles, apart)
+  in_mlp += deep * _blocks(widths[0]) * TILE * _WORD
+  bias += _blocks(widths[0]) * TILE * _WORD
+  for i in range(1, job.num_widths):
+    for at in range(0, tiles * apart, apart):
+      _relu((hidden + at, widths[i - 1]))
+      _set_bias((bias, other + at, widths[i]))
+    _through(in_mlp, 0, widths[i - 1], hidden, other, widths[i], tiles, apart)
+    in_mlp += _blocks(widths[i - 1]) * _blocks(widths[i]) * TILE * TILE * _WORD
+    bias += _blocks(widths[i]) * TILE * _WORD
+    hidden, other = other, hidden
+  last = widths[job.num_widths - 1]
+  for at in range(0, tiles * apart, apart):
+    _relu((hidden + at, last))
+
+  if cross_layers > 0:
+    _through(in_cross, of_user, near, x0, low, rank, tiles, apart)
+    _through(in_cross, far, end, x0, low, rank, tiles, apart)
+    tile = in_cross + deep * low_blocks * TILE * _WORD
+  for i in range(cross_layers):
+    more = i + 1 < cross_layers
+    for at in range(0, tiles * apart, apart):
+      _zero((next_low + at, rank))
+    for begin in range(0, deep, TILE):
+      stop = near if begin < far else end
+      count = min(TILE, stop - begin)
+      channels = begin * _BYTES
+      for at in range(0, tiles * apart, apart):
+        _set_bias((bias + begin * _WORD, block + at, count))
+        for k in range(low_blocks):
+          _linear(
+            tile + k * TILE * TILE * _WORD, TILE,
+            low + at + k * TILE * _BYTES, min(TILE, rank - k * TILE),
+            block + at, count,
+          )  # fmt: skip
+        y = x + at + channels
+        _cross((x0 + at + channels, block + at, y, count))
+        if more:
+          for n in range(low_blocks):
+            _linear(
+              tile + (low_blocks + n) * TILE * TILE * _WORD, TILE, y, count,
+              next_low + at + n * TILE * _BYTES, min(TILE, rank - n * TILE),
+            )  # fmt: skip
+      tile += low_blocks * (1 + more) * TILE * TILE * _WORD
+    bias += deep * _WORD
+    low, next_low = next_low, low
+
+  last_bias = bias + tasks * _blocks(last) * TILE * _WORD
+  if cross_layers > 0:
+    last_bias += tasks * deep * _WORD
+  for task in range(tasks):
+    for at in range(0, tiles * apart, apart):
+      _set_bias((last_bias + task * _WORD, block + at, 1))
+      by = bias
+      if cross_layers > 0:
+        _add_one_product((by, 1, x + at, near, block + at))
+        _add_one_product(
+          (by + far * _WORD, 1, x + at + far * _BYTES, of_readout, block + at)
+        )
+        by += deep * _WORD
+      _add_one_product((by, 1, hidden + at, last, block + at))
+      y = _floats(block + at, LANES)
+      own = at // apart * LANES
+      for m in range(min(real - own, LANES)):
+        result[(own + m) * tasks + task] = y[m]
+    if cross_layers > 0:
+      bias += deep * _WORD
+    bias += _blocks(last) * TILE * _WORD
+
+
+def _worker(view, group, work_bytes):
+  """A function that takes units of a job until none is left."""
+
+  @njit
+  def work(address):
+    job = view(address)
+    tiles = (job.num_candidates + LANES - 1) // LANES
+    unit = _fetch_add(address + _NEXT, 1)
+    if unit < job.units:
+      memory = _malloc(work_bytes(job) + _ALIGN)
+      aligned = (memory + _ALIGN - 1) // _ALIGN * _ALIGN
+      while unit < job.units:
+        row, part = unit // job.groups, unit % job.groups
+        first = tiles * part // job.groups
+        end = tiles * (part + 1) // job.groups
+        group(job, row, first, end - first, aligned)
+        _fetch_add(address + _DONE, 1)
+        unit = _fetch_add(address + _NEXT, 1)
+      _free(memory)
+
+  return work
+
+
+_work = _worker(_job, _group, _work_bytes)
+_head_work = _worker(_head_job, _head_group, _head_work_bytes)
 
 
 @njit
@@ -771,6 +1000,12 @@ def _leave(address):
 def _task(address):
   """What another thread runs, possibly after the call has returned."""
   _work(address)
+  _leave(address)
+
+
+def _head_task(address):
+  """See `_task`."""
+  _head_work(address)
   _leave(address)
 
 
@@ -861,11 +1096,11 @@ def _num_threads(api, context, memory):
 
 
 @njit
-def _schedule(api, context, memory, address):
+def _schedule(api, context, memory, task, address):
   """Whether a thread will run the job."""
   args = _schedule_args(memory)
   args.struct_size, args.extension_start = _SCHEDULE_BYTES, 0
-  args.ctx, args.task, args.data = context, _task_address(), address
+  args.ctx, args.task, args.data = context, task, address
   return not _drop(api, memory, _call(api.ThreadPool_Schedule, memory))
 
 
@@ -883,21 +1118,31 @@ def _divide(job, threads):
   job.units = job.rows * job.groups
 
 
-@intrinsic
-def _task_address(typing_context):
-  """The address of `_task`, resolved when this code is loaded."""
-  del typing_context
+def _symbol(name):
+  """The address of what has this name, resolved when this code is loaded."""
 
-  def generate(context, builder, signature, args):
-    del context, signature, args
-    kind = ir.FunctionType(ir.VoidType(), [])
-    task = cgutils.get_or_insert_function(builder.module, kind, _TASK)
-    return builder.ptrtoint(task, ir.IntType(64))
+  @intrinsic
+  def address(typing_context):
+    del typing_context
 
-  return types.intp(), generate
+    def generate(context, builder, signature, args):
+      del context, signature, args
+      kind = ir.FunctionType(ir.VoidType(), [])
+      found = cgutils.get_or_insert_function(builder.module, kind, name)
+      return builder.ptrtoint(found, ir.IntType(64))
+
+    return types.intp(), generate
+
+  return address
 
 
-def _handler(frame_address):
+_TASK, _HEAD_TASK = 'histjax_candidate_tower_task', 'histjax_head_task'
+_task_address, _head_task_address = _symbol(_TASK), _symbol(_HEAD_TASK)
+
+
+@njit
+def _begin(frame_address, layout):
+  """The job of a call, or 0 if XLA asks for something else."""
   frame = _call_frame(frame_address)
   if frame.extension_start != 0:
     extension = _extension(frame.extension_start)
@@ -909,25 +1154,36 @@ def _handler(frame_address):
       return 0
   if frame.stage != _EXECUTE:
     return 0
-  address = _malloc(_JOB_BYTES)
+  size, first_operand, first_attribute = layout
+  address = _malloc(size)
   job = _job(address)
   num_args, num_attrs = frame.args.size, frame.attrs.size
   args = _words(frame.args.args, num_args)
-  operands = _words(address + _FIRST_OPERAND, num_args)
+  operands = _words(address + first_operand, num_args)
   for i in range(num_args):
     operands[i] = _buffer(args[i]).data
   job.result = _buffer(_words(frame.rets.rets, 1)[0]).data
   attributes = _words(frame.attrs.attrs, num_attrs)
-  given = _words(address + _FIRST_ATTRIBUTE, num_attrs)
+  given = _words(address + first_attribute, num_attrs)
   for i in range(num_attrs):
     given[i] = _words(_scalar(attributes[i]).value, 1)[0]
-  dims = _words(_buffer(args[0]).dims, 3)
-  job.rows, job.num_candidates, job.width = dims[0], dims[1], dims[2]
-  job.num_keys = _words(_buffer(args[_KEYS_AT]).dims, 5)[2]
-  dims = _words(_buffer(args[_MLP_IN_AT]).dims, 3)
-  job.hidden = dims[2]
+  job.rows, job.num_candidates = _size(frame, 0, 0), _size(frame, 0, 1)
   job.next, job.done = 0, 0
+  return address
 
+
+@njit
+def _size(frame, argument, axis):
+  """Of an argument's axis."""
+  args = _words(frame.args.args, frame.args.size)
+  return _words(_buffer(args[argument]).dims, axis + 1)[axis]
+
+
+@njit
+def _share(frame_address, address, task):
+  """Divides a job, and has other threads take part."""
+  frame = _call_frame(frame_address)
+  job = _job(address)
   api = _api(frame.api)
   memory = _malloc(_THREADS_BYTES + _SCHEDULE_BYTES)  # Of any arguments.
   threads = _num_threads(api, frame.ctx, memory)
@@ -935,16 +1191,48 @@ def _handler(frame_address):
   others = min(threads, job.units) - 1
   job.users = others + 1
   for i in range(others):
-    if not _schedule(api, frame.ctx, memory, address):
+    if not _schedule(api, frame.ctx, memory, task, address):
       for _ in range(i, others):
         _leave(address)
       break
   _free(memory)
-  units = job.units
-  _work(address)
+  return job.units
+
+
+@njit
+def _end(address, units):
+  """Waits for what other threads have begun."""
   while _read(address + _DONE) < units:
     _yield()
   _leave(address)
+
+
+def _handler(frame_address):
+  address = _begin(frame_address, _JOB_LAYOUT)
+  if address != 0:
+    frame = _call_frame(frame_address)
+    job = _job(address)
+    job.width = _size(frame, 0, 2)
+    job.num_keys = _size(frame, _KEYS_AT, 2)
+    job.hidden = _size(frame, _MLP_IN_AT, 2)
+    units = _share(frame_address, address, _task_address())
+    _work(address)
+    _end(address, units)
+  return 0
+
+
+def _head_handler(frame_address):
+  address = _begin(frame_address, _HEAD_LAYOUT)
+  if address != 0:
+    frame = _call_frame(frame_address)
+    job = _head_job(address)
+    job.of_features = _size(frame, 0, 2)
+    job.of_user = _size(frame, 1, 1)
+    job.of_readout = _size(frame, 2, 2)
+    job.num_widths = _size(frame, _WIDTHS_AT, 0)
+    units = _share(frame_address, address, _head_task_address())
+    _head_work(address)
+    _end(address, units)
   return 0
 
 
@@ -958,6 +1246,19 @@ def _compile(signature, function):
     return cfunc(signature)(function)  # No folder for it can be written.
 
 
-_compiled_task = _compile(types.void(types.intp), _task)
-llvm.add_symbol(_TASK, _compiled_task.address)
-handler = _compile(types.intp(types.intp), _handler)
+_KERNELS = {
+  'candidate_tower': (_TASK, _task, _handler),
+  'interaction_head': (_HEAD_TASK, _head_task, _head_handler),
+}
+_tasks: dict[
+  str, Any
+] = {}  # What is compiled goes with the last reference to it.
+
+
+@functools.cache
+def handler(name: str) -> Any:
+  """What XLA calls for a kernel: a C function, compiled."""
+  symbol, task, call = _KERNELS[name]
+  _tasks[symbol] = _compile(types.void(types.intp), task)
+  llvm.add_symbol(symbol, _tasks[symbol].address)
+  return _compile(types.intp(types.intp), call)
