@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarking import rankers
 from benchmarking.workloads import Request
-from histjax import scoring
+from histjax import quantization, scoring
 from histjax.scoring import flight, paged, transport
 from histjax.scoring import layout as layout_lib
 from histjax.scoring import pages as pages_lib
@@ -63,6 +63,13 @@ class Contender(Protocol):
     """
 
 
+CACHE_DTYPES: Mapping[str, quantization.Kind | None] = {
+  'histjax': None,
+  'histjax-int8': 'int8',
+  'histjax-float8': 'float8_e4m3fn',
+}
+
+
 def make(
   name: str,
   workload: Request,
@@ -72,7 +79,8 @@ def make(
   """The contender of a name.
 
   Args:
-    name: 'histjax' (`Pages`) or 'histjax-arrays' (`Arrays`), which pick
+    name: 'histjax' (`Pages`), 'histjax-int8' or 'histjax-float8', likewise
+      with states in 8 bits, or 'histjax-arrays' (`Arrays`), which pick
       implementations by themselves; with ':<name>' an implementation of
       `ops.candidate_tower`; 'torch' or 'torch:<kind>', see
       `torch_requests`; 'floor', see `Floor`.
@@ -89,15 +97,18 @@ def make(
     from benchmarking import torch_requests  # Only where it is installed.
 
     return torch_requests.Contender(kind, workload, variables, requests)
-  if owner == 'histjax':
-    return Pages(kind or None, workload, variables, requests)
+  if owner in CACHE_DTYPES:
+    return Pages(
+      kind or None, workload, variables, requests, CACHE_DTYPES[owner]
+    )
   if owner == 'histjax-arrays':
     return Arrays(kind or None, workload, variables, requests)
   if name == 'floor':
     return Floor(workload, requests)
   raise ValueError(
-    f"contender {name!r} is unknown; use 'histjax', 'histjax-arrays', either "
-    "with ':<name of an implementation>', 'torch', 'torch:<kind>' or 'floor'"
+    f'contender {name!r} is unknown; use {", ".join(map(repr, CACHE_DTYPES))} '
+    "or 'histjax-arrays', each with ':<name of an implementation>' if wanted, "
+    "'torch', 'torch:<kind>' or 'floor'"
   )
 
 
@@ -193,11 +204,14 @@ class Pages:
     workload: Request,
     variables: Mapping[str, Any],
     requests: Sequence[rankers.Inputs],
+    cache_dtype: quantization.Kind | None = None,
   ):
     """Writes the first request's histories into the pool; see `make`."""
     self._requests, self._workload = requests, workload
     self._rows = workload.num_rows
-    scorer = self._scorer = _scorer(implementation, workload, variables)
+    scorer = self._scorer = _scorer(
+      implementation, workload, variables, cache_dtype
+    )
     self._paged = paged.PagedScorer(scorer)
     shape = pages.Shape.of(scorer.config, scorer.options)
     number = pages_lib.number(workload.num_events)
@@ -303,7 +317,9 @@ class Pages:
     )
 
 
-def _scorer(implementation, workload, variables) -> scoring.Scorer:
+def _scorer(
+  implementation, workload, variables, cache_dtype=None
+) -> scoring.Scorer:
   return scoring.Scorer(
     rankers.config(workload, candidate_tower=implementation),
     variables,
@@ -313,6 +329,7 @@ def _scorer(implementation, workload, variables) -> scoring.Scorer:
       candidate_buckets=(workload.num_candidates,),
       row_buckets=tuple(workload.num_rows * n for n in DEPTHS),
       new_event_buckets=(rankers.NEW_EVENTS,),
+      cache_dtype=cache_dtype,
     ),
   )
 

@@ -109,7 +109,7 @@ def _compare(name, workload, contenders, times, progress) -> dict[str, Any]:
       row['failed'] = _told(e)
       progress(f'  {name} {contender}: {row["failed"]}')
       continue
-    bound = _BOUNDS[workload.dtype] if contender != 'floor' else np.inf
+    bound = _bound(contender, workload)
     for call in rankers.CALLS:
       try:
         calls[contender, call] = made.call(call)
@@ -139,6 +139,13 @@ def _compare(name, workload, contenders, times, progress) -> dict[str, Any]:
     'contenders': rows,
     'ratios': ratios(rows),
   }
+
+
+def _bound(contender: str, workload: Request) -> float:
+  if contender == 'floor':
+    return np.inf
+  in_8_bits = request_calls.CACHE_DTYPES.get(contender.partition(':')[0])
+  return _BOUNDS['bfloat16' if in_8_bits else workload.dtype]
 
 
 def _told(error: Exception) -> str:
