@@ -20,6 +20,7 @@ from histjax import schema
 from histjax.models import ranker
 from histjax.nn import interaction
 from histjax.ops import history_attention_backend
+from histjax.scoring import pages
 from histjax.training import optimizer, sharding, state, step
 from histjax.types import KeyRange
 from tests import marks, support
@@ -283,6 +284,40 @@ class RankerTest(CompileTestCase):
     )
     calls = {None: 2, 'encode': 1, 'score': 1}[method]
     self.assert_kernels(program, candidate_tower=calls)
+
+  @parameterized.product(
+    heads=((4, 32), (4, 16), (8, 64)), dtype=('bfloat16', 'float32', 'int8')
+  )
+  def test_few_pages_of_many(self, heads, dtype):
+    """No program that reads or writes a few copies the others."""
+    where = jax.sharding.SingleDeviceSharding(devices(TOPOLOGIES[0])[0])
+    num_pages, capacity = 6400, 64
+    shape = (2, num_pages, *pages.shape(*heads))
+    pool, states, index, length = shapes(
+      (
+        jax.ShapeDtypeStruct(shape, dtype),
+        jax.ShapeDtypeStruct((2, 1, capacity, *heads), dtype),
+        jax.ShapeDtypeStruct((1, pages.number(capacity)), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+      ),
+      where,
+    )
+    functions = (
+      (lambda p, i, s, n: pages.read(p, i, capacity, heads[0]), ()),
+      (lambda p, i, s, n: pages.write(p, i, s), (0,)),
+      (lambda p, i, s, n: pages.extended(p, i, s, n, 10), (0,)),
+    )
+    for function, donated in functions:
+      program = self.compile(
+        TOPOLOGIES[0],
+        jax.jit(function, donate_argnums=donated),
+        *(pool, index, states, length),
+      )
+      memory = program.memory_analysis()
+      size = math.prod(shape) * jnp.dtype(dtype).itemsize
+      self.assertEqual(memory.alias_size_in_bytes, size * len(donated))
+      self.assertLess(memory.temp_size_in_bytes, size / 20)
+      self.assertNotRegex(program.as_text(), rf'{num_pages},[^ ]* copy\(')
 
   @on_every_chip
   def test_training_step_over_four_chips(self, topology):

@@ -1,13 +1,15 @@
 """Pages of keys and values, as programs read and write them.
 
-A pool is keys and values `[layers, pages, EVENTS, N, H]`, or `Quantized` ones
-whose scales are `[layers, pages, 1, N]`. A row of an index names the pages of a
-user's state, in the order of its events.
+A pool is keys and values `[layers, pages, ..]`, or `Quantized` ones with scales
+`[layers, pages, 1, N]`. A page is `[EVENTS, N, H]`, in the shape that `shape`
+says. A row of an index names the pages of a user's state, in the order of its
+events.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,27 +21,49 @@ from histjax import quantization
 EVENTS = quantization.BLOCK
 """Of a page. A state wastes half a page on average, whatever its length."""
 
+_LANES = 128
+
 
 def number(events: int) -> int:
   """How many pages so many events take."""
   return -(-events // EVENTS)
 
 
-def read(pool: Any, index: Int[Array, 'B P'], capacity: int) -> Any:
+def shape(heads: int, head_dim: int) -> tuple[int, int]:
+  """Of a page: as many numbers side by side as a TPU has lanes.
+
+  With fewer, as H or D often are, XLA lays pages side by side, and a program
+  that reads or writes a few has to copy all of them there and back.
+  """
+  size = EVENTS * heads * head_dim
+  lanes = _LANES if size % _LANES == 0 else size
+  return size // lanes, lanes
+
+
+def read(pool: Any, index: Int[Array, 'B P'], capacity: int, heads: int) -> Any:
   """States `[layers, B, capacity, N, H]` of keys or values.
 
   Args:
     pool: keys or values.
     index: the pages of each state, all in bounds.
     capacity: P pages hold it.
+    heads: N.
   """
 
-  def copy(x):
+  def copy(x, unit):
     found = x.at[:, index.reshape(-1)].get(mode='promise_in_bounds')
-    found = found.reshape(x.shape[0], index.shape[0], -1, *x.shape[3:])
-    return found[:, :, : -(-capacity * x.shape[2] // EVENTS)]
+    tail = () if unit == 1 else (math.prod(x.shape[2:]) // (unit * heads),)
+    found = found.reshape(x.shape[0], index.shape[0], -1, heads, *tail)
+    return found[:, :, : -(-capacity * unit // EVENTS)]
 
-  return jax.tree.map(copy, pool)
+  return jax.tree.map(copy, pool, _units(pool))
+
+
+def _units(pool: Any) -> Any:
+  """How many rows a page has in a state: an event, or a block, is one."""
+  if isinstance(pool, quantization.Quantized):
+    return quantization.Quantized(EVENTS, 1)  # type: ignore[arg-type]
+  return EVENTS
 
 
 def extended(
@@ -69,13 +93,14 @@ def extended(
     )
     return jax.vmap(of_row, (axis, 0), axis)(x, first * unit)
 
-  def of_pages(x, new):
-    unit = x.shape[2]
+  def of_pages(unit, new):
     after = width * unit - new.shape[2]
     new = jnp.pad(new, [(0, after if i == 2 else 0) for i in range(new.ndim)])
     return cut(new, unit, 1)
 
-  return write(pool, cut(index, 1, 0), jax.tree.map(of_pages, pool, states))
+  return write(
+    pool, cut(index, 1, 0), jax.tree.map(of_pages, _units(pool), states)
+  )
 
 
 def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:
@@ -87,27 +112,27 @@ def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:
     states: of `read`, with another capacity if need be.
   """
 
-  def copy(x, new):
-    if new.shape[0] != x.shape[0] or new.shape[3:] != x.shape[3:]:
+  def copy(x, unit, new):
+    layers, pages, *page = x.shape
+    of_page = unit * math.prod(new.shape[3:])
+    if new.shape[0] != layers or of_page != math.prod(page):
       raise ValueError(
         f'states {new.shape} are not of the pages {x.shape}: layers, heads and '
         'their size must be the same'
       )
-    layers, pages = x.shape[:2]
-    size = index.shape[1] * x.shape[2]
+    size = index.shape[1] * unit
     after = [(0, size - n if i == 2 else 0) for i, n in enumerate(new.shape)]
-    # One row for each page of a layer: they are copied whole, and none twice.
-    new = jnp.pad(new, after).astype(x.dtype).reshape(layers, index.size, -1)
     where = index.reshape(1, -1)
     layer = jnp.arange(layers, dtype=jnp.int32)[:, None]
     number = jnp.arange(index.size, dtype=jnp.int32)[None, :]
     beyond = layers * pages + layer * index.size + number
     rows = jnp.where(where < pages, layer * pages + where, beyond)
+    # Pages are copied whole, and none twice.
     written = (
-      x.reshape(layers * pages, -1)
+      x.reshape(layers * pages, *page)
       .at[rows.reshape(-1)]
       .set(
-        new.reshape(layers * index.size, -1),
+        jnp.pad(new, after).astype(x.dtype).reshape(-1, *page),
         mode='drop',
         unique_indices=True,
         wrap_negative_indices=False,
@@ -115,4 +140,4 @@ def write(pool: Any, index: Int[Array, 'B P'], states: Any) -> Any:
     )
     return written.reshape(x.shape)
 
-  return jax.tree.map(copy, pool, states)
+  return jax.tree.map(copy, pool, _units(pool), states)

@@ -361,9 +361,7 @@ def _extend_and_score(plan, sizes, variables, keys, values, parts):
 
 
 def _paged_score(plan, sizes, variables, keys, values, parts):
-  keys, values = (
-    pages_lib.read(x, parts['read'], sizes.events) for x in (keys, values)
-  )
+  keys, values = _read(plan, parts, sizes.events, keys, values)
   return _score(plan, sizes, variables, keys, values, parts)
 
 
@@ -373,15 +371,19 @@ def _paged_encode_and_score(plan, sizes, variables, keys, values, parts):
 
 
 def _paged_extend_and_score(plan, sizes, variables, keys, values, parts):
-  a, b = (
-    pages_lib.read(x, parts['read'], sizes.capacity) for x in (keys, values)
-  )
+  a, b = _read(plan, parts, sizes.capacity, keys, values)
   *states, logits = _extend_and_score(plan, sizes, variables, a, b, parts)
   written = (
     pages_lib.extended(pool, parts['write'], x, parts['length'], sizes.events)
     for pool, x in zip((keys, values), states, strict=True)
   )
   return (*written, logits)
+
+
+def _read(plan, parts, capacity, *pool):
+  """The states of the request's users."""
+  heads = plan.config.encoder.num_heads
+  return [pages_lib.read(x, parts['read'], capacity, heads) for x in pool]
 
 
 def _written(keys, values, states, parts):

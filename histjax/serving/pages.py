@@ -21,7 +21,10 @@ from histjax.scoring.pages import EVENTS
 
 
 class Shape(NamedTuple):
-  """What a page holds: `[layers, EVENTS, N, H]` keys, and as many values."""
+  """What a page holds: `[layers, EVENTS, N, H]` keys, and as many values.
+
+  See `scoring.pages` for the shape in which they lie.
+  """
 
   layers: int
   heads: int
@@ -51,7 +54,8 @@ class Shape(NamedTuple):
 
   def zeros(self, pages: int, device: Any) -> jax.Array | Quantized:
     """Keys or values of so many pages."""
-    dims = (self.layers, pages, EVENTS, self.heads, self.head_dim)
+    page = pages_lib.shape(self.heads, self.head_dim)
+    dims = (self.layers, pages, *page)
     dtype = self.cache_dtype or self.dtype
     codes = jnp.zeros(dims, dtype, device=device)
     if self.cache_dtype is None:
@@ -142,7 +146,7 @@ class Pages:
   def read(self, index: np.ndarray, capacity: int) -> Pool:
     """Copies states out, keys and values `[layers, rows, capacity, N, H]`."""
     with graphs.exclusive:
-      return _read(self.pool, index, capacity=capacity)
+      return _read(self.pool, index, capacity=capacity, heads=self.shape.heads)
 
   def write(self, index: np.ndarray, keys: Any, values: Any) -> None:
     """Copies states `[layers, rows, L, N, H]` in, in place."""
@@ -165,9 +169,9 @@ class Pages:
     self._free = list(range(self.num_pages - 1, 0, -1))
 
 
-@functools.partial(jax.jit, static_argnames='capacity')
-def _read(pool, index, *, capacity):
-  return Pool(*(pages_lib.read(x, index, capacity) for x in pool))
+@functools.partial(jax.jit, static_argnames=('capacity', 'heads'))
+def _read(pool, index, *, capacity, heads):
+  return Pool(*(pages_lib.read(x, index, capacity, heads) for x in pool))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

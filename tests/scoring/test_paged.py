@@ -89,9 +89,12 @@ class PagedTest(parameterized.TestCase):
     new=st.sampled_from([0, 1, 18]),
     share=st.lists(st.floats(0, 1), min_size=2, max_size=2),
     quantized=st.booleans(),
+    head_dim=st.sampled_from([3, 8]),
     seed=st.integers(0, 2**32 - 1),
   )
-  def test_new_events_are_written(self, capacity, new, share, quantized, seed):
+  def test_new_events_are_written(
+    self, capacity, new, share, quantized, head_dim, seed
+  ):
     rng = np.random.default_rng(seed)
     new = min(new, capacity)
     length = (np.array(share) * (capacity - new)).astype(np.int32)
@@ -102,12 +105,16 @@ class PagedTest(parameterized.TestCase):
       return rng.integers(-9, 9, shape).astype(np.float32)
 
     def pair(rows, events, scales):
-      codes = jnp.asarray(draw(2, rows, events, 2, 3))
+      codes = jnp.asarray(draw(2, rows, events, 2, head_dim))
       if not quantized:
         return codes
       return Quantized(codes, jnp.asarray(draw(2, rows, scales, 2)))
 
-    pool = pair(beyond, unit, 1)
+    page = pages_lib.shape(2, head_dim)
+    pool = jax.tree.map(
+      lambda x: x.reshape(2, beyond, *page) if x.ndim == 5 else x,
+      pair(beyond, unit, 1),
+    )
     pages = rng.permutation(beyond)[: 2 * width].reshape(2, width)
     pages = pages.astype(np.int32)
     states = pair(2, capacity, width)
@@ -117,7 +124,7 @@ class PagedTest(parameterized.TestCase):
     found = pages_lib.extended(
       pool, np.where(here < first, beyond, pages), states, length, new
     )
-    read = pages_lib.read(found, pages, capacity)
+    read = pages_lib.read(found, pages, capacity, 2)
     for x, wanted in zip(
       jax.tree.leaves(read), jax.tree.leaves(states), strict=True
     ):
