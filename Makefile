@@ -29,11 +29,13 @@ serve: $(VENV)/.installed-experiments,cpu,serving
 test: $(VENV)/.installed-test $(VENV)/.installed-libtpu
 	$(VENV)/bin/python -m pytest
 
-# All tests with random examples, then those of equal scores as XLA optimizes
-# for a user: the other runs compile as fast as can be.
+# All tests, with random examples. Those of equal scores as XLA optimizes for a
+# user, but for the slow ones: these and all others compile as fast as can be.
+RANDOM_TESTS = $(VENV)/bin/python -m pytest --hypothesis-profile=random
 test-all: $(VENV)/.installed-test $(VENV)/.installed-libtpu
-	$(VENV)/bin/python -m pytest -m '' --hypothesis-profile=random
-	HISTJAX_TEST_XLA=default $(VENV)/bin/python -m pytest $(EQUIVALENCE)
+	$(RANDOM_TESTS) -m '' $(EQUIVALENCE:%=--ignore=%)
+	HISTJAX_TEST_XLA=default $(RANDOM_TESTS) $(EQUIVALENCE)
+	$(RANDOM_TESTS) -m slow $(EQUIVALENCE)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -140,7 +140,10 @@ class TestSnippets:
   @pytest.mark.parametrize(
     'page',
     [
-      page
+      # It compiles an update of its own.
+      pytest.param(page, marks=pytest.mark.slow)
+      if page == 'docs/nnx.md'
+      else page
       for page in PAGES
       if docs_pages.blocks(page, 'python')
       and page not in ('README.md', FEATURE, *DIFFS)

@@ -113,6 +113,7 @@ class MachineTest(absltest.TestCase):
 
 
 class ScoringTest(absltest.TestCase):
+  @pytest.mark.slow
   def test_report(self):
     config = support.config()
     _, variables = support.init(config)
@@ -198,6 +199,7 @@ class CostTest(parameterized.TestCase):
     with open(paths[1], 'rb') as f:
       self.assertEqual(f.read(8), b'\x89PNG\r\n\x1a\n')
 
+  @pytest.mark.slow
   def test_fusions(self):
     names = ('append_cross', 'none')
     some = {name: cost.fusion_lib.FUSIONS[name] for name in names}
@@ -455,6 +457,7 @@ class TrainStepsTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "'torch:packed' is unknown"):
       train_rows.check_contenders(['torch:packed'])
 
+  @pytest.mark.slow
   def test_report(self):
     workload = workloads.TRAIN_STEP['cpu'].small()
     lines = []

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import benchmarking
@@ -16,6 +17,7 @@ MODEL = workloads.Request(1, 1, 1, 16, num_layers=1, num_heads=2)
 
 
 class ServingSuiteTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_report(self):
     saved = []
     report = serving.run(

@@ -27,6 +27,7 @@ from histjax.features import (
   TimeGap,
 )
 from histjax.schema import Categorical, Dense, Schema, Task
+from tests import marks
 
 ALL = (
   Activity((2, 5)),
@@ -116,6 +117,7 @@ def compare(row, wanted, but=()):
 
 
 class RequestTest(parameterized.TestCase):
+  @marks.slow_unless(lambda ties, request: request)
   @parameterized.product(ties=('order', 'strict'), request=(False, True))
   @given(
     data=columns(),

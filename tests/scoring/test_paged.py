@@ -14,7 +14,7 @@ from histjax.scoring import paged
 from histjax.scoring import pages as pages_lib
 from histjax.serving.pages import Pages, Shape
 from histjax.types import History
-from tests import support
+from tests import marks, support
 from tests.scoring import scorers
 
 EVENTS = 20
@@ -28,6 +28,7 @@ def scorer(variant, **options) -> scoring.Scorer:
 
 
 class PagedTest(parameterized.TestCase):
+  @marks.slow_unless(lambda variant, cache_dtype: variant == 'causal')
   @parameterized.parameters(
     ('causal', None), ('bfloat16', None), ('causal', 'int8'), ('cross', 'int8')
   )

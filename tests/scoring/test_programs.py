@@ -14,7 +14,7 @@ from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api
 from histjax.scoring import programs
 from histjax.types import Candidates
-from tests import support
+from tests import marks, support
 from tests.scoring.scorers import (
   TOLERANCE,
   VARIANTS,
@@ -187,6 +187,7 @@ class SharedProgramsTest(absltest.TestCase):
 
 
 class BackendsTest(parameterized.TestCase):
+  @marks.slow_unless(lambda variant: variant in ('causal', 'window', 'mlp'))
   @parameterized.parameters(*VARIANTS)
   def test_tower_equals_the_blocks_it_was_packed_from(self, variant):
     s = scorer(variant)

@@ -5,6 +5,7 @@ from unittest import mock
 import chex
 import jax
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 class EquivalenceTest(parameterized.TestCase):
+  @marks.slow_unless(
+    lambda variant: variant in ('causal', 'window', 'mlp', 'isolated', 'cross')
+  )
   @parameterized.parameters(*VARIANTS, *ISOLATED, *CROSS_ONLY)
   @given(seed=SEEDS)
   def test_joint_equals_plain_equals_cached(self, variant, seed):
@@ -69,6 +73,7 @@ class EquivalenceTest(parameterized.TestCase):
       **tolerance,
     )
 
+  @pytest.mark.slow  # Another is one event after the other.
   @given(seed=SEEDS)
   def test_extend_by_ragged_blocks(self, seed):
     s = scorer()
@@ -102,6 +107,11 @@ class EquivalenceTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(again.keys, cache.keys, **TOLERANCE['float32'])
 
+  @marks.slow_unless(
+    lambda variant, visible: (
+      (variant == 'causal') == visible and variant in ('causal', 'cross_window')
+    )
+  )
   @parameterized.product(
     variant=('causal', 'window', 'no_positions', 'one_layer', 'cross_window'),
     visible=(False, True),

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from absl.testing import absltest
 
 from tests.serving import exports, full_disk, many_users
@@ -38,6 +39,7 @@ class FullDiskTest(absltest.TestCase):
     self.assertEqual({*said[1:-1:2]}, {left})
     self.assertEqual(said[-1], 'done')  # What was refused is in no way now.
 
+  @pytest.mark.slow
   def test_export(self):
     folder = exports.temporary(self)
     # Not even the first file; and the last of the large ones.

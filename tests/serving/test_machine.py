@@ -2,6 +2,7 @@
 
 import hypothesis
 import numpy as np
+import pytest
 from absl.testing import absltest
 from hypothesis import stateful
 from hypothesis import strategies as st
@@ -175,9 +176,9 @@ for machine in (Serving, Window, Truncated, Bidirectional):
     stateful_step_count=25,
   )
 ServingTest = Serving.TestCase
-WindowTest = Window.TestCase
-TruncatedTest = Truncated.TestCase
-BidirectionalTest = Bidirectional.TestCase
+WindowTest = pytest.mark.slow(Window.TestCase)
+TruncatedTest = pytest.mark.slow(Truncated.TestCase)
+BidirectionalTest = pytest.mark.slow(Bidirectional.TestCase)
 del machine
 
 

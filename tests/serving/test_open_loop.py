@@ -235,6 +235,7 @@ def test_whoever_was_forgotten_sends_all_again(workdir):
   assert not load_check.check(records, users, scorers)['wrong']
 
 
+@pytest.mark.slow
 def test_every_score_through_two_roll_overs(workdir, tmp_path):
   """While states are evicted and extended."""
   paths = [workdir]

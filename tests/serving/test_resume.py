@@ -40,6 +40,7 @@ def until_pause(process):
   raise AssertionError(f'ended with {process.wait()}')
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted(tmp_path, paths):
   parts = tmp_path / 'resumed.csv.parts'
   for mode, written in (('half_a_pass', 0), ('half_a_part', 1)):

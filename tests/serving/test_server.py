@@ -220,6 +220,7 @@ def test_buckets():
     server.buckets(1, [0], 1)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_warm_up(workdir):
   """What is no larger than it was warmed up for; the rest is refused."""
   scoring, warm_up = server.make_engine(str(workdir), 3, [8, 16], 8)

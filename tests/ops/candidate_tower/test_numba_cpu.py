@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
@@ -149,6 +150,7 @@ class ResultTest(parameterized.TestCase):
       program(count, *arrays), suite.run(call, 'numba_cpu')
     )
 
+  @pytest.mark.slow  # It compiles all of it again.
   def test_with_few_registers(self):
     """The vectors of processors without AVX-512, in a process of its own."""
     name = 'x86-64-v3' if os.uname().machine == 'x86_64' else 'generic'
