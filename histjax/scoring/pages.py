@@ -52,6 +52,7 @@ def read(pool: Any, index: Int[Array, 'B P'], capacity: int, heads: int) -> Any:
 
   def copy(x, unit):
     found = x.at[:, index.reshape(-1)].get(mode='promise_in_bounds')
+    # Keys and values have H numbers, scales none.
     tail = () if unit == 1 else (math.prod(x.shape[2:]) // (unit * heads),)
     found = found.reshape(x.shape[0], index.shape[0], -1, heads, *tail)
     return found[:, :, : -(-capacity * unit // EVENTS)]

@@ -160,14 +160,14 @@ class HeadWeights(flax.struct.PyTreeNode):
   ) -> HeadWeights:
     """Packs what `HeadShape.matrices` and `HeadShape.vectors` name.
 
+    Of arrays of NumPy its fields are such arrays, too: nothing is compiled.
+
     Args:
       shape: the sizes.
       matrices: the user's rows before the features', and those before the
         readout's.
       vectors: likewise.
       dtype: of the matrices.
-
-    With arrays of NumPy nothing is compiled, and its fields are such arrays.
     """
     numpy = _numpy(vectors['logits_bias'])
     padded = {}
