@@ -461,11 +461,26 @@ def _pointer_to(kind):
   return pointer
 
 
+def _named(name):
+  """`njit` of a function that others are defined by the same code as.
+
+  Numba tells such functions apart by numbers that are new in each process. What
+  two processes have compiled and kept on disk would have the same symbols for
+  different functions, of which the first to be loaded serves all.
+  """
+
+  def compiled(function):
+    function.__qualname__ = f'{function.__qualname__}.{name}'
+    return njit(function)
+
+  return compiled
+
+
 def _array(kind):
   """A function from an address and a size to the array there."""
   pointer = _pointer_to(kind)
 
-  @njit
+  @_named(kind)
   def view(address, count):
     return carray(pointer(address), count)
 
@@ -475,12 +490,12 @@ def _array(kind):
 _floats, _ints, _words = map(_array, (types.float32, types.int32, types.intp))
 
 
-def _structure(*fields):
+def _structure(name, *fields):
   """The layout of a C structure, and a function from an address to it."""
   dtype = np.dtype(list(fields), align=True)
   pointer = _pointer_to(numba.from_dtype(dtype))
 
-  @njit
+  @_named(name)
   def view(address):
     return carray(pointer(address), 1)[0]
 
@@ -554,11 +569,13 @@ _COMMON = _fields(
   'i8', 'next done users units groups group rows num_candidates result'
 )
 _JOB, _job = _structure(
+  'job',
   *_COMMON,
   *_fields('i8', 'num_keys width hidden'),
   *_fields('i8', ' '.join((*ATTRIBUTES, *OPERANDS))),
 )
 _HEAD_JOB, _head_job = _structure(
+  'head_job',
   *_COMMON,
   *_fields('i8', 'of_user of_features of_readout num_widths'),
   *_fields('i8', ' '.join((*HEAD_ATTRIBUTES, *HEAD_OPERANDS))),
@@ -963,10 +980,10 @@ def _head_group(job, row, first_tile, tiles, work):
     bias += _blocks(last) * TILE * _WORD
 
 
-def _worker(view, group, work_bytes):
+def _worker(name, view, group, work_bytes):
   """A function that takes units of a job until none is left."""
 
-  @njit
+  @_named(name)
   def work(address):
     job = view(address)
     tiles = (job.num_candidates + LANES - 1) // LANES
@@ -986,8 +1003,8 @@ def _worker(view, group, work_bytes):
   return work
 
 
-_work = _worker(_job, _group, _work_bytes)
-_head_work = _worker(_head_job, _head_group, _head_work_bytes)
+_work = _worker('tower', _job, _group, _work_bytes)
+_head_work = _worker('head', _head_job, _head_group, _head_work_bytes)
 
 
 @njit
@@ -1015,7 +1032,7 @@ STRUCTURES: dict[str, np.dtype] = {}
 
 
 def _of_header(name, *fields):
-  STRUCTURES[name], view = _structure(*fields)
+  STRUCTURES[name], view = _structure(name, *fields)
   return view
 
 
@@ -1061,7 +1078,10 @@ _schedule_args = _of_header(
 )
 # An extension of a call frame by which XLA asks for a handler's version.
 _, _extension = _structure(
-  ('struct_size', 'i8'), ('type', 'i4'), *_fields('i8', 'next metadata')
+  'extension',
+  ('struct_size', 'i8'),
+  ('type', 'i4'),
+  *_fields('i8', 'next metadata'),
 )
 _ERROR_BYTES, _THREADS_BYTES, _SCHEDULE_BYTES = (
   STRUCTURES[f'{name}_Args'].itemsize

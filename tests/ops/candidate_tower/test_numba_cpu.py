@@ -177,6 +177,39 @@ test_numba_cpu.NumbaTest().assert_equals_oracle(call)
     subprocess.run([sys.executable, '-c', program], env=environment, check=True)
 
 
+class KeptOnDiskTest(absltest.TestCase):
+  @pytest.mark.slow  # It compiles all of it again.
+  def test_by_processes_of_one_kernel_each(self):
+    """Whose symbols must not be those of another's function."""
+    environment = {
+      **os.environ,
+      'NUMBA_CACHE_DIR': self.create_tempdir().full_path,
+      'PYTHONPATH': os.pathsep.join(sys.path),
+    }
+    compile_one = """
+from histjax.ops import numba_kernels
+numba_kernels.handler('{}')
+"""
+    run_both = """
+from histjax.ops.interaction_head.weights import HeadShape
+from tests.ops.candidate_tower import suite
+from tests.ops.interaction_head import suite as heads, test_numba_cpu
+call = suite.make_call(0, (2, 37, 150, 2, 8), ragged=True)
+suite.assert_equals_oracle(lambda c: suite.run(c, 'numba_cpu'), call)
+shape = HeadShape(40, 30, 64, (128, 64), 2, 64, 2)
+call = heads.make_call(0, (2, 77), shape, dtype='float32', ragged=True)
+test_numba_cpu.NumbaTest().assert_equals_oracle(call)
+"""
+    for program in (
+      compile_one.format('candidate_tower'),
+      compile_one.format('interaction_head'),
+      run_both,
+    ):
+      subprocess.run(
+        [sys.executable, '-c', program], env=environment, check=True
+      )
+
+
 class MemoryTest(parameterized.TestCase):
   def test_work_does_not_grow(self):
     # All memory but arguments and result: XLA's, and what each thread takes.
