@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import types
 from typing import Any
 from unittest import mock
@@ -183,7 +184,7 @@ class KeptOnDiskTest(absltest.TestCase):
     """Whose symbols must not be those of another's function."""
     environment = {
       **os.environ,
-      'NUMBA_CACHE_DIR': self.create_tempdir().full_path,
+      'NUMBA_CACHE_DIR': self.enter_context(tempfile.TemporaryDirectory()),
       'PYTHONPATH': os.pathsep.join(sys.path),
     }
     compile_one = """
