@@ -4,7 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= runs/demo
-EQUIVALENCE = tests/scoring tests/models tests/nn \
+EQUIVALENCE = tests/scoring/test_scorer.py tests/scoring/test_paged.py \
+  tests/scoring/test_many.py tests/scoring/test_flight.py \
+  tests/models/test_ranker.py tests/models/test_packed.py \
+  tests/nn/test_fusion.py tests/nn/test_interaction.py \
   tests/ops/history_attention/test_backends.py \
   tests/ops/history_attention/test_xla.py \
   tests/ops/candidate_tower/test_backends.py
