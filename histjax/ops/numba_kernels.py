@@ -685,6 +685,21 @@ def _work_bytes(job):
 
 
 @njit
+def _begin_unit(job, row, first, count, width):
+  """How many candidates of a unit are real, and the results of all of them.
+
+  These are `width` numbers each, zeros of those that are not real.
+  """
+  here = min(job.num_candidates - first, count)
+  real = max(min(_ints(job.count, job.rows)[row] - first, here), 0)
+  index = row * job.num_candidates + first
+  result = _floats(job.result + index * width * _WORD, here * width)
+  for i in range(real * width, here * width):
+    result[i] = 0
+  return real, result
+
+
+@njit
 def _load_tile(job, row, first, real, x, sin, start, bounds, factor):
   """Fills a tile with its candidates, their angles and ranges."""
   width, half = job.width, job.width // job.heads // 2
@@ -722,12 +737,7 @@ def _group(job, row, first_tile, tiles, work):
   packed = factor + _BYTES
 
   first = first_tile * LANES
-  here = min(job.num_candidates - first, tiles * LANES)
-  real = max(min(_ints(job.count, job.rows)[row] - first, here), 0)
-  index = row * job.num_candidates + first
-  result = _floats(job.result + index * width * _WORD, here * width)
-  for i in range(real * width, here * width):
-    result[i] = 0
+  real, result = _begin_unit(job, row, first, tiles * LANES, width)
   tiles = (real + LANES - 1) // LANES
   _floats(factor, 1)[0] = _LOG2_E / math.sqrt(head_dim)
   for t in range(tiles):
@@ -864,12 +874,8 @@ def _head_group(job, row, first_tile, tiles, work):
   of_all = job.group * apart  # From a tile to what the user has in all.
 
   first = first_tile * LANES
-  here = min(job.num_candidates - first, tiles * LANES)
-  real = max(min(_ints(job.count, job.rows)[row] - first, here), 0)
   index = row * job.num_candidates + first
-  result = _floats(job.result + index * tasks * _WORD, here * tasks)
-  for i in range(real * tasks, here * tasks):
-    result[i] = 0
+  real, result = _begin_unit(job, row, first, tiles * LANES, tasks)
   tiles = (real + LANES - 1) // LANES
   if tiles == 0:
     return
