@@ -1,7 +1,7 @@
 """One setting for the whole suite: fake devices, strict shapes, real data.
 
-`HISTJAX_TEST_XLA=default` compiles as JAX does for a user, which takes three
-times as long; see `make test-all`.
+`HISTJAX_TEST_XLA=default` compiles as JAX does for a user, which takes two
+to three times as long; see `make test-all`.
 """
 
 import os
