@@ -13,6 +13,9 @@ temporary memory, which XLA takes and gives back at each call, is taken for good
 (`_Hole`). All replays go to XLA's own stream, so they and programs that
 are called as usual see one another's writes in order.
 
+Of the recorded kernels, ours begin while the one before them ends
+(`ops.dependent`).
+
 What cannot be recorded so, or does not give bit for bit what the program gives,
 is refused with the reason (`CannotRecordError`), and the program is called.
 """
@@ -32,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from histjax.ops import dependent
 from histjax.scoring import cuda, transport
 
 _BEGIN, _END = 'histjax_graph_begin', 'histjax_graph_end'
@@ -271,6 +275,7 @@ class Recording:
       )
     if self._addresses_now() != addresses:
       raise CannotRecordError('it does not write in place')
+    graph.overlap(dependent.SUFFIX)
     self._graph, self._request = graph, request
     self._logits, self._result = seen.logits, logits
     self._stream = cuda.Pointer(stream)

@@ -29,6 +29,8 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from histjax.ops import dependent
+
 LINE = 2048  # Bytes whose accesses are kept together.
 IDEMPOTENT = 'clean'  # The function that may write at once with others.
 SLOW: dict[int, float] = {}  # Seconds that a warpgroup's products take longer.
@@ -472,6 +474,7 @@ class TestCase(parameterized.TestCase):
         interpret_inline_mgpu,
       ),
       (shared_memory.Barrier, 'deallocate', deallocate),
+      (dependent, 'wait', lambda plgpu: None),  # One kernel after the other.
     ):
       self.enter_context(mock.patch.object(module, name, value))
     params = plgpu.InterpretGPUParams(

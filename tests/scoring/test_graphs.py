@@ -17,6 +17,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from histjax import scoring
+from histjax.ops import dependent
 from histjax.scoring import cuda, graphs, paged, transport
 from histjax.serving.pages import Pages, Shape
 from histjax.types import History
@@ -48,6 +49,79 @@ class ForeignFunctionTest(absltest.TestCase):
 
     found = call(np.array([1.0, 2.0, 4.0], np.float32))
     np.testing.assert_array_equal(found, [2.0, 4.0, 8.0])
+
+
+class Driver:
+  """Of the driver, what `Graph.overlap` asks; nodes are numbers from 1 on."""
+
+  def __init__(self, names, edges):
+    """Of names of kernels by node, '' if it is a copy, and edges."""
+    self.names, self.edges = names, dict.fromkeys(edges, (0, 0, 0))
+    self.cuGraphDestroy = lambda handle: 0
+
+  def cuGraphNodeGetType(self, node, kind):
+    kind._obj.value = 0 if self.names[node.value] else 1
+    return 0
+
+  def cuGraphKernelNodeGetParams_v2(self, node, found):
+    # The driver knows a kernel by one of two handles.
+    field = ('function', 'kernel')[node.value % 2]
+    setattr(found._obj, field, node.value)
+    return 0
+
+  def cuFuncGetName(self, name, function):
+    name._obj.value = self.names[function.value].encode()
+    return 0
+
+  cuKernelGetName = cuFuncGetName
+
+  def cuGraphGetEdges_v2(self, graph, sources, nodes, edges, number):
+    number._obj.value = len(self.edges)
+    for i, (source, node) in enumerate(self.edges):
+      if sources is not None:
+        sources[i], nodes[i] = source, node
+    return 0
+
+  def cuGraphRemoveDependencies_v2(self, graph, sources, nodes, edge, number):
+    assert number.value == 1
+    del self.edges[sources[0], nodes[0]]
+    return 0
+
+  def cuGraphAddDependencies_v2(self, graph, sources, nodes, edge, number):
+    edge = edge._obj
+    assert ctypes.sizeof(edge) == 8  # As in `cuda.h`.
+    kind = edge.from_port, edge.to_port, edge.type
+    self.edges[sources[0], nodes[0]] = kind
+    return 0
+
+
+class OverlapTest(absltest.TestCase):
+  def test_kernels_that_wait(self):
+    ours = f'{dependent.kernel_name("ours")}_mosaic_gpu_kernel'
+    names = {1: 'fusion', 2: ours, 3: ours, 4: 'fusion', 5: '', 6: ours}
+    driver = Driver(names, [(i, i + 1) for i in range(1, 6)])
+    with mock.patch.object(cuda, '_library', lambda: driver):
+      changed = cuda.Graph(cuda.Pointer(7)).overlap(dependent.SUFFIX)
+    self.assertEqual(changed, 2)
+    early = (1, 0, 1)  # CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC and the type.
+    self.assertEqual(
+      driver.edges,
+      {
+        (1, 2): early,
+        (2, 3): early,
+        (3, 4): (0, 0, 0),  # It does not wait.
+        (4, 5): (0, 0, 0),
+        (5, 6): (0, 0, 0),  # Behind a copy.
+      },
+    )
+
+  def test_an_old_driver(self):
+    class Old:
+      cuGraphDestroy = staticmethod(lambda handle: 0)
+
+    with mock.patch.object(cuda, '_library', Old):
+      graph = cuda.Graph(cuda.Pointer(7))
+      self.assertEqual(graph.overlap(dependent.SUFFIX), 0)
 
 
 class ScheduleTest(parameterized.TestCase):

@@ -21,6 +21,11 @@ from histjax.types import Segments
 TILES_AT_ONCE = 264
 WIDE = 256
 WIDE_TILES_AT_ONCE = 66
+# From this D on a layer is several kernels, whose clusters compute 256 columns
+# of 256 queries of any users.
+WIDER = 512
+CLUSTERS_AT_ONCE = 66
+OF_A_CLUSTER = 256
 
 
 class AppendCross(shared.SharedHistory):
@@ -177,7 +182,7 @@ class AppendCross(shared.SharedHistory):
       def write(i, x, cache):
         # What is no new event it leaves out.
         written = self._written(i, x, cache, length, new)
-        if written is None and not _on_gpu():
+        if written is None and (self.config.width >= WIDER or not _on_gpu()):
           x = x[:, : events.shape[1]]
           written = self._scattered(i, x, position, cache, new)
         return written
@@ -294,12 +299,19 @@ class AppendCross(shared.SharedHistory):
     if platform != 'cuda':  # On others than CPUs not measured.
       return platform == 'cpu' and (num_rows == 1 or wide)
     number = num_events + num_candidates
+    if config.width >= WIDER:
+
+      def rounds(queries):
+        tiles = -(-num_rows * queries // OF_A_CLUSTER)
+        return -(-tiles * (config.width // OF_A_CLUSTER) // CLUSTERS_AT_ONCE)
+
+      return rounds(number) < rounds(num_events) + rounds(num_candidates)
     tiles = num_rows * -(-number // shared.EVENTS_OF_A_TILE)
     return tiles <= (WIDE_TILES_AT_ONCE if wide else TILES_AT_ONCE)
 
   def _whole_blocks(self, events, num_candidates):
     """Events padded so that all queries are whole blocks of the kernels."""
-    if not _on_gpu():
+    if not _on_gpu() or self.config.width >= WIDER:
       return events
     number, block = events.shape[1] + num_candidates, shared.EVENTS_OF_A_TILE
     if self.config.width < WIDE and number > block:

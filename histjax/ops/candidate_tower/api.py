@@ -47,10 +47,7 @@ def _of_layer(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
   def call(candidates, position, keys, values, *rest, layer=None, **options):
     key_range, weights = rest
-    if layer is not None:
-      weights = weights.layer(layer)
-      at = layer if len(keys) > 1 else 0
-      keys, values = keys[at][None], values[at][None]
+    keys, values, weights = reference.of_layer(keys, values, weights, layer)
     return kernel(
       candidates, position, keys, values, key_range, weights, **options
     )
@@ -65,7 +62,7 @@ def _lazy(name: str):
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
   'pallas_gpu': dispatch.Backend(
-    _of_layer(_over_rows(_lazy('pallas_gpu'))), devices.check_hopper
+    _over_rows(_lazy('pallas_gpu')), devices.check_hopper
   ),
   'pallas_tpu': dispatch.Backend(
     _of_layer(_over_rows(_lazy('pallas_tpu'), mesh_in_context=True)),
@@ -135,7 +132,8 @@ def candidate_tower(
     count: int32 `[B]`. The result of candidates `c >= count[b]` is zeros, and
       a kernel does not compute it. None: all C count.
     layer: of the weights, the one to compute; keys and values are those of all
-      layers, of which 'numba_cpu' copies none, or of this one. None: all.
+      layers, of which 'numba_cpu' and, from D 512 on, 'pallas_gpu' copy none,
+      or of this one. None: all.
     final_norm: False: the result is the residual stream, float32, to go on
       with; so a history is read layer by layer, its events as candidates.
     implementation: 'pallas_gpu' (Hopper; bfloat16; D 64 with H 16 or 32 or D

@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from histjax.ops import dependent
 from histjax.ops.candidate_tower import (
   cluster,
   hopper,
@@ -331,6 +332,7 @@ def candidate_tower(
   *,
   num_heads: int,
   count: Int[Array, 'B'] | None = None,
+  layer: int | None = None,
   final_norm: bool = True,
   config: Config | Literal['layers', 'products'] | None = None,
 ) -> Float[Array, 'B C D']:
@@ -339,10 +341,14 @@ def candidate_tower(
   'layers', 'products': as `pallas_gpu_layers`, `pallas_gpu_products` say.
   """
   plgpu = hopper.mosaic_gpu()
-  num_layers, num_rows, num_keys = keys.shape[:3]
-  num_candidates, width = candidates.shape[1:]
+  num_rows, num_candidates, width = candidates.shape
   hidden = weights.mlp_in.shape[2]
   _check(candidates, keys, weights, num_heads)
+  if config is None:
+    config = default_config(num_rows, num_candidates, width, hidden, num_heads)
+  if config != 'products':  # It copies nothing of other layers.
+    keys, values, weights = reference.of_layer(keys, values, weights, layer)
+  num_layers, _, num_keys = keys.shape[:3]
 
   def pad(x, to, mode='constant'):
     after = to - x.shape[1]
@@ -360,13 +366,11 @@ def candidate_tower(
     for y in (keys, values)
   )
   start, stop = key_range.start, key_range.stop
-  if config is None:
-    config = default_config(num_rows, num_candidates, width, hidden, num_heads)
   if isinstance(config, str):
-    in_layers: Any = pallas_gpu_layers
+    run: Any = pallas_gpu_layers.candidate_tower
     computes = _layers_compute(num_rows, width, hidden)
     if config == 'products':
-      in_layers = pallas_gpu_products
+      run = functools.partial(pallas_gpu_products.candidate_tower, layer=layer)
       computes = _products_compute(num_rows, width, hidden, num_heads)
     if not computes:
       raise NotImplementedError(
@@ -374,7 +378,7 @@ def candidate_tower(
         f'F={hidden}'
       )
     start, stop = (pad(y, copied, 'edge') for y in (start, stop))
-    out = in_layers.candidate_tower(
+    out = run(
       plgpu,
       functools.partial(attention.of_layer, num_keys=num_keys),
       pad(candidates, copied),
@@ -617,7 +621,7 @@ def _kernel(plgpu, plan, x_shape, sizes, prefix, rotate, ragged, final_norm):
       approx_math=True,
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
-    kernel_name='candidate_tower',
+    kernel_name=dependent.kernel_name('candidate_tower'),
   )
 
 
@@ -628,6 +632,7 @@ def _body(
   *, plgpu, plan, sizes, prefix, rotate, ragged, final_norm, **scratch,
 ):  # fmt: skip
   """One block: a warpgroup for each worker of each tile, and one that loads."""
+  dependent.wait(plgpu)
   config = plan.config
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
   part = lax.axis_index('part') if config.blocks > 1 else jnp.int32(0)

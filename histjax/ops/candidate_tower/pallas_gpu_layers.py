@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from histjax.ops import dependent
 from histjax.ops.candidate_tower import hopper, reference
 from histjax.types import KeyRange
 
@@ -211,7 +212,7 @@ def _kernel(plgpu, kind):
     compiler_params=plgpu.CompilerParams(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
-    kernel_name='candidate_layer',
+    kernel_name=dependent.kernel_name('candidate_layer'),
   )
 
 
@@ -221,6 +222,7 @@ def _body(
   *, plgpu, kind, act, ring, bias_smem, query_bias_smem, bias_full, full, free,
 ):  # fmt: skip
   """One block: some tiles of 128 candidates, one after the other."""
+  dependent.wait(plgpu)
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
   grid = jnp.int32(kind.grid)
   count = lax.div(tiles_ref[0] - 1 - block + grid, grid)

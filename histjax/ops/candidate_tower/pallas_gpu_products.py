@@ -8,6 +8,10 @@ each finishes what belongs to it while its sums are in registers:
     hidden     gelu(norm(x) W_1 + b_1)
     residual   x + hidden W_2 + b_2, likewise
 
+What reads a history also computes, of each layer,
+
+    keys_values  rotated(norm(x) W_k + b_k) and norm(x) W_v + b_v
+
 At this width neither a row of sums nor a layer's weights fit a multiprocessor,
 and what passes between kernels stays in L2. A norm costs no pass over x: with
 the moments m and v of a row, `norm(x) W = (x W - m sum(W)) / sqrt(v)`, where
@@ -30,8 +34,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import run_state
 from jaxtyping import Array, Float, Int
 
+from histjax.ops import dependent
 from histjax.ops.candidate_tower import hopper, reference
 from histjax.types import KeyRange
 
@@ -62,7 +68,7 @@ class _Kind(NamedTuple):
     exact: whether the residual stream has no low half yet.
   """
 
-  then: Literal['query', 'hidden', 'residual']
+  then: Literal['query', 'hidden', 'residual', 'keys_values']
   rows: int
   width: int
   depth: int
@@ -146,23 +152,24 @@ def candidate_tower(
   weights: reference.TowerWeights,
   *,
   count: Int[Array, 'B'] | None,
+  layer: int | None,
   final_norm: bool,
 ) -> Float[Array, 'B C D']:
-  """As `pallas_gpu_layers.candidate_tower`, of sizes that fit."""
+  """As `pallas_gpu_layers.candidate_tower`, of sizes that fit.
+
+  Of one layer, if it is not None; keys and values may be those of all.
+  """
   num_rows, num_candidates, width = candidates.shape
   num_layers, _, hidden = weights.mlp_in.shape
   num_heads, head_dim = keys.shape[2:]
   rows = num_rows * num_candidates
-  place = None
-  if position is not None:  # Registers are loaded by whole tiles.
-    place = jnp.pad(position.reshape(rows), (0, -rows % (TILE * BLOCKS)))
+  place = None if position is None else _whole_tiles(position.reshape(rows))
   live = None
   if count is not None:
     live = jnp.arange(num_candidates, dtype=jnp.int32)[None, :] < count[:, None]
   tiles = _tiles(rows, live)
-  sums = [
-    x.astype(jnp.float32).sum(axis=1) for x in (weights.query, weights.mlp_in)
-  ]
+  sums = [_sums(x) for x in (weights.query, weights.mlp_in)]
+  of_all = keys.shape[0] == num_layers * num_rows
 
   def run(then, layer, left, right, x, bias, sums=None):
     depth, columns = right.shape[1:]
@@ -185,14 +192,14 @@ def candidate_tower(
     )
 
   x, mean = _begin(candidates.reshape(rows, width))
-  for layer in range(num_layers):
+  for layer in range(num_layers) if layer is None else (layer,):
     query = run('query', layer, x.high, weights.query, x, 0, sums[0])[0]
     attended = attention(
       query.reshape(num_rows, num_candidates, num_heads, head_dim),
       keys,
       values,
       key_range,
-      jnp.full((1,), layer * num_rows, jnp.int32),
+      jnp.full((1,), layer * num_rows if of_all else 0, jnp.int32),
       count,
     ).reshape(rows, width)
     mean += _mean(x)
@@ -204,6 +211,61 @@ def candidate_tower(
     )
   out = _end(x, mean, weights, final_norm).reshape(candidates.shape)
   return out if live is None else jnp.where(live[:, :, None], out, 0)
+
+
+def keys_values(
+  plgpu: Any,
+  events: Float[Array, 'B E D'],
+  keys: Float[Array, 'layers B L N H'],
+  values: Float[Array, 'layers B L N H'],
+  matrix: Float[Array, 'layers D 2*D'],
+  bias: Float[Array, 'layers 2*D'],
+  *,
+  layer: int,
+  rotate: bool,
+) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
+  """As `ops.keys_values` without a start, of sizes that fit; E is at least L.
+
+  All slots are computed: what means nothing is as finite as its event.
+  """
+  shape = keys.shape
+  num_layers, num_rows, capacity, _, head_dim = shape
+  rows, width = num_rows * capacity, events.shape[2]
+  x, _ = _begin(events[:, :capacity].reshape(rows, width))
+  place = None
+  if rotate:
+    event = jnp.arange(capacity, dtype=jnp.int32)
+    place = _whole_tiles(jnp.tile(event, num_rows))
+  kind = _Kind('keys_values', rows, width, width, 2 * width, head_dim, 0, False)
+
+  def write(caches):
+    _kernel(plgpu, kind)(
+      jnp.full((1,), layer, jnp.int32),
+      _tiles(rows, None),
+      x.high,
+      matrix,
+      bias,
+      _sums(matrix),
+      x.moments,
+      place,
+      *caches,
+    )
+
+  # Both are results and operands of the call, in one place.
+  flat = (num_layers, rows, width)
+  caches = run_state(write)((keys.reshape(flat), values.reshape(flat)))
+  keys, values = (x.reshape(shape) for x in caches)
+  return keys, values
+
+
+def _sums(matrices):
+  """Of the rows of each layer's matrix."""
+  return matrices.astype(jnp.float32).sum(axis=1)
+
+
+def _whole_tiles(x):
+  """Padded: registers are loaded by whole tiles."""
+  return jnp.pad(x, (0, -x.shape[0] % (TILE * BLOCKS)))
 
 
 def _begin(x):
@@ -269,6 +331,8 @@ def _kernel(plgpu, kind):
     *[None] * 3,
   )
   residual = kind.then == 'residual'
+  if kind.then == 'keys_values':  # Which it is given.
+    out = ()
   if residual:
     stream = jax.ShapeDtypeStruct((kind.rows, kind.width), bf16)
     padded = kind.num_tiles * kind.blocks * TILE
@@ -325,23 +389,30 @@ def _kernel(plgpu, kind):
     compiler_params=plgpu.CompilerParams(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
-    kernel_name=f'candidate_{kind.then}',
+    kernel_name=dependent.kernel_name(f'candidate_{kind.then}'),
   )
 
 
 def _body(
   layer_ref, tiles_ref, left_ref, right_ref, bias_ref, sums_ref, moments_ref,
-  place_ref, high_ref, low_ref, y_ref, high_out_ref, low_out_ref,
-  moments_out_ref,
+  place_ref, high_ref, low_ref, y_ref=None, high_out_ref=None,
+  low_out_ref=None, moments_out_ref=None,
   *, plgpu, kind, left, right, out_smem, moments_smem, bias_smem, full, free,
   bias_full, bias_free, left_full, left_free,
 ):  # fmt: skip
-  """One block: some tiles, one after the other."""
+  """One block: some tiles, one after the other.
+
+  Of 'keys_values' `high_ref` and `low_ref` are the cache's.
+  """
+  dependent.wait(plgpu)
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
   peer = lax.axis_index('part') if kind.blocks > 1 else 0
   grid, parts = jnp.int32(kind.grid), jnp.int32(kind.parts)
   count = lax.div(tiles_ref[0] * parts - 1 - block + grid, grid)
   layer = layer_ref[0]
+  outs = [(0, y_ref)]
+  if kind.then == 'keys_values':
+    outs = [(0, high_ref.at[layer]), (kind.width, low_ref.at[layer])]
   ring = _Ring(
     plgpu, kind, left, right, full, free, left_full, left_free, count
   )
@@ -380,7 +451,7 @@ def _body(
           column,
           out_smem.at[wg],
           place_ref,
-          y_ref,
+          outs,
         )
 
     plgpu.wait_smem_to_gmem(0)
@@ -589,8 +660,11 @@ class _Worker(hopper.Warpgroup):
 
     return pl.run_scoped(run, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
 
-  def activation(self, number, first, column, out_smem, place_ref, y_ref):
-    """Puts queries or hidden channels of the norm into `y_ref`."""
+  def activation(self, number, first, column, out_smem, place_ref, outs):
+    """Puts queries, hidden channels or keys and values of the norm into `outs`.
+
+    `outs`: the first column of each and where it goes.
+    """
     plgpu, kind = self.plgpu, self.kind
     rows = pl.ds(first, ROWS)
     mean, scale = self.moments(first)
@@ -599,6 +673,8 @@ class _Worker(hopper.Warpgroup):
       place = plgpu.load(
         place_ref.at[rows], layout=self.row_layout, optimized=False
       ).astype(jnp.float32)
+      if kind.then == 'keys_values':  # Values are not rotated.
+        place *= jnp.where(column < kind.width, 1.0, 0.0)
     x = self.product(number)
     plgpu.barrier_wait(self.bias_full)
     per = 1 if kind.then == 'hidden' else max(kind.head_dim, PIECE) // PIECE
@@ -617,10 +693,22 @@ class _Worker(hopper.Warpgroup):
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         out[...] = y[:, (n - m) * PIECE : (n - m + 1) * PIECE]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-          out, y_ref.at[rows, pl.ds(column + n * PIECE, PIECE)]
-        )
+        self.copy_out(out, rows, column + n * PIECE, outs)
     plgpu.barrier_arrive(self.bias_free)
+
+  def copy_out(self, out_smem, rows, column, outs):
+    """Starts the copy of a piece to one of `outs`."""
+
+    def copy(begin, ref):
+      columns = pl.ds(column - begin, PIECE)
+      self.plgpu.copy_smem_to_gmem(out_smem, ref.at[rows, columns])
+
+    if len(outs) == 1:
+      copy(*outs[0])
+      return
+    for begin, ref in outs:
+      here = (column >= begin) & (column < begin + ref.shape[1])
+      pl.when(here)(functools.partial(copy, begin, ref))
 
   def hidden(self, number, first, column, out_smem, y_ref):
     """Puts hidden channels of the norm into `y_ref`.

@@ -47,6 +47,17 @@ class TowerWeights(flax.struct.PyTreeNode):
     return one.replace(**final)
 
 
+def of_layer(keys, values, weights: TowerWeights, layer: int | None) -> tuple:
+  """Keys, values and weights of that layer, `[1, ..]`; all if it is None.
+
+  Keys and values may be of that layer already.
+  """
+  if layer is None:
+    return keys, values, weights
+  at = layer if len(keys) > 1 else 0
+  return keys[at][None], values[at][None], weights.layer(layer)
+
+
 def candidate_tower(
   candidates: Float[Array, 'B C D'],
   position: Int[Array, 'B C'] | None,

@@ -29,7 +29,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
-from histjax.ops import partition
+from histjax.ops import dependent, partition
 from histjax.types import KeyRange
 
 plgpu: Any = mosaic_gpu  # Its types are those of one JAX version.
@@ -260,6 +260,7 @@ def _forward(
     total_ref,
     *, q_smem, k_smem, v_smem, total_smem, q_ready, k_ready, v_ready, free,
   ):  # fmt: skip
+    dependent.wait(plgpu)
     b, n, t = _block_index()
     row = b if first_row is None else first_row_ref[0] + b
     wg = lax.axis_index('wg')
@@ -357,7 +358,7 @@ def _forward(
   total_shape = (num_rows, num_heads, num_tiles * tile)
   return _kernel(
     body,
-    'history_attention',
+    dependent.kernel_name('history_attention'),
     grid=(num_rows, num_heads, num_tiles),
     warpgroups=warpgroups,
     out_type=(

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from histjax.ops import dependent
 from histjax.ops.candidate_tower import hopper
 from histjax.ops.interaction_head.weights import TILE, HeadShape, HeadWeights
 from histjax.ops.interaction_head.weights import blocks as blocks_of
@@ -198,7 +199,7 @@ def _kernel(plgpu, kind):
     compiler_params=plgpu.CompilerParams(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
-    kernel_name='interaction_head',
+    kernel_name=dependent.kernel_name('interaction_head'),
   )
 
 
@@ -207,6 +208,7 @@ def _body(
   *, plgpu, kind, out_smem, **scratch,
 ):  # fmt: skip
   """One block: a warpgroup for each chain of each tile."""
+  dependent.wait(plgpu)
   shape = kind.shape
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
   live = _live(kind, count_ref, block * ROWS * kind.tiles)

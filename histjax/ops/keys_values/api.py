@@ -82,9 +82,10 @@ def keys_values(
     count: int32 `[B]`. Events `e >= count[b]` go nowhere; without `start` their
       slots hold something finite that means nothing, and need not be computed.
       None: all E count.
-    implementation: 'pallas_gpu' (Hopper; bfloat16, D 64, 128, 192 or 256 and H
-      16, 32 or 64; without `start` L a multiple of 8) or 'reference' (float32,
-      everywhere, readable). None: the fastest that supports the call.
+    implementation: 'pallas_gpu' (Hopper; bfloat16; D 64, 128, 192 or 256 and H
+      16, 32 or 64; without `start` L a multiple of 8, and also D a multiple of
+      256 from 512 on with H 64 or 128) or 'reference' (float32, everywhere,
+      readable). None: the fastest that supports the call.
 
   Returns:
     The keys and the values, with other layers and slots as they were.

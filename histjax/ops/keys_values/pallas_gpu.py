@@ -6,6 +6,8 @@ it norms them while the weights are copied, multiplies, rotates the keys and
 stores both where they belong in the cache: the arrays are written in place.
 Where there are many events a block has several such groups of channels, and
 norms once for all of them.
+
+From D = 512 on histories are read by a product of `pallas_gpu_products`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import run_state
 from jaxtyping import Array, Float, Int
 
-from histjax.ops.candidate_tower import hopper
+from histjax.ops import dependent
+from histjax.ops.candidate_tower import hopper, pallas_gpu_products
 from histjax.ops.candidate_tower.reference import EPSILON
 from histjax.ops.keys_values.reference import KeyValueWeights
 
@@ -94,6 +97,17 @@ def keys_values(
   plgpu = hopper.mosaic_gpu()
   _check(events, keys, weights, start)
   num_rows, num_events, width = events.shape
+  if width >= hopper.WIDE:
+    return pallas_gpu_products.keys_values(
+      plgpu,
+      events,
+      keys,
+      values,
+      weights.matrix,
+      weights.bias,
+      layer=layer,
+      rotate=rotate,
+    )
   shape = keys.shape
   # Registers are moved by whole tiles.
   after = -num_events % ROWS
@@ -141,14 +155,25 @@ def _check(events, keys, weights, start):
       'pallas_gpu takes bfloat16 weights, keys and values, not '
       f'{weights.matrix.dtype}'
     )
+  if start is None and keys.shape[2] % 8:  # What the copy engine moves.
+    raise NotImplementedError(
+      f'pallas_gpu takes L a multiple of 8 without start, not {keys.shape[2]}'
+    )
+  if width >= hopper.WIDE:
+    if not pallas_gpu_products.fits(width, width, head_dim):
+      raise NotImplementedError(
+        f'pallas_gpu takes D a multiple of {pallas_gpu_products.COLUMNS} and H '
+        f'64 or 128 from D {hopper.WIDE} on, not D={width} and H={head_dim}'
+      )
+    if start is not None:
+      raise NotImplementedError(
+        f'pallas_gpu has no kernel that puts events of D={width} behind others'
+      )
+    return
   if width % PIECE or width > MAX_WIDTH or head_dim not in HEAD_DIMS:
     raise NotImplementedError(
       f'pallas_gpu takes D a multiple of {PIECE} up to {MAX_WIDTH} and H one '
       f'of {HEAD_DIMS}, not D={width} and H={head_dim}'
-    )
-  if start is None and keys.shape[2] % 8:  # What the copy engine moves.
-    raise NotImplementedError(
-      f'pallas_gpu takes L a multiple of 8 without start, not {keys.shape[2]}'
     )
 
 
@@ -177,7 +202,7 @@ def _kernel(plgpu, kind):
     compiler_params=plgpu.CompilerParams(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
-    kernel_name='keys_values',
+    kernel_name=dependent.kernel_name('keys_values'),
   )
 
 
@@ -186,6 +211,7 @@ def _body(
   *, plgpu, kind, x_smem, w_smem, out_smem, full,
 ):  # fmt: skip
   """One block: a tile."""
+  dependent.wait(plgpu)
   block, layer = lax.axis_index('block'), layer_ref[0]
   tile = lax.div(block, jnp.int32(kind.groups))
   piece = lax.rem(block, jnp.int32(kind.groups)) * kind.per_block

@@ -262,6 +262,31 @@ def run(call: Call, implementation: str | None) -> np.ndarray:
   )
 
 
+def layer_by_layer(call: Call, way: str, tower: Tower) -> np.ndarray:
+  """As `tower(call)`, one layer after the other.
+
+  `way`: a layer's weights and its keys and values 'sliced' for it; these
+  'alone'; or all of them, 'of all', where it must not read those of others.
+  """
+  x, num_layers = call.candidates, len(call.keys)
+  for i in range(num_layers):
+    last = i == num_layers - 1
+    layer = call.replace(candidates=x, final_norm=last, layer=i)
+    if way == 'of all':
+      other = (np.arange(num_layers) != i)[:, None, None, None, None]
+      keys, values = (
+        np.where(other, np.nan, y).astype(y.dtype)
+        for y in (call.keys, call.values)
+      )
+    else:
+      keys, values = call.keys[i][None], call.values[i][None]
+    layer = layer.replace(keys=keys, values=values)
+    if way == 'sliced':
+      layer = layer.replace(weights=call.weights.layer(i), layer=None)
+    x = tower(layer)
+  return x
+
+
 # One function, so that a call of a shape is compiled once for all tests.
 _tower = jax.jit(
   ops.candidate_tower,

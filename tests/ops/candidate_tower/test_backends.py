@@ -86,22 +86,10 @@ class BackendTest(parameterized.TestCase):
   def test_layer_by_layer(self, implementation, way):
     dtype = 'float32' if implementation in KERNELS else 'bfloat16'
     call = suite.make_call(0, SHAPES[0], num_layers=3, dtype=dtype)
-    x = call.candidates
-    for i in range(3):
-      layer = call.replace(candidates=x, final_norm=i == 2, layer=i)
-      if way == 'of all':  # What is of other layers it must not read.
-        other = (np.arange(3) != i)[:, None, None, None, None]
-        keys, values = (
-          np.where(other, np.nan, y).astype(y.dtype)
-          for y in (call.keys, call.values)
-        )
-      else:
-        keys, values = call.keys[i][None], call.values[i][None]
-      layer = layer.replace(keys=keys, values=values)
-      if way == 'sliced':
-        layer = layer.replace(weights=call.weights.layer(i), layer=None)
-      x = suite.run(layer, implementation)
-    suite.assert_same(x, suite.run(call, implementation), call)
+    found = suite.layer_by_layer(
+      call, way, lambda c: suite.run(c, implementation)
+    )
+    suite.assert_same(found, suite.run(call, implementation), call)
 
   @parameterized.product(implementation=IN_FLOAT32)
   def test_many_keys_in_blocks(self, implementation):
@@ -195,6 +183,27 @@ class KernelTest(parameterized.TestCase):
     """What 'pallas_gpu' does with many or wide candidates, here with few."""
     layers = shape[3] * shape[4] == 256
     self.check_config('layers' if layers else 'products', shape, **fields)
+
+  @parameterized.product(
+    shape=((3, 205, 331, 8, 64), (2, 131, 79, 4, 32)),
+    way=('alone', 'of all'),
+  )
+  def test_layer_by_layer(self, shape, way):
+    call = suite.make_call(
+      0, shape, num_layers=3, dtype='bfloat16', ragged=True
+    )
+    try:
+      api._BACKENDS['pallas_gpu'].check_target(dispatch.target_of())
+    except NotImplementedError:
+      with self.assertRaisesRegex(NotImplementedError, 'pallas_gpu'):
+        suite.run(call.replace(layer=1), 'pallas_gpu')
+      return
+    suite.assert_equals_oracle(
+      lambda call: suite.layer_by_layer(
+        call, way, lambda c: suite.run(c, 'pallas_gpu')
+      ),
+      call,
+    )
 
   @marks.slow_unless(
     lambda ragged, rotate, residual, **fields: rotate and ragged != residual

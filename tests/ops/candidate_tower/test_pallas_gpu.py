@@ -48,6 +48,7 @@ def tower(call, config=None):
     *jax.tree.map(jnp.asarray, call.positional),
     num_heads=call.num_heads,
     count=None if call.count is None else jnp.asarray(call.count),
+    layer=call.layer,
     final_norm=call.final_norm,
     config=config,
   )
@@ -299,6 +300,17 @@ class InterpretedProductsTest(_InterpretedInLayers):
   @pytest.mark.slow
   def test_wide(self):
     self.check((1, 9, 9, 12, 64), 'products', num_layers=1)
+
+  @pytest.mark.slow
+  def test_layer_by_layer(self):
+    call = suite.make_call(0, (2, 9, 24, 8, 64), num_layers=2, dtype='bfloat16')
+    suite.assert_equals_oracle(
+      lambda call: suite.layer_by_layer(
+        call, 'of all', lambda c: np.asarray(tower(c, 'products'))
+      ),
+      call,
+    )
+    self.assertFalse(self.races_found())
 
   def test_mean_that_drowns_the_deviations(self):
     """A norm does not see what a row's channels have in common."""

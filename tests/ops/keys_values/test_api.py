@@ -123,6 +123,13 @@ class KernelTest(parameterized.TestCase):
     placed=(False, True),
   )
   def test_equals_the_reference(self, sizes, placed):
+    self.check(sizes, placed)
+
+  @parameterized.parameters((512, 8), (512, 4), (768, 12), (1024, 8))
+  def test_wide(self, *sizes):
+    self.check(sizes, placed=False)
+
+  def check(self, sizes, placed):
     run = functools.partial(
       jax.jit(
         ops.keys_values, static_argnames=('layer', 'rotate', 'implementation')

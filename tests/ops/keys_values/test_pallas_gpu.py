@@ -11,31 +11,34 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from histjax.ops.candidate_tower import hopper
+from histjax.ops.candidate_tower import hopper, pallas_gpu_products
 from histjax.ops.keys_values import pallas_gpu
 from tests.ops import gpu_interpreter
 from tests.ops.keys_values import suite
 
 
-class InterpretedTest(gpu_interpreter.TestCase):
-  module = pallas_gpu
-
+class _Interpreted(gpu_interpreter.TestCase):
   def setUp(self):
     super().setUp()
     self.enter_context(
       mock.patch.object(hopper, 'mosaic_gpu', lambda: self.plgpu)
     )
 
-  def check(self, *args, many=False, start=None, count=None, **fields):
-    """`many`: all the pieces that fit are in one block."""
+  def check(self, *args, start=None, count=None, **fields):
     call = suite.make_call(0, *args, **fields)
     for name, x in (('start', start), ('count', count)):
       if x is not None:
         call[name] = jnp.array(x, jnp.int32)
-    with mock.patch.object(pallas_gpu, 'MULTIPROCESSORS', 1 if many else 132):
-      found = jax.block_until_ready(pallas_gpu.keys_values(**call))
+    self.check_call(call)
+
+  def check_call(self, call):
+    found = jax.block_until_ready(pallas_gpu.keys_values(**call))
     suite.assert_equals_reference(found, call)
     self.assertFalse(self.races_found())
+
+
+class InterpretedTest(_Interpreted):
+  module = pallas_gpu
 
   def test_history(self):
     self.check((2, 72), 128, 4)
@@ -54,9 +57,7 @@ class InterpretedTest(gpu_interpreter.TestCase):
   def test_more_than_a_history(self):
     call = suite.make_call(0, (2, 136), 64, 4, capacity=72, ragged=True)
     call.update(start=None, count=jnp.array([70, 3], jnp.int32))
-    found = pallas_gpu.keys_values(**call)
-    suite.assert_equals_reference(found, call)
-    self.assertFalse(self.races_found())
+    self.check_call(call)
 
   def test_new_events(self):
     """Some of them behind the end of the cache."""
@@ -64,8 +65,10 @@ class InterpretedTest(gpu_interpreter.TestCase):
 
   @pytest.mark.slow
   def test_many(self):
-    self.check((2, 128), 256, 4, ragged=True, many=True, stream='bfloat16')
-    self.check((2, 70), 128, 2, capacity=99, many=True, rotate=False)
+    """All the pieces that fit are in one block."""
+    self.enter_context(mock.patch.object(pallas_gpu, 'MULTIPROCESSORS', 1))
+    self.check((2, 128), 256, 4, ragged=True, stream='bfloat16')
+    self.check((2, 70), 128, 2, capacity=99, rotate=False)
 
   @parameterized.parameters('commit_smem', 'barrier_wait')
   def test_the_test(self, name):
@@ -73,6 +76,27 @@ class InterpretedTest(gpu_interpreter.TestCase):
     with mock.patch.object(self.plgpu, name, lambda *n: None):
       jax.block_until_ready(pallas_gpu.keys_values(**call))
     self.assertTrue(self.races_found())
+
+
+class InterpretedWideTest(_Interpreted):
+  """From D 512 on, as a product of the candidate tower's."""
+
+  module = pallas_gpu_products
+
+  def test_history(self):
+    self.check((2, 72), 512, 8, ragged=True)
+
+  def test_more_than_a_history(self):
+    call = suite.make_call(0, (2, 40), 512, 4, capacity=24, stream='bfloat16')
+    call.update(start=None, rotate=False)
+    self.check_call(call)
+
+  @pytest.mark.slow
+  def test_many(self):
+    self.enter_context(
+      mock.patch.object(pallas_gpu_products, 'MULTIPROCESSORS', 2)
+    )
+    self.check((3, 136), 768, 12, ragged=True)
 
 
 def lower(*args, **fields):
@@ -92,6 +116,8 @@ class LoweringTest(parameterized.TestCase):
     ((32, 512), 64, 4, None),
     ((1, 64), 128, 2, 512),
     ((300, 10), 192, 12, 100),
+    ((8, 1024), 512, 8, None),
+    ((3, 96), 1024, 8, None),
   )
   def test_writes_in_place(self, of_events, width, heads, capacity):
     text = lower(of_events, width, heads, capacity=capacity, ragged=True)
@@ -127,9 +153,13 @@ class KindTest(parameterized.TestCase):
 class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(
     (((1, 8), 32, 2), {}, 'D a multiple of 64 up to 256 .* not D=32'),
-    (((1, 8), 512, 8), {}, 'not D=512 and H=64'),
+    (((1, 8), 512, 16), {}, 'H 64 or 128 from D 512 on, .* H=32'),
+    (((1, 8), 640, 10), {}, 'D a multiple of 256 .* D=640'),
+    (((1, 8), 512, 8), {'capacity': 16}, 'D=512 behind others'),
+    (((1, 8), 320, 5), {}, 'not D=320 and H=64'),
     (((1, 8), 128, 1), {}, 'H=128'),
     (((1, 12), 64, 2), {}, 'L a multiple of 8 without start, not 12'),
+    (((1, 12), 512, 8), {}, 'L a multiple of 8 without start, not 12'),
     (((1, 8), 64, 2), {'dtype': 'float32'}, 'takes bfloat16 weights'),
   )
   def test_sizes(self, args, fields, message):
