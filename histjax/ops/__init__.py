@@ -15,6 +15,7 @@ from histjax.ops.history_attention.reference import attention_weights
 from histjax.ops.interaction_head.api import interaction_head
 from histjax.ops.interaction_head.weights import HeadShape, HeadWeights
 from histjax.ops.keys_values.api import keys_values
+from histjax.ops.keys_values.histories import read_histories
 from histjax.ops.keys_values.reference import KeyValueWeights
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
   'history_attention_backend',
   'interaction_head',
   'keys_values',
+  'read_histories',
   'target_platform',
 ]

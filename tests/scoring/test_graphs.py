@@ -59,6 +59,8 @@ class Driver:
     self.names, self.edges = names, dict.fromkeys(edges, (0, 0, 0))
     self.cuGraphDestroy = lambda handle: 0
 
+  # ruff: disable[N802, N815]
+
   def cuGraphNodeGetType(self, node, kind):
     kind._obj.value = 0 if self.names[node.value] else 1
     return 0

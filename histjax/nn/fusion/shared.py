@@ -42,6 +42,9 @@ class SharedHistory(base.Transformer):
     key_range = self._history_range(length, history.shape[1], segments)
     x = self._place_events(history, length)
     if tower is not None:
+      cache = self._read(tower, x, position, key_range, length)
+      if cache is not None:
+        return cache
       cache = self._written(0, x, None, None, length)
       if cache is not None:
         if self.config.causal:
@@ -72,6 +75,26 @@ class SharedHistory(base.Transformer):
       keys.append(key)
       values.append(value)
     return jnp.stack(keys), jnp.stack(values)
+
+  def _read(self, tower, x, position, key_range, length):
+    """`ops.read_histories`; None: there is no kernel for all layers."""
+    config = self.config
+    if config.candidate_tower not in (None, 'pallas_gpu'):
+      return None
+    try:
+      devices.check_hopper(dispatch.target_of())
+      return ops.read_histories(
+        x,
+        position if config.positions == 'rotary' else None,
+        key_range,
+        tower,
+        self.get_variable('tower', 'keys_values'),
+        num_heads=config.num_heads,
+        count=length,
+        implementation='pallas_gpu',
+      )
+    except NotImplementedError:  # Not here, or not of these sizes.
+      return None
 
   def _new_cache(self, shape, dtype):
     """A cache for events `[B, L, D]` that holds nothing yet."""

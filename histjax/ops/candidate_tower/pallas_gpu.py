@@ -106,6 +106,8 @@ def default_config(
       pairs = num_rows * pl.cdiv(num_candidates, 2 * ROWS)
       if tiles > CLUSTERS_OF_FOUR >= pairs:
         choices.append(change(tiles=2, slot=4096, group=group))
+      if CLUSTERS_OF_FOUR < tiles <= CLUSTERS_OF_TWO:
+        choices.append(change(workers=2, blocks=2, group=group))
       choices.append(change(slot=4096, group=group))
     else:
       group = min(2, hidden // 256)

@@ -159,58 +159,67 @@ def candidate_tower(
 
   Of one layer, if it is not None; keys and values may be those of all.
   """
-  num_rows, num_candidates, width = candidates.shape
-  num_layers, _, hidden = weights.mlp_in.shape
-  num_heads, head_dim = keys.shape[2:]
-  rows = num_rows * num_candidates
-  place = None if position is None else _whole_tiles(position.reshape(rows))
+  num_rows = candidates.shape[0]
+  num_layers = len(weights.query)
+  of_all = keys.shape[0] == num_layers * num_rows
   live = None
   if count is not None:
-    live = jnp.arange(num_candidates, dtype=jnp.int32)[None, :] < count[:, None]
-  tiles = _tiles(rows, live)
-  sums = [_sums(x) for x in (weights.query, weights.mlp_in)]
-  of_all = keys.shape[0] == num_layers * num_rows
+    index = jnp.arange(candidates.shape[1], dtype=jnp.int32)
+    live = index[None, :] < count[:, None]
+  run = _Layers(plgpu, candidates.shape, keys.shape[2:], position, live)
+  sums = run.sums(weights)
+  x, mean = _begin(candidates.reshape(run.rows, -1))
+  for i in range(num_layers) if layer is None else (layer,):
+    first_row = jnp.full((1,), i * num_rows if of_all else 0, jnp.int32)
 
-  def run(then, layer, left, right, x, bias, sums=None):
-    depth, columns = right.shape[1:]
-    residual = then == 'residual'
-    exact = residual and x.low is None
-    kind = _Kind(then, rows, width, depth, columns, head_dim, bias, exact)
-    low = x.high if exact else x.low  # Something must fill its place.
-    # Under jit, layers share what is built for one of them.
-    return jax.jit(_kernel(plgpu, kind))(
-      jnp.full((1,), layer, jnp.int32),
-      tiles,
-      left,
-      right,
-      weights.bias,
-      sums,
-      x.moments,
-      place if then == 'query' else None,
-      x.high if residual else None,
-      low if residual else None,
-    )
+    def attend(query, first_row=first_row):
+      return attention(query, keys, values, key_range, first_row, count)
 
-  x, mean = _begin(candidates.reshape(rows, width))
-  for layer in range(num_layers) if layer is None else (layer,):
-    query = run('query', layer, x.high, weights.query, x, 0, sums[0])[0]
-    attended = attention(
-      query.reshape(num_rows, num_candidates, num_heads, head_dim),
-      keys,
-      values,
-      key_range,
-      jnp.full((1,), layer * num_rows if of_all else 0, jnp.int32),
-      count,
-    ).reshape(rows, width)
-    mean += _mean(x)
-    x = _Stream(*run('residual', layer, attended, weights.output, x, width)[1:])
-    u = run('hidden', layer, x.high, weights.mlp_in, x, 2 * width, sums[1])[0]
-    mean += _mean(x)
-    x = _Stream(
-      *run('residual', layer, u, weights.mlp_out, x, 2 * width + hidden)[1:]
-    )
+    x, taken = run.layer(i, x, weights, sums, attend)
+    mean += taken
   out = _end(x, mean, weights, final_norm).reshape(candidates.shape)
   return out if live is None else jnp.where(live[:, :, None], out, 0)
+
+
+def read_histories(
+  plgpu: Any,
+  attention: Callable[..., jax.Array],
+  events: Float[Array, 'B L D'],
+  position: Int[Array, 'B L'] | None,
+  key_range: KeyRange,
+  weights: reference.TowerWeights,
+  matrix: Float[Array, 'layers D 2*D'],
+  bias: Float[Array, 'layers 2*D'],
+  *,
+  num_heads: int,
+  count: Int[Array, 'B'] | None,
+) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
+  """As `ops.read_histories`, of sizes that fit; L is a multiple of 8."""
+  num_rows, num_events, width = events.shape
+  num_layers, heads = len(matrix), (num_heads, width // num_heads)
+  shape = (num_layers, num_rows, num_events, *heads)
+  live = None
+  if count is not None:
+    index = jnp.arange(num_events, dtype=jnp.int32)
+    live = index[None, :] < count[:, None]
+  run = _Layers(plgpu, events.shape, heads, position, live)
+  sums, key_sums = run.sums(weights), _sums(matrix)
+  x, _ = _begin(events.reshape(run.rows, width))
+  cache = tuple(lax.empty(shape, jnp.bfloat16) for _ in range(2))
+  for i in range(num_layers):
+    cache = run.keys_values(i, x, matrix, bias, key_sums, cache)
+    if i + 1 == num_layers:  # Nothing reads its events.
+      break
+    first_row = jnp.full((1,), i * num_rows, jnp.int32)
+    keys, values = (y.reshape(-1, *shape[2:]) for y in cache)
+
+    def attend(query, keys=keys, values=values, first_row=first_row):
+      # Events that do not count are queries, too: what is computed of the
+      # others' tiles is to be finite.
+      return attention(query, keys, values, key_range, first_row, None)
+
+    x, _ = run.layer(i, x, weights, sums, attend)
+  return cache
 
 
 def keys_values(
@@ -228,44 +237,107 @@ def keys_values(
 
   All slots are computed: what means nothing is as finite as its event.
   """
-  shape = keys.shape
-  num_layers, num_rows, capacity, _, head_dim = shape
-  rows, width = num_rows * capacity, events.shape[2]
-  x, _ = _begin(events[:, :capacity].reshape(rows, width))
-  place = None
+  _, num_rows, capacity, *heads = keys.shape
+  position = None
   if rotate:
     event = jnp.arange(capacity, dtype=jnp.int32)
-    place = _whole_tiles(jnp.tile(event, num_rows))
-  kind = _Kind('keys_values', rows, width, width, 2 * width, head_dim, 0, False)
+    position = jnp.broadcast_to(event, (num_rows, capacity))
+  shape = (num_rows, capacity, events.shape[2])
+  run = _Layers(plgpu, shape, tuple(heads), position, None)
+  x, _ = _begin(events[:, :capacity].reshape(run.rows, -1))
+  return run.keys_values(layer, x, matrix, bias, _sums(matrix), (keys, values))
 
-  def write(caches):
-    _kernel(plgpu, kind)(
+
+class _Layers:
+  """Runs the kernels of layers over the candidates, or events, of all users."""
+
+  def __init__(self, plgpu, shape, heads, position, live):
+    """Of `[B, C, D]`, (N, H), and `[B, C]`: positions and which count."""
+    self.plgpu, self.heads = plgpu, heads
+    self.users, self.width = shape[:2], shape[2]
+    self.rows = shape[0] * shape[1]
+    self.tiles = _tiles(self.rows, live)
+    self.place = None
+    if position is not None:  # Registers are loaded by whole tiles.
+      after = -self.rows % (TILE * BLOCKS)
+      self.place = jnp.pad(position.reshape(self.rows), (0, after))
+
+  def sums(self, weights):
+    """What `layer` needs of all layers."""
+    return [_sums(x) for x in (weights.query, weights.mlp_in)]
+
+  def layer(self, i, x, weights, sums, attend):
+    """The stream after layer `i`, and what was taken off its rows.
+
+    Args:
+      i: the layer.
+      x: the stream before it.
+      weights: of all layers.
+      sums: of `sums`.
+      attend: queries `[B, C, N, H]` -> what they read.
+    """
+    width, hidden = weights.mlp_in.shape[1:]
+    run = functools.partial(self._run, layer=i, vector=weights.bias)
+    query = run('query', x.high, weights.query, x, 0, sums=sums[0])[0]
+    attended = attend(query.reshape(*self.users, *self.heads))
+    attended = attended.reshape(self.rows, width)
+    mean = self._mean(x)
+    x = _Stream(*run('residual', attended, weights.output, x, width)[1:])
+    u = run('hidden', x.high, weights.mlp_in, x, 2 * width, sums=sums[1])[0]
+    mean += self._mean(x)
+    at = 2 * width + hidden
+    x = _Stream(*run('residual', u, weights.mlp_out, x, at)[1:])
+    return x, mean
+
+  def keys_values(self, layer, x, matrix, bias, sums, cache):
+    """The keys and values `[layers, B, L, N, H]` with those of a layer.
+
+    Of whole tiles that do not count they are zeros.
+    """
+    shape = cache[0].shape
+
+    def write(caches):
+      self._run('keys_values', x.high, matrix, x, 0, layer, bias, sums, caches)
+
+    # Both are results and operands of the call, in one place.
+    flat = (shape[0], self.rows, self.width)
+    cache = run_state(write)(tuple(y.reshape(flat) for y in cache))
+    return tuple(y.reshape(shape) for y in cache)
+
+  def _run(
+    self, then, left, right, x, bias, layer, vector, sums=None, caches=()
+  ):
+    """A kernel's results; `vector` holds its bias, from `bias` on."""
+    depth, columns = right.shape[1:]
+    residual = then == 'residual'
+    exact = residual and x.low is None
+    kind = _Kind(
+      then, self.rows, self.width, depth, columns, self.heads[1], bias, exact
+    )
+    if residual:
+      caches = (x.high, x.high if exact else x.low)  # Something must be there.
+    kernel = _kernel(self.plgpu, kind)
+    if then != 'keys_values':
+      kernel = jax.jit(kernel)  # Layers share what is built for one of them.
+    return kernel(
       jnp.full((1,), layer, jnp.int32),
-      _tiles(rows, None),
-      x.high,
-      matrix,
-      bias,
-      _sums(matrix),
+      self.tiles,
+      left,
+      right,
+      vector,
+      sums,
       x.moments,
-      place,
-      *caches,
+      self.place if then in ('query', 'keys_values') else None,
+      *(caches or (None, None)),
     )
 
-  # Both are results and operands of the call, in one place.
-  flat = (num_layers, rows, width)
-  caches = run_state(write)((keys.reshape(flat), values.reshape(flat)))
-  keys, values = (x.reshape(shape) for x in caches)
-  return keys, values
+  def _mean(self, x):
+    return x.moments[:, 0, : self.rows].mean(axis=0)
 
 
 def _sums(matrices):
   """Of the rows of each layer's matrix."""
   return matrices.astype(jnp.float32).sum(axis=1)
-
-
-def _whole_tiles(x):
-  """Padded: registers are loaded by whole tiles."""
-  return jnp.pad(x, (0, -x.shape[0] % (TILE * BLOCKS)))
 
 
 def _begin(x):
@@ -288,19 +360,14 @@ def _begin(x):
   return _Stream(high, low, moments), mean
 
 
-def _mean(x: _Stream):
-  rows = x.high.shape[0]
-  return x.moments[:, 0, :rows].mean(axis=0)
-
-
 def _end(x: _Stream, mean, weights, final_norm):
   """The last norm, or the residual stream with `mean` put back."""
   rows, width = x.high.shape
   y = x.high.astype(jnp.float32) + x.low.astype(jnp.float32)
   if not final_norm:
     return y + mean[:, None]
-  mean = _mean(x)
   means, squares = x.moments[:, 0, :rows], x.moments[:, 1, :rows]
+  mean = means.mean(axis=0)
   squares = squares + COLUMNS * jnp.square(means - mean[None])
   scale = lax.rsqrt(squares.sum(axis=0) * (1 / width) + reference.EPSILON)
   y = (y - mean[:, None]) * scale[:, None] * weights.final_scale[None]
@@ -454,6 +521,15 @@ def _body(
           outs,
         )
 
+    if kind.then == 'keys_values':
+      # Behind the tiles that count are the others, which nobody computes.
+      others = kind.num_tiles * parts - (block + count * grid)
+      worker.zeros(
+        lax.div(others - 1 + grid, grid),
+        lambda i: at(count + i),
+        out_smem.at[wg],
+        outs,
+      )
     plgpu.wait_smem_to_gmem(0)
 
   @pl.when(wg == WORKERS)
@@ -695,6 +771,21 @@ class _Worker(hopper.Warpgroup):
         plgpu.commit_smem()
         self.copy_out(out, rows, column + n * PIECE, outs)
     plgpu.barrier_arrive(self.bias_free)
+
+  def zeros(self, count, at, out_smem, outs):
+    """Puts zeros into all of `count` tiles, of which `at` says where."""
+    plgpu = self.plgpu
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    zero = jnp.zeros((ROWS, PIECE), jnp.bfloat16)
+    out_smem.at[0][...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+
+    @pl.loop(0, count)
+    def _(i):
+      first, column = at(i)
+      rows = pl.ds(first + self.wg * ROWS, ROWS)
+      for n in range(0, COLUMNS, PIECE):
+        self.copy_out(out_smem.at[0], rows, column + n, outs)
 
   def copy_out(self, out_smem, rows, column, outs):
     """Starts the copy of a piece to one of `outs`."""

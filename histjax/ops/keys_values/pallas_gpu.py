@@ -23,8 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from histjax.ops import dependent
 from histjax.ops.candidate_tower import hopper, pallas_gpu_products
-from histjax.ops.candidate_tower.reference import EPSILON
+from histjax.ops.candidate_tower.reference import EPSILON, TowerWeights
+from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.ops.keys_values.reference import KeyValueWeights
+from histjax.types import KeyRange
 
 ROWS = hopper.ROWS
 PIECE = 64  # Channels of keys, and of values, that are computed at once.
@@ -145,6 +147,47 @@ def keys_values(
   caches = run_state(write)((keys.reshape(cached), values.reshape(cached)))
   keys, values = (x.reshape(shape) for x in caches)
   return keys, values
+
+
+def read_histories(
+  events: Float[Array, 'B L D'],
+  position: Int[Array, 'B L'] | None,
+  key_range: KeyRange,
+  weights: TowerWeights,
+  keys_values: KeyValueWeights,
+  *,
+  num_heads: int,
+  count: Int[Array, 'B'] | None = None,
+) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
+  """See `histories.read_histories`."""
+  plgpu = hopper.mosaic_gpu()
+  num_rows, num_events, width = events.shape
+  hidden = weights.mlp_in.shape[2]
+  fits = pallas_gpu_products.fits(width, hidden, width // num_heads)
+  if (
+    not fits
+    or num_events % 8
+    or num_rows > attention.MAX_GRID
+    or weights.query.dtype != jnp.bfloat16
+  ):
+    raise NotImplementedError(
+      'pallas_gpu reads histories of bfloat16, D and F multiples of 256, H 64 '
+      'or 128, D >= 512 and L a multiple of 8, not of '
+      f'{weights.query.dtype}, D={width}, F={hidden}, N={num_heads}, '
+      f'L={num_events}'
+    )
+  return pallas_gpu_products.read_histories(
+    plgpu,
+    functools.partial(attention.of_layer, num_keys=num_events),
+    events,
+    position,
+    key_range,
+    weights,
+    keys_values.matrix,
+    keys_values.bias,
+    num_heads=num_heads,
+    count=count,
+  )
 
 
 def _check(events, keys, weights, start):

@@ -12,6 +12,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from histjax.ops.candidate_tower import hopper, pallas_gpu_products
+from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.ops.keys_values import pallas_gpu
 from tests.ops import gpu_interpreter
 from tests.ops.keys_values import suite
@@ -97,6 +98,41 @@ class InterpretedWideTest(_Interpreted):
       mock.patch.object(pallas_gpu_products, 'MULTIPROCESSORS', 2)
     )
     self.check((3, 136), 768, 12, ragged=True)
+
+
+class InterpretedHistoriesTest(_Interpreted):
+  module = pallas_gpu_products
+
+  def setUp(self):
+    super().setUp()
+    for name, value in (
+      ('plgpu', self.plgpu),
+      ('pl', self.module.pl),
+      ('_zero_rows', gpu_interpreter.zero_rows),
+      ('of_layer', attention.of_layer.__wrapped__),  # Not another test's.
+    ):
+      self.enter_context(mock.patch.object(attention, name, value))
+
+  def check_histories(self, *args, count=None, **fields):
+    call = suite.make_histories(0, *args, dtype='bfloat16', **fields)
+    if count is not None:
+      call['count'] = count = jnp.array(count, jnp.int32)
+      stop = jnp.minimum(call['key_range'].stop, count[:, None])
+      call['key_range'] = call['key_range'].replace(stop=stop)
+    found = jax.block_until_ready(pallas_gpu.read_histories(**call))
+    suite.assert_equals_plain_layers(found, call)
+    self.assertFalse(self.races_found())
+    return found
+
+  @pytest.mark.slow
+  def test_tiles_without_meaning_are_zeros(self):
+    found = self.check_histories(
+      (3, 136, 4, 128), count=(136, 100, 0), mlp_width=512
+    )
+    for x in found:
+      x = np.asarray(x.astype(jnp.float32)).reshape(2, -1, 512)
+      np.testing.assert_array_equal(x[:, 256:], 0)
+      self.assertTrue(x[:, :256].any(axis=2).all())
 
 
 def lower(*args, **fields):
