@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from histjax import schema as schema_lib
 from histjax.ops import devices, dispatch
@@ -27,6 +27,8 @@ from histjax.types import RankingBatch
 
 TrainStep = Callable[[TrainState, RankingBatch], TrainState]
 EvalStep = Callable[[Any, RankingBatch], dict[str, Array]]
+_SMALL = 2**18
+"""Elements of a parameter up to which its squares are summed with others'."""
 _CACHED = 8
 """How many jitted functions are kept, so that a second run in a notebook, or a
 second validation, compiles nothing."""
@@ -215,12 +217,17 @@ class _Places:
     self.schema, self.max_unique, self.mesh = schema, max_unique, mesh
     self.axis_name = axis_name  # Of pmap.
     self.axes: dict[str, tuple[str, ...]] = {}
+    self.network_is_whole = True  # On every device.
     if mesh is not None and 'tables' in variables:
       specs = sharding.specs(variables, mesh, rules)
       self.axes = {
         name: sharding.table_axes(spec, mesh)
         for name, spec in tables_lib.by_name(specs['tables']).items()
       }
+      of_network = jax.tree.leaves(
+        specs.get('params', {}), is_leaf=lambda x: isinstance(x, P)
+      )
+      self.network_is_whole = all(spec == P() for spec in of_network)
 
   def sum(self, x):
     """Over the devices of pmap; the compiler sums over those of a mesh."""
@@ -334,15 +341,16 @@ def _update(
   value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1))
   loss, grads = value_and_grad(state.params, rows)
   loss, grads = places.sum(loss), places.sum(grads)
-  finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+  norm = _norm(grads, places.network_is_whole)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   if tx.clip_norm is not None:
-    clip = optax.clip_by_global_norm(tx.clip_norm)
-    grads, _ = clip.update(grads, clip.init(grads))
+    scale = jnp.where(norm < tx.clip_norm, 1, tx.clip_norm / norm)
+    grads = jax.tree.map(lambda x: x * scale.astype(x.dtype), grads)
   updates, opt_state = tx.network.update(
     grads[0], state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
-  finite &= jnp.isfinite(optax.tree.norm(params))
+  finite &= jnp.isfinite(_norm(params, places.network_is_whole))
   table_state, table_average = dict(state.table_state), state.table_average
   table_average = None if table_average is None else dict(table_average)
   for name, index in ids.items():
@@ -387,6 +395,20 @@ def _update(
     else averaged(state.average, params, state.step, state.decay),
     table_average=table_average,
   )
+
+
+def _norm(tree: Any, joined: bool) -> Float[Array, '']:
+  """The Euclidean norm of all numbers of a tree.
+
+  Small arrays are joined first: on a GPU a sum takes as long to start as to
+  compute, and a network has dozens. Where they are split, none may be.
+  """
+  leaves = [x.astype(jnp.float32).ravel() for x in jax.tree.leaves(tree)]
+  small = [x for x in leaves if joined and x.size <= _SMALL]
+  if small:
+    leaves = [x for x in leaves if x.size > _SMALL]
+    leaves.append(jnp.concatenate(small))
+  return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves))
 
 
 def _extend(window: LossWindow, *, step, loss, candidates, finite):

@@ -59,6 +59,7 @@ class Driver:
     self.names, self.edges = names, dict.fromkeys(edges, (0, 0, 0))
     self.cuGraphDestroy = lambda handle: 0
 
+  # Names are the driver's.
   # ruff: disable[N802, N815]
 
   def cuGraphNodeGetType(self, node, kind):
@@ -95,6 +96,8 @@ class Driver:
     kind = edge.from_port, edge.to_port, edge.type
     self.edges[sources[0], nodes[0]] = kind
     return 0
+
+  # ruff: enable[N802, N815]
 
 
 class OverlapTest(absltest.TestCase):
