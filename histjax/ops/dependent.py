@@ -29,11 +29,11 @@ def wait(plgpu: Any) -> None:
 
 
 def _wait(ctx: Any) -> None:
-  from jax.experimental.mosaic.gpu import utils  # Not in the oldest JAX.
+  from jax.experimental.mosaic.gpu import utils
 
   del ctx
-  inline_ptx: Any = utils.inline_ptx
-  inline_ptx(
+  newer: Any = utils  # The oldest JAX has not all of it.
+  newer.inline_ptx(
     'griddepcontrol.wait; griddepcontrol.launch_dependents;',
     has_side_effects=True,
   )

@@ -264,35 +264,39 @@ class Graph:
     _call('cuGraphGetNodes', self.handle, nodes, ctypes.byref(number))
     return [_kind(Pointer(node)) for node in nodes]
 
-  def overlap(self, waits: str) -> int:
+  def overlap(self, waits: str, most: int) -> int:
     """Lets kernels begin before the kernel before them has ended.
 
     Args:
       waits: in the names of those that wait for it by themselves.
+      most: if there are more of them, none is changed.
 
     Returns:
       How many; 0 with a driver that is older than 12.3.
     """
     if not hasattr(_library(), 'cuGraphAddDependencies_v2'):
       return 0
-    number, changed = ctypes.c_size_t(), 0
+    number = ctypes.c_size_t()
     get = functools.partial(_call, 'cuGraphGetEdges_v2', self.handle)
     get(None, None, None, ctypes.byref(number))
     sources, nodes = (Pointer * number.value)(), (Pointer * number.value)()
     edges = (_Edge * number.value)()
     get(sources, nodes, edges, ctypes.byref(number))
-    for source, node, edge in zip(sources, nodes, edges, strict=True):
-      if _kind(Pointer(source)) or _kind(Pointer(node)):
-        continue  # No kernel.
-      if waits not in _name(Pointer(node)):
-        continue
+    early = [
+      (source, node, edge)
+      for source, node, edge in zip(sources, nodes, edges, strict=True)
+      if _kind(Pointer(source)) == _kind(Pointer(node)) == 0  # Kernels.
+      and waits in _name(Pointer(node))
+    ]
+    if len(early) > most:
+      return 0
+    for source, node, edge in early:
       ends = (self.handle, (Pointer * 1)(source), (Pointer * 1)(node))
       one = ctypes.c_size_t(1)
       _call('cuGraphRemoveDependencies_v2', *ends, ctypes.byref(edge), one)
       edge.from_port = edge.type = 1  # Programmatic, both.
       _call('cuGraphAddDependencies_v2', *ends, ctypes.byref(edge), one)
-      changed += 1
-    return changed
+    return len(early)
 
   def append(self, graph: Graph, after: Pointer | None) -> Pointer:
     """Adds a copy of another; returns its node."""

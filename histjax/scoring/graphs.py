@@ -13,8 +13,8 @@ temporary memory, which XLA takes and gives back at each call, is taken for good
 (`_Hole`). All replays go to XLA's own stream, so they and programs that
 are called as usual see one another's writes in order.
 
-Of the recorded kernels, ours begin while the one before them ends
-(`ops.dependent`).
+Of the recorded kernels, ours begin while the one before them ends, if they are
+few (`ops.dependent`).
 
 What cannot be recorded so, or does not give bit for bit what the program gives,
 is refused with the reason (`CannotRecordError`), and the program is called.
@@ -45,6 +45,9 @@ _KERNEL, _COPY, _FILL = range(3)
 _NOTHING = ('parameter', 'constant', 'get-tuple-element', 'bitcast', 'tuple')
 """Instructions that give the device nothing to do."""
 _TRIES = 32
+_OVERLAPPED = 12
+"""Kernels of a program that begin early. With 20 to 40 of them one call in a
+hundred took four times as long as others, and none less; see NOTES.md."""
 _LOOPS = ('while', 'conditional', 'call')
 
 
@@ -275,7 +278,7 @@ class Recording:
       )
     if self._addresses_now() != addresses:
       raise CannotRecordError('it does not write in place')
-    graph.overlap(dependent.SUFFIX)
+    graph.overlap(dependent.SUFFIX, _OVERLAPPED)
     self._graph, self._request = graph, request
     self._logits, self._result = seen.logits, logits
     self._stream = cuda.Pointer(stream)

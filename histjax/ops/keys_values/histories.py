@@ -41,27 +41,31 @@ def _reference(
 ):
   num_rows, num_events, width = events.shape
   shape = (len(weights.query), num_rows, num_events, num_heads)
-  cache: Any = tuple(
-    jnp.zeros((*shape, width // num_heads), weights.query.dtype)
-    for _ in range(2)
-  )
-  x = events
+  empty = jnp.zeros((*shape, width // num_heads), weights.query.dtype)
+  keys, values, x = empty, empty, events
   for i in range(shape[0]):
-    cache = reference.keys_values(
-      x, *cache, keys_values, layer=i, rotate=position is not None, count=count
+    keys, values = reference.keys_values(
+      x,
+      keys,
+      values,
+      keys_values,
+      layer=i,
+      rotate=position is not None,
+      count=count,
     )
-    of_layer = tower.of_layer(*cache, weights, i)
+    key, value, of_layer = tower.of_layer(keys, values, weights, i)
     x = tower.candidate_tower(
       x,
       position,
-      *of_layer[:2],
+      key,
+      value,
       key_range,
-      of_layer[2],
+      of_layer,
       num_heads=num_heads,
       count=count,
       final_norm=False,
     )
-  return cache
+  return keys, values
 
 
 _BACKENDS = {
