@@ -9,9 +9,10 @@ from absl.testing import absltest
 from tests.docs_pages import PAGES, ROOT
 
 REQUESTS = {
-  '2026-11-29-request-h200': 1e6,
-  '2026-11-29-request-wide-h200': 1e6,
-  '2026-11-29-request-printed-h200': 1e6,
+  '2026-11-30-request-128-h200': 1e6,
+  '2026-11-30-request-64-h200': 1e6,
+  '2026-11-30-request-batch-h200': 1e6,
+  '2026-11-30-request-printed-h200': 1e6,
   '2026-11-29-request-epyc-cpu': 1e3,
   '2026-11-29-request-xeon-cpu': 1e3,
 }

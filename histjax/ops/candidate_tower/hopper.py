@@ -38,6 +38,16 @@ def put(plgpu: Any, ref: Any, value: Any) -> None:
     ref[...] = value
 
 
+def no_slices(operands: Any) -> Any:
+  """The operands of a kernel that writes into others of its operands.
+
+  If one is a slice of another array, XLA fuses that with the kernel, and the
+  fusion does not say that its results are its operands: the kernel would write
+  elsewhere. So XLA must not see that they are slices.
+  """
+  return lax.optimization_barrier(operands)
+
+
 class Warpgroup:
   """Computes some columns of 64 candidates."""
 

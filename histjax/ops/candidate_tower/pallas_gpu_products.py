@@ -295,9 +295,10 @@ class _Layers:
     Of whole tiles that do not count they are zeros.
     """
     shape = cache[0].shape
+    high, matrix, bias = hopper.no_slices((x.high, matrix, bias))
 
     def write(caches):
-      self._run('keys_values', x.high, matrix, x, 0, layer, bias, sums, caches)
+      self._run('keys_values', high, matrix, x, 0, layer, bias, sums, caches)
 
     # Both are results and operands of the call, in one place.
     flat = (shape[0], self.rows, self.width)

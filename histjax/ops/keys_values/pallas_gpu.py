@@ -131,17 +131,12 @@ def keys_values(
     count is not None,
   )
   cached = (shape[0] * num_rows, shape[2], width)
+  operands = hopper.no_slices(
+    (start, count, events, weights.matrix, weights.bias)
+  )
 
   def write(caches):
-    _kernel(plgpu, kind)(
-      jnp.full((1,), layer, jnp.int32),
-      start,
-      count,
-      events,
-      weights.matrix,
-      weights.bias,
-      *caches,
-    )
+    _kernel(plgpu, kind)(jnp.full((1,), layer, jnp.int32), *operands, *caches)
 
   # Both are results and operands of the call, in one place.
   caches = run_state(write)((keys.reshape(cached), values.reshape(cached)))

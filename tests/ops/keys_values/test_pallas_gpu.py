@@ -159,6 +159,8 @@ class LoweringTest(parameterized.TestCase):
     text = lower(of_events, width, heads, capacity=capacity, ragged=True)
     self.assertEqual(text.count('@mosaic_gpu_v2('), 1)
     self.assertEqual(text.count('output_operand_alias<'), 2)
+    # Or a slice as an operand would undo that.
+    self.assertIn('stablehlo.optimization_barrier', text)
 
   def test_has_no_effects(self):
     """With any it could not be partitioned over devices."""
