@@ -52,7 +52,7 @@ hypothesis.settings.register_profile(
 # Others in every run, and more; its seed is printed.
 hypothesis.settings.register_profile(
   'random',
-  max_examples=25 if _XLA == 'fast' else 15,
+  max_examples=20 if _XLA == 'fast' else 15,
   print_blob=True,
   **_COMMON,
 )

@@ -14,6 +14,9 @@ from tests import support
 from tests.training import test_tables
 
 BOTH = (('^tables/', P(('data', 'table'))), ('.*', P()))
+OF_NETWORK = (
+  ('^tables/', P('table')), ('Dense_0/bias', P('table')), ('.*', P())
+)  # fmt: skip
 MODEL = test_tables.TinyModel(row_multiple=8)
 TX = optimizer.make_optimizer(
   optimizer.OptimizerConfig(table_learning_rate=0.1, clip_norm=1.0)
@@ -77,7 +80,10 @@ def assert_close(found, expected):
 
 class ShardedTest(parameterized.TestCase):
   @parameterized.parameters(
-    (8, 8, None, (5, 4)), (8, 4, None, (10, 4)), (8, 4, BOTH, (5, 4))
+    (8, 8, None, (5, 4)),
+    (8, 4, None, (10, 4)),
+    (8, 4, BOTH, (5, 4)),
+    (8, 2, OF_NETWORK, (20, 4)),
   )
   def test_steps_equal_those_of_one_device(self, number, table, rules, shape):
     on = mesh(number, table)

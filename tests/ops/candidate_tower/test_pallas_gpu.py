@@ -275,12 +275,12 @@ class InterpretedProductsTest(_InterpretedInLayers):
   @pytest.mark.slow
   def test_one_warpgroup_drifts(self, warpgroup):
     self.slow(warpgroup)
-    self.check((1, 150, 70, 4, 128), 'products', num_layers=2, rotate=False)
+    self.check((1, 150, 70, 4, 128), 'products', num_layers=1, rotate=False)
 
   @pytest.mark.slow
   def test_counts(self):
     # The last tile of 256 has no live candidate.
-    self.check((3, 150, 70, 4, 128), 'products', num_layers=2, ragged=True)
+    self.check((3, 150, 70, 4, 128), 'products', num_layers=1, ragged=True)
 
   @pytest.mark.slow
   def test_history_by_several_tiles_of_a_block(self):
