@@ -456,8 +456,9 @@ class ConfigTest(parameterized.TestCase):
   @parameterized.parameters(
     ((1, 512, 128, 512), (1, 1, 4)),
     ((1, 2048, 128, 512), (2, 1, 4)),  # 32 clusters of four would not run.
-    ((40, 64, 128, 512), (1, 1, 4)),  # Two tiles would be half empty.
-    ((1, 2048, 128, 4096), (1, 1, 4)),  # No room for two tiles.
+    ((28, 64, 128, 512), (1, 1, 4)),
+    ((40, 64, 128, 512), (1, 2, 2)),  # Two tiles would be half empty.
+    ((1, 2048, 128, 4096), (1, 2, 2)),  # No room for two tiles.
     ((32, 512, 128, 512), (2, 2, 1)),
     ((1, 1024, 256, 1024), (1, 1, 4)),
     ((1, 2048, 256, 1024), (1, 2, 2)),
