@@ -176,6 +176,20 @@ class InterpretedTest(_Interpreted):
     self.check((1, 70, 70, 4, 32), FOUR_BLOCKS, num_layers=2, residual=True)
 
   @pytest.mark.slow
+  def test_new_events_of_many_users(self):
+    """Clusters of two where those of four would not all run at once."""
+    config = pallas_gpu.default_config(32, 64, 128, 512, num_heads=4)
+    self.check(
+      (2, 70, 140, 4, 32),
+      config,
+      ascending=True,
+      num_layers=1,
+      mlp_width=512,
+      residual=True,
+      ragged=True,
+    )
+
+  @pytest.mark.slow
   def test_two_tiles_in_a_cluster(self):
     self.slow(1)
     self.check((1, 130, 70, 2, 64), TWO_TILES, ragged=True)
