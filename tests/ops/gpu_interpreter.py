@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from histjax.ops import dependent
+from histjax.ops.history_attention import pallas_gpu as attention
 
 LINE = 2048  # Bytes whose accesses are kept together.
 IDEMPOTENT = 'clean'  # The function that may write at once with others.
@@ -482,6 +483,16 @@ class TestCase(parameterized.TestCase):
     )
     self.enter_context(plgpu.force_gpu_interpret_mode(params))
     self.addCleanup(gpu_callbacks.reset_gpu_interpret_mode_state)
+
+  def interpret_attention(self):
+    """That of `history_attention`, too."""
+    for name, value in (
+      ('plgpu', self.plgpu),
+      ('pl', self.module.pl),
+      ('_zero_rows', zero_rows),
+      ('of_layer', attention.of_layer.__wrapped__),  # Not another test's.
+    ):
+      self.enter_context(mock.patch.object(attention, name, value))
 
   def races_found(self):
     return gpu_callbacks.get_races().races_found

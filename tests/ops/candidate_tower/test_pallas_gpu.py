@@ -22,7 +22,6 @@ from histjax.ops.candidate_tower import (
   pallas_gpu_layers,
   pallas_gpu_products,
 )
-from histjax.ops.history_attention import pallas_gpu as attention
 from tests import marks
 from tests.ops import gpu_interpreter
 from tests.ops.candidate_tower import suite
@@ -226,13 +225,7 @@ class _InterpretedInLayers(_Interpreted):
 
   def setUp(self):
     super().setUp()
-    for name, value in (
-      ('plgpu', self.plgpu),
-      ('pl', self.module.pl),
-      ('_zero_rows', gpu_interpreter.zero_rows),
-      ('of_layer', attention.of_layer.__wrapped__),  # Not another test's.
-    ):
-      self.enter_context(mock.patch.object(attention, name, value))
+    self.interpret_attention()
 
 
 class InterpretedLayersTest(_InterpretedInLayers):

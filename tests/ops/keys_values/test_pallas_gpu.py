@@ -12,7 +12,6 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from histjax.ops.candidate_tower import hopper, pallas_gpu_products
-from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.ops.keys_values import pallas_gpu
 from tests.ops import gpu_interpreter
 from tests.ops.keys_values import suite
@@ -105,13 +104,7 @@ class InterpretedHistoriesTest(_Interpreted):
 
   def setUp(self):
     super().setUp()
-    for name, value in (
-      ('plgpu', self.plgpu),
-      ('pl', self.module.pl),
-      ('_zero_rows', gpu_interpreter.zero_rows),
-      ('of_layer', attention.of_layer.__wrapped__),  # Not another test's.
-    ):
-      self.enter_context(mock.patch.object(attention, name, value))
+    self.interpret_attention()
 
   def check_histories(self, *args, count=None, **fields):
     call = suite.make_histories(0, *args, dtype='bfloat16', **fields)
