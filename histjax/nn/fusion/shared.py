@@ -42,7 +42,7 @@ class SharedHistory(base.Transformer):
     key_range = self._history_range(length, history.shape[1], segments)
     x = self._place_events(history, length)
     if tower is not None:
-      cache = self._read(tower, x, position, key_range, length)
+      cache = self._read(tower, x, key_range, length)
       if cache is not None:
         return cache
       cache = self._written(0, x, None, None, length)
@@ -76,7 +76,7 @@ class SharedHistory(base.Transformer):
       values.append(value)
     return jnp.stack(keys), jnp.stack(values)
 
-  def _read(self, tower, x, position, key_range, length):
+  def _read(self, tower, x, key_range, length):
     """`ops.read_histories`; None: there is no kernel for all layers."""
     config = self.config
     if config.candidate_tower not in (None, 'pallas_gpu'):
@@ -85,11 +85,11 @@ class SharedHistory(base.Transformer):
       devices.check_hopper(dispatch.target_of())
       return ops.read_histories(
         x,
-        position if config.positions == 'rotary' else None,
         key_range,
         tower,
         self.get_variable('tower', 'keys_values'),
         num_heads=config.num_heads,
+        rotate=config.positions == 'rotary',
         count=length,
         implementation='pallas_gpu',
       )

@@ -20,7 +20,7 @@ def _over_rows(
   """The kernel, run by each device on the rows that it holds."""
 
   def call(*arrays, num_heads, count, final_norm, **options):
-    # As in `_Call`; weights have no rows.
+    # As in `Call`; weights have no rows.
     parts = zip((*arrays, count), (0, 0, 1, 1, 0, None, 0), strict=True)
     leaves, tree = jax.tree.flatten((*arrays, count))
     axes = [axis for part, axis in parts for _ in jax.tree.leaves(part)]
@@ -80,7 +80,7 @@ _BACKENDS = {
 }
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
   """The arrays of a call, or their shapes; see `candidate_tower`."""
 
   candidates: Any
@@ -151,9 +151,10 @@ def candidate_tower(
     NotImplementedError: the named implementation cannot compute this call on
       this device; the message says why.
   """
-  call = _Call(candidates, position, keys, values, key_range, weights, count)
+  call = Call(candidates, position, keys, values, key_range, weights, count)
   call = jax.tree.map(jnp.asarray, call)
-  _check(call, num_heads, layer, implementation)
+  dispatch.check_implementation(_BACKENDS, implementation)
+  check(call, num_heads, layer)
   if 0 in call.candidates.shape:
     return call.candidates.astype(
       call.weights.query.dtype if final_norm else jnp.float32
@@ -204,8 +205,9 @@ def candidate_tower_backend(
     NotImplementedError: the named implementation cannot compute this call on
       this device; the message says why.
   """
-  call = _Call(candidates, position, keys, values, key_range, weights, count)
-  _check(call, num_heads, layer, implementation)
+  call = Call(candidates, position, keys, values, key_range, weights, count)
+  dispatch.check_implementation(_BACKENDS, implementation)
+  check(call, num_heads, layer)
   target = dispatch.target_of(candidates)
   name = ''
 
@@ -228,7 +230,7 @@ def has_cpu_kernel(dtype: Any) -> bool:
   return True
 
 
-def _run(call: _Call, num_heads, layer, final_norm, implementation, target):
+def _run(call: Call, num_heads, layer, final_norm, implementation, target):
   """Runs the named backend, or the first that can; returns its name too."""
   keys, values, key_range = call.keys, call.values, call.key_range
   if not keys.shape[2]:  # One key that nobody sees, instead of none.
@@ -254,9 +256,8 @@ def _run(call: _Call, num_heads, layer, final_norm, implementation, target):
   )
 
 
-def _check(call: _Call, num_heads, layer, implementation):
+def check(call: Call, num_heads: int, layer: int | None) -> None:
   """Raises ValueError at a malformed call."""
-  dispatch.check_implementation(_BACKENDS, implementation)
   shape, dtype = call.candidates.shape, call.weights.query.dtype
   if len(shape) != 3:
     raise ValueError(f'candidates has shape {shape}; make it [B, C, D]')

@@ -185,13 +185,13 @@ def read_histories(
   plgpu: Any,
   attention: Callable[..., jax.Array],
   events: Float[Array, 'B L D'],
-  position: Int[Array, 'B L'] | None,
   key_range: KeyRange,
   weights: reference.TowerWeights,
   matrix: Float[Array, 'layers D 2*D'],
   bias: Float[Array, 'layers 2*D'],
   *,
   num_heads: int,
+  rotate: bool,
   count: Int[Array, 'B'] | None,
 ) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
   """As `ops.read_histories`, of sizes that fit; L is a multiple of 8."""
@@ -202,6 +202,7 @@ def read_histories(
   if count is not None:
     index = jnp.arange(num_events, dtype=jnp.int32)
     live = index[None, :] < count[:, None]
+  position = _slots(num_rows, num_events) if rotate else None
   run = _Layers(plgpu, events.shape, heads, position, live)
   sums, key_sums = run.sums(weights), _sums(matrix)
   x, _ = _begin(events.reshape(run.rows, width))
@@ -238,14 +239,16 @@ def keys_values(
   All slots are computed: what means nothing is as finite as its event.
   """
   _, num_rows, capacity, *heads = keys.shape
-  position = None
-  if rotate:
-    event = jnp.arange(capacity, dtype=jnp.int32)
-    position = jnp.broadcast_to(event, (num_rows, capacity))
+  position = _slots(num_rows, capacity) if rotate else None
   shape = (num_rows, capacity, events.shape[2])
   run = _Layers(plgpu, shape, tuple(heads), position, None)
   x, _ = _begin(events[:, :capacity].reshape(run.rows, -1))
   return run.keys_values(layer, x, matrix, bias, _sums(matrix), (keys, values))
+
+
+def _slots(num_rows, capacity):
+  event = jnp.arange(capacity, dtype=jnp.int32)
+  return jnp.broadcast_to(event, (num_rows, capacity))
 
 
 class _Layers:

@@ -97,7 +97,7 @@ def keys_values(
   """
   events, keys, values = map(jnp.asarray, (events, keys, values))
   start, count = (None if x is None else jnp.asarray(x) for x in (start, count))
-  _check(events, keys, values, weights, layer, rotate, start, count)
+  check(events, keys, values, weights, layer, rotate, start, count)
   dispatch.check_implementation(_BACKENDS, implementation)
   if 0 in events.shape or 0 in keys.shape:
     return keys, values
@@ -118,7 +118,7 @@ def keys_values(
   return out
 
 
-def _check(events, keys, values, weights, layer, rotate, start, count):
+def check(events, keys, values, weights, layer, rotate, start, count):
   """Raises ValueError at a malformed call."""
   if events.ndim != 3:
     raise ValueError(f'events has shape {events.shape}; make it [B, E, D]')

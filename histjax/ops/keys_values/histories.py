@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from histjax.ops import devices, dispatch, partition
+from histjax.ops.candidate_tower import api as tower_api
 from histjax.ops.candidate_tower import reference as tower
 from histjax.ops.candidate_tower.reference import TowerWeights
-from histjax.ops.keys_values import reference
+from histjax.ops.keys_values import api, reference
 from histjax.ops.keys_values.reference import KeyValueWeights
 from histjax.types import KeyRange
 
@@ -19,27 +20,31 @@ _kernel = dispatch.lazy(f'{__package__}.pallas_gpu', 'read_histories')
 
 
 def _over_rows(
-  events, position, key_range, weights, keys_values, *, num_heads, count
+  events, key_range, weights, keys_values, *, num_heads, rotate, count
 ) -> Any:
   """The kernels, run by each device on the rows that it holds."""
-  parts = (events, position, key_range, count, weights, keys_values)
+  parts = (events, key_range, count, weights, keys_values)
   leaves, tree = jax.tree.flatten(parts)
-  with_rows = len(jax.tree.leaves(parts[:4]))
+  with_rows = len(jax.tree.leaves(parts[:3]))
   axes = [0 if i < with_rows else None for i in range(len(leaves))]
 
   def on_leaves(*leaves):
-    *arrays, count, weights, keys_values = jax.tree.unflatten(tree, leaves)
+    events, key_range, count, *both = jax.tree.unflatten(tree, leaves)
     return _kernel(
-      *arrays, weights, keys_values, num_heads=num_heads, count=count
+      events, key_range, *both, num_heads=num_heads, rotate=rotate, count=count
     )
 
   return partition.by_rows(on_leaves, axes, (1, 1))(*leaves)
 
 
 def _reference(
-  events, position, key_range, weights, keys_values, *, num_heads, count
+  events, key_range, weights, keys_values, *, num_heads, rotate, count
 ):
   num_rows, num_events, width = events.shape
+  position = None
+  if rotate:
+    event = jnp.arange(num_events, dtype=jnp.int32)
+    position = jnp.broadcast_to(event, (num_rows, num_events))
   shape = (len(weights.query), num_rows, num_events, num_heads)
   empty = jnp.zeros((*shape, width // num_heads), weights.query.dtype)
   keys, values, x = empty, empty, events
@@ -50,7 +55,7 @@ def _reference(
       values,
       keys_values,
       layer=i,
-      rotate=position is not None,
+      rotate=rotate,
       count=count,
     )
     key, value, of_layer = tower.of_layer(keys, values, weights, i)
@@ -76,12 +81,12 @@ _BACKENDS = {
 
 def read_histories(
   events: Float[Array, 'B L D'],
-  position: Int[Array, 'B L'] | None,
   key_range: KeyRange,
   weights: TowerWeights,
   keys_values: KeyValueWeights,
   *,
   num_heads: int,
+  rotate: bool,
   count: Int[Array, 'B'] | None = None,
   implementation: str | None = None,
 ) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
@@ -95,13 +100,12 @@ def read_histories(
 
   Args:
     events: tokens `[B, L, D]`, of the matrices' type or float32.
-    position: int32 `[B, L]`, the rotary positions of queries, and of keys
-      their slots; None: neither is rotated.
     key_range: int32 `[B, L]` each, what events see of their row's events; those
       from `count` on must not be seen by those before.
     weights: of the layers between.
     keys_values: of all layers.
     num_heads: N, with `N H = D`.
+    rotate: whether queries and keys are rotated, by their place in the history.
     count: int32 `[B]`. The keys and values of events `e >= count[b]` are
       finite and mean nothing. None: all L count.
     implementation: 'pallas_gpu' (Hopper; bfloat16, D and F multiples of 256
@@ -109,20 +113,47 @@ def read_histories(
       everywhere, readable). None: the fastest that supports the call.
 
   Raises:
-    ValueError: no such implementation.
+    ValueError: an argument is malformed, or no such implementation.
     NotImplementedError: the named implementation cannot compute this call on
       this device; the message says why.
   """
-  arrays = (events, position, key_range, weights, keys_values)
-  arrays = jax.tree.map(jnp.asarray, arrays)
+  events, key_range, weights, keys_values, count = jax.tree.map(
+    jnp.asarray, (events, key_range, weights, keys_values, count)
+  )
   dispatch.check_implementation(_BACKENDS, implementation)
+  _check(events, key_range, weights, keys_values, num_heads, rotate, count)
   out: Any = dispatch.run(
     'read_histories',
     _BACKENDS,
     implementation,
-    dispatch.target_of(arrays[0]),
-    *arrays,
+    dispatch.target_of(events),
+    events,
+    key_range,
+    weights,
+    keys_values,
     num_heads=num_heads,
+    rotate=rotate,
     count=count,
   )[1]
   return out
+
+
+def _check(events, key_range, weights, keys_values, num_heads, rotate, count):
+  """Raises ValueError at a malformed call, as the operations of a layer do."""
+  if events.ndim != 3:
+    raise ValueError(f'events has shape {events.shape}; make it [B, L, D]')
+  num_rows, num_events, width = events.shape
+  if num_heads < 1 or width % num_heads:
+    raise ValueError(
+      f'num_heads={num_heads} must be at least 1 and divide D={width}'
+    )
+  cached = jax.ShapeDtypeStruct(
+    (len(weights.query), num_rows, num_events, num_heads, width // num_heads),
+    weights.query.dtype,
+  )
+  api.check(events, cached, cached, keys_values, 0, rotate, None, count)
+  tower_api.check(
+    tower_api.Call(events, None, cached, cached, key_range, weights, count),
+    num_heads,
+    None,
+  )

@@ -146,12 +146,12 @@ def keys_values(
 
 def read_histories(
   events: Float[Array, 'B L D'],
-  position: Int[Array, 'B L'] | None,
   key_range: KeyRange,
   weights: TowerWeights,
   keys_values: KeyValueWeights,
   *,
   num_heads: int,
+  rotate: bool,
   count: Int[Array, 'B'] | None = None,
 ) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
   """See `histories.read_histories`."""
@@ -175,12 +175,12 @@ def read_histories(
     plgpu,
     functools.partial(attention.of_layer, num_keys=num_events),
     events,
-    position,
     key_range,
     weights,
     keys_values.matrix,
     keys_values.bias,
     num_heads=num_heads,
+    rotate=rotate,
     count=count,
   )
 

@@ -114,15 +114,13 @@ def make_histories(
   )
   return dict(
     events=jnp.asarray(tower.candidates),
-    position=(
-      None if tower.position is None else jnp.tile(event[None], (num_rows, 1))
-    ),
     key_range=KeyRange(
       jnp.zeros_like(stop), jnp.asarray(stop), 'causal' if causal else 'prefix'
     ),
     weights=jax.tree.map(jnp.asarray, tower.weights),
     keys_values=call['weights'],
     num_heads=heads[0],
+    rotate=tower.position is not None,
     count=None if tower.count is None else jnp.asarray(count),
   )
 
@@ -130,7 +128,7 @@ def make_histories(
 def assert_equals_plain_layers(found, call: dict) -> None:
   """Compares what means something with dense layers, written for themselves."""
   weights, kv = call['weights'], call['keys_values']
-  heads, rotate = call['num_heads'], call['position'] is not None
+  heads, rotate = call['num_heads'], call['rotate']
   x = np.asarray(call['events'], np.float32)
   num_rows, num_events, width = x.shape
   seen = (

@@ -15,7 +15,7 @@ from tests import support
 from tests.ops.keys_values import suite
 
 _read = jax.jit(
-  ops.read_histories, static_argnames=('num_heads', 'implementation')
+  ops.read_histories, static_argnames=('num_heads', 'rotate', 'implementation')
 )
 
 
@@ -30,6 +30,27 @@ class HistoriesTest(parameterized.TestCase):
     with jax.default_matmul_precision('highest'):
       found = _read(**call, implementation='reference')
     suite.assert_equals_plain_layers(found, call)
+
+  @parameterized.parameters(
+    ('events', lambda x: x[0], r'events has shape .* make it \[B, L, D\]'),
+    ('num_heads', lambda x: 3, 'num_heads=3 must be at least 1 and divide D=8'),
+    ('count', lambda x: x[:1], r'count is .*int32 \[B\] = \(2,\)'),
+    (
+      'keys_values',
+      lambda x: x.replace(bias=x.bias[:1]),
+      r'weights.bias is .* = \(2, 16\)',
+    ),
+    (
+      'weights',
+      lambda x: x.replace(query=x.query[..., :4]),
+      r'weights.query is .* = \(2, 8, 8\)',
+    ),
+  )
+  def test_arguments(self, name, change, message):
+    call = suite.make_histories(0, (2, 5, 2, 4), ragged=True)
+    call[name] = change(call[name])
+    with self.assertRaisesRegex(ValueError, message):
+      ops.read_histories(**call)
 
   def test_vmap(self):
     call = suite.make_histories(0, (2, 5, 2, 4), ragged=True)
