@@ -46,6 +46,45 @@ class KeyRange(flax.struct.PyTreeNode):
   )
 
 
+class Paged(flax.struct.PyTreeNode):
+  """Keys or values of users whose events lie in pages of a pool.
+
+  Stands for an array `[layers, B, L, N, H]`, in which event `e` of row `b` is
+  `pool[:, index[b, e // E], e % E]`, with L = P E.
+
+  Attributes:
+    pool: `[layers, pages, E, N, H]`.
+    index: int32 `[B, P]`, in bounds where there are events that are read.
+      Where a pool is written, other pages are written nowhere.
+  """
+
+  pool: Shaped[Array, 'layers pages E N H']
+  index: Int[Array, 'B P']
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """`[layers, B, L, N, H]`."""
+    layers, _, events, *heads = self.pool.shape
+    rows, pages = self.index.shape
+    return (layers, rows, pages * events, *heads)
+
+  @property
+  def dtype(self) -> Any:
+    """Of the pool."""
+    return self.pool.dtype
+
+  def __len__(self) -> int:
+    return len(self.pool)
+
+
+def dense(x: Any) -> Any:
+  """The array that a `Paged` stands for; anything else as it is."""
+  if not isinstance(x, Paged):
+    return x
+  found = x.pool.at[:, x.index].get(mode='clip')
+  return found.reshape(x.shape)
+
+
 class History(flax.struct.PyTreeNode):
   """What each user did, oldest event first, padded at the end.
 

@@ -22,6 +22,7 @@ from histjax.types import (
   Array,
   Candidates,
   History,
+  Paged,
   RankingBatch,
 )
 
@@ -302,6 +303,7 @@ class Ranker(nn.Module):
     candidates: Candidates,
     context: Mapping[str, Array],
     count: Int[Array, 'B'] | None = None,
+    into: tuple[Paged, Paged] | None = None,
   ) -> tuple[HistoryCache, Float[Array, 'B C T']]:
     """`encode`, and `score_tasks` from that cache; in one pass if it pays.
 
@@ -310,6 +312,8 @@ class Ranker(nn.Module):
       candidates: `[B, C]`; the mask is not read.
       context: as `score`.
       count: as `score`.
+      into: pages to write keys and values into, if a kernel does that; else
+        the cache is of arrays.
 
     Returns:
       The cache, and the logits of all tasks.
@@ -323,6 +327,7 @@ class Ranker(nn.Module):
       tokens,
       candidates.visible,
       count=count,
+      into=into,
     )
     cache = HistoryCache(keys, values, history.length)
     user = self._user(context, cache.num_rows)

@@ -4,6 +4,7 @@ from histjax.ops.candidate_tower.api import (
   candidate_tower,
   candidate_tower_backend,
   has_cpu_kernel,
+  tower_reads_pages,
 )
 from histjax.ops.candidate_tower.reference import TowerWeights
 from histjax.ops.dispatch import target_platform
@@ -33,4 +34,5 @@ __all__ = [
   'keys_values',
   'read_histories',
   'target_platform',
+  'tower_reads_pages',
 ]

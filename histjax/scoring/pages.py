@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from histjax import quantization
+from histjax.types import Paged
 
 EVENTS = quantization.BLOCK
 """Of a page. A state wastes half a page on average, whatever its length."""
@@ -58,6 +59,19 @@ def read(pool: Any, index: Int[Array, 'B P'], capacity: int, heads: int) -> Any:
     return found[:, :, : -(-capacity * unit // EVENTS)]
 
   return jax.tree.map(copy, pool, _units(pool))
+
+
+def paged(pool: jax.Array, index: Int[Array, 'B P'], heads: int) -> Paged:
+  """The states for what reads, or writes, them where they are.
+
+  Args:
+    pool: keys or values, no codes.
+    index: the pages of each state; those to write may be beyond the last.
+    heads: N.
+  """
+  head_dim = math.prod(pool.shape[2:]) // (EVENTS * heads)
+  shape = (*pool.shape[:2], EVENTS, heads, head_dim)
+  return Paged(pool.reshape(shape), index)
 
 
 def _units(pool: Any) -> Any:

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from histjax import quantization
+from histjax import ops, quantization
 from histjax.cache import HistoryCache
 from histjax.models import ranker
 from histjax.ops import devices, dispatch
 from histjax.scoring import graphs, transport, weights
 from histjax.scoring import layout as layout_lib
 from histjax.scoring import pages as pages_lib
-from histjax.types import Candidates, History, RankingBatch
+from histjax.types import Candidates, History, Paged, RankingBatch
 
 
 def score_microbatched(
@@ -323,7 +323,7 @@ def _widened(plan, *arrays):
   )
 
 
-def _encode_and_score(plan, sizes, variables, parts):
+def _encode_and_score(plan, sizes, variables, parts, into=None):
   if plan.cache_dtype is None and sizes.candidates <= plan.microbatch:
     both: Any = ranker.Ranker(plan.config).apply(
       variables,
@@ -331,6 +331,7 @@ def _encode_and_score(plan, sizes, variables, parts):
       Candidates(parts['candidates'], parts.get('visible')),
       parts['context'],
       parts['count'],
+      into,
       method='encode_and_score',
     )
     cache, logits = both
@@ -361,13 +362,41 @@ def _extend_and_score(plan, sizes, variables, keys, values, parts):
 
 
 def _paged_score(plan, sizes, variables, keys, values, parts):
-  keys, values = _read(plan, parts, sizes.events, keys, values)
+  if _in_pages(plan, keys):
+    keys, values = _paged(plan, parts['read'], keys, values)
+  else:
+    keys, values = _read(plan, parts, sizes.events, keys, values)
   return _score(plan, sizes, variables, keys, values, parts)
 
 
 def _paged_encode_and_score(plan, sizes, variables, keys, values, parts):
-  *states, logits = _encode_and_score(plan, sizes, variables, parts)
+  into = None
+  if _in_pages(plan, keys):
+    into = _paged(plan, parts['write'], keys, values)
+  *states, logits = _encode_and_score(plan, sizes, variables, parts, into)
   return (*_written(keys, values, states, parts), logits)
+
+
+def _in_pages(plan, pool):
+  """Whether kernels read and write states where they are."""
+  config = plan.config
+  return (
+    config.has_tower
+    and not isinstance(pool, quantization.Quantized)
+    and ops.tower_reads_pages(
+      config.dtype,
+      config.encoder.width,
+      config.encoder.num_heads,
+      config.encoder.mlp_width,
+      pages_lib.EVENTS,
+      implementation=config.encoder.candidate_tower,
+    )
+  )
+
+
+def _paged(plan, index, *pool):
+  heads = plan.config.encoder.num_heads
+  return tuple(pages_lib.paged(x, index, heads) for x in pool)
 
 
 def _paged_extend_and_score(plan, sizes, variables, keys, values, parts):
@@ -387,9 +416,11 @@ def _read(plan, parts, capacity, *pool):
 
 
 def _written(keys, values, states, parts):
-  """The pool with states in it."""
+  """The pool with states in it, which may be there already."""
   return (
-    pages_lib.write(pool, parts['write'], x)
+    x.pool.reshape(pool.shape)
+    if isinstance(x, Paged)
+    else pages_lib.write(pool, parts['write'], x)
     for pool, x in zip((keys, values), states, strict=True)
   )
 

@@ -13,7 +13,7 @@ from histjax import key_range as ranges
 from histjax.nn.fusion import base, shared
 from histjax.nn.fusion import tower as tower_lib
 from histjax.ops import dispatch
-from histjax.types import Segments
+from histjax.types import Paged, Segments, dense
 
 # Tiles of 64 queries that a Hopper GPU computes at once, two to a block, and
 # from this D on, one to some blocks of a cluster. In one pass more would cost
@@ -40,7 +40,6 @@ class AppendCross(shared.SharedHistory):
   """
 
   has_tower = True
-  events_attend = True  # To each other, in layers that candidates share.
 
   @staticmethod
   def pack(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
@@ -115,8 +114,8 @@ class AppendCross(shared.SharedHistory):
 
   def score(
     self,
-    keys: Float[Array, 'layers B L N H'],
-    values: Float[Array, 'layers B L N H'],
+    keys: Float[Array, 'layers B L N H'] | Paged,
+    values: Float[Array, 'layers B L N H'] | Paged,
     length: Int[Array, 'B'],
     candidates: Float[Array, 'B C D'],
     visible: Int[Array, 'B C'] | None,
@@ -128,8 +127,8 @@ class AppendCross(shared.SharedHistory):
     """The fused candidates, from the cached keys and values.
 
     Args:
-      keys: of `encode` or `extend`.
-      values: of `encode` or `extend`.
+      keys: of `encode` or `extend`, or pages of them.
+      values: likewise.
       length: int32 `[B]`, events cached.
       candidates: tokens `[B, C, D]`.
       visible: int32 `[B, C]`, or None for all events.
@@ -148,7 +147,8 @@ class AppendCross(shared.SharedHistory):
         x, position, keys, values, key_range, tower, count=count
       )
     x = self.token_dropout(x, deterministic=not train)
-    for block, key, value in zip(self.blocks, keys, values, strict=True):
+    states = self.blocks, dense(keys), dense(values)
+    for block, key, value in zip(*states, strict=True):
       x = block(x, position, key, value, key_range, train=train)
     return self.final_norm(x)
 
@@ -210,11 +210,8 @@ class AppendCross(shared.SharedHistory):
     visible: Int[Array, 'B C'] | None,
     *,
     count: Int[Array, 'B'] | None = None,
-  ) -> tuple[
-    Float[Array, 'layers B L N H'],
-    Float[Array, 'layers B L N H'],
-    Float[Array, 'B C D'],
-  ]:
+    into: tuple[Paged, Paged] | None = None,
+  ) -> tuple[Any, Any, Float[Array, 'B C D']]:
     """As the shared one; by kernels in one pass, as `extend_and_score`."""
     tower = self._packed(history=True)
     num_events, num_candidates = history.shape[1], candidates.shape[1]
@@ -242,7 +239,7 @@ class AppendCross(shared.SharedHistory):
       if found is not None:
         return found
     return super().encode_and_score(
-      history, length, candidates, visible, count=count
+      history, length, candidates, visible, count=count, into=into
     )
 
   def _one_pass(self, tower, write, cache, events, candidates, count):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from histjax import key_range as ranges
 from histjax.nn import embedding
 from histjax.nn import encoder as encoder_lib
-from histjax.types import KeyRange, Segments
+from histjax.types import KeyRange, Paged, Segments
 
 
 class Fusion(nn.Module):
@@ -58,11 +58,8 @@ class Fusion(nn.Module):
     visible: Int[Array, 'B C'] | None,
     *,
     count: Int[Array, 'B'] | None = None,
-  ) -> tuple[
-    Float[Array, 'layers B L N H'],
-    Float[Array, 'layers B L N H'],
-    Float[Array, 'B C D'],
-  ]:
+    into: tuple[Paged, Paged] | None = None,
+  ) -> tuple[Any, Any, Float[Array, 'B C D']]:
     """`encode`, and `score` from what that gives.
 
     Args:
@@ -71,12 +68,14 @@ class Fusion(nn.Module):
       candidates: tokens `[B, C, D]`.
       visible: int32 `[B, C]`, or None for all events.
       count: as `score`.
+      into: as `encode` of those that have it.
 
     Returns:
-      The keys and values, the fused candidates.
+      The keys and values, or the pages that were written; the fused candidates.
     """
     of: Any = self  # If `amortizable`.
-    keys, values = of.encode(history, length)
+    options = {} if into is None else {'into': into}
+    keys, values = of.encode(history, length, **options)
     fused = of.score(keys, values, length, candidates, visible, count=count)
     return keys, values, fused
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,7 +12,7 @@ from histjax import key_range as ranges
 from histjax import ops
 from histjax.nn.fusion import base
 from histjax.ops import devices, dispatch
-from histjax.types import Segments
+from histjax.types import Paged, Segments
 
 EVENTS_OF_A_TILE = 64  # Of the Hopper kernels.
 
@@ -20,6 +22,7 @@ class SharedHistory(base.Transformer):
 
   amortizable = True
   packable = True
+  events_attend = True  # To each other, in layers that candidates share.
 
   def encode(
     self,
@@ -28,7 +31,8 @@ class SharedHistory(base.Transformer):
     *,
     segments: Segments | None = None,
     train: bool = False,
-  ) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
+    into: tuple[Paged, Paged] | None = None,
+  ) -> tuple[Any, Any]:
     """Keys and values of every layer; one pass over the history.
 
     Args:
@@ -36,13 +40,19 @@ class SharedHistory(base.Transformer):
       length: int32 `[B]`.
       segments: of packed rows.
       train: whether dropout is on.
+      into: pages to write them into, if a kernel does that.
+
+    Returns:
+      `[layers, B, L, N, H]` each, or those pages.
     """
     tower = self._packed(history=True, train=train, segments=segments)
     position = base.ordinals(history.shape, segments)
     key_range = self._history_range(length, history.shape[1], segments)
     x = self._place_events(history, length)
     if tower is not None:
-      cache = self._read(tower, x, key_range, length)
+      cache = self._read(tower, x, key_range, length, into)
+      if cache is None and into is not None:
+        cache = self._read(tower, x, key_range, length, None)
       if cache is not None:
         return cache
       cache = self._written(0, x, None, None, length)
@@ -76,10 +86,12 @@ class SharedHistory(base.Transformer):
       values.append(value)
     return jnp.stack(keys), jnp.stack(values)
 
-  def _read(self, tower, x, key_range, length):
+  def _read(self, tower, x, key_range, length, into):
     """`ops.read_histories`; None: there is no kernel for all layers."""
     config = self.config
     if config.candidate_tower not in (None, 'pallas_gpu'):
+      return None
+    if not self.events_attend:  # Which they do there.
       return None
     try:
       devices.check_hopper(dispatch.target_of())
@@ -91,6 +103,7 @@ class SharedHistory(base.Transformer):
         num_heads=config.num_heads,
         rotate=config.positions == 'rotary',
         count=length,
+        cache=into,
         implementation='pallas_gpu',
       )
     except NotImplementedError:  # Not here, or not of these sizes.

@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 
 from histjax import ops
 
+SUMS_FROM = 512  # D, from which on kernels need sums of weights.
+
 
 def pack_tower(params: Mapping[str, Any], dtype: DTypeLike) -> ops.TowerWeights:
   """The weights of such a fusion for `ops.candidate_tower`.
@@ -24,7 +26,7 @@ def pack_tower(params: Mapping[str, Any], dtype: DTypeLike) -> ops.TowerWeights:
   ]
   *matrices, bias = (jnp.stack(x) for x in zip(*layers, strict=True))
   query, output, mlp_in, mlp_out = (x.astype(dtype) for x in matrices)
-  return ops.TowerWeights(
+  weights = ops.TowerWeights(
     query=query,
     output=output,
     mlp_in=mlp_in,
@@ -33,6 +35,7 @@ def pack_tower(params: Mapping[str, Any], dtype: DTypeLike) -> ops.TowerWeights:
     final_scale=params['final_norm']['scale'].astype(jnp.float32),
     final_bias=params['final_norm']['bias'].astype(jnp.float32),
   )
+  return weights.with_sums() if query.shape[1] >= SUMS_FROM else weights
 
 
 def pack_keys_values(
@@ -53,9 +56,10 @@ def pack_keys_values(
     )
     matrices.append(matrix)
     biases.append(bias)
-  return ops.KeyValueWeights(
+  weights = ops.KeyValueWeights(
     matrix=jnp.stack(matrices).astype(dtype), bias=jnp.stack(biases)
   )
+  return weights.with_sums() if len(matrices[0]) >= SUMS_FROM else weights
 
 
 def _num_layers(params):

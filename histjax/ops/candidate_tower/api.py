@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax.ops import cpu, devices, dispatch, partition
 from histjax.ops.candidate_tower import numba_cpu, reference, xla
-from histjax.types import STRUCTURES, KeyRange
+from histjax.types import STRUCTURES, KeyRange, Paged, dense
 
 
 def _over_rows(
@@ -20,10 +20,16 @@ def _over_rows(
   """The kernel, run by each device on the rows that it holds."""
 
   def call(*arrays, num_heads, count, final_norm, **options):
-    # As in `Call`; weights have no rows.
-    parts = zip((*arrays, count), (0, 0, 1, 1, 0, None, 0), strict=True)
-    leaves, tree = jax.tree.flatten((*arrays, count))
-    axes = [axis for part, axis in parts for _ in jax.tree.leaves(part)]
+    # As in `Call`; weights have no rows, and pools none.
+    axes_of: list[Any] = [0, 0, 1, 1, 0, None, 0]
+    parts = (*arrays, count)
+    axes = []
+    for part, axis in zip(parts, axes_of, strict=True):
+      if isinstance(part, Paged):
+        axes += [None, 0]
+      else:
+        axes += [axis] * len(jax.tree.leaves(part))
+    leaves, tree = jax.tree.flatten(parts)
 
     def on_leaves(*leaves):
       *arrays, count = jax.tree.unflatten(tree, leaves)
@@ -55,9 +61,21 @@ def _of_layer(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   return call
 
 
+def _of_arrays(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """A kernel that does not read pages, given what they hold."""
+
+  def call(candidates, position, keys, values, *rest, **options):
+    arrays = dense(keys), dense(values)
+    return kernel(candidates, position, *arrays, *rest, **options)
+
+  return call
+
+
 def _lazy(name: str):
   return dispatch.lazy(f'{__package__}.{name}', 'candidate_tower')
 
+
+_reads_pages = dispatch.lazy(f'{__package__}.pallas_gpu', 'reads_pages')
 
 # The fastest first; 'xla' computes every call on every device.
 _BACKENDS = {
@@ -65,17 +83,21 @@ _BACKENDS = {
     _over_rows(_lazy('pallas_gpu')), devices.check_hopper
   ),
   'pallas_tpu': dispatch.Backend(
-    _of_layer(_over_rows(_lazy('pallas_tpu'), mesh_in_context=True)),
+    _of_arrays(
+      _of_layer(_over_rows(_lazy('pallas_tpu'), mesh_in_context=True))
+    ),
     devices.check_tpu,
   ),
   'numba_cpu': dispatch.Backend(
-    _over_rows(numba_cpu.candidate_tower),
+    _of_arrays(_over_rows(numba_cpu.candidate_tower)),
     devices.check_numba,
     numba_cpu.suits,
   ),
-  'xla': dispatch.Backend(_of_layer(xla.candidate_tower), dispatch.any_target),
+  'xla': dispatch.Backend(
+    _of_arrays(_of_layer(xla.candidate_tower)), dispatch.any_target
+  ),
   'reference': dispatch.Backend(
-    _of_layer(reference.candidate_tower), dispatch.any_target
+    _of_arrays(_of_layer(reference.candidate_tower)), dispatch.any_target
   ),
 }
 
@@ -95,8 +117,8 @@ class Call(NamedTuple):
 def candidate_tower(
   candidates: Float[Array, 'B C D'],
   position: Int[Array, 'B C'] | None,
-  keys: Float[Array, 'layers B L N H'],
-  values: Float[Array, 'layers B L N H'],
+  keys: Float[Array, 'layers B L N H'] | Paged,
+  values: Float[Array, 'layers B L N H'] | Paged,
   key_range: KeyRange,
   weights: reference.TowerWeights,
   *,
@@ -121,8 +143,9 @@ def candidate_tower(
     candidates: tokens `[B, C, D]`, of the matrices' type or float32.
     position: int32 `[B, C]`, the rotary positions of the queries; None: they
       are not rotated.
-    keys: `[layers, B, L, N, H]`, of the matrices' type, rotated already.
-    values: `[layers, B, L, N, H]`, of the matrices' type.
+    keys: `[layers, B, L, N, H]`, of the matrices' type, rotated already, or
+      pages of them, which 'pallas_gpu' reads where they are from D 512 on.
+    values: likewise, in the same pages.
     key_range: int32 `[B, C]` each. Its `structure` opens faster paths. Keys
       and values before or after all ranges of their row may hold anything,
       NaN included, unless 'xla' runs with an attention that needs them finite,
@@ -186,8 +209,8 @@ def candidate_tower_backend(
     candidates: tokens `[B, C, D]`; as all arrays here, or a
       `jax.ShapeDtypeStruct`.
     position: int32 `[B, C]`, or None: queries are not rotated.
-    keys: `[layers, B, L, N, H]`.
-    values: `[layers, B, L, N, H]`.
+    keys: `[layers, B, L, N, H]`, or paged.
+    values: as the keys.
     key_range: int32 `[B, C]` each.
     weights: see `TowerWeights`.
     num_heads: N, with `N H = D`.
@@ -230,10 +253,41 @@ def has_cpu_kernel(dtype: Any) -> bool:
   return True
 
 
+def tower_reads_pages(
+  dtype: Any,
+  width: int,
+  num_heads: int,
+  hidden: int | None,
+  page: int,
+  *,
+  implementation: str | None = None,
+) -> bool:
+  """Whether the tower of such a model reads pages where they are.
+
+  So does `ops.read_histories` write them. Others copy them first.
+
+  Args:
+    dtype: of the matrices.
+    width: D.
+    num_heads: N.
+    hidden: F; None: 4 D.
+    page: events of a page.
+    implementation: as `candidate_tower`.
+  """
+  if implementation not in (None, 'pallas_gpu') or dtype != 'bfloat16':
+    return False
+  try:
+    devices.check_hopper(dispatch.target_of())
+    return bool(_reads_pages(width, hidden or 4 * width, num_heads, page))
+  except NotImplementedError:
+    return False
+
+
 def _run(call: Call, num_heads, layer, final_norm, implementation, target):
   """Runs the named backend, or the first that can; returns its name too."""
   keys, values, key_range = call.keys, call.values, call.key_range
   if not keys.shape[2]:  # One key that nobody sees, instead of none.
+    keys, values = dense(keys), dense(values)
     one = [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)]
     keys, values = jnp.pad(keys, one), jnp.pad(values, one)
     nothing = jnp.zeros_like(key_range.stop)
@@ -286,6 +340,8 @@ def check(call: Call, num_heads: int, layer: int | None) -> None:
     if len(call.keys) == 1:
       num_layers = 1
   cached = (num_layers, num_rows, num_keys, num_heads, head_dim)
+  if isinstance(call.keys, Paged) != isinstance(call.values, Paged):
+    raise ValueError('keys and values must both be arrays, or both be paged')
   for name, x in (('keys', call.keys), ('values', call.values)):
     _check_array(name, x, '[layers, B, L, N, H]', cached, dtype)
   if call.position is not None and head_dim % 2:
@@ -324,6 +380,12 @@ def _check_weights(weights, width, dtype):
     'final_scale': ('[D]', vector, jnp.float32),
     'final_bias': ('[D]', vector, jnp.float32),
   }
+  if weights.sums is not None:
+    expected['sums'] = (
+      '[layers, D + F]',
+      (layers, width + hidden),
+      jnp.float32,
+    )
   for name, (axes, shape, dtype) in expected.items():
     _check_array(f'weights.{name}', getattr(weights, name), axes, shape, dtype)
 

@@ -35,7 +35,7 @@ from histjax.ops.candidate_tower import (
   reference,
 )
 from histjax.ops.history_attention import pallas_gpu as attention
-from histjax.types import KeyRange
+from histjax.types import KeyRange, Paged, dense
 
 ROWS = hopper.ROWS  # Candidates of a tile.
 HEAD_DIMS = {64: (16, 32), 128: (32, 64), 256: (32, 64)}  # H, by D.
@@ -327,8 +327,8 @@ class _Plan:
 def candidate_tower(
   candidates: Float[Array, 'B C D'],
   position: Int[Array, 'B C'] | None,
-  keys: Float[Array, 'layers B L N H'],
-  values: Float[Array, 'layers B L N H'],
+  keys: Float[Array, 'layers B L N H'] | Paged,
+  values: Float[Array, 'layers B L N H'] | Paged,
   key_range: KeyRange,
   weights: reference.TowerWeights,
   *,
@@ -348,6 +348,12 @@ def candidate_tower(
   _check(candidates, keys, weights, num_heads)
   if config is None:
     config = default_config(num_rows, num_candidates, width, hidden, num_heads)
+  pages = None
+  if config == 'products' and isinstance(keys, Paged):
+    if reads_pages(width, hidden, num_heads, keys.pool.shape[2]):
+      pages = keys.index
+  if pages is None:
+    keys, values = dense(keys), dense(values)
   if config != 'products':  # It copies nothing of other layers.
     keys, values, weights = reference.of_layer(keys, values, weights, layer)
   num_layers, _, num_keys = keys.shape[:3]
@@ -361,18 +367,26 @@ def candidate_tower(
 
   # The copy engine moves 8 rows at a time.
   copied = pl.cdiv(num_candidates, 8) * 8
-  keys, values = (
-    pad(
-      y.reshape(num_layers * num_rows, *y.shape[2:]), pl.cdiv(num_keys, 8) * 8
-    )
-    for y in (keys, values)
-  )
+
+  def flat(y):
+    """Layers and rows, or pages, as one axis."""
+    if pages is not None:
+      return y.pool.reshape(-1, *y.pool.shape[2:])
+    y = y.reshape(num_layers * num_rows, *y.shape[2:])
+    return pad(y, pl.cdiv(num_keys, 8) * 8)
+
+  keys, values = flat(keys), flat(values)
   start, stop = key_range.start, key_range.stop
   if isinstance(config, str):
     run: Any = pallas_gpu_layers.candidate_tower
     computes = _layers_compute(num_rows, width, hidden)
     if config == 'products':
-      run = functools.partial(pallas_gpu_products.candidate_tower, layer=layer)
+      run = functools.partial(
+        pallas_gpu_products.candidate_tower,
+        layer=layer,
+        pages=pages,
+        of_layer=len(keys) // num_layers,
+      )
       computes = _products_compute(num_rows, width, hidden, num_heads)
     if not computes:
       raise NotImplementedError(
@@ -421,7 +435,7 @@ def candidate_tower(
     start, stop = pad(start, padded, 'edge'), pad(stop, padded, 'edge')
     meta = _blocks(start, stop, count, rows, prefix, sort=not few)
     start = start.reshape(-1)
-  keys, values = (y.reshape(*y.shape[:2], width) for y in (keys, values))
+  keys, values = (dense(y).reshape(*y.shape[:2], width) for y in (keys, values))
   call = _kernel(
     plgpu,
     plan,
@@ -450,6 +464,12 @@ def candidate_tower(
     weights.final_bias.reshape(-1, plan.wide),
   )
   return out[0][:, :num_candidates]
+
+
+def reads_pages(width: int, hidden: int, num_heads: int, page: int) -> bool:
+  """Whether keys and values are read from pages of so many events."""
+  fits = pallas_gpu_products.fits(width, hidden, width // num_heads)
+  return fits and attention.fits_pages(page)
 
 
 def _layers_compute(num_rows, width, hidden):

@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int
 
 from histjax.ops import dependent
 from histjax.ops.candidate_tower import hopper, reference
-from histjax.types import KeyRange
+from histjax.types import KeyRange, Paged
 
 ROWS = hopper.ROWS
 WORKERS = 2  # Computing warpgroups of a block.
@@ -65,7 +65,10 @@ class _Kind(NamedTuple):
     columns: of the weights.
     head_dim: H.
     bias: where the product's bias begins.
+    sums: where the sums of the weights' rows begin.
     exact: whether the residual stream has no low half yet.
+    num_pages: of a layer's pool that is written; 0: there is none.
+    page: events of a page.
   """
 
   then: Literal['query', 'hidden', 'residual', 'keys_values']
@@ -75,7 +78,10 @@ class _Kind(NamedTuple):
   columns: int
   head_dim: int
   bias: int
+  sums: int
   exact: bool
+  num_pages: int = 0
+  page: int = 0
 
   @property
   def blocks(self) -> int:
@@ -154,26 +160,29 @@ def candidate_tower(
   count: Int[Array, 'B'] | None,
   layer: int | None,
   final_norm: bool,
+  pages: Int[Array, 'B P'] | None,
+  of_layer: int,
 ) -> Float[Array, 'B C D']:
   """As `pallas_gpu_layers.candidate_tower`, of sizes that fit.
 
-  Of one layer, if it is not None; keys and values may be those of all.
+  Of one layer, if it is not None; keys and values, of which a layer has
+  `of_layer`, may be those of all. With `pages` they are pages, and row b has
+  the pages `pages[b]` of each layer.
   """
-  num_rows = candidates.shape[0]
   num_layers = len(weights.query)
-  of_all = keys.shape[0] == num_layers * num_rows
+  of_all = keys.shape[0] == num_layers * of_layer
   live = None
   if count is not None:
     index = jnp.arange(candidates.shape[1], dtype=jnp.int32)
     live = index[None, :] < count[:, None]
   run = _Layers(plgpu, candidates.shape, keys.shape[2:], position, live)
-  sums = run.sums(weights)
+  sums = _sums(weights)
   x, mean = _begin(candidates.reshape(run.rows, -1))
   for i in range(num_layers) if layer is None else (layer,):
-    first_row = jnp.full((1,), i * num_rows if of_all else 0, jnp.int32)
+    first_row = jnp.full((1,), i * of_layer if of_all else 0, jnp.int32)
 
     def attend(query, first_row=first_row):
-      return attention(query, keys, values, key_range, first_row, count)
+      return attention(query, keys, values, key_range, first_row, count, pages)
 
     x, taken = run.layer(i, x, weights, sums, attend)
     mean += taken
@@ -189,38 +198,48 @@ def read_histories(
   weights: reference.TowerWeights,
   matrix: Float[Array, 'layers D 2*D'],
   bias: Float[Array, 'layers 2*D'],
+  key_sums: Float[Array, 'layers 2*D'],
   *,
   num_heads: int,
   rotate: bool,
   count: Int[Array, 'B'] | None,
-) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
+  cache: tuple[Paged, Paged] | None,
+) -> tuple[Any, Any]:
   """As `ops.read_histories`, of sizes that fit; L is a multiple of 8."""
   num_rows, num_events, width = events.shape
   num_layers, heads = len(matrix), (num_heads, width // num_heads)
-  shape = (num_layers, num_rows, num_events, *heads)
   live = None
   if count is not None:
     index = jnp.arange(num_events, dtype=jnp.int32)
     live = index[None, :] < count[:, None]
   position = _slots(num_rows, num_events) if rotate else None
   run = _Layers(plgpu, events.shape, heads, position, live)
-  sums, key_sums = run.sums(weights), _sums(matrix)
+  sums, pages = _sums(weights), None
   x, _ = _begin(events.reshape(run.rows, width))
-  cache = tuple(lax.empty(shape, jnp.bfloat16) for _ in range(2))
+  if cache is None:
+    shape = (num_layers, num_rows, num_events, *heads)
+    arrays = tuple(lax.empty(shape, jnp.bfloat16) for _ in range(2))
+  else:
+    arrays, pages = tuple(y.pool for y in cache), cache[0].index
   for i in range(num_layers):
-    cache = run.keys_values(i, x, matrix, bias, key_sums, cache)
+    arrays = run.keys_values(i, x, matrix, bias, key_sums, arrays, pages)
     if i + 1 == num_layers:  # Nothing reads its events.
       break
-    first_row = jnp.full((1,), i * num_rows, jnp.int32)
-    keys, values = (y.reshape(-1, *shape[2:]) for y in cache)
+    first_row = jnp.full((1,), i * arrays[0].shape[1], jnp.int32)
+    keys, values = (y.reshape(-1, *y.shape[2:]) for y in arrays)
 
     def attend(query, keys=keys, values=values, first_row=first_row):
       # Events that do not count are queries, too: what is computed of the
       # others' tiles is to be finite.
-      return attention(query, keys, values, key_range, first_row, None)
+      return attention(query, keys, values, key_range, first_row, None, pages)
 
     x, _ = run.layer(i, x, weights, sums, attend)
-  return cache
+  if cache is None:
+    return arrays
+  keys, values = (
+    y.replace(pool=pool) for y, pool in zip(cache, arrays, strict=True)
+  )
+  return keys, values
 
 
 def keys_values(
@@ -230,6 +249,7 @@ def keys_values(
   values: Float[Array, 'layers B L N H'],
   matrix: Float[Array, 'layers D 2*D'],
   bias: Float[Array, 'layers 2*D'],
+  sums: Float[Array, 'layers 2*D'],
   *,
   layer: int,
   rotate: bool,
@@ -243,7 +263,7 @@ def keys_values(
   shape = (num_rows, capacity, events.shape[2])
   run = _Layers(plgpu, shape, tuple(heads), position, None)
   x, _ = _begin(events[:, :capacity].reshape(run.rows, -1))
-  return run.keys_values(layer, x, matrix, bias, _sums(matrix), (keys, values))
+  return run.keys_values(layer, x, matrix, bias, sums, (keys, values), None)
 
 
 def _slots(num_rows, capacity):
@@ -265,10 +285,6 @@ class _Layers:
       after = -self.rows % (TILE * BLOCKS)
       self.place = jnp.pad(position.reshape(self.rows), (0, after))
 
-  def sums(self, weights):
-    """What `layer` needs of all layers."""
-    return [_sums(x) for x in (weights.query, weights.mlp_in)]
-
   def layer(self, i, x, weights, sums, attend):
     """The stream after layer `i`, and what was taken off its rows.
 
@@ -276,47 +292,69 @@ class _Layers:
       i: the layer.
       x: the stream before it.
       weights: of all layers.
-      sums: of `sums`.
+      sums: `weights.sums`.
       attend: queries `[B, C, N, H]` -> what they read.
     """
     width, hidden = weights.mlp_in.shape[1:]
     run = functools.partial(self._run, layer=i, vector=weights.bias)
-    query = run('query', x.high, weights.query, x, 0, sums=sums[0])[0]
+    query = run('query', x.high, weights.query, x, 0, sums=sums)[0]
     attended = attend(query.reshape(*self.users, *self.heads))
     attended = attended.reshape(self.rows, width)
     mean = self._mean(x)
     x = _Stream(*run('residual', attended, weights.output, x, width)[1:])
-    u = run('hidden', x.high, weights.mlp_in, x, 2 * width, sums=sums[1])[0]
+    u = run('hidden', x.high, weights.mlp_in, x, 2 * width, sums=sums)[0]
     mean += self._mean(x)
     at = 2 * width + hidden
     x = _Stream(*run('residual', u, weights.mlp_out, x, at)[1:])
     return x, mean
 
-  def keys_values(self, layer, x, matrix, bias, sums, cache):
+  def keys_values(self, layer, x, matrix, bias, sums, cache, pages):
     """The keys and values `[layers, B, L, N, H]` with those of a layer.
 
-    Of whole tiles that do not count they are zeros.
+    Of whole tiles that do not count they are zeros. With `pages`, of which all
+    are read where they are, they are pools.
     """
     shape = cache[0].shape
-    high, matrix, bias = hopper.no_slices((x.high, matrix, bias))
+    operands = (x.high, matrix, bias, sums, pages)
+    high, matrix, bias, sums, pages = hopper.no_slices(operands)
 
     def write(caches):
-      self._run('keys_values', high, matrix, x, 0, layer, bias, sums, caches)
+      self._run(
+        'keys_values', high, matrix, x, 0, layer, bias, sums, caches, pages
+      )
 
     # Both are results and operands of the call, in one place.
     flat = (shape[0], self.rows, self.width)
+    if pages is not None:
+      flat = (*shape[:3], self.width)
     cache = run_state(write)(tuple(y.reshape(flat) for y in cache))
     return tuple(y.reshape(shape) for y in cache)
 
   def _run(
-    self, then, left, right, x, bias, layer, vector, sums=None, caches=()
-  ):
+    self, then, left, right, x, bias, layer, vector, sums=None, caches=(),
+    pages=None,
+  ):  # fmt: skip
     """A kernel's results; `vector` holds its bias, from `bias` on."""
     depth, columns = right.shape[1:]
     residual = then == 'residual'
     exact = residual and x.low is None
+    of = (0, 0)
+    if pages is not None:
+      of = caches[0].shape[1:3]
+      pages = jnp.pad(
+        pages.reshape(-1), (0, -pages.size % (TILE * BLOCKS // of[1]))
+      )
     kind = _Kind(
-      then, self.rows, self.width, depth, columns, self.heads[1], bias, exact
+      then,
+      self.rows,
+      self.width,
+      depth,
+      columns,
+      self.heads[1],
+      bias,
+      self.width if then == 'hidden' else 0,
+      exact,
+      *of,
     )
     if residual:
       caches = (x.high, x.high if exact else x.low)  # Something must be there.
@@ -332,6 +370,7 @@ class _Layers:
       sums,
       x.moments,
       self.place if then in ('query', 'keys_values') else None,
+      pages,
       *(caches or (None, None)),
     )
 
@@ -339,9 +378,8 @@ class _Layers:
     return x.moments[:, 0, : self.rows].mean(axis=0)
 
 
-def _sums(matrices):
-  """Of the rows of each layer's matrix."""
-  return matrices.astype(jnp.float32).sum(axis=1)
+def _sums(weights):
+  return (weights if weights.sums is not None else weights.with_sums()).sums
 
 
 def _begin(x):
@@ -466,7 +504,7 @@ def _kernel(plgpu, kind):
 
 def _body(
   layer_ref, tiles_ref, left_ref, right_ref, bias_ref, sums_ref, moments_ref,
-  place_ref, high_ref, low_ref, y_ref=None, high_out_ref=None,
+  place_ref, pages_ref, high_ref, low_ref, y_ref=None, high_out_ref=None,
   low_out_ref=None, moments_out_ref=None,
   *, plgpu, kind, left, right, out_smem, moments_smem, bias_smem, full, free,
   bias_full, bias_free, left_full, left_free,
@@ -523,9 +561,10 @@ def _body(
           out_smem.at[wg],
           place_ref,
           outs,
+          pages_ref,
         )
 
-    if kind.then == 'keys_values':
+    if kind.then == 'keys_values' and pages_ref is None:
       # Behind the tiles that count are the others, which nobody computes.
       others = kind.num_tiles * parts - (block + count * grid)
       worker.zeros(
@@ -563,7 +602,7 @@ def _body(
               there = pl.ds(kind.bias + column + n, COLUMNS)
               put(bias_ref.at[layer, there], bias_smem.at[0, here])
               if sums_ref is not None:
-                there = pl.ds(column + n, COLUMNS)
+                there = pl.ds(kind.sums + column + n, COLUMNS)
                 put(sums_ref.at[layer, there], bias_smem.at[1, here])
 
           if kind.resident:
@@ -740,13 +779,20 @@ class _Worker(hopper.Warpgroup):
 
     return pl.run_scoped(run, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
 
-  def activation(self, number, first, column, out_smem, place_ref, outs):
+  def activation(
+    self, number, first, column, out_smem, place_ref, outs, pages_ref
+  ):
     """Puts queries, hidden channels or keys and values of the norm into `outs`.
 
-    `outs`: the first column of each and where it goes.
+    `outs`: the first column of each and where it goes; with `pages_ref`, pages.
     """
     plgpu, kind = self.plgpu, self.kind
     rows = pl.ds(first, ROWS)
+    pages = None
+    if pages_ref is not None:
+      number_of = ROWS // kind.page
+      begin = lax.div(first, jnp.int32(kind.page))
+      pages = [pages_ref[begin + i] for i in range(number_of)]
     mean, scale = self.moments(first)
     place = None
     if place_ref is not None:
@@ -773,7 +819,10 @@ class _Worker(hopper.Warpgroup):
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         out[...] = y[:, (n - m) * PIECE : (n - m + 1) * PIECE]
         plgpu.commit_smem()
-        self.copy_out(out, rows, column + n * PIECE, outs)
+        if pages is None:
+          self.copy_out(out, rows, column + n * PIECE, outs)
+        else:
+          self.copy_to_pages(out, first, pages, column + n * PIECE, outs)
     plgpu.barrier_arrive(self.bias_free)
 
   def zeros(self, count, at, out_smem, outs):
@@ -804,6 +853,26 @@ class _Worker(hopper.Warpgroup):
     for begin, ref in outs:
       here = (column >= begin) & (column < begin + ref.shape[1])
       pl.when(here)(functools.partial(copy, begin, ref))
+
+  def copy_to_pages(self, out_smem, first, pages, column, outs):
+    """Starts the copies of a piece to the pages of its rows."""
+    plgpu, kind = self.plgpu, self.kind
+    for i, page in enumerate(pages):
+      mine = pl.ds(i * kind.page, kind.page)
+      real = first + i * kind.page < kind.rows
+      for begin, ref in outs:
+        here = (column >= begin) & (column < begin + ref.shape[2])
+
+        @pl.when(here & real & (page >= 0) & (page < kind.num_pages))
+        def _(ref=ref, begin=begin, mine=mine, page=page):
+          columns = pl.ds(column - begin, PIECE)
+          plgpu.copy_smem_to_gmem(
+            out_smem.at[mine],
+            ref.at[page, :, columns],
+            commit_group=False,
+          )
+
+    plgpu.commit_smem_to_gmem_group()
 
   def hidden(self, number, first, column, out_smem, y_ref):
     """Puts hidden channels of the norm into `y_ref`.

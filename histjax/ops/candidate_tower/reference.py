@@ -30,6 +30,9 @@ class TowerWeights(flax.struct.PyTreeNode):
     bias: float32 `[layers, 3 D + F]`: query, output, mlp_in, mlp_out.
     final_scale: float32 `[D]`.
     final_bias: float32 `[D]`.
+    sums: float32 `[layers, D + F]`, over the rows of `query` and of `mlp_in`,
+      as `with_sums` has them. Kernels need them from D 512 on; None: they are
+      computed in the call.
   """
 
   query: Float[Array, 'layers D D']
@@ -39,12 +42,25 @@ class TowerWeights(flax.struct.PyTreeNode):
   bias: Float[Array, 'layers 3*D+F']
   final_scale: Float[Array, 'D']
   final_bias: Float[Array, 'D']
+  sums: Float[Array, 'layers D+F'] | None = None
+
+  def with_sums(self) -> TowerWeights:
+    """These weights with `sums`."""
+    sums = [row_sums(x) for x in (self.query, self.mlp_in)]
+    return self.replace(sums=jnp.concatenate(sums, axis=1))
 
   def layer(self, index: int) -> TowerWeights:
     """A tower of that layer alone, and the last norm."""
     final = {'final_scale': self.final_scale, 'final_bias': self.final_bias}
     one = jax.tree.map(lambda x: x[index][None], self)
     return one.replace(**final)
+
+
+def row_sums(
+  matrices: Float[Array, 'layers K M'],
+) -> Float[Array, 'layers M']:
+  """Over the rows of each matrix, in float32."""
+  return matrices.astype(jnp.float32).sum(axis=1)
 
 
 def of_layer(keys, values, weights: TowerWeights, layer: int | None) -> tuple:

@@ -39,6 +39,7 @@ _HEAD_DIMS = (16, 32, 64, 128)  # Others are padded with zeros.
 MAX_GRID = 65535  # Blocks along all axes of a grid but one.
 _ROWS = 64  # What a warpgroup's matrix product yields.
 _FAR = 1 << 30  # Beyond any key.
+_MOST_COPIED = 256  # Numbers that the copy engine moves at once.
 _LOWEST = -1e30  # Finite, so that a masked score is below it.
 _LOG2_E = math.log2(math.e)
 
@@ -105,10 +106,14 @@ def of_layer(
   key_range: KeyRange,
   first_row: Int[Array, '1'],
   count: Int[Array, 'B'] | None,
+  pages: Int[Array, 'B P'] | None = None,
   *,
   num_keys: int,
 ) -> Float[Array, 'B Q N H']:
   """Attention to the rows `first_row, first_row + 1, ..` of keys and values.
+
+  With `pages` these are pages, and row b has those that follow one another in
+  `pages[b]`, counted from `first_row` on; see `fits_pages`.
 
   As `history_attention` with a scale of `H ** -0.5`, but without gradients, and
   keys and values before or after all ranges of a row may hold anything.
@@ -120,7 +125,12 @@ def of_layer(
     query.shape[3] ** -0.5, key_range.structure, num_keys, clean=True
   )
   inputs = (query, keys, values, key_range.start, key_range.stop)
-  return _forward(call, False, *inputs, first_row, count)[0]
+  return _forward(call, False, *inputs, first_row, count, pages)[0]
+
+
+def fits_pages(size: int) -> bool:
+  """Whether `of_layer` reads pages of so many events."""
+  return not size % 8 and not _ROWS % size
 
 
 class Backward(NamedTuple):
@@ -241,8 +251,9 @@ _jitted = jax.jit(_attend, static_argnums=5)
 
 
 def _forward(
-  call, residuals, query, key, value, start, stop, first_row=None, live=None
-):
+  call, residuals, query, key, value, start, stop, first_row=None, live=None,
+  pages=None,
+):  # fmt: skip
   """The output and `log2(sum(exp(scores)))`, infinite at an empty range."""
   num_rows, num_queries, num_heads, head_dim = query.shape
   dtype, factor = query.dtype, call.scale * _LOG2_E
@@ -254,16 +265,24 @@ def _forward(
   if call.ranged:
     start, stop = (_pad(x, tile, mode='edge') for x in (start, stop))
   part = block // choice.parts
+  page, per_block = block, 1  # Of a block of keys.
+  if pages is not None:
+    page = key.shape[1]
+    per_block = block // page
+    pages = _pad(pages, max(per_block, 8))  # The copy engine moves 16 bytes.
 
   def body(
-    q_ref, k_ref, v_ref, start_ref, stop_ref, first_row_ref, live_ref, out_ref,
-    total_ref,
-    *, q_smem, k_smem, v_smem, total_smem, q_ready, k_ready, v_ready, free,
+    q_ref, k_ref, v_ref, start_ref, stop_ref, first_row_ref, live_ref,
+    pages_ref, out_ref, total_ref,
+    *, q_smem, k_smem, v_smem, total_smem, pages_smem, q_ready, k_ready,
+    v_ready, pages_ready, free,
   ):  # fmt: skip
     dependent.wait(plgpu)
     b, n, t = _block_index()
-    row = b if first_row is None else first_row_ref[0] + b
+    first = 0 if first_row is None else first_row_ref[0]
     wg = lax.axis_index('wg')
+    if pages is not None:
+      _fetch_pages(pages_ref.at[b], pages_smem, pages_ready, wg)
     base = t * tile + wg * _ROWS
     at = (b, pl.ds(base, _ROWS), n)
     plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[wg], q_ready.at[wg])
@@ -274,12 +293,38 @@ def _forward(
     if live is not None:
       count = jnp.where(t * tile < live_ref[b], count, 0)
 
+    def copy(at, slot, rows):
+      for ref, smem, ready in (
+        (k_ref, k_smem, k_ready),
+        (v_ref, v_smem, v_ready),
+      ):
+        plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot, rows], ready.at[slot])
+
     def fetch(step, slot):
-      at = (row, pl.ds((lower + step) * block, block), n)
-      plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], k_ready.at[slot])
-      plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], v_ready.at[slot])
+      if pages is None:
+        keys = pl.ds((lower + step) * block, block)
+        copy((first + b, keys, n), slot, slice(None))
+        return
+
+      # Behind a row's last key there may be any.
+      numbers = [
+        jnp.minimum(
+          first + pages_smem[(lower + step) * per_block + j], key.shape[0] - 1
+        )
+        for j in range(per_block)
+      ]
+
+      @plgpu.warp_map  # Each warp starts some of the copies.
+      def _(warp):
+        for j in range(per_block):
+
+          @pl.when(warp == j % 4)
+          def _(j=j):
+            copy((numbers[j], slice(None), n), slot, pl.ds(j * page, page))
 
     stream = _Stream(fetch, free, stages, count, wg)
+    if pages is not None:
+      plgpu.barrier_wait(pages_ready)
     stream.begin()
     plgpu.barrier_wait(q_ready.at[wg])
 
@@ -372,12 +417,28 @@ def _forward(
       total_smem=plgpu.SMEM((warpgroups, _ROWS), jnp.float32)
       if residuals
       else None,
+      pages_smem=None
+      if pages is None
+      else plgpu.SMEM(pages.shape[1:], jnp.int32),
       q_ready=plgpu.Barrier(num_barriers=warpgroups),
-      k_ready=plgpu.Barrier(num_barriers=stages),
-      v_ready=plgpu.Barrier(num_barriers=stages),
+      k_ready=plgpu.Barrier(num_arrivals=per_block, num_barriers=stages),
+      v_ready=plgpu.Barrier(num_arrivals=per_block, num_barriers=stages),
+      pages_ready=None
+      if pages is None
+      else plgpu.Barrier(num_arrivals=pl.cdiv(pages.shape[1], _MOST_COPIED)),
       free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     ),
-  )(query, key, value, start, stop, first_row, live)
+  )(query, key, value, start, stop, first_row, live, pages)
+
+
+def _fetch_pages(ref, smem, ready, wg):
+  """Starts the copy of a row's pages."""
+
+  @pl.when(wg == 0)
+  def _():
+    for i in range(0, smem.shape[0], _MOST_COPIED):
+      some = pl.ds(i, min(_MOST_COPIED, smem.shape[0] - i))
+      plgpu.copy_gmem_to_smem(ref.at[some], smem.at[some], ready)
 
 
 def _d_query(call, query, key, value, start, stop, out, log_total, d_out):

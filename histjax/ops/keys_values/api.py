@@ -154,6 +154,9 @@ def check(events, keys, values, weights, layer, rotate, start, count):
     'weights.bias': (
       weights.bias, '[layers, 2 D]', (layers, 2 * width), jnp.float32
     ),
+    'weights.sums': (
+      weights.sums, '[layers, 2 D]', (layers, 2 * width), jnp.float32
+    ),
     'start': (start, '[B]', (num_rows,), jnp.int32),
     'count': (count, '[B]', (num_rows,), jnp.int32),
   }  # fmt: skip

@@ -14,15 +14,20 @@ from histjax.ops.candidate_tower import reference as tower
 from histjax.ops.candidate_tower.reference import TowerWeights
 from histjax.ops.keys_values import api, reference
 from histjax.ops.keys_values.reference import KeyValueWeights
-from histjax.types import KeyRange
+from histjax.types import KeyRange, Paged
 
 _kernel = dispatch.lazy(f'{__package__}.pallas_gpu', 'read_histories')
 
 
 def _over_rows(
-  events, key_range, weights, keys_values, *, num_heads, rotate, count
+  events, key_range, weights, keys_values, *, num_heads, rotate, count, cache
 ) -> Any:
   """The kernels, run by each device on the rows that it holds."""
+  if cache is not None:  # Which has no rows.
+    return _kernel(
+      events, key_range, weights, keys_values, num_heads=num_heads,
+      rotate=rotate, count=count, cache=cache,
+    )  # fmt: skip
   parts = (events, key_range, count, weights, keys_values)
   leaves, tree = jax.tree.flatten(parts)
   with_rows = len(jax.tree.leaves(parts[:3]))
@@ -38,7 +43,7 @@ def _over_rows(
 
 
 def _reference(
-  events, key_range, weights, keys_values, *, num_heads, rotate, count
+  events, key_range, weights, keys_values, *, num_heads, rotate, count, cache
 ):
   num_rows, num_events, width = events.shape
   position = None
@@ -70,7 +75,21 @@ def _reference(
       count=count,
       final_norm=False,
     )
-  return keys, values
+  if cache is None:
+    return keys, values
+  return tuple(
+    _put(y, new) for y, new in zip(cache, (keys, values), strict=True)
+  )
+
+
+def _put(paged: Paged, new: jax.Array) -> Paged:
+  """The pages with these keys or values in them."""
+  layers, _, events = paged.pool.shape[:3]
+  new = new.reshape(layers, *paged.index.shape, events, *new.shape[3:])
+  pool = paged.pool.at[:, paged.index].set(
+    new, mode='drop', wrap_negative_indices=False
+  )
+  return paged.replace(pool=pool)
 
 
 _BACKENDS = {
@@ -88,8 +107,9 @@ def read_histories(
   num_heads: int,
   rotate: bool,
   count: Int[Array, 'B'] | None = None,
+  cache: tuple[Paged, Paged] | None = None,
   implementation: str | None = None,
-) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
+) -> tuple[Any, Any]:
   """The keys and values of all layers, of histories that nothing precedes.
 
   `ops.keys_values` of each layer and, between them, `ops.candidate_tower` of
@@ -108,9 +128,16 @@ def read_histories(
     rotate: whether queries and keys are rotated, by their place in the history.
     count: int32 `[B]`. The keys and values of events `e >= count[b]` are
       finite and mean nothing. None: all L count.
+    cache: pages of keys and of values, both of one index, with L events a row.
+      They are written where they are, if nothing else needs what was there:
+      those of events that count, others perhaps. One device holds them.
+      None: arrays are made.
     implementation: 'pallas_gpu' (Hopper; bfloat16, D and F multiples of 256
       from D 512 on, H 64 or 128, L a multiple of 8) or 'reference' (float32,
       everywhere, readable). None: the fastest that supports the call.
+
+  Returns:
+    The keys and the values, `[layers, B, L, N, H]`, or the pages.
 
   Raises:
     ValueError: an argument is malformed, or no such implementation.
@@ -121,7 +148,9 @@ def read_histories(
     jnp.asarray, (events, key_range, weights, keys_values, count)
   )
   dispatch.check_implementation(_BACKENDS, implementation)
-  _check(events, key_range, weights, keys_values, num_heads, rotate, count)
+  _check(
+    events, key_range, weights, keys_values, num_heads, rotate, count, cache
+  )
   out: Any = dispatch.run(
     'read_histories',
     _BACKENDS,
@@ -134,11 +163,14 @@ def read_histories(
     num_heads=num_heads,
     rotate=rotate,
     count=count,
+    cache=cache,
   )[1]
   return out
 
 
-def _check(events, key_range, weights, keys_values, num_heads, rotate, count):
+def _check(
+  events, key_range, weights, keys_values, num_heads, rotate, count, cache
+):
   """Raises ValueError at a malformed call, as the operations of a layer do."""
   if events.ndim != 3:
     raise ValueError(f'events has shape {events.shape}; make it [B, L, D]')
@@ -157,3 +189,9 @@ def _check(events, key_range, weights, keys_values, num_heads, rotate, count):
     num_heads,
     None,
   )
+  for name, y in zip(('keys', 'values'), cache or (), strict=False):
+    if y.shape != cached.shape or y.dtype != cached.dtype:
+      raise ValueError(
+        f'cache has {y.dtype} {name} {y.shape}; with the other arguments they '
+        f'must be {cached.dtype} [layers, B, L, N, H] = {cached.shape}'
+      )

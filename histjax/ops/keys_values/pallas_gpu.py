@@ -26,7 +26,7 @@ from histjax.ops.candidate_tower import hopper, pallas_gpu_products
 from histjax.ops.candidate_tower.reference import EPSILON, TowerWeights
 from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.ops.keys_values.reference import KeyValueWeights
-from histjax.types import KeyRange
+from histjax.types import KeyRange, Paged
 
 ROWS = hopper.ROWS
 PIECE = 64  # Channels of keys, and of values, that are computed at once.
@@ -107,6 +107,7 @@ def keys_values(
       values,
       weights.matrix,
       weights.bias,
+      _sums(weights),
       layer=layer,
       rotate=rotate,
     )
@@ -153,7 +154,8 @@ def read_histories(
   num_heads: int,
   rotate: bool,
   count: Int[Array, 'B'] | None = None,
-) -> tuple[Float[Array, 'layers B L N H'], Float[Array, 'layers B L N H']]:
+  cache: tuple[Paged, Paged] | None = None,
+) -> tuple[Any, Any]:
   """See `histories.read_histories`."""
   plgpu = hopper.mosaic_gpu()
   num_rows, num_events, width = events.shape
@@ -171,6 +173,13 @@ def read_histories(
       f'{weights.query.dtype}, D={width}, F={hidden}, N={num_heads}, '
       f'L={num_events}'
     )
+  if cache is not None:
+    page = cache[0].pool.shape[2]
+    if not attention.fits_pages(page) or num_events % page:
+      raise NotImplementedError(
+        f'pallas_gpu writes pages of 8, 16, 32 or 64 events that divide L, not '
+        f'{page} of L={num_events}'
+      )
   return pallas_gpu_products.read_histories(
     plgpu,
     functools.partial(attention.of_layer, num_keys=num_events),
@@ -179,10 +188,16 @@ def read_histories(
     weights,
     keys_values.matrix,
     keys_values.bias,
+    _sums(keys_values),
     num_heads=num_heads,
     rotate=rotate,
     count=count,
+    cache=cache,
   )
+
+
+def _sums(weights):
+  return (weights if weights.sums is not None else weights.with_sums()).sums
 
 
 def _check(events, keys, weights, start):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from histjax.ops.candidate_tower.reference import normalize
+from histjax.ops.candidate_tower.reference import normalize, row_sums
 from histjax.ops.rotary import rotary
 
 
@@ -17,10 +17,18 @@ class KeyValueWeights(flax.struct.PyTreeNode):
   Attributes:
     matrix: `[layers, D, 2 D]`, keys before values.
     bias: float32 `[layers, 2 D]`, keys before values.
+    sums: float32 `[layers, 2 D]`, over the rows of `matrix`, as `with_sums`
+      has them. Kernels need them from D 512 on; None: they are computed in the
+      call.
   """
 
   matrix: Float[Array, 'layers D 2*D']
   bias: Float[Array, 'layers 2*D']
+  sums: Float[Array, 'layers 2*D'] | None = None
+
+  def with_sums(self) -> KeyValueWeights:
+    """These weights with `sums`."""
+    return self.replace(sums=row_sums(self.matrix))
 
 
 def keys_values(

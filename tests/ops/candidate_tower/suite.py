@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from histjax import ops
-from histjax.types import KeyRange
+from histjax.types import KeyRange, Paged
 
 # Absolute, of outputs of order 1 after two or three layers of inputs that are
 # already rounded: the rounding of the computation, some 20 of them deep.
@@ -195,6 +195,35 @@ def poisoned(call: Call, poison: float) -> Call:
   return call.replace(keys=keys, values=values)
 
 
+def paged(call: Call, seed: int = 0, page: int = 16) -> Call:
+  """The same call with keys and values in pages of a pool, in any order.
+
+  What is behind a row's last key, and pages of nobody, is NaN; a row's last
+  entries may name pages that do not exist, if none of its keys are there.
+  """
+  rng = np.random.default_rng(seed)
+  layers, rows, events, *heads = call.keys.shape
+  per_row = -(-events // page)
+  number = rows * per_row + 3
+  index = rng.permutation(number)[: rows * per_row].astype(np.int32)
+  index = index.reshape(rows, per_row)
+
+  def pool(x):
+    after = per_row * page - events
+    x = np.pad(x, [(0, after if i == 2 else 0) for i in range(5)])
+    x[:, :, events:] = np.nan
+    pages = np.full((layers, number, page, *heads), np.nan, x.dtype)
+    pages[:, index] = x.reshape(layers, rows, per_row, page, *heads)
+    return pages
+
+  pools = pool(call.keys), pool(call.values)
+  last = np.where(call.start < call.stop, call.stop, 0).max(axis=1)
+  unused = np.arange(per_row)[None] * page >= last[:, None]
+  index = np.where(unused, number + 5, index)
+  keys, values = (Paged(x, index) for x in pools)
+  return call.replace(keys=keys, values=values)
+
+
 def oracle(call: Call) -> np.ndarray:
   """The result in float64, one candidate at a time."""
   weights = jax.tree.map(lambda x: np.asarray(x, np.float64), call.weights)
@@ -297,7 +326,10 @@ Tower = Callable[[Call], np.ndarray]
 
 
 def assert_equals_oracle(tower: Tower, call: Call) -> None:
-  """Compares with the oracle; checks the type and the zeros."""
+  """Compares with the oracle; checks the type and the zeros.
+
+  `tower` may be given the call in another form.
+  """
   found = tower(call)
   dtype = call.dtype if call.final_norm else 'float32'
   assert found.dtype == dtype, found.dtype

@@ -64,7 +64,9 @@ class _Interpreted(gpu_interpreter.TestCase):
     ):
       self.enter_context(mock.patch.object(module, name, value))
 
-  def check(self, shape, config, *, causal=False, ascending=False, **fields):
+  def check(
+    self, shape, config, *, causal=False, ascending=False, page=None, **fields
+  ):
     fields = {'num_layers': 3, 'mlp_width': 256, **fields}
     call = suite.make_call(0, shape, dtype='bfloat16', **fields)
     if causal:  # As a history is read.
@@ -76,8 +78,9 @@ class _Interpreted(gpu_interpreter.TestCase):
         stop=np.sort(call.stop, axis=1),
         structure='ascending',
       )
+    form = functools.partial(suite.paged, page=page) if page else lambda x: x
     suite.assert_equals_oracle(
-      lambda call: np.asarray(tower(call, config)),
+      lambda call: np.asarray(tower(form(call), config)),
       suite.poisoned(call, np.nan),
     )
     self.assertFalse(self.races_found())
@@ -307,6 +310,11 @@ class InterpretedProductsTest(_InterpretedInLayers):
   @pytest.mark.slow
   def test_wide(self):
     self.check((1, 9, 9, 12, 64), 'products', num_layers=1)
+
+  @marks.slow_unless(lambda page: page == 16)
+  @parameterized.parameters(8, 16, 64)
+  def test_pages(self, page):
+    self.check((2, 9, 150, 8, 64), 'products', num_layers=2, page=page)
 
   @pytest.mark.slow
   def test_layer_by_layer(self):

@@ -10,7 +10,7 @@ import numpy as np
 
 from histjax.ops.keys_values import reference
 from histjax.ops.keys_values.reference import KeyValueWeights
-from histjax.types import KeyRange
+from histjax.types import KeyRange, Paged, dense
 from tests.ops.candidate_tower import suite as candidate_tower
 
 
@@ -123,6 +123,37 @@ def make_histories(
     rotate=tower.position is not None,
     count=None if tower.count is None else jnp.asarray(count),
   )
+
+
+def paged(call: dict, seed: int = 0, page: int = 16) -> dict:
+  """The call, to write into pages of a pool that others have pages of, too.
+
+  Pages without an event that counts are none, as of rows that are padding.
+  """
+  rng = np.random.default_rng(seed)
+  num_rows, num_events, width = call['events'].shape
+  layers, heads = len(call['weights'].query), call['num_heads']
+  per_row = num_events // page
+  number = num_rows * per_row + 3
+  index = rng.permutation(number)[: num_rows * per_row].astype(np.int32)
+  index = index.reshape(num_rows, per_row)
+  if call['count'] is not None:
+    begin = np.arange(per_row)[None] * page
+    index = np.where(begin < np.asarray(call['count'])[:, None], index, number)
+  shape = (layers, number, page, heads, width // heads)
+  pool = jnp.full(shape, -7, call['weights'].query.dtype)
+  cache = tuple(Paged(pool, jnp.asarray(index)) for _ in range(2))
+  return {**call, 'cache': cache}
+
+
+def assert_writes_its_pages(found, call: dict) -> None:
+  """Compares what is in a call's pages; others are as they were."""
+  for x, given in zip(found, call['cache'], strict=True):
+    np.testing.assert_array_equal(x.index, given.index)
+    mine = np.isin(np.arange(x.pool.shape[1]), x.index)
+    others = np.asarray(x.pool.astype(jnp.float32))[:, ~mine]
+    np.testing.assert_array_equal(others, -7)
+  assert_equals_plain_layers([dense(x) for x in found], call)
 
 
 def assert_equals_plain_layers(found, call: dict) -> None:

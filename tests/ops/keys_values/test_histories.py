@@ -52,6 +52,17 @@ class HistoriesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       ops.read_histories(**call)
 
+  @parameterized.product(ragged=(False, True))
+  def test_pages(self, ragged):
+    call = suite.make_histories(0, (3, 24, 2, 8), ragged=ragged)
+    call = suite.paged(call, page=8)
+    with jax.default_matmul_precision('highest'):
+      found = _read(**call, implementation='reference')
+    suite.assert_writes_its_pages(found, call)
+    call['events'] = call['events'][:, :16]
+    with self.assertRaisesRegex(ValueError, r'key_range|keys \(2, 3, 24, 2, 8'):
+      ops.read_histories(**call)
+
   def test_vmap(self):
     call = suite.make_histories(0, (2, 5, 2, 4), ragged=True)
     events = call.pop('events')
@@ -97,6 +108,8 @@ class HistoriesTest(parameterized.TestCase):
       with self.assertRaisesRegex(NotImplementedError, 'pallas_gpu'):
         run(**call)
       return
+    paged = suite.paged(call, page=8)
+    suite.assert_writes_its_pages(run(**paged), paged)
     found = run(**call)
     suite.assert_equals_plain_layers(found, call)
     for x, y in zip(found, run(**call), strict=True):

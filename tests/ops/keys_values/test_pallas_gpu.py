@@ -117,6 +117,15 @@ class InterpretedHistoriesTest(_Interpreted):
     self.assertFalse(self.races_found())
     return found
 
+  def test_pages(self):
+    call = suite.make_histories(
+      0, (3, 96, 8, 64), dtype='bfloat16', mlp_width=256, ragged=True
+    )
+    call = suite.paged(call)
+    found = jax.block_until_ready(pallas_gpu.read_histories(**call))
+    suite.assert_writes_its_pages(found, call)
+    self.assertFalse(self.races_found())
+
   @pytest.mark.slow
   def test_tiles_without_meaning_are_zeros(self):
     found = self.check_histories(
