@@ -351,7 +351,8 @@ def candidate_tower(
   pages = None
   if config == 'products' and isinstance(keys, Paged):
     if reads_pages(width, hidden, num_heads, keys.pool.shape[2]):
-      pages = keys.index
+      # Of a request, XLA would give a slice, which may lie anywhere.
+      pages = hopper.no_slices(keys.index)
   if pages is None:
     keys, values = dense(keys), dense(values)
   if config != 'products':  # It copies nothing of other layers.

@@ -177,7 +177,7 @@ def candidate_tower(
     live = index[None, :] < count[:, None]
   run = _Layers(plgpu, candidates.shape, keys.shape[2:], position, live)
   sums = _sums(weights)
-  x, mean = _begin(candidates.reshape(run.rows, -1))
+  x, mean = _begin(plgpu, candidates.reshape(run.rows, -1))
   for i in range(num_layers) if layer is None else (layer,):
     first_row = jnp.full((1,), i * of_layer if of_all else 0, jnp.int32)
 
@@ -215,12 +215,13 @@ def read_histories(
   position = _slots(num_rows, num_events) if rotate else None
   run = _Layers(plgpu, events.shape, heads, position, live)
   sums, pages = _sums(weights), None
-  x, _ = _begin(events.reshape(run.rows, width))
+  x, _ = _begin(plgpu, events.reshape(run.rows, width))
   if cache is None:
     shape = (num_layers, num_rows, num_events, *heads)
     arrays = tuple(lax.empty(shape, jnp.bfloat16) for _ in range(2))
   else:
-    arrays, pages = tuple(y.pool for y in cache), cache[0].index
+    arrays = tuple(y.pool for y in cache)
+    pages = hopper.no_slices(cache[0].index)
   for i in range(num_layers):
     arrays = run.keys_values(i, x, matrix, bias, key_sums, arrays, pages)
     if i + 1 == num_layers:  # Nothing reads its events.
@@ -262,7 +263,7 @@ def keys_values(
   position = _slots(num_rows, capacity) if rotate else None
   shape = (num_rows, capacity, events.shape[2])
   run = _Layers(plgpu, shape, tuple(heads), position, None)
-  x, _ = _begin(events[:, :capacity].reshape(run.rows, -1))
+  x, _ = _begin(plgpu, events[:, :capacity].reshape(run.rows, -1))
   return run.keys_values(layer, x, matrix, bias, sums, (keys, values), None)
 
 
@@ -382,17 +383,18 @@ def _sums(weights):
   return (weights if weights.sums is not None else weights.with_sums()).sums
 
 
-def _begin(x):
+def _begin(plgpu, x):
   """The stream of `x`, `[rows, D]`, and what was taken off its rows."""
   rows, width = x.shape
-  high, low, mean = x, None, jnp.zeros((rows,), jnp.float32)
-  if x.dtype != jnp.bfloat16:
-    mean = x.mean(axis=1)
-    x = x - mean[:, None]
-    high = x.astype(jnp.bfloat16)
-    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  if x.dtype == jnp.bfloat16:
+    moments = _moments(plgpu, rows, width)(x)
+    return _Stream(x, None, moments), jnp.zeros((rows,), jnp.float32)
+  mean = x.mean(axis=1)
+  x = x - mean[:, None]
+  high = x.astype(jnp.bfloat16)
+  low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
   # Both moments in one pass, about a value that is among the others.
-  x = x.astype(jnp.float32).reshape(rows, width // COLUMNS, COLUMNS)
+  x = x.reshape(rows, width // COLUMNS, COLUMNS)
   pivot = x[:, :, :1]
   gap = x - pivot
   means = gap.mean(axis=2)
@@ -428,6 +430,66 @@ def _tiles(rows, live):
   alive = number - dead.sum(dtype=jnp.int32)
   order = jnp.argsort(dead, stable=True).astype(jnp.int32)
   return jnp.concatenate([alive[None], order])
+
+
+@functools.lru_cache(maxsize=64)
+def _moments(plgpu, rows, width):
+  """The kernel of `_Stream.moments` of `[rows, D]` bfloat16."""
+  parts = width // COLUMNS
+  tiles = pl.cdiv(rows, TILE * BLOCKS) * (TILE * BLOCKS) // ROWS
+
+  def body(x_ref, out_ref, *, x_smem, out_smem, ready):
+    dependent.wait(plgpu)
+    block = lax.axis_index('block')
+    tile, part = lax.div(block, parts), lax.rem(block, parts)
+    mine = pl.ds(tile * ROWS, ROWS)
+    for n in range(COLUMNS // PIECE):
+      columns = pl.ds(part * COLUMNS + n * PIECE, PIECE)
+      plgpu.copy_gmem_to_smem(x_ref.at[mine, columns], x_smem.at[n], ready)
+    plgpu.barrier_wait(ready)
+    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)
+    pieces = [
+      load(x_smem.at[n]).astype(jnp.float32) for n in range(COLUMNS // PIECE)
+    ]
+    moments = _row_moments(pieces)
+    _put_moments(plgpu, moments, out_smem, out_ref.at[part, :, mine])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  return plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((parts, 2, tiles * ROWS), jnp.float32),
+    scratch_types=dict(
+      x_smem=hopper.swizzled(plgpu, (COLUMNS // PIECE, ROWS, PIECE)),
+      out_smem=plgpu.SMEM((2, ROWS), jnp.float32),
+      ready=plgpu.Barrier(num_arrivals=COLUMNS // PIECE),
+    ),
+    grid=(tiles * parts,),
+    grid_names=('block',),
+    num_threads=1,
+    thread_name='wg',
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+    kernel_name=dependent.kernel_name('candidate_moments'),
+  )
+
+
+def _row_moments(pieces):
+  """The moments of rows, each `[64]`, given some columns of them each."""
+  mean = sum(piece.sum(axis=1) for piece in pieces) * (1 / COLUMNS)
+  square = 0.0
+  for piece in pieces:
+    gap = piece - lax.broadcast_in_dim(mean, piece.shape, (0,))
+    square += (gap * gap).sum(axis=1)
+  return mean, square
+
+
+def _put_moments(plgpu, moments, smem, ref):
+  """Starts their copy."""
+  for i, x in enumerate(moments):
+    smem.at[i][...] = x
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(smem, ref)
 
 
 @functools.lru_cache(maxsize=64)
@@ -965,15 +1027,9 @@ class _Worker(hopper.Warpgroup):
         ring.release(at - 1)
       pieces.append(y)
     plgpu.barrier_arrive(self.bias_free)
-    mean = sum(piece.sum(axis=1) for piece in pieces) * (1 / COLUMNS)
-    square = 0.0
-    for piece in pieces:
-      gap = piece - self.down(mean, PIECE)
-      square += (gap * gap).sum(axis=1)
+    moments = _row_moments(pieces)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     ring.release(at)
-    moments_smem.at[0][...] = mean
-    moments_smem.at[1][...] = square
-    plgpu.commit_smem()
     part = lax.div(column, jnp.int32(COLUMNS))
-    plgpu.copy_smem_to_gmem(moments_smem, moments_ref.at[part, :, rows])
+    ref = moments_ref.at[part, :, rows]
+    _put_moments(plgpu, moments, moments_smem, ref)
