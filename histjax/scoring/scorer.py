@@ -860,7 +860,13 @@ class Scorer:
     sizes = job.sizes
     marked = programs.program(plan, job.kind, sizes)
     recording = graphs.Recording(
-      marked, self.device, self._weights, cached, sizes.donate, not pages
+      marked,
+      self.device,
+      self._weights,
+      cached,
+      sizes.donate,
+      not pages,
+      sizes.rows * sizes.candidates,
     )
     try:
       self._compilations.call(recording.record)
