@@ -200,10 +200,6 @@ class Event:
     if status := self._record(self._event, stream):
       check(status, 'cuEventRecord')
 
-  def hold(self, stream: Pointer) -> None:
-    """What a stream is given from now on begins after what was recorded."""
-    _call('cuStreamWaitEvent', stream, self._event, 0)
-
   def is_ready(self) -> bool:
     """Whether it is done.
 
@@ -369,11 +365,6 @@ def own_stream(device: int) -> Pointer:
     device: the id of the one in use, see `use`.
   """
   del device
-  return new_stream()
-
-
-def new_stream() -> Pointer:
-  """A stream of the device in use that waits for no other."""
   stream = Pointer()
   _call('cuStreamCreate', ctypes.byref(stream), 1)
   return stream

@@ -25,13 +25,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
-import operator
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +48,6 @@ _TRIES = 32
 _OVERLAPPED = 12
 """Kernels of a program that begin early. With 20 to 40 of them one call in a
 hundred took four times as long as others, and none less; see NOTES.md."""
-_LANES = 2
-"""Streams of programs that only read a pool, and"""
-_LANES_FROM = 4096
-"""candidates of a program from which on it is recorded for each of them."""
 _LOOPS = ('while', 'conditional', 'call')
 
 
@@ -178,14 +172,12 @@ class Slot(transport.Slot):
     logits: float32 `[T, B, C]` in pinned memory.
     graph: copies in, computes, and copies out.
     event: recorded after it.
-    stream: to replay it on.
   """
 
   recording: Recording
   logits: np.ndarray
   graph: cuda.Launchable
   event: cuda.Event
-  stream: cuda.Pointer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,63 +205,6 @@ class Replayed:
     return self
 
 
-class _Lane(NamedTuple):
-  """One recording of a program, to be replayed on a stream.
-
-  Attributes:
-    stream: where.
-    graph: what is computed, from `request` to `logits`.
-    request: int32 `[layout.size]`, its own.
-    temporary: the program's memory, its own.
-    result: what holds the logits.
-    logits: their address.
-  """
-
-  stream: cuda.Pointer
-  graph: cuda.Graph
-  request: jax.Array
-  temporary: jax.Array
-  result: jax.Array
-  logits: int
-
-
-class Lanes:
-  """Streams beside XLA's, for what reads a pool and writes nothing.
-
-  A launch on a lane begins after all that XLA's stream was given before, if the
-  pool was written since the last one. XLA's stream, which gives memory to
-  others, then waits for its event.
-  """
-
-  def __init__(self, number: int):
-    """Of the device in use."""
-    self.streams = [cuda.new_stream() for _ in range(number)]
-    self._fence = cuda.Event()
-    self._seen: list[Any] = []
-
-  def begin(self, pool: Sequence[Any], main: cuda.Pointer) -> None:
-    """Before a launch on a lane, which reads the pool."""
-    seen = [read() for read in self._seen]
-    if len(seen) == len(pool) and all(map(operator.is_, seen, pool)):
-      return
-    # All lanes at once: soon XLA's stream waits for one of them.
-    self._fence.record(main)
-    for stream in self.streams:
-      self._fence.hold(stream)
-    self._seen = [weakref.ref(x) for x in pool]
-
-  def written(self) -> None:
-    """After a launch that writes a pool, and returns the same arrays."""
-    self._seen = []
-
-
-@functools.cache
-def lanes(device: jax.Device) -> Lanes:
-  """Those of a device."""
-  cuda.use(device)
-  return Lanes(_LANES)
-
-
 class Recording:
   """A program's graph, with the memory that it reads and writes.
 
@@ -286,7 +221,6 @@ class Recording:
     cached: tuple[Any, ...],
     donate: bool,
     copies: bool,
-    candidates: int = 0,
   ):
     """Of a program that is to be recorded.
 
@@ -298,15 +232,11 @@ class Recording:
       donate: whether it writes into them, and so takes their memory.
       copies: whether calls give others of the same shapes, which are copied to
         where the graph reads them; else they must be in the memory of these.
-      candidates: of all rows, which tell whether launches shall overlap.
     """
     self._program, self._layout = program, program.layout
     self._device, self._weights = device, weights
     self._donate, self._copies = donate, copies
-    self._beside = not (donate or copies) and candidates >= _LANES_FROM
     self._free: collections.deque[Slot] = collections.deque()
-    self._lanes: list[_Lane] = []
-    self._made = 0
     self.pool: Any = cached
 
   def record(self) -> None:
@@ -322,34 +252,19 @@ class Recording:
     cuda.use(device)
     if self._copies:
       self.pool = _noise(self.pool, device)
-    zeros = np.zeros(self._layout.size, np.int32)
-    request = jax.device_put(zeros, device)
+    request = jax.device_put(np.zeros(self._layout.size, np.int32), device)
     lowered = self._program.call.lower(self._weights, *self.pool, request)
     self._compiled = lowered.compile()
     _check_schedule(self._compiled.as_text())
     # Kernels are loaded when they are first run, which cannot be recorded.
     with _seeing() as seen:
       logits = self._call(request)
-    self._addresses, stream = self._addresses_now(), seen.stream
-    self._stream = cuda.Pointer(stream)
-    streams = [self._stream]
-    if self._beside:
-      streams = lanes(device).streams
-    for lane in streams:
-      request = jax.device_put(zeros, device)
-      self._lanes.append(self._recorded(request, logits.nbytes, stream, lane))
-    self._last: list[Any] = [lambda: None] * len(self._addresses)
-    self._copied = self.pool if self._copies else None
-
-  def _recorded(
-    self, request: jax.Array, size: int, stream: int, lane: cuda.Pointer
-  ) -> _Lane:
-    """Records it once, on XLA's stream, to be replayed on a lane."""
+    addresses, stream = self._addresses_now(), seen.stream
     for left in range(2, -1, -1):
       try:
-        with _Hole(self._compiled, size, self._device) as hole:
+        with _Hole(self._compiled, logits.nbytes, device) as hole:
           seen, graph, logits = self._record(request, stream)
-          temporary = hole.take(seen.temporary)
+          self._temporary = hole.take(seen.temporary)
         break
       except CannotRecordError:
         if not left:
@@ -361,16 +276,21 @@ class Recording:
       raise CannotRecordError(
         f'it has nodes of kinds {kinds}, then {again.kinds}'
       )
-    if self._addresses_now() != self._addresses:
+    if self._addresses_now() != addresses:
       raise CannotRecordError('it does not write in place')
     graph.overlap(dependent.SUFFIX, _OVERLAPPED)
-    return _Lane(lane, graph, request, temporary, logits, seen.logits)
+    self._graph, self._request = graph, request
+    self._logits, self._result = seen.logits, logits
+    self._stream = cuda.Pointer(stream)
+    self._addresses = addresses
+    self._last: list[Any] = [lambda: None] * len(addresses)
+    self._copied = self.pool if self._copies else None
 
   @property
   def nbytes(self) -> int:
     """Of the device's memory, that it holds."""
-    held = [(x.request, x.temporary, x.result) for x in self._lanes]
-    return sum(x.nbytes for x in jax.tree.leaves((held, self._copied)))
+    held = (self._request, self._temporary, self._result, self._copied)
+    return sum(x.nbytes for x in jax.tree.leaves(held))
 
   def slot(self) -> Slot:
     """A free slot. What it holds is left over."""
@@ -402,22 +322,13 @@ class Recording:
     """
     cuda.use(self._device)
     with exclusive:
-      if not self._load(cached):  # Another pool: the program itself is called.
+      if self._load(cached):
+        slot.graph.launch(self._stream)
+      else:  # Another pool: the program itself is called.
         self.pool = cached
         slot.logits[...] = self._call(slot.buffer.copy())
         cached, self.pool = self.pool, None
-        slot.event.record(self._stream)
-      elif self._beside:
-        beside = lanes(self._device)
-        beside.begin(cached, self._stream)
-        slot.graph.launch(slot.stream)
-        slot.event.record(slot.stream)
-        slot.event.hold(self._stream)
-      else:
-        slot.graph.launch(self._stream)
-        slot.event.record(self._stream)
-        if self._donate:
-          lanes(self._device).written()
+      slot.event.record(self._stream)
     return (*cached, Replayed(slot)) if self._donate else Replayed(slot)
 
   def fetch(self, replayed: Replayed) -> np.ndarray:
@@ -440,8 +351,8 @@ class Recording:
       CannotRecordError: one bit is different.
     """
     rng = np.random.default_rng(0)
-    slots = [self.slot() for _ in self._lanes]
-    for slot in slots * 2:
+    slot = self.slot()
+    for _ in range(2):
       _fill(rng, slot.views, longest, new, pages)
       slot.logits.fill(np.nan)
       self.launch(slot, self.pool)
@@ -452,7 +363,7 @@ class Recording:
           'it gives other logits than the program, by up to '
           f'{np.abs(found - expected).max()}'
         )
-    self._free.extend(slots)
+    self._free.append(slot)
 
   def _call(self, request: Any) -> jax.Array:
     """Calls the program on the pool; returns logits."""
@@ -511,29 +422,25 @@ class Recording:
     cuda.use(self._device)
     buffer = cuda.pinned(self._layout.size, np.int32)
     buffer.fill(0)
-    with exclusive:
-      lane = self._lanes[self._made % len(self._lanes)]
-      self._made += 1
-    shape = lane.result.shape
-    logits = cuda.pinned(lane.result.size, np.float32).reshape(shape)
+    shape = self._result.shape
+    logits = cuda.pinned(self._result.size, np.float32).reshape(shape)
     stream = cuda.own_stream(self._device.id)
     with exclusive:
       cuda.begin(stream)
-      cuda.copy_in(_address(lane.request), buffer, stream)
+      cuda.copy_in(_address(self._request), buffer, stream)
       first = cuda.end(stream)
       cuda.begin(stream)
-      cuda.copy_out(logits, lane.logits, stream)
+      cuda.copy_out(logits, self._logits, stream)
       last = cuda.end(stream)
       whole, after = cuda.Graph(), None
-      for part in (first, lane.graph, last):
+      for part in (first, self._graph, last):
         after = whole.append(part, after)
       graph = cuda.Launchable(whole)
     views = self._layout.views(buffer)
     requests = self._layout.split(views)
     return Slot(
-      None, buffer, views, requests, self, logits, graph, cuda.Event(),
-      lane.stream,
-    )  # fmt: skip
+      None, buffer, views, requests, self, logits, graph, cuda.Event()
+    )
 
 
 class _Hole:

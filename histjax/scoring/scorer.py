@@ -860,13 +860,7 @@ class Scorer:
     sizes = job.sizes
     marked = programs.program(plan, job.kind, sizes)
     recording = graphs.Recording(
-      marked,
-      self.device,
-      self._weights,
-      cached,
-      sizes.donate,
-      not pages,
-      sizes.rows * sizes.candidates,
+      marked, self.device, self._weights, cached, sizes.donate, not pages
     )
     try:
       self._compilations.call(recording.record)

@@ -7,8 +7,6 @@ function interface.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import ctypes
 import dataclasses
 import types
@@ -205,7 +203,6 @@ class Called(graphs.Recording):
       logits,
       None,
       self,
-      None,
     )
 
   def is_ready(self):
@@ -266,159 +263,6 @@ class MemoryTest(absltest.TestCase):
     pool[1].delete()
     with self.assertRaisesRegex(RuntimeError, 'has been deleted'):
       recording._load(pool)
-
-
-class Streams:
-  """A device that does what its streams were given, in any order allowed.
-
-  Takes the place of `cuda`. A launch has a beginning and an end, between which
-  those on other streams go on.
-  """
-
-  def __init__(self, rng):
-    self.rng, self.given = rng, {}
-
-  def new_stream(self):
-    stream = len(self.given)
-    self.given[stream] = collections.deque()
-    return stream
-
-  def use(self, device):
-    pass
-
-  def Event(self):  # noqa: N802
-    return Event(self)
-
-  def run(self, steps=None):
-    """Takes some steps, or all."""
-    while steps is None or steps > 0:
-      ready = [s for s, todo in self.given.items() if todo and todo[0][0]()]
-      if not ready:
-        assert not any(self.given.values())
-        return
-      _, do = self.given[self.rng.choice(ready)].popleft()
-      do()
-      steps = None if steps is None else steps - 1
-
-
-class Event:
-  def __init__(self, streams):
-    self.given, self.done = streams.given, [True]
-
-  def record(self, stream):
-    done = self.done = [False]
-    self.given[stream].append((lambda: True, lambda: done.__setitem__(0, True)))
-
-  def hold(self, stream):
-    done = self.done
-    self.given[stream].append((lambda: done[0], lambda: None))
-
-
-class Launch:
-  """Reads a pool, or writes it; it keeps what was written before."""
-
-  def __init__(self, test, writes):
-    self.test, self.writes = test, writes
-
-  def launch(self, stream):
-    test, before = self.test, self.test.launched
-    test.launched += self.writes
-
-    def begin():
-      test.seen.append((test.written, before, test.writing))
-      test.writing += self.writes
-      test.reading += not self.writes
-
-    def end():
-      test.seen.append((test.written, before, test.writing - self.writes))
-      if self.writes:
-        test.seen.append((test.reading, 0, 0))
-      test.written += self.writes
-      test.writing -= self.writes
-      test.reading -= not self.writes
-
-    for do in (begin, end):
-      test.streams.given[stream].append((lambda: True, do))
-
-
-class LanesTest(parameterized.TestCase):
-  """Programs that read a pool beside one another, and others that write it."""
-
-  def wrong(self, seed, **patches):
-    """Whether one read anything but what was written before it."""
-    rng = np.random.default_rng(seed)
-    self.streams = Streams(rng)
-    self.written = self.launched = self.writing = self.reading = 0
-    self.seen = []
-    main = self.streams.new_stream()
-    with contextlib.ExitStack() as stack:
-
-      def patch(*arguments):
-        stack.enter_context(mock.patch.object(*arguments))
-
-      patch(graphs, 'cuda', self.streams)
-      lanes = graphs.Lanes(2)
-      patch(graphs, 'lanes', lambda device: lanes)
-      for name, value in patches.items():
-        patch(Event if name == 'hold' else graphs.Lanes, name, value)
-      pool: list = [Pool(), Pool()]
-      slots = {}
-      for writes in (False, True):
-        recording = graphs.Recording.__new__(graphs.Recording)
-        recording._device, recording._stream = None, main
-        recording._beside, recording._donate = not writes, writes
-        recording._load = lambda cached: True
-        slots[writes] = (
-          [
-            types.SimpleNamespace(
-              graph=Launch(self, writes), event=self.streams.Event(), stream=s
-            )
-            for s in ([main] if writes else lanes.streams)
-          ],
-          recording,
-        )
-      for _ in range(30):
-        kind = rng.integers(4)
-        if kind == 3:  # By XLA, which returns other arrays.
-          Launch(self, True).launch(main)
-          pool = [Pool(), Pool()]
-        else:
-          of_kind, recording = slots[kind == 2]
-          recording.launch(of_kind[rng.integers(len(of_kind))], tuple(pool))
-        self.streams.run(rng.integers(4))
-      self.streams.run()
-    self.assertEqual(self.written, self.launched)
-    return any(x != y or z for x, y, z in self.seen)
-
-  def test_order(self):
-    for seed in range(200):
-      self.assertFalse(self.wrong(seed), seed)
-
-  @parameterized.parameters('hold', 'begin', 'written')
-  def test_the_test(self, name):
-    """None of the waits can be left out."""
-    nothing = {name: lambda *arguments: None}
-    self.assertTrue(any(self.wrong(seed, **nothing) for seed in range(200)))
-
-  def test_reads_overlap(self):
-    self.streams = Streams(np.random.default_rng(0))
-    main = self.streams.new_stream()
-    with mock.patch.object(graphs, 'cuda', self.streams):
-      lanes, event = graphs.Lanes(2), self.streams.Event()
-      pool = [Pool()]
-      for stream in lanes.streams:
-        lanes.begin(pool, main)
-        self.streams.given[stream].append((lambda: False, None))  # Goes on.
-        event.record(stream)
-        event.hold(main)
-    with self.assertRaises(AssertionError):  # Nothing else is left.
-      self.streams.run()
-    for stream in lanes.streams:
-      self.assertLen(self.streams.given[stream], 2)
-
-
-class Pool:
-  """An array of one."""
 
 
 class ReplayTest(absltest.TestCase):
