@@ -5,7 +5,8 @@ a request's kernels. So `Scorer.warm_up` records what XLA gives its stream in a
 call of a program, from before its first kernel (when XLA initializes a custom
 call in it) to a custom call at its end. A request is then: write into pinned
 memory, launch the graph (copy in, the recorded kernels, copy out), look at an
-event.
+event. What a program writes into a pool comes in a graph of its own behind
+that event.
 
 A graph holds addresses. Parameters, outputs and the copies of a cache are
 arrays that are held; a pool's memory is compared at each call. The program's
@@ -39,6 +40,7 @@ from histjax.ops import dependent
 from histjax.scoring import cuda, transport
 
 _BEGIN, _END = 'histjax_graph_begin', 'histjax_graph_end'
+_READY = 'histjax_graph_ready'
 _ALIGN = 256
 """Bytes: what XLA's allocator rounds sizes to."""
 _KERNEL, _COPY, _FILL = range(3)
@@ -63,8 +65,14 @@ class _Seen:
   stream: int = 0
   temporary: int = 0
   logits: int = 0
-  graph: cuda.Graph | None = None
+  graphs: list[cuda.Graph] = dataclasses.field(default_factory=list)
   error: Exception | None = None
+
+  def cut(self) -> None:
+    """Ends what is recorded, and gives it to the stream, so that it is done."""
+    stream = cuda.Pointer(self.stream)
+    self.graphs.append(cuda.end(stream))
+    cuda.Launchable(self.graphs[-1]).launch(stream)
 
 
 _seen: _Seen | None = None
@@ -93,7 +101,18 @@ class Marks:
     return request, found
 
   def done(self, begun: Any, logits: Any, *states: Any) -> Any:
-    """The logits; up to here it is recorded, and so are all states."""
+    """The logits; up to here it is recorded, and so are all states.
+
+    If there are states, it is two recordings: nobody who waits for the logits
+    waits for what comes after them.
+    """
+    if states:
+      logits = jax.ffi.ffi_call(
+        _READY,
+        jax.ShapeDtypeStruct(logits.shape, logits.dtype),
+        has_side_effect=True,
+        input_output_aliases={0: 0},
+      )(logits, begun)
     return jax.ffi.ffi_call(
       _END,
       jax.ShapeDtypeStruct(logits.shape, logits.dtype),
@@ -108,6 +127,7 @@ MARKS = Marks()
 def register() -> None:
   """Makes the two custom calls known to XLA."""
   cuda.register(_BEGIN, _at_begin, _before)
+  cuda.register(_READY, _at_ready)
   cuda.register(_END, _at_end)
 
 
@@ -136,17 +156,29 @@ def _at_begin(stream: int, operands: list[int], results: list[int]) -> None:
     seen.stream, seen.temporary = stream, results[0]
 
 
-def _at_end(stream: int, operands: list[int], results: list[int]) -> None:
-  del results
+def _at_ready(stream: int, operands: list[int], results: list[int]) -> None:
+  del stream, results
   seen = _seen
   if seen is None:
     return
   seen.logits = operands[0]
   if seen.record and seen.error is None:
     try:
-      seen.graph = cuda.end(cuda.Pointer(stream))
-      # So that this call, too, does what it is to do.
-      cuda.Launchable(seen.graph).launch(cuda.Pointer(stream))
+      seen.cut()
+      cuda.begin(cuda.Pointer(seen.stream))
+    except Exception as error:
+      seen.error = error
+
+
+def _at_end(stream: int, operands: list[int], results: list[int]) -> None:
+  del stream, results
+  seen = _seen
+  if seen is None:
+    return
+  seen.logits = seen.logits or operands[0]
+  if seen.record and seen.error is None:
+    try:
+      seen.cut()
     except Exception as error:
       seen.error = error
 
@@ -263,23 +295,24 @@ class Recording:
     for left in range(2, -1, -1):
       try:
         with _Hole(self._compiled, logits.nbytes, device) as hole:
-          seen, graph, logits = self._record(request, stream)
+          seen, logits = self._record(request, stream)
           self._temporary = hole.take(seen.temporary)
         break
       except CannotRecordError:
         if not left:
           raise
     # What another thread did meanwhile, the graph would do again.
-    _, again, _ = self._record(request, stream)
-    kinds = graph.kinds
-    if again.kinds != kinds or not set(kinds) <= {_KERNEL, _COPY, _FILL}:
-      raise CannotRecordError(
-        f'it has nodes of kinds {kinds}, then {again.kinds}'
-      )
+    again, _ = self._record(request, stream)
+    kinds, of_again = ([x.kinds for x in y.graphs] for y in (seen, again))
+    known = {_KERNEL, _COPY, _FILL}
+    if kinds != of_again or not set().union(*kinds) <= known:
+      raise CannotRecordError(f'it has nodes of kinds {kinds}, then {of_again}')
     if self._addresses_now() != addresses:
       raise CannotRecordError('it does not write in place')
-    graph.overlap(dependent.SUFFIX, _OVERLAPPED)
-    self._graph, self._request = graph, request
+    self._graph, *after = seen.graphs
+    self._graph.overlap(dependent.SUFFIX, _OVERLAPPED)
+    self._after = [cuda.Launchable(x) for x in after if x.kinds]
+    self._request = request
     self._logits, self._result = seen.logits, logits
     self._stream = cuda.Pointer(stream)
     self._addresses = addresses
@@ -324,11 +357,14 @@ class Recording:
     with exclusive:
       if self._load(cached):
         slot.graph.launch(self._stream)
+        slot.event.record(self._stream)
+        for graph in self._after:  # It reads what is there until then.
+          graph.launch(self._stream)
       else:  # Another pool: the program itself is called.
         self.pool = cached
         slot.logits[...] = self._call(slot.buffer.copy())
         cached, self.pool = self.pool, None
-      slot.event.record(self._stream)
+        slot.event.record(self._stream)
     return (*cached, Replayed(slot)) if self._donate else Replayed(slot)
 
   def fetch(self, replayed: Replayed) -> np.ndarray:
@@ -377,21 +413,18 @@ class Recording:
     self.pool = tuple(states)
     return logits
 
-  def _record(
-    self, request: jax.Array, stream: int
-  ) -> tuple[Any, cuda.Graph, jax.Array]:
-    """Calls the program, recording it; what its marks saw, graph and logits."""
+  def _record(self, request: jax.Array, stream: int) -> tuple[_Seen, jax.Array]:
+    """Calls the program, recording it; what its marks saw, and the logits."""
     with _seeing(stream) as seen:
       try:
         logits = self._call(request)
       except Exception as error:
-        if seen.graph is None:
-          with contextlib.suppress(cuda.Error):
-            cuda.end(cuda.Pointer(stream))
+        with contextlib.suppress(cuda.Error):
+          cuda.end(cuda.Pointer(stream))
         raise CannotRecordError(f'XLA failed: {error}') from error
-    if seen.graph is None:
+    if seen.error is not None or not seen.graphs:
       raise CannotRecordError(f'CUDA failed: {seen.error}')
-    return seen, seen.graph, logits
+    return seen, logits
 
   def _addresses_now(self) -> list[int]:
     return [_address(x) for x in jax.tree.leaves(self.pool)]

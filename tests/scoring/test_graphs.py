@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import types
 from unittest import mock
 
@@ -136,7 +137,7 @@ class ScheduleTest(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
-    for name in (graphs._BEGIN, graphs._END):
+    for name in (graphs._BEGIN, graphs._READY, graphs._END):
       cuda.register(name, lambda *_: None, platform='cpu')
 
   def text(self, body):
@@ -214,6 +215,85 @@ class Called(graphs.Recording):
   def fetch(self, replayed):
     assert transport.look(replayed.slot.event.is_ready)
     return replayed.slot.logits.copy()
+
+
+class MarksTest(parameterized.TestCase):
+  """What is recorded between marks, and in which order it is replayed."""
+
+  def setUp(self):
+    super().setUp()
+    self.stream, self.done = [], []
+
+    def begin(stream):
+      del stream
+      self.stream.clear()
+
+    def end(stream):
+      del stream
+      return types.SimpleNamespace(
+        kinds=[0] * len(self.stream), of=[*self.stream]
+      )
+
+    def launchable(graph):
+      return types.SimpleNamespace(
+        launch=lambda stream: self.done.extend(graph.of)
+      )
+
+    self.driver = types.SimpleNamespace(
+      begin=begin, end=end, Launchable=launchable, Pointer=int, Error=OSError,
+      use=lambda device: None,
+    )  # fmt: skip
+    self.enter_context(mock.patch.object(graphs, 'cuda', self.driver))
+
+  def call(self, states):
+    """As XLA does with a program's marks; returns logits."""
+    graphs._before()
+    self.stream.append('score')
+    graphs._at_begin(7, [1], [2])
+    if states:
+      graphs._at_ready(7, [100], [100])
+      self.stream.extend(states)
+    graphs._at_end(7, [100], [100])
+    return 'logits'
+
+  @parameterized.parameters(([],), (['keys', 'values'],))
+  def test_two_graphs(self, states):
+    recording = graphs.Recording.__new__(graphs.Recording)
+    recording._call = lambda request: self.call(states)
+    seen, logits = recording._record(None, 7)
+    self.assertEqual((logits, seen.logits, seen.temporary), ('logits', 100, 2))
+    # The call that was recorded did what it is to do.
+    self.assertEqual(self.done, ['score', *states])
+    self.assertEqual([x.of for x in seen.graphs][:1], [['score']])
+    self.assertEqual([x.of for x in seen.graphs][1:], [states] * bool(states))
+
+  def test_nobody_waits_for_states(self):
+    recording = graphs.Recording.__new__(graphs.Recording)
+    recording._device = recording._stream = None
+    recording._donate, recording._load = True, lambda cached: True
+
+    def does(name):
+      step = functools.partial(self.done.append, name)
+      return types.SimpleNamespace(
+        launch=lambda stream: step(), record=lambda stream: step()
+      )
+
+    recording._after = [does('states')]
+    slot = types.SimpleNamespace(graph=does('logits'), event=does('event'))
+    found = recording.launch(slot, ('keys', 'values'))
+    self.assertEqual(self.done, ['logits', 'event', 'states'])
+    self.assertEqual(found[:2], ('keys', 'values'))
+
+  def test_an_error_is_kept(self):
+    def end(stream):
+      raise OSError('not now')
+
+    recording = graphs.Recording.__new__(graphs.Recording)
+    recording._call = lambda request: self.call(['keys'])
+    with mock.patch.object(self.driver, 'end', end):
+      with self.assertRaisesRegex(graphs.CannotRecordError, 'not now'):
+        recording._record(None, 7)
+    self.assertIsNone(graphs._seen)
 
 
 class MemoryTest(absltest.TestCase):

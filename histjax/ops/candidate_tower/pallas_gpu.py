@@ -431,6 +431,8 @@ def candidate_tower(
     start = None
   elif structure != 'any' and few:
     start, stop = None, pad(stop, padded, 'edge')
+    # By one kernel of XLA's, which reads slices of whole blocks in place.
+    place, stop = hopper.no_slices(jnp.stack([place, stop]))
   else:
     start, stop = jnp.maximum(start, 0), jnp.minimum(stop, num_keys)
     start, stop = pad(start, padded, 'edge'), pad(stop, padded, 'edge')

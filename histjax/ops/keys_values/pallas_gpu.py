@@ -132,6 +132,8 @@ def keys_values(
     count is not None,
   )
   cached = (shape[0] * num_rows, shape[2], width)
+  if start is not None:  # Or XLA would copy the slice by itself.
+    start = jnp.maximum(start, 0)
   operands = hopper.no_slices(
     (start, count, events, weights.matrix, weights.bias)
   )

@@ -221,7 +221,8 @@ def paged(call: Call, seed: int = 0, page: int = 16) -> Call:
   unused = np.arange(per_row)[None] * page >= last[:, None]
   index = np.where(unused, number + 5, index)
   keys, values = (Paged(x, index) for x in pools)
-  return call.replace(keys=keys, values=values)
+  stop = np.minimum(call.stop, events)  # L is that of all pages.
+  return call.replace(keys=keys, values=values, stop=stop)
 
 
 def oracle(call: Call) -> np.ndarray:

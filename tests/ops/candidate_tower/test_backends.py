@@ -91,6 +91,21 @@ class BackendTest(parameterized.TestCase):
     )
     suite.assert_same(found, suite.run(call, implementation), call)
 
+  @parameterized.product(
+    implementation=IN_FLOAT32,
+    structure=('any', 'prefix'),
+    layer=(None, 1),
+  )
+  def test_pages(self, implementation, structure, layer):
+    call = suite.make_call(
+      0, (3, 5, 21, 2, 8), structure=structure, ragged=True
+    )
+    found = suite.run(
+      suite.paged(call, page=8).replace(layer=layer), implementation
+    )
+    wanted = suite.run(call.replace(layer=layer), implementation)
+    np.testing.assert_array_equal(found, wanted)
+
   @parameterized.product(implementation=IN_FLOAT32)
   def test_many_keys_in_blocks(self, implementation):
     call = suite.make_call(0, (1, 150, 700, 4, 4), num_layers=1)
@@ -203,6 +218,28 @@ class KernelTest(parameterized.TestCase):
         call, way, lambda c: suite.run(c, 'pallas_gpu')
       ),
       call,
+    )
+
+  @parameterized.product(
+    shape=((3, 205, 331, 8, 64), (2, 131, 79, 4, 128)),
+    structure=('any', 'prefix'),
+    page=(8, 16, 64),
+  )
+  def test_pages(self, shape, page, **fields):
+    """'pallas_gpu' reads these where they are."""
+    call = suite.make_call(
+      0, shape, num_layers=2, dtype='bfloat16', ragged=True, **fields
+    )
+    call = suite.poisoned(call, np.nan)
+    paged = suite.paged(call, page=page)
+    try:
+      api._BACKENDS['pallas_gpu'].check_target(dispatch.target_of())
+    except NotImplementedError:
+      with self.assertRaisesRegex(NotImplementedError, 'pallas_gpu'):
+        suite.run(paged, 'pallas_gpu')
+      return
+    np.testing.assert_array_equal(
+      suite.run(paged, 'pallas_gpu'), suite.run(call, 'pallas_gpu')
     )
 
   @marks.slow_unless(
