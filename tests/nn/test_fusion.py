@@ -1,6 +1,7 @@
 """Every fusion against its equation, and what all of them promise."""
 
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -10,8 +11,10 @@ from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histjax import ops
 from histjax.nn import encoder as encoder_lib
 from histjax.nn import fusion as fusion_lib
+from histjax.types import Paged, dense
 from tests import oracle, support
 
 # Float32 against float64 through two layers; most results are normalized.
@@ -70,6 +73,70 @@ def inputs(rng, *, shared=False):
     length,
     visible,
   )
+
+
+class KernelsTest(parameterized.TestCase):
+  """Histories read as on a GPU, by what the kernels mean."""
+
+  @parameterized.parameters(
+    ('append_cross', 'causal', False),
+    ('append_cross', 'causal', True),
+    ('append_cross', 'window', True),
+    ('append_cross', 'bidirectional', False),
+    ('cross_only', 'causal', False),
+    ('cross_only', 'causal', True),
+    ('cross_only', 'window', False),
+  )
+  def test_encode_and_score(self, fusion, encoder, paged):
+    module, params, _ = make(fusion, encoder)
+    rng = np.random.default_rng(0)
+    *tokens, length, visible = inputs(rng, shared=encoder == 'bidirectional')
+    history, candidates = tokens
+    used = []
+
+    def as_kernels(name):
+      meaning = getattr(ops, name)
+
+      def call(*args, implementation, **options):
+        assert implementation == 'pallas_gpu'
+        used.append(name)
+        return meaning(*args, implementation='reference', **options)
+
+      return mock.patch.object(ops, name, call)
+
+    into = None
+    if paged:  # A page is of two events.
+      index = rng.permutation(20)[: ROWS * EVENTS // 2].astype(np.int32)
+      pool = jnp.full((2, 20, 2, 2, WIDTH // 2), -7.0)
+      into = (Paged(pool, index.reshape(ROWS, -1)),) * 2
+
+    def run(variables, **options):
+      if not paged:
+        of_all = history, length, candidates, visible
+        return module.apply(variables, *of_all, method='encode_and_score')
+      cache = module.apply(
+        variables, history, length, **options, method='encode'
+      )
+      return *cache, module.apply(
+        variables, *cache, length, candidates, visible, method='score'
+      )
+
+    packed = {'tower': module.pack(params, jnp.float32)}
+    with (
+      as_kernels('read_histories'),
+      as_kernels('keys_values'),
+      ops.target_platform('cuda', compute_capability='9.0'),
+    ):
+      *found, fused = run({'params': params, **packed}, into=into)
+    *wanted, expected = run({'params': params})
+    self.assertNotEmpty(used)
+    np.testing.assert_allclose(fused, expected, **TOLERANCE)
+    real = np.arange(EVENTS)[None] < length[:, None]
+    for x, y in zip(found, wanted, strict=True):
+      # Where events do not attend no kernel writes pages.
+      self.assertEqual(isinstance(x, Paged), paged and fusion != 'cross_only')
+      x, y = np.asarray(dense(x)), np.asarray(y)
+      np.testing.assert_allclose(x[:, real], y[:, real], **TOLERANCE)
 
 
 class FusionTest(parameterized.TestCase):

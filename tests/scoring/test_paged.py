@@ -1,5 +1,7 @@
 """A pool's programs score, extend and encode as a scorer does its caches."""
 
+from unittest import mock
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histjax import scoring
+from histjax import ops, scoring
 from histjax.quantization import Quantized
 from histjax.scoring import paged
 from histjax.scoring import pages as pages_lib
@@ -84,6 +86,36 @@ class PagedTest(parameterized.TestCase):
           )
         ),
       )
+
+  def test_pages_read_where_they_are(self):
+    """As kernels do; here what reads them copies them first."""
+    rng = np.random.default_rng(0)
+    s = scorers.scorer('causal', history_buckets=(32,), row_buckets=(4,))
+    batch = support.batch(rng, 3, EVENTS, shared_visible=True)
+    request = batch.candidates.replace(visible=None), batch.context
+    pages = Pages(Shape.of(s.config, s.options), 16, s.device)
+    of_users = [[5, 2], [1, 9], [7, 3]]
+    place = paged.Place(
+      pages.to_read(of_users, 4, 32),
+      pages.to_write(of_users, [0, 0, 0], 4, 32),
+      np.asarray(batch.history.length),
+      32,
+    )
+    p = paged.PagedScorer(s)
+    asked = []
+
+    def reads(*args, **kwargs):
+      asked.append(args)
+      return True
+
+    with mock.patch.object(ops, 'tower_reads_pages', reads):
+      pool, first = p.encode(pages.pool, place, batch.history, *request)
+      second = p.score(pool, place, *request)
+      found = [scorers.real(x.result(), batch) for x in (first, second)]
+    self.assertLen(asked, 2)
+    wanted = scorers.real(s.score(s.encode(batch.history), *request), batch)
+    for x in found:
+      np.testing.assert_allclose(x, wanted, **scorers.TOLERANCE['float32'])
 
   @given(
     capacity=st.sampled_from([5, 32, 75]),  # Few shapes to compile.

@@ -64,13 +64,13 @@ class Warpgroup:
     """`[columns]` -> `[64, columns]`."""
     return lax.broadcast_in_dim(v, (ROWS, v.shape[0]), (1,))
 
-  def rotated(self, q, place, head_dim, scale=1.0):
-    """Heads `[64, heads * H]` float32, rotated and scaled: a list of bfloat16.
+  def rotation(self, place, head_dim, scale=1.0):
+    """The sines and cosines of `place`, float32 `[64]`, times a scale.
 
-    Not rotated if `place`, float32 `[64]`, is None.
+    `[64, H / 2]` each. If it is None they rotate nothing: None and the scale.
     """
     half = head_dim // 2
-    sin, cos = 0.0, scale
+    sin, cos = None, scale
     if place is not None:
       channel = self.plgpu.broadcasted_iota(
         jnp.int32, (half,), 0, layout=self.column_layout
@@ -83,10 +83,15 @@ class Warpgroup:
       )
       angle = (angle - turns * 6.28125) - turns * (2 * math.pi - 6.28125)
       sin, cos = (f(angle) * scale for f in (jnp.sin, jnp.cos))
+    return sin, cos
+
+  def rotated(self, q, rotation, head_dim):
+    """Heads `[64, heads * H]` float32, rotated: a list of bfloat16."""
+    half, (sin, cos) = head_dim // 2, rotation
     heads = []
     for at in range(0, q.shape[1], head_dim):
       a, b = q[:, at : at + half], q[:, at + half : at + head_dim]
-      if place is None:
+      if sin is None:
         a, b = a * cos, b * cos
       else:
         a, b = a * cos - b * sin, b * cos + a * sin

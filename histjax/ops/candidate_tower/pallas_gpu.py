@@ -1321,7 +1321,8 @@ class _Worker(hopper.Warpgroup):
     number += deep
     # Scores in units of log 2.
     scale = plan.head_dim**-0.5 * math.log2(math.e)
-    q = self.rotated(q, self.place, plan.head_dim, scale)
+    turns = self.rotation(self.place, plan.head_dim, scale)
+    q = self.rotated(q, turns, plan.head_dim)
     if not plan.out_in_mid:
       self.sync()  # All have read what the queries or outputs replace.
     for n, head in enumerate(q):

@@ -581,6 +581,7 @@ class _Worker(hopper.Warpgroup):
 
     q = pl.run_scoped(run, *[self.acc] * stream.halves)
     for n in range(0, kind.width, 64):
+      turns = self.rotation(place, kind.head_dim)
       y = q[:, n : n + 64] + self.bias(self.query_bias_smem, n, 64)
-      act[n // 64] = hopper.join(self.rotated(y, place, kind.head_dim))
+      act[n // 64] = hopper.join(self.rotated(y, turns, kind.head_dim))
     plgpu.commit_smem()

@@ -51,6 +51,8 @@ BLOCKS = 2  # Of a cluster.
 MULTIPROCESSORS = 132
 REGISTERS = (240, 24)  # Of a thread that computes and of one that loads.
 PIECE = 64  # Columns that are finished at once.
+MOST_COPIED = 256  # Numbers that the copy engine moves at once.
+FEW = 512  # Tiles, of which one warpgroup finds those that count.
 CHUNK = 128  # Columns of hidden channels that a warpgroup computes at once.
 
 
@@ -171,11 +173,7 @@ def candidate_tower(
   """
   num_layers = len(weights.query)
   of_all = keys.shape[0] == num_layers * of_layer
-  live = None
-  if count is not None:
-    index = jnp.arange(candidates.shape[1], dtype=jnp.int32)
-    live = index[None, :] < count[:, None]
-  run = _Layers(plgpu, candidates.shape, keys.shape[2:], position, live)
+  run = _Layers(plgpu, candidates.shape, keys.shape[2:], position, count)
   sums = _sums(weights)
   x, mean = _begin(plgpu, candidates.reshape(run.rows, -1))
   for i in range(num_layers) if layer is None else (layer,):
@@ -186,8 +184,15 @@ def candidate_tower(
 
     x, taken = run.layer(i, x, weights, sums, attend)
     mean += taken
+  if final_norm and not candidates.shape[1] % ROWS:
+    return _norm(plgpu, candidates.shape, count is not None)(
+      *x, weights.final_scale, weights.final_bias, count
+    ).reshape(candidates.shape)
   out = _end(x, mean, weights, final_norm).reshape(candidates.shape)
-  return out if live is None else jnp.where(live[:, :, None], out, 0)
+  if count is None:
+    return out
+  index = jnp.arange(candidates.shape[1], dtype=jnp.int32)
+  return jnp.where((index[None, :] < count[:, None])[:, :, None], out, 0)
 
 
 def read_histories(
@@ -208,12 +213,8 @@ def read_histories(
   """As `ops.read_histories`, of sizes that fit; L is a multiple of 8."""
   num_rows, num_events, width = events.shape
   num_layers, heads = len(matrix), (num_heads, width // num_heads)
-  live = None
-  if count is not None:
-    index = jnp.arange(num_events, dtype=jnp.int32)
-    live = index[None, :] < count[:, None]
   position = _slots(num_rows, num_events) if rotate else None
-  run = _Layers(plgpu, events.shape, heads, position, live)
+  run = _Layers(plgpu, events.shape, heads, position, count)
   sums, pages = _sums(weights), None
   x, _ = _begin(plgpu, events.reshape(run.rows, width))
   if cache is None:
@@ -275,12 +276,12 @@ def _slots(num_rows, capacity):
 class _Layers:
   """Runs the kernels of layers over the candidates, or events, of all users."""
 
-  def __init__(self, plgpu, shape, heads, position, live):
-    """Of `[B, C, D]`, (N, H), and `[B, C]`: positions and which count."""
+  def __init__(self, plgpu, shape, heads, position, count):
+    """Of `[B, C, D]`, (N, H), positions `[B, C]`, and how many count, `[B]`."""
     self.plgpu, self.heads = plgpu, heads
     self.users, self.width = shape[:2], shape[2]
     self.rows = shape[0] * shape[1]
-    self.tiles = _tiles(self.rows, live)
+    self.tiles = _tiles(plgpu, self.users, count)
     self.place = None
     if position is not None:  # Registers are loaded by whole tiles.
       after = -self.rows % (TILE * BLOCKS)
@@ -418,18 +419,167 @@ def _end(x: _Stream, mean, weights, final_norm):
   return (y + weights.final_bias[None]).astype(jnp.bfloat16)
 
 
-def _tiles(rows, live):
+def _tiles(plgpu, users, count):
   """How many tiles there are, and which: all, or those with live candidates."""
-  tile = TILE * BLOCKS
+  rows, tile = users[0] * users[1], TILE * BLOCKS
   number = pl.cdiv(rows, tile)
-  if live is None:
+  if count is None:
     order = jnp.arange(number, dtype=jnp.int32)
     return jnp.concatenate([jnp.full((1,), number, jnp.int32), order])
-  live = jnp.pad(live.reshape(rows), (0, number * tile - rows))
+  if number <= FEW:
+    # A warpgroup copies 128 bytes or more.
+    count = jnp.pad(jnp.maximum(count, 0), (0, -users[0] % 32))
+    return _tiles_kernel(plgpu, users)(count)
+  index = jnp.arange(users[1], dtype=jnp.int32)
+  live = (index[None, :] < count[:, None]).reshape(rows)
+  live = jnp.pad(live, (0, number * tile - rows))
   dead = jnp.logical_not(live.reshape(number, tile).any(axis=1))
   alive = number - dead.sum(dtype=jnp.int32)
   order = jnp.argsort(dead, stable=True).astype(jnp.int32)
   return jnp.concatenate([alive[None], order])
+
+
+@functools.lru_cache(maxsize=64)
+def _tiles_kernel(plgpu, users):
+  """The kernel of `_tiles` with a count; XLA would launch three."""
+  num_rows, num_candidates = users
+  rows, tile = num_rows * num_candidates, TILE * BLOCKS
+  number = pl.cdiv(rows, tile)
+
+  def body(count_ref, out_ref, *, count_smem, ready):
+    dependent.wait(plgpu)
+    size = count_smem.shape[0]
+    for i in range(0, size, MOST_COPIED):
+      some = pl.ds(i, min(MOST_COPIED, size - i))
+      plgpu.copy_gmem_to_smem(count_ref.at[some], count_smem.at[some], ready)
+    plgpu.barrier_wait(ready)
+
+    def of_tile(i, alive):
+      first = i * tile
+      last = jnp.minimum(first + tile, rows) - 1
+
+      def of_row(b, some):
+        begin = jnp.maximum(first - b * num_candidates, 0)
+        return some | (begin < count_smem[b])
+
+      some = lax.fori_loop(
+        lax.div(first, num_candidates),
+        lax.div(last, num_candidates) + 1,
+        of_row,
+        False,
+      )
+      # Those without live candidates come last, in any order.
+      out_ref[1 + jnp.where(some, alive, number - 1 - (i - alive))] = i
+      return alive + some.astype(jnp.int32)
+
+    out_ref[0] = lax.fori_loop(0, number, of_tile, 0)
+
+  size = num_rows + -num_rows % 32
+  return plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((1 + number,), jnp.int32),
+    scratch_types=dict(
+      count_smem=plgpu.SMEM((size,), jnp.int32),
+      ready=plgpu.Barrier(num_arrivals=pl.cdiv(size, MOST_COPIED)),
+    ),
+    **_of_one_warpgroup(plgpu, 1, 'candidate_tiles'),
+  )
+
+
+def _of_one_warpgroup(plgpu, grid, name):
+  """What small kernels have in common."""
+  return dict(
+    grid=(grid,),
+    grid_names=('block',),
+    num_threads=1,
+    thread_name='wg',
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+    kernel_name=dependent.kernel_name(name),
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _norm(plgpu, shape, counted):
+  """The kernel of the last norm of a stream; zeros beyond the count.
+
+  C is a multiple of 64.
+  """
+  num_rows, num_candidates, width = shape
+  rows, parts = num_rows * num_candidates, width // COLUMNS
+  pieces = COLUMNS // PIECE
+
+  def body(
+    high_ref, low_ref, moments_ref, scale_ref, shift_ref, count_ref, out_ref,
+    *, high, low, ready,
+  ):  # fmt: skip
+    dependent.wait(plgpu)
+    block = lax.axis_index('block')
+    tile, part = lax.div(block, parts), lax.rem(block, parts)
+    first = tile * ROWS
+    mine = pl.ds(first, ROWS)
+
+    def columns(n):
+      return pl.ds(part * COLUMNS + n * PIECE, PIECE)
+
+    for n in range(pieces):
+      for ref, smem in ((high_ref, high), (low_ref, low)):
+        plgpu.copy_gmem_to_smem(ref.at[mine, columns(n)], smem.at[n], ready)
+    worker = hopper.Warpgroup(plgpu)
+    mean, scale = _norm_of(worker, moments_ref, first, width)
+    if counted:
+      row = lax.div(first, num_candidates)
+      live = count_ref[row] - (first - row * num_candidates)
+      index = plgpu.broadcasted_iota(
+        jnp.int32, (ROWS,), 0, layout=worker.row_layout
+      )
+      # Also of what is not finite.
+      live = worker.down(index, PIECE) < live
+    plgpu.barrier_wait(ready)
+    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)
+    vector = functools.partial(
+      plgpu.load, layout=worker.column_layout, optimized=False
+    )
+    for n in range(pieces):
+      y = load(high.at[n]).astype(jnp.float32)
+      y = y + load(low.at[n]).astype(jnp.float32)
+      y = (y - worker.down(mean, PIECE)) * worker.down(scale, PIECE)
+      y = y * worker.across(vector(scale_ref.at[columns(n)]))
+      y = y + worker.across(vector(shift_ref.at[columns(n)]))
+      if counted:
+        y = jnp.where(live, y, 0.0)
+      plgpu.commit_smem()  # All have loaded before anybody stores.
+      high.at[n][...] = y.astype(jnp.bfloat16)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(high.at[n], out_ref.at[mine, columns(n)])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  return plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
+    scratch_types=dict(
+      high=hopper.swizzled(plgpu, (pieces, ROWS, PIECE)),
+      low=hopper.swizzled(plgpu, (pieces, ROWS, PIECE)),
+      ready=plgpu.Barrier(num_arrivals=2 * pieces),
+    ),
+    **_of_one_warpgroup(plgpu, rows // ROWS * parts, 'candidate_norm'),
+  )
+
+
+def _norm_of(worker, moments_ref, first, width):
+  """The means of 64 candidates and one over their deviations."""
+  load = functools.partial(
+    worker.plgpu.load, layout=worker.row_layout, optimized=False
+  )
+  rows, parts = pl.ds(first, ROWS), range(width // COLUMNS)
+  means = [load(moments_ref.at[p, 0, rows]) for p in parts]
+  mean = sum(means[1:], means[0]) * (COLUMNS / width)
+  square = 0.0
+  for p in parts:
+    gap = means[p] - mean
+    square += load(moments_ref.at[p, 1, rows]) + COLUMNS * (gap * gap)
+  return mean, lax.rsqrt(square * (1 / width) + reference.EPSILON)
 
 
 @functools.lru_cache(maxsize=64)
@@ -463,14 +613,7 @@ def _moments(plgpu, rows, width):
       out_smem=plgpu.SMEM((2, ROWS), jnp.float32),
       ready=plgpu.Barrier(num_arrivals=COLUMNS // PIECE),
     ),
-    grid=(tiles * parts,),
-    grid_names=('block',),
-    num_threads=1,
-    thread_name='wg',
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-    ),
-    kernel_name=dependent.kernel_name('candidate_moments'),
+    **_of_one_warpgroup(plgpu, tiles * parts, 'candidate_moments'),
   )
 
 
@@ -806,18 +949,7 @@ class _Worker(hopper.Warpgroup):
 
   def moments(self, first):
     """The means of 64 candidates and one over their deviations."""
-    load = functools.partial(
-      self.plgpu.load, layout=self.row_layout, optimized=False
-    )
-    rows, width = pl.ds(first, ROWS), self.kind.width
-    parts = range(width // COLUMNS)
-    means = [load(self.moments_ref.at[p, 0, rows]) for p in parts]
-    mean = sum(means[1:], means[0]) * (COLUMNS / width)
-    square = 0.0
-    for p in parts:
-      gap = means[p] - mean
-      square += load(self.moments_ref.at[p, 1, rows]) + COLUMNS * (gap * gap)
-    return mean, lax.rsqrt(square * (1 / width) + reference.EPSILON)
+    return _norm_of(self, self.moments_ref, first, self.kind.width)
 
   def product(self, number):
     """The factors' product `[64, 256]`."""
@@ -863,6 +995,9 @@ class _Worker(hopper.Warpgroup):
       ).astype(jnp.float32)
       if kind.then == 'keys_values':  # Values are not rotated.
         place *= jnp.where(column < kind.width, 1.0, 0.0)
+    turns = self.rotation(place, kind.head_dim)
+    if place is not None:  # While the product's factors are on their way.
+      turns = lax.optimization_barrier(turns)
     x = self.product(number)
     plgpu.barrier_wait(self.bias_full)
     per = 1 if kind.then == 'hidden' else max(kind.head_dim, PIECE) // PIECE
@@ -875,7 +1010,7 @@ class _Worker(hopper.Warpgroup):
       if kind.then == 'hidden':
         y = hopper.gelu(pieces[0]).astype(jnp.bfloat16)
       else:
-        y = hopper.join(self.rotated(hopper.join(pieces), place, kind.head_dim))
+        y = hopper.join(self.rotated(hopper.join(pieces), turns, kind.head_dim))
       for n in range(m, m + per):
         out = out_smem.at[n % 2]
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)

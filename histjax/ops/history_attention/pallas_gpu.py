@@ -269,7 +269,7 @@ def _forward(
   if pages is not None:
     page = key.shape[1]
     per_block = block // page
-    pages = _pad(pages, max(per_block, 8))  # The copy engine moves 16 bytes.
+    pages = _pad(pages, 32)  # A warpgroup copies 128 bytes or more.
 
   def body(
     q_ref, k_ref, v_ref, start_ref, stop_ref, first_row_ref, live_ref,

@@ -325,7 +325,8 @@ def _body(
           x_smem, w_smem.at[n, which], bias_ref.at[layer, pl.ds(column, PIECE)]
         )
         if not which:
-          y = hopper.join(worker.rotated(y, place, kind.head_dim))
+          turns = worker.rotation(place, kind.head_dim)
+          y = hopper.join(worker.rotated(y, turns, kind.head_dim))
         y = y.astype(jnp.bfloat16)
         if kind.placed:
           hopper.put(plgpu, out_smem.at[n, which], y)

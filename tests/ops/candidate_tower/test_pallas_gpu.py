@@ -22,6 +22,7 @@ from histjax.ops.candidate_tower import (
   pallas_gpu_layers,
   pallas_gpu_products,
 )
+from histjax.types import Paged
 from tests import marks
 from tests.ops import gpu_interpreter
 from tests.ops.candidate_tower import suite
@@ -287,6 +288,10 @@ class InterpretedProductsTest(_InterpretedInLayers):
     self.slow(warpgroup)
     self.check((1, 150, 70, 4, 128), 'products', num_layers=1, rotate=False)
 
+  def test_whole_tiles(self):
+    """Their last norm is a kernel, too."""
+    self.check((2, 64, 24, 8, 64), 'products', num_layers=1, ragged=True)
+
   @pytest.mark.slow
   def test_counts(self):
     # The last tile of 256 has no live candidate.
@@ -348,8 +353,13 @@ class InterpretedProductsTest(_InterpretedInLayers):
     self.assertTrue(self.races_found())
 
 
-def lower(shape, structure, *, mlp_width=None, config=None, **fields):
-  """StableHLO for CUDA; raises if a block's shared memory does not suffice."""
+def lower(
+  shape, structure, *, mlp_width=None, config=None, pages=None, **fields
+):
+  """StableHLO for CUDA; raises if a block's shared memory does not suffice.
+
+  With `pages`, how many a pool has, keys and values are there.
+  """
 
   # A small call's arrays, stretched: numbers cost time.
   sizes = dict(zip((3, 5, 7), shape[:3], strict=True))
@@ -364,6 +374,11 @@ def lower(shape, structure, *, mlp_width=None, config=None, **fields):
   args = list(jax.tree.map(stretch, call.positional))
   if not fields['rotate']:
     args[1] = None
+  if pages is not None:
+    pool = jax.ShapeDtypeStruct((2, pages, 16, *shape[3:]), jnp.bfloat16)
+    index = (shape[0], -(-shape[2] // 16))
+    index = jax.ShapeDtypeStruct(index, jnp.int32)
+    args[2:4] = [Paged(pool, index)] * 2
   count = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
 
   def function(args, count):
@@ -435,9 +450,19 @@ class LoweringTest(parameterized.TestCase):
   @parameterized.parameters(((8, 64), 'any'), ((6, 128), 'prefix'))
   def test_products(self, heads, structure):
     text = lower((3, 999, 333, *heads), structure, ragged=True, rotate=True)
-    # The attention, the first moments and four products, one of them first of
-    # a bfloat16 stream.
-    self.assertEqual(text.count('@mosaic_gpu_v2('), 7)
+    # The attention, the first moments, the tiles that count and four products,
+    # one of them first of a bfloat16 stream.
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 8)
+
+  @parameterized.parameters(1, 100, 3000, 9000)
+  def test_pages(self, events):
+    shape = (3, 128, events, 8, 64)
+    text = lower(shape, 'prefix', pages=2000, ragged=True, rotate=True)
+    # As above, and the tiles that count and the last norm.
+    self.assertEqual(text.count('@mosaic_gpu_v2('), 9)
+    self.assertNotIn('stablehlo.gather', text)
+    # Or a slice of a request, which may lie anywhere, would be an operand.
+    self.assertIn('stablehlo.optimization_barrier', text)
 
   @parameterized.parameters(256, 7168)
   def test_mlp_in_layers(self, mlp_width):
