@@ -260,6 +260,8 @@ class Graph:
     """Of its nodes: 0 is a kernel, 1 a copy, 2 a fill."""
     number = ctypes.c_size_t()
     _call('cuGraphGetNodes', self.handle, None, ctypes.byref(number))
+    if not number.value:
+      return []
     nodes = (Pointer * number.value)()
     _call('cuGraphGetNodes', self.handle, nodes, ctypes.byref(number))
     return [_kind(Pointer(node)) for node in nodes]
@@ -383,7 +385,7 @@ def end(stream: Pointer) -> Graph:
   """
   handle = Pointer()
   _call('cuStreamEndCapture', stream, ctypes.byref(handle))
-  return Graph(handle)
+  return Graph(handle if handle else None)
 
 
 def copy_in(address: int, array: np.ndarray, stream: Pointer) -> None:

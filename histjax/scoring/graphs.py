@@ -71,8 +71,11 @@ class _Seen:
   def cut(self) -> None:
     """Ends what is recorded, and gives it to the stream, so that it is done."""
     stream = cuda.Pointer(self.stream)
-    self.graphs.append(cuda.end(stream))
-    cuda.Launchable(self.graphs[-1]).launch(stream)
+    graph = cuda.end(stream)
+    if self.graphs and not graph.kinds:
+      return  # Nothing comes after the logits.
+    self.graphs.append(graph)
+    cuda.Launchable(graph).launch(stream)
 
 
 _seen: _Seen | None = None
@@ -100,19 +103,25 @@ class Marks:
     found = jax.ffi.ffi_call(_BEGIN, temporary, has_side_effect=True)(request)
     return request, found
 
-  def done(self, begun: Any, logits: Any, *states: Any) -> Any:
-    """The logits; up to here it is recorded, and so are all states.
+  def ready(self, begun: Any, logits: Any, pool: Any) -> tuple[Any, Any]:
+    """The logits, and the pool that is still to be written.
 
-    If there are states, it is two recordings: nobody who waits for the logits
-    waits for what comes after them.
+    It is two recordings: who waits for the logits does not wait for the second.
     """
-    if states:
-      logits = jax.ffi.ffi_call(
+    given, tree = jax.tree.flatten((logits, pool))
+    logits, pool = jax.tree.unflatten(
+      tree,
+      jax.ffi.ffi_call(
         _READY,
-        jax.ShapeDtypeStruct(logits.shape, logits.dtype),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given],
         has_side_effect=True,
-        input_output_aliases={0: 0},
-      )(logits, begun)
+        input_output_aliases={i: i for i in range(len(given))},
+      )(*given, begun),
+    )
+    return logits, pool
+
+  def done(self, begun: Any, logits: Any, *states: Any) -> Any:
+    """The logits; up to here it is recorded, and so are all states."""
     return jax.ffi.ffi_call(
       _END,
       jax.ShapeDtypeStruct(logits.shape, logits.dtype),
@@ -311,7 +320,7 @@ class Recording:
       raise CannotRecordError('it does not write in place')
     self._graph, *after = seen.graphs
     self._graph.overlap(dependent.SUFFIX, _OVERLAPPED)
-    self._after = [cuda.Launchable(x) for x in after if x.kinds]
+    self._after = [cuda.Launchable(x) for x in after]
     self._request = request
     self._logits, self._result = seen.logits, logits
     self._stream = cuda.Pointer(stream)

@@ -212,12 +212,16 @@ class Program:
     }
     self.layout = layout_lib.Layout(parts[kind], sizes.requests)
     self.backends: dict[str, str] = {}
-    body: Any = _BODIES[kind]
 
     def traced(packed, *arguments):
       *cached, request = arguments
+      body: Any = _BODIES.get(kind)
       request, begun = plan.transport.read(request)
       with dispatch.on(plan.target), dispatch.record() as used:
+        if kind in _WRITE:
+          body = functools.partial(
+            _WRITE[kind], functools.partial(plan.transport.ready, begun)
+          )
         result = body(
           plan,
           sizes,
@@ -369,12 +373,23 @@ def _paged_score(plan, sizes, variables, keys, values, parts):
   return _score(plan, sizes, variables, keys, values, parts)
 
 
-def _paged_encode_and_score(plan, sizes, variables, keys, values, parts):
+def _paged_encode_and_score(ready, plan, sizes, variables, keys, values, parts):
   into = None
   if _in_pages(plan, keys):
     into = _paged(plan, parts['write'], keys, values)
   *states, logits = _encode_and_score(plan, sizes, variables, parts, into)
-  return (*_written(keys, values, states, parts), logits)
+  pool = keys, values
+  if isinstance(states[0], Paged):  # They are there.
+    written = (
+      x.pool.reshape(y.shape) for x, y in zip(states, pool, strict=True)
+    )
+  else:
+    logits, pool = ready(logits, pool)
+    written = (
+      pages_lib.write(y, parts['write'], x)
+      for x, y in zip(states, pool, strict=True)
+    )
+  return (*written, logits)
 
 
 def _in_pages(plan, pool):
@@ -399,12 +414,13 @@ def _paged(plan, index, *pool):
   return tuple(pages_lib.paged(x, index, heads) for x in pool)
 
 
-def _paged_extend_and_score(plan, sizes, variables, keys, values, parts):
+def _paged_extend_and_score(ready, plan, sizes, variables, keys, values, parts):
   a, b = _read(plan, parts, sizes.capacity, keys, values)
   *states, logits = _extend_and_score(plan, sizes, variables, a, b, parts)
+  logits, pool = ready(logits, (keys, values))
   written = (
-    pages_lib.extended(pool, parts['write'], x, parts['length'], sizes.events)
-    for pool, x in zip((keys, values), states, strict=True)
+    pages_lib.extended(y, parts['write'], x, parts['length'], sizes.events)
+    for x, y in zip(states, pool, strict=True)
   )
   return (*written, logits)
 
@@ -413,16 +429,6 @@ def _read(plan, parts, capacity, *pool):
   """The states of the request's users."""
   heads = plan.config.encoder.num_heads
   return [pages_lib.read(x, parts['read'], capacity, heads) for x in pool]
-
-
-def _written(keys, values, states, parts):
-  """The pool with states in it, which may be there already."""
-  return (
-    x.pool.reshape(pool.shape)
-    if isinstance(x, Paged)
-    else pages_lib.write(pool, parts['write'], x)
-    for pool, x in zip((keys, values), states, strict=True)
-  )
 
 
 def _batch(parts):
@@ -459,10 +465,13 @@ _BODIES = {
   'encode_and_score': _encode_and_score,
   'extend_and_score': _extend_and_score,
   'paged_score': _paged_score,
-  'paged_encode_and_score': _paged_encode_and_score,
-  'paged_extend_and_score': _paged_extend_and_score,
   'joint': _joint,
   'plain': _plain,
+}
+# They are also told what to call when the logits are there.
+_WRITE = {
+  'paged_encode_and_score': _paged_encode_and_score,
+  'paged_extend_and_score': _paged_extend_and_score,
 }
 
 

@@ -100,6 +100,11 @@ class Transport:
       request = jax.device_put(request, self._device)
     return request, None
 
+  def ready(self, begun: Any, logits: Any, pool: Any) -> tuple[Any, Any]:
+    """The logits, and the pool that is still to be written; in a program."""
+    del begun
+    return logits, pool
+
   def done(self, begun: Any, logits: Any, *states: Any) -> Any:
     """The logits, once these states are written as well; in a program."""
     del begun, states
