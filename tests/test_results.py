@@ -11,6 +11,7 @@ from tests.docs_pages import PAGES, ROOT
 REQUESTS = {
   '2026-11-30-request-128-h200': 1e6,
   '2026-11-30-request-64-h200': 1e6,
+  '2026-11-30-request-512-h200': 1e6,
   '2026-11-30-request-batch-h200': 1e6,
   '2026-11-30-request-printed-h200': 1e6,
   '2026-11-29-request-epyc-cpu': 1e3,

@@ -238,6 +238,7 @@ class Pages:
       for n in range(1, max(DEPTHS) + 1)
     }
     self._pool = pool
+    self._programs = self._recorded = 0
     self._warm_up(self._rows, rankers.NEW_EVENTS, paged.CALLS)
     self._warm_up(self._rows * max(DEPTHS), 0, ['score'])
     for place in (self._scored, self._extended._replace(write=index[2])):
@@ -245,7 +246,7 @@ class Pages:
 
   def _warm_up(self, rows: int, new_events: int, calls: Any) -> None:
     workload = self._workload
-    self._pool, _ = self._paged.warm_up(
+    self._pool, done = self._paged.warm_up(
       self._pool,
       rows=rows,
       events=workload.num_events,
@@ -254,13 +255,16 @@ class Pages:
       visible=False,
       calls=calls,
     )
+    self._programs += done.num_programs
+    self._recorded += done.num_recorded
 
   @property
   def runs(self) -> dict[str, str]:
-    """See `Contender`."""
+    """See `Contender`; and how many programs are replayed as graphs."""
     first = self._requests[0]
     cache = self._scorer.encode(first.history)
-    return self._scorer.backends(cache, first.candidates, first.context)
+    found = self._scorer.backends(cache, first.candidates, first.context)
+    return {**found, 'replayed': f'{self._recorded} of {self._programs}'}
 
   def call(self, name: str) -> Call:
     """See `Contender`."""

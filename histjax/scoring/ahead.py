@@ -32,11 +32,13 @@ class WarmUp(NamedTuple):
     num_programs: that are ready.
     num_compilations: of them, those that were not ready before.
     seconds: it took.
+    num_recorded: of them, those that are replayed as CUDA graphs.
   """
 
   num_programs: int
   num_compilations: int
   seconds: float
+  num_recorded: int = 0
 
 
 class Job(NamedTuple):

@@ -245,7 +245,8 @@ class PagedScorer:
 
     seconds = ahead.run(todo, compile_one)
     compiled = self._scorer.num_compilations - before
-    return pool, ahead.WarmUp(len(todo), compiled, seconds)
+    recorded = self._scorer._num_recorded(todo)
+    return pool, ahead.WarmUp(len(todo), compiled, seconds, recorded)
 
   def _score_alike(
     self, pool: Pool, place: Place, requests, shape: tuple[int, int]

@@ -560,7 +560,12 @@ class Scorer:
     before = self.num_compilations
     _ = self.fingerprint  # Reads all parameters, once.
     seconds = ahead.run(todo, self._compile)
-    return ahead.WarmUp(len(todo), self.num_compilations - before, seconds)
+    return ahead.WarmUp(
+      len(todo),
+      self.num_compilations - before,
+      seconds,
+      self._num_recorded(todo),
+    )
 
   def score_joint(self, batch: RankingBatch) -> Logits:
     """Scores in one pass whose queries are the history and the candidates.
@@ -877,6 +882,12 @@ class Scorer:
     program.backends = marked.backends
     self._log(program)
     return True, cached
+
+  def _num_recorded(self, jobs: Iterable[ahead.Job]) -> int:
+    """How many of these programs are replayed."""
+    return sum(
+      self._program(job.kind, job.sizes) in self._recordings for job in jobs
+    )
 
   def _new_slot(self, program: programs.Program) -> transport.Slot:
     """Room for a request to a program."""

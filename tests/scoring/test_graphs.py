@@ -419,10 +419,11 @@ class ReplayTest(absltest.TestCase):
   def test_pool(self):
     p = paged.PagedScorer(self.scorer)
     pool = Pages(Shape.of(self.scorer.config, self.scorer.options), 16).pool
-    pool, _ = p.warm_up(
+    pool, done = p.warm_up(
       pool, rows=4, events=24, candidates=16, new_events=3, visible=False
     )
     self.assertLen(self.scorer._recordings, 3)
+    self.assertEqual((done.num_programs, done.num_recorded), (3, 3))
     pages = np.array([[5, 2], [1, 9], [7, 3], [16, 16]], np.int32)
     history, context = self.batch.history, self.batch.context
     place = paged.Place(np.minimum(pages, 15), pages, history.length, 24)
