@@ -558,7 +558,7 @@ class ConfigTest(parameterized.TestCase):
   @parameterized.parameters((64, 1024), (80, 256), (8, 256), (1000, 1024))
   def test_columns_of_a_tile(self, tiles, expected):
     kind = pallas_gpu_products._Kind(
-      'hidden', 128 * tiles, 512, 512, 2048, 64, 0, False
+      'hidden', 128 * tiles, 512, 512, 2048, 64, 0, 512, False
     )
     self.assertEqual(kind.span, expected)
 
