@@ -14,7 +14,7 @@ REQUESTS = {
   '2026-11-30-request-512-h200': 1e6,
   '2026-11-30-request-batch-h200': 1e6,
   '2026-11-30-request-printed-h200': 1e6,
-  '2026-11-29-request-epyc-cpu': 1e3,
+  '2026-11-30-request-epyc-cpu': 1e3,
   '2026-11-29-request-xeon-cpu': 1e3,
 }
 TOWERS = ('tower', 'tower-256', 'tower-ragged')
