@@ -193,7 +193,7 @@ def test_cost_of_fusions():
 
 def test_load():
   """What the page says of the load test."""
-  result = load('2026-11-28-load-epyc-cpu')
+  result = load('2026-11-30-load-epyc-cpu')
   text = ' '.join(PAGES['docs/serving.md'].split())
   of = {name: x['rate'] for name, x in result['results'].items()}
   checks = [x['check'] for x in result['results'].values()]
