@@ -127,8 +127,8 @@ class KernelsTest(parameterized.TestCase):
       as_kernels('keys_values'),
       ops.target_platform('cuda', compute_capability='9.0'),
     ):
-      *found, fused = run({'params': params, **packed}, into=into)
-    *wanted, expected = run({'params': params})
+      *found, fused = jax.jit(run)({'params': params, **packed}, into=into)
+    *wanted, expected = jax.jit(run)({'params': params})
     self.assertNotEmpty(used)
     np.testing.assert_allclose(fused, expected, **TOLERANCE)
     real = np.arange(EVENTS)[None] < length[:, None]

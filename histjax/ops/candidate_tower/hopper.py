@@ -48,6 +48,22 @@ def no_slices(operands: Any) -> Any:
   return lax.optimization_barrier(operands)
 
 
+def tiles(rows: int, size: int, live: Any) -> Any:
+  """How many tiles of so many rows there are, and which, int32 `[1 + tiles]`.
+
+  All, or those with live rows, of bool `[rows]` or `[B, C]`; the others last.
+  """
+  number = -(-rows // size)
+  if live is None:
+    order = jnp.arange(number, dtype=jnp.int32)
+    return jnp.concatenate([jnp.full((1,), number, jnp.int32), order])
+  live = jnp.pad(live.reshape(rows), (0, number * size - rows))
+  dead = jnp.logical_not(live.reshape(number, size).any(axis=1))
+  alive = number - dead.sum(dtype=jnp.int32)
+  order = jnp.argsort(dead, stable=True).astype(jnp.int32)
+  return jnp.concatenate([alive[None], order])
+
+
 class Warpgroup:
   """Computes some columns of 64 candidates."""
 

@@ -124,7 +124,7 @@ def candidate_tower(
   live = None
   if count is not None:
     live = jnp.arange(num_candidates, dtype=jnp.int32)[None, :] < count[:, None]
-  tiles = _tiles(rows, live)
+  tiles = hopper.tiles(rows, TILE, live)
 
   def run(layer, x, attended, then):
     kind = _Kind(
@@ -163,19 +163,6 @@ def candidate_tower(
     x, y = run(layer, x, attended.reshape(rows, width), then)
   out = (y if final_norm else x[:rows]).reshape(candidates.shape)
   return out if live is None else jnp.where(live[:, :, None], out, 0)
-
-
-def _tiles(rows, live):
-  """How many tiles there are, and which: all, or those with live candidates."""
-  number = pl.cdiv(rows, TILE)
-  if live is None:
-    order = jnp.arange(number, dtype=jnp.int32)
-    return jnp.concatenate([jnp.full((1,), number, jnp.int32), order])
-  live = jnp.pad(live.reshape(rows), (0, number * TILE - rows))
-  dead = jnp.logical_not(live.reshape(number, TILE).any(axis=1))
-  alive = number - dead.sum(dtype=jnp.int32)
-  order = jnp.argsort(dead, stable=True).astype(jnp.int32)
-  return jnp.concatenate([alive[None], order])
 
 
 @functools.lru_cache(maxsize=64)

@@ -174,7 +174,7 @@ def candidate_tower(
   num_layers = len(weights.query)
   of_all = keys.shape[0] == num_layers * of_layer
   run = _Layers(plgpu, candidates.shape, keys.shape[2:], position, count)
-  sums = _sums(weights)
+  sums = reference.sums_of(weights)
   x, mean = _begin(plgpu, candidates.reshape(run.rows, -1))
   for i in range(num_layers) if layer is None else (layer,):
     first_row = jnp.full((1,), i * of_layer if of_all else 0, jnp.int32)
@@ -215,7 +215,7 @@ def read_histories(
   num_layers, heads = len(matrix), (num_heads, width // num_heads)
   position = _slots(num_rows, num_events) if rotate else None
   run = _Layers(plgpu, events.shape, heads, position, count)
-  sums, pages = _sums(weights), None
+  sums, pages = reference.sums_of(weights), None
   x, _ = _begin(plgpu, events.reshape(run.rows, width))
   if cache is None:
     shape = (num_layers, num_rows, num_events, *heads)
@@ -380,10 +380,6 @@ class _Layers:
     return x.moments[:, 0, : self.rows].mean(axis=0)
 
 
-def _sums(weights):
-  return (weights if weights.sums is not None else weights.with_sums()).sums
-
-
 def _begin(plgpu, x):
   """The stream of `x`, `[rows, D]`, and what was taken off its rows."""
   rows, width = x.shape
@@ -420,23 +416,16 @@ def _end(x: _Stream, mean, weights, final_norm):
 
 
 def _tiles(plgpu, users, count):
-  """How many tiles there are, and which: all, or those with live candidates."""
+  """As `hopper.tiles`, of candidates that count."""
   rows, tile = users[0] * users[1], TILE * BLOCKS
-  number = pl.cdiv(rows, tile)
   if count is None:
-    order = jnp.arange(number, dtype=jnp.int32)
-    return jnp.concatenate([jnp.full((1,), number, jnp.int32), order])
-  if number <= FEW:
+    return hopper.tiles(rows, tile, None)
+  if pl.cdiv(rows, tile) <= FEW:
     # A warpgroup copies 128 bytes or more.
     count = jnp.pad(jnp.maximum(count, 0), (0, -users[0] % 32))
     return _tiles_kernel(plgpu, users)(count)
   index = jnp.arange(users[1], dtype=jnp.int32)
-  live = (index[None, :] < count[:, None]).reshape(rows)
-  live = jnp.pad(live, (0, number * tile - rows))
-  dead = jnp.logical_not(live.reshape(number, tile).any(axis=1))
-  alive = number - dead.sum(dtype=jnp.int32)
-  order = jnp.argsort(dead, stable=True).astype(jnp.int32)
-  return jnp.concatenate([alive[None], order])
+  return hopper.tiles(rows, tile, index[None, :] < count[:, None])
 
 
 @functools.lru_cache(maxsize=64)

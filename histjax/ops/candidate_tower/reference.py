@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,11 @@ def row_sums(
 ) -> Float[Array, 'layers M']:
   """Over the rows of each matrix, in float32."""
   return matrices.astype(jnp.float32).sum(axis=1)
+
+
+def sums_of(weights: Any) -> jax.Array:
+  """`sums` of weights that have `with_sums`, computed if they are not there."""
+  return (weights if weights.sums is not None else weights.with_sums()).sums
 
 
 def of_layer(keys, values, weights: TowerWeights, layer: int | None) -> tuple:

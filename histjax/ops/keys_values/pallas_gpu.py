@@ -23,7 +23,11 @@ from jaxtyping import Array, Float, Int
 
 from histjax.ops import dependent
 from histjax.ops.candidate_tower import hopper, pallas_gpu_products
-from histjax.ops.candidate_tower.reference import EPSILON, TowerWeights
+from histjax.ops.candidate_tower.reference import (
+  EPSILON,
+  TowerWeights,
+  sums_of,
+)
 from histjax.ops.history_attention import pallas_gpu as attention
 from histjax.ops.keys_values.reference import KeyValueWeights
 from histjax.types import KeyRange, Paged
@@ -107,7 +111,7 @@ def keys_values(
       values,
       weights.matrix,
       weights.bias,
-      _sums(weights),
+      sums_of(weights),
       layer=layer,
       rotate=rotate,
     )
@@ -190,16 +194,12 @@ def read_histories(
     weights,
     keys_values.matrix,
     keys_values.bias,
-    _sums(keys_values),
+    sums_of(keys_values),
     num_heads=num_heads,
     rotate=rotate,
     count=count,
     cache=cache,
   )
-
-
-def _sums(weights):
-  return (weights if weights.sums is not None else weights.with_sums()).sums
 
 
 def _check(events, keys, weights, start):
