@@ -245,12 +245,12 @@ class MarksTest(parameterized.TestCase):
     )  # fmt: skip
     self.enter_context(mock.patch.object(graphs, 'cuda', self.driver))
 
-  def call(self, states):
+  def call(self, states, ready=None):
     """As XLA does with a program's marks; returns logits."""
     graphs._before()
     self.stream.append('score')
     graphs._at_begin(7, [1], [2])
-    if states:
+    if states if ready is None else ready:
       graphs._at_ready(7, [100], [100])
       self.stream.extend(states)
     graphs._at_end(7, [100], [100])
@@ -266,6 +266,14 @@ class MarksTest(parameterized.TestCase):
     self.assertEqual(self.done, ['score', *states])
     self.assertEqual([x.of for x in seen.graphs][:1], [['score']])
     self.assertEqual([x.of for x in seen.graphs][1:], [states] * bool(states))
+
+  def test_nothing_behind_the_logits(self):
+    """An empty graph is neither kept nor launched."""
+    recording = graphs.Recording.__new__(graphs.Recording)
+    recording._call = lambda request: self.call([], ready=True)
+    seen, _ = recording._record(None, 7)
+    self.assertEqual([x.of for x in seen.graphs], [['score']])
+    self.assertEqual(self.done, ['score'])
 
   def test_nobody_waits_for_states(self):
     recording = graphs.Recording.__new__(graphs.Recording)
