@@ -276,7 +276,14 @@ class Colab:
     """The same, as the cell would leave it: nothing is installed."""
     report = self.folder / 'report.json'
     report.unlink(missing_ok=True)
-    self.run_cell(PIP_DRY_RUN='1', PIP_REPORT=str(report), **variables)
+    dry = {
+      'PIP_DRY_RUN': '1',
+      'PIP_REPORT': str(report),
+      # The pip that installs what builds a package would take these, too. 0
+      # is what pip wants to hear for "no isolation".
+      'PIP_NO_BUILD_ISOLATION': '0',
+    }
+    self.run_cell(**dry, **variables)
     found = self.packages()
     for item in json.loads(report.read_text())['install']:
       item = item['metadata']
