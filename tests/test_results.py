@@ -9,9 +9,9 @@ from absl.testing import absltest
 from tests.docs_pages import PAGES, ROOT
 
 REQUESTS = {
-  '2026-11-30-request-128-h200': 1e6,
-  '2026-11-30-request-64-h200': 1e6,
-  '2026-11-30-request-512-h200': 1e6,
+  '2026-11-30-request-128-last-h200': 1e6,
+  '2026-11-30-request-64-last-h200': 1e6,
+  '2026-11-30-request-512-last-h200': 1e6,
   '2026-11-30-request-batch-h200': 1e6,
   '2026-11-30-request-printed-h200': 1e6,
   '2026-11-30-request-epyc-cpu': 1e3,
