@@ -87,12 +87,16 @@ def pytest_configure(config):
 
 
 def _share_compilations(config):
-  """What one test compiled, no other test, worker or run compiles again."""
+  """What one test compiled, no other test, process or run compiles again."""
   folder = pathlib.Path(config.rootpath) / '.pytest_cache' / 'jax'
   folder = os.environ.get('JAX_COMPILATION_CACHE_DIR', str(folder))
-  jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
+  for name, value in {
+    'jax_compilation_cache_dir': folder,
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+  }.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)  # Of processes that tests start.
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -400,13 +400,12 @@ def lower(
 
 class LoweringTest(parameterized.TestCase):
   @parameterized.product(
-    heads=((2, 64), (4, 32), (4, 64), (8, 32)),
-    few=(True, False),
-    ragged=(True, False),
+    heads=((2, 64), (4, 32), (4, 64), (8, 32)), few=(True, False)
   )
-  def test_kernels(self, heads, few, ragged):
+  def test_kernels(self, heads, few):
     shape = (1 if few else 32, 999, 333, *heads)
     odd = heads[0] == 4
+    ragged = few == (heads[1] == 32)
     text = lower(
       shape, 'any' if odd == few else 'prefix', ragged=ragged, rotate=odd
     )
@@ -473,20 +472,22 @@ class LoweringTest(parameterized.TestCase):
     with self.assertRaisesRegex(NotImplementedError, 'no plan for .* F=7680'):
       lower(shape, 'prefix', mlp_width=7680, **fields)
 
-  @parameterized.product(
-    structure=('any', 'prefix'), axis=(1, 2), in_layers=(False, True)
+  @parameterized.parameters(
+    ('any', 1, False),
+    ('any', 2, True),
+    ('prefix', 1, True),
+    ('prefix', 2, False),
   )
   def test_memory_grows_linearly(self, structure, axis, in_layers):
     shape = [1024, 4096, 4096, 4, 64 if in_layers else 32]
     sizes = []
-    for _ in range(3):
+    for _ in range(2):
       config = 'layers' if in_layers else None
       text = lower(shape, structure, config=config, ragged=True, rotate=True)
       arrays = re.findall(r'tensor<((?:\d+x)+)', text)
       sizes.append(max(np.prod([*map(int, x[:-1].split('x'))]) for x in arrays))
       shape[axis] *= 2
     self.assertLessEqual(sizes[1], 2 * sizes[0])
-    self.assertLessEqual(sizes[2], 2 * sizes[1])
 
   def test_row_with_one_candidate(self):
     text = lower((1, 1, 1, 4, 64), 'prefix', ragged=False, rotate=True)
