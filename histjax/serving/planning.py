@@ -72,8 +72,9 @@ class Request:
     context: one value a column; the user's may be left out.
     events: the user's events, oldest first, from number `first` on.
     first: how many events the user had before `events`; 0: `events` is the
-      whole history. Events that are known already are compared, and not
-      appended again, so a request may be sent twice.
+      whole history, unless there are none, which says that none are new.
+      Events that are known already are compared, as far back as they are kept,
+      and not appended again, so a request may be sent twice.
   """
 
   user: str | int
@@ -217,7 +218,7 @@ class Model:
     try:
       return self._plan(user, known, request)
     except UnknownHistory:
-      if known is None or request.first:
+      if known is None or request.first or not _has_events(request):
         raise
       # It has the events that were known once and not kept.
       return self._plan(user, None, request)
@@ -374,14 +375,33 @@ class Model:
   def _first_difference(
     self, known: Known, new: Past, first: int
   ) -> int | None:
-    """The first event that differs from what is known of it."""
-    count = known.past.stop
+    """The first event that differs from what is known of it; None: none does.
+
+    Raises:
+      UnknownHistory: nothing is kept of what it was sent before.
+    """
+    count, kept = known.past.stop, known.past.first
     if first and first >= count:  # None of them is known.
       return None
     place = known.past.first_difference(dataclasses.replace(new, first=first))
-    if place is not None or first or len(new) < count or not known.past.first:
+    if place is not None or first >= kept or not len(new):
       return place
+    if first:
+      # What a score depends on is kept, so what was compared is enough.
+      if first + len(new) > kept:
+        return None
+      raise UnknownHistory(
+        f'the events from {first} to {first + len(new) - 1} were sent before, '
+        f'and those before {kept} are not kept to compare them; send the whole '
+        'history, first=0'
+      )
+    if len(new) < count:  # Of the digest's events some are missing.
+      return 0
     digest = hashlib.blake2b(digest_size=16)
     new.until(count).update(digest)
     same = digest.digest() == known.digest.digest()
     return None if same else 0
+
+
+def _has_events(request: Request) -> bool:
+  return values_lib.length_of(values_lib.read(request.events, 'events')) > 0

@@ -135,6 +135,44 @@ class EngineTest(parameterized.TestCase):
     other[1]['item'] = (other[1]['item'] + 1) % 8
     self.one(engine, self.request(other, 0), 'encoded', other)
 
+  @parameterized.parameters('window', 'truncated')
+  def test_a_shorter_past_that_is_not_kept(self, variant):
+    """An account that begins anew has fewer events than are known."""
+    engine = self.engine(variant, False)
+    past = worlds.events(self.rng, 30, USER)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+    kept = engine.store.find('3').past.first
+    self.assertGreater(kept, 5)
+    other = worlds.events(self.rng, 5, USER)
+    self.one(engine, self.request(other, 0), 'encoded', other)
+    self.one(engine, self.request(other), 'hit', other)
+    # Begun like the one before, and not longer.
+    self.one(engine, self.request(past, 0), 'encoded', past)
+    some = past[: kept + 1]
+    self.one(engine, self.request(some, 0), 'encoded', some)
+
+  @parameterized.parameters('window', 'truncated')
+  def test_events_of_which_none_are_kept(self, variant):
+    engine = self.engine(variant, False)
+    past = worlds.events(self.rng, 30, USER)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+    kept = engine.store.find('3').past.first
+    other = dataclasses.replace(
+      self.request(past),
+      events=worlds.events(self.rng, kept - 1, USER),
+      first=1,
+    )
+    with self.assertRaisesRegex(
+      engine_lib.UnknownHistory, f'before {kept} are not kept to compare'
+    ):
+      self.one(engine, other, 'hit', past)
+    # Sent twice: those that are kept are compared.
+    self.one(engine, self.request(past, 1), 'hit', past)
+    changed = [dict(e) for e in past]
+    changed[kept]['item'] = (changed[kept]['item'] + 1) % 8
+    with self.assertRaisesRegex(ValueError, f'event {kept} of user 3 differs'):
+      self.one(engine, self.request(changed, 1), 'hit')
+
   def test_an_old_request_comes_back(self):
     """It saw what was before it; what was dropped has to be sent again."""
     schema, features = worlds.fitted(True, request=True)
@@ -156,6 +194,11 @@ class EngineTest(parameterized.TestCase):
     (result,) = engine.score([request])
     self.assertIsInstance(result, engine_lib.UnknownHistory)
     self.assertRegex(str(result), 'of so old a request')
+    # No events are no whole history, and what is known stays.
+    (result,) = engine.score([dataclasses.replace(request, first=0)])
+    self.assertIsInstance(result, engine_lib.UnknownHistory)
+    (result,) = engine.score([self.request(past)])
+    self.assertEqual(result.num_events, 30)
     whole = dataclasses.replace(request, events=past, first=0)
     (result,) = engine.score([whole])
     row = requests_lib.make_row(
