@@ -150,6 +150,7 @@ class RowMaker:
       with_time,
       'candidates',
     )
+    self._check_clock(is_timestamp, 'candidates')
     if times is shared:
       time = np.repeat(time, number)
     request = None
@@ -175,6 +176,15 @@ class RowMaker:
       user=user,
       as_of=as_of,
     )
+
+  def _check_clock(self, is_timestamp: bool | None, source: str) -> None:
+    """As in the log that the features were fitted to; None: not read."""
+    fitted = self.features.is_timestamp
+    if fitted is not None and is_timestamp is not None:
+      if fitted != is_timestamp:
+        columns_lib.check_clocks(
+          self.schema.time, {'the training log': fitted, source: is_timestamp}
+        )
 
   def start(self) -> past_lib.Past:
     """The past of a new user."""
@@ -341,6 +351,7 @@ class RowMaker:
     time, is_timestamp = values_lib.times(
       schema, columns, number, with_time, source
     )
+    self._check_clock(is_timestamp, source)
     late = np.flatnonzero(np.diff(time) < 0)
     if late.size:
       raise ValueError(

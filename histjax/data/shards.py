@@ -265,6 +265,9 @@ class _Pass:
 
   def __init__(self, folder, join: Join, users: Users, bounds, limits: Limits):
     self.kinds: dict[str, bool] = {}
+    fitted = join.features.is_timestamp
+    if fitted is not None:
+      self.kinds['the training log'] = fitted
     self.time_types: set[np.dtype] = set()
     self.sources: list[tuple[int, str]] = []
     self._folder, self._join, self._users = folder, join, users

@@ -41,6 +41,8 @@ class FittedFeatures:
     states: of each.
     added: what each adds to a schema's items.
     vocabularies: `{table: vocabulary}` of the log's features.
+    is_timestamp: whether the log's times were timestamps; None: no feature
+      reads them, or it was saved without.
   """
 
   configs: tuple[DerivedFeature, ...] = ()
@@ -49,6 +51,7 @@ class FittedFeatures:
   vocabularies: Mapping[str, Vocabulary] = dataclasses.field(
     default_factory=dict
   )
+  is_timestamp: bool | None = None
 
   @property
   def derived(self) -> tuple[Feature, ...]:
@@ -190,7 +193,13 @@ class FittedFeatures:
   def save(self, folder: pathlib.Path) -> None:
     """Writes `features.npz` into a folder, whole or not at all."""
     temporary = folder / f'{FILE}.{os.getpid()}.tmp'
-    meta = json.dumps({**self._meta(), 'digest': self.digest()})
+    meta = json.dumps(
+      {
+        **self._meta(),
+        'is_timestamp': self.is_timestamp,
+        'digest': self.digest(),
+      }
+    )
     arrays = {**self._arrays(), _META: np.frombuffer(meta.encode(), np.uint8)}
     try:
       with open(temporary, 'wb') as file:
@@ -249,7 +258,7 @@ def fit(
     added.append(config.features(schema, states[-1]))
     derived = (*schema.derived, *added[-1])
     schema = dataclasses.replace(schema, derived=derived)
-  return FittedFeatures(tuple(configs), tuple(states), tuple(added))
+  return _fitted(configs, states, added, events.is_timestamp)
 
 
 def collect(
@@ -278,6 +287,8 @@ def merge(
   configs: Sequence[DerivedFeature],
   parts: Sequence[Mapping[str, np.ndarray]],
   schema: Schema,
+  *,
+  is_timestamp: bool,
 ) -> FittedFeatures:
   """As `fit`, of what was collected of parts of a log.
 
@@ -285,6 +296,7 @@ def merge(
     configs: the features.
     parts: of `collect`.
     schema: of the log.
+    is_timestamp: whether its times are timestamps.
 
   Raises:
     ValueError: one cannot be computed of this log, or not of parts of it; the
@@ -306,7 +318,14 @@ def merge(
     added.append(config.features(schema, states[-1]))
     derived = (*schema.derived, *added[-1])
     schema = dataclasses.replace(schema, derived=derived)
-  return FittedFeatures(tuple(configs), tuple(states), tuple(added))
+  return _fitted(configs, states, added, is_timestamp)
+
+
+def _fitted(configs, states, added, is_timestamp) -> FittedFeatures:
+  fitted = FittedFeatures(tuple(configs), tuple(states), tuple(added))
+  if not fitted.needs('time'):
+    return fitted
+  return dataclasses.replace(fitted, is_timestamp=bool(is_timestamp))
 
 
 def check_mergeable(configs: Sequence[DerivedFeature]) -> None:
@@ -362,7 +381,13 @@ def load(folder: pathlib.Path) -> FittedFeatures:
       vocabularies[rest] = Vocabulary(array)
     else:
       states[int(number)][rest] = array
-  fitted = FittedFeatures(read.configs, tuple(states), read.added, vocabularies)
+  fitted = FittedFeatures(
+    read.configs,
+    tuple(states),
+    read.added,
+    vocabularies,
+    meta.get('is_timestamp'),
+  )
   if fitted.digest() != meta['digest']:
     raise ValueError(
       f'{path} does not have its checksum; restore it, or train again'

@@ -46,7 +46,9 @@ class Columns:
       t.column: {'type': 'number', 'task': t.name, 'threshold': t.threshold}
       for t in schema.tasks
     }
-    clock = {schema.time: {'type': 'number or ISO 8601 text'}}
+    told = {True: 'ISO 8601 text', False: 'number'}
+    kind = told.get(features.is_timestamp, 'number or ISO 8601 text')
+    clock = {schema.time: {'type': kind}}
     key = {'type': 'integer or text'}
     needed: dict[str, dict[str, Any]] = {
       'context': {f.column: _describe(f) for f in schema.context},

@@ -34,13 +34,15 @@ _LOG = EventLog.from_columns(
 GAPS = logs.derive(_LOG, TimeGap(6))[1]
 
 
-def make_row(history=PAST, candidates=(SHOWN,), context=None, **kwargs):
+def make_row(
+  history=PAST, candidates=(SHOWN,), context=None, features=GAPS, **kwargs
+):
   return requests.make_row(
     dataclasses.replace(logs.schema(), derived=GAPS.derived),
     context={'user_age': 2} if context is None else context,
     history=history,
     candidates=candidates,
-    features=GAPS,
+    features=features,
     **kwargs,
   )
 
@@ -158,6 +160,7 @@ class MakeRowTest(parameterized.TestCase):
           },
           candidates=[{**SHOWN, 'ts': moment}],
           config=RowConfig('pointwise', ties='strict'),
+          features=dataclasses.replace(GAPS, is_timestamp=True),
         )
         self.assertEqual(row.visible.tolist(), [2])
         self.assertEqual(row.history['time_gap'].tolist(), [0, 2])
@@ -320,7 +323,7 @@ class MakeRowTest(parameterized.TestCase):
     (
       'clocks',
       {'candidates': [{**SHOWN, 'ts': '2022-05-01'}]},
-      "'ts': the times are numbers in history and timestamps in candidates",
+      "'ts': the times are numbers in the training log and timestamps in",
     ),
   )
   def test_refused(self, change, message):

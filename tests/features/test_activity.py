@@ -1,16 +1,21 @@
 """What came before an event is counted, whatever its outcome."""
 
 import dataclasses
+import pathlib
+import tempfile
 
 import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histjax import features
 from histjax.data import datasets, requests
 from histjax.data.events import EventLog
+from histjax.data.rows import RowConfig
 from histjax.features import Activity
 from histjax.schema import Categorical, Schema, Task
+from histjax.serving import columns
 from tests.data import logs
 
 SMALL = datasets.Synthetic(num_users=20, requests_per_user=5)
@@ -63,6 +68,41 @@ class ActivityTest(parameterized.TestCase):
       np.testing.assert_allclose(
         [found[n][i] for n in names], expected, atol=1e-5
       )
+
+  @parameterized.parameters(False, True)
+  def test_requests_are_of_the_log_s_clock(self, stamps):
+    """What it was fitted to is kept, also by a file."""
+    log, fitted = logs.derive(log_of([(0, 1), (1, 7)], stamps), Activity((1,)))
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    fitted.save(folder)
+    fitted = features.load(folder)
+    times = [7, np.datetime64('2022-05-02')]
+    right, wrong = times[stamps], times[not stamps]
+    told = ('numbers', 'timestamps')
+
+    def row(time, past=()):
+      return requests.make_row(
+        log.schema,
+        context={'user': 3},
+        history=[{'item': 0, 'time': t} for t in past],
+        candidates=[{'item': 0, 'time': time}],
+        features=fitted,
+      )
+
+    self.assertLen(row(right, [right]).candidates['activity_since'], 1)
+    message = f'{told[stamps]} in the training log and {told[not stamps]} in'
+    with self.assertRaisesRegex(ValueError, f"'time': .*{message} candidates"):
+      row(wrong)
+    with self.assertRaisesRegex(ValueError, f"'time': .*{message} history"):
+      row(right, [wrong])
+    rows = RowConfig()
+    said = columns.Columns.of_run(log.schema, rows, fitted).needed['events']
+    kind = 'ISO 8601 text' if stamps else 'number'
+    self.assertEqual(said['time']['type'], kind)
+    # Of a file that did not keep it both are taken, as before.
+    fitted = dataclasses.replace(fitted, is_timestamp=None)
+    self.assertEqual(fitted.digest(), features.load(folder).digest())
+    row(wrong)
 
   def test_spans_are_whole_nanoseconds(self):
     # As floating-point numbers these times would be 256 ns apart.

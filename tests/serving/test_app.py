@@ -493,7 +493,7 @@ class TestService:
     run = scored.scorer.run
     rows = dataclasses.replace(run.config.data.rows, ties='strict')
     features = types.SimpleNamespace(
-      needs=lambda what: what == 'labels', configs=(1,)
+      needs=lambda what: what == 'labels', configs=(1,), is_timestamp=None
     )
     found = columns.Columns.of_run(scored.scorer.config.schema, rows, features)
     assert set(found.needed['candidates']) == {'item', 'category', 'time'}

@@ -211,6 +211,7 @@ def test_one_clock(scores_of, unit):
     ('price', [0, 0, 'x', 0.5, 0], "row 2 holds 'x': a number is needed"),
     ('land', ['de', '', 'de', 'de', 'de'], 'row 1 has no value'),
     ('time', [1, 2, 3, 4, 5], 'timestamps in the log and numbers in the cand'),
+    ('time', [1, 2, 3, 4, 5], 'timestamps in the training log and '),
     (
       'time',
       ['2022-04-01'] * 5,

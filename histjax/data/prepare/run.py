@@ -277,7 +277,9 @@ class _Run:
         'events',
       )
       parts, first_times = self._collected(counts)
-    fitted = features_lib.merge(configs, parts, schema)
+    fitted = features_lib.merge(
+      configs, parts, schema, is_timestamp=job.is_timestamp
+    )
     if vocabulary.of(schema):
       known = features_lib.load(job.vocabularies).vocabularies
       fitted = dataclasses.replace(fitted, vocabularies=known)
