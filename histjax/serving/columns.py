@@ -46,9 +46,12 @@ class Columns:
       t.column: {'type': 'number', 'task': t.name, 'threshold': t.threshold}
       for t in schema.tasks
     }
-    told = {True: 'ISO 8601 text', False: 'number'}
-    kind = told.get(features.is_timestamp, 'number or ISO 8601 text')
-    clock = {schema.time: {'type': kind}}
+    kinds: dict[bool | None, str] = {
+      None: 'number or ISO 8601 text',
+      True: 'ISO 8601 text',
+      False: 'number',
+    }
+    clock = {schema.time: {'type': kinds[features.is_timestamp]}}
     key = {'type': 'integer or text'}
     needed: dict[str, dict[str, Any]] = {
       'context': {f.column: _describe(f) for f in schema.context},
