@@ -72,6 +72,10 @@ def test_commands(tmp_path):
 def test_ray_train(tmp_path):
   """On workers without accelerators; its own process, since Ray forks."""
   (snippet,) = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+  # Workers that are not joined would each train the whole run.
+  joined = '  assert jax.process_count() == 2\n  train_and_evaluate('
+  assert snippet.count('\n  train_and_evaluate(') == 1
+  snippet = snippet.replace('  train_and_evaluate(', joined)
   values = {'config': config.to_dict(runs.CONFIG)}
   (tmp_path / 'values.json').write_text(json.dumps(values))
   code = f"""{snippet}
