@@ -21,9 +21,11 @@ import importlib
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -48,18 +50,22 @@ class Cache(NamedTuple):
 
 
 def load(folder: Any, sha256: str | None = None) -> Model:
-  """The model, once every file has its checksum; ValueError names the file."""
-  return Model(pathlib.Path(folder), sha256)
+  """The model, once every file has its checksum; ValueError names the file.
+
+  Nothing is read later: the folder may be moved or overwritten.
+  """
+  return Model(folder, sha256)
 
 
 class Model:
   """An exported model. What it is given is padded to the exported sizes."""
 
-  def __init__(self, folder: pathlib.Path, sha256: str | None = None):
+  def __init__(self, folder: Any, sha256: str | None = None):
+    folder = pathlib.Path(os.path.realpath(folder))
     path = folder / 'manifest.json'
-    text = bytes(_mapped(path, _LIMIT))
+    text = bytes(_read(path, _LIMIT))
     digest = hashlib.sha256(text).hexdigest()
-    sums = bytes(_mapped(folder / 'manifest.sha256', 80))
+    sums = bytes(_read(folder / 'manifest.sha256', 80))
     if sums != f'{digest}  manifest.json\n'.encode():
       raise ValueError(f'{path} does not have its checksum, manifest.sha256')
     if sha256 not in (None, digest):
@@ -69,14 +75,16 @@ class Model:
     for name, (size, digest) in self.manifest['files'].items():
       if not re.fullmatch(r'\w[\w.-]*', name):
         raise ValueError(f'{path} names {name!r}, which is not beside it')
-      data = _mapped(folder / name, size)
+      data = _read(folder / name, size)
       if len(data) != size or hashlib.sha256(data.data).hexdigest() != digest:
         raise ValueError(f'{folder / name} does not have its checksum')
       self._files[name] = data
     if importlib.util.find_spec('flatbuffers') is None:  # For jax.export.
       sys.path.append(str(folder / 'flatbuffers.zip'))
+    importlib.import_module('flatbuffers')  # The one that was checked.
     self._programs: dict[str, Any] = {}
     self._weights: Any = None
+    self._lock = threading.Lock()
 
   def encode(self, history: Mapping[str, Any], length: Any) -> Cache:
     """Reads histories, oldest event first, `length[b]` events of each user."""
@@ -144,10 +152,12 @@ class Model:
   def _run(self, kind, sizes, parts, real, *cached):
     """Runs a program on what is real, `real[b]` in row b."""
     request = self._pack(kind, sizes, parts, real)
-    if self._weights is None:
-      self._check_device()
-      arrays = _tensors(self._files, 'parameters.safetensors')
-      self._weights = self._program('prepare')(arrays)
+    with self._lock:
+      if self._weights is None:
+        self._check_device()
+        arrays = _tensors(self._files, 'parameters.safetensors')
+        self._weights = self._program('prepare')(arrays)
+        del self._files['parameters.safetensors']  # Or it is held twice.
     name = f'{kind}-' + 'x'.join(map(str, sizes))
     return self._program(name)(self._weights, *cached, request)
 
@@ -217,14 +227,17 @@ def _max(x: np.ndarray) -> int:
   return int(x.max(initial=0))
 
 
-def _mapped(path: pathlib.Path, limit: int) -> np.ndarray:
-  """The bytes of a file, at most so many; mapped and not copied."""
+def _read(path: pathlib.Path, limit: int) -> np.ndarray:
+  """The bytes of a file, at most so many.
+
+  Not mapped: whoever writes to the file would change what has been checked.
+  """
   size = path.stat().st_size if path.is_file() else 0
   if not 0 < size <= limit:
     raise ValueError(
       f'{path} has {size} bytes, or is missing; expected {limit}'
     )
-  return np.memmap(path, np.uint8, 'r')
+  return np.fromfile(path, np.uint8, size)
 
 
 def _tensors(files: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:

@@ -36,6 +36,17 @@ found = found - sys.stdlib_module_names - {'cython_runtime'}
 print(*sorted(name for name in found if name[0] != '_'))
 print(sys.modules['flatbuffers'].__file__)
 """
+# Loads by a relative path, and deserializes when the folder is gone.
+MOVED = """
+import os, runpy, shutil, sys
+
+sys.path.append(sys.argv[1])
+model = runpy.run_path('model/load.py')['load']('model')
+shutil.rmtree('model')
+os.chdir('/')
+names = [x for x in model._files if x.endswith('.jax')]
+print('programs', sum(bool(model._program(x[:-4])) for x in names))
+"""
 
 
 class LoadTest(parameterized.TestCase):
@@ -91,7 +102,7 @@ class LoadTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(found['click'], wanted['click'])
 
-  def test_with_jax_and_numpy_alone(self):
+  def alone(self, script):
     """-I -S: no variables, no site-packages; JAX and what it requires of it."""
     site = self.folder / 'site'
     site.mkdir()
@@ -104,20 +115,38 @@ class LoadTest(parameterized.TestCase):
       if libraries.is_dir():
         (site / libraries.name).symlink_to(libraries)
     done = subprocess.run(
-      [sys.executable, '-I', '-S', '-c', ISOLATED, site],
+      [sys.executable, '-I', '-S', '-c', script, site],
       capture_output=True,
       text=True,
       check=False,
+      cwd=self.folder,
       env=os.environ | {'JAX_PLATFORMS': 'cpu'},
     )
     self.assertEqual(done.returncode, 0, done.stderr)
-    *lines, modules, flatbuffers = done.stdout.splitlines()
+    return done.stdout
+
+  def test_with_jax_and_numpy_alone(self):
+    said = self.alone(ISOLATED)
+    *lines, modules, flatbuffers = said.splitlines()
     number = len(exports.exported()[1]['files']) + 1
     self.assertStartsWith(lines[0], f'{number} files have their checksums')
-    self.assertIn('score 3 x 8 x 4: first ', done.stdout)
+    self.assertIn('score 3 x 8 x 4: first ', said)
     self.assertStartsWith(lines[-1], 'ok in ')
     self.assertContainsSubset(modules.split(), {*JAX, 'flatbuffers'})
     self.assertIn('/model/flatbuffers.zip/', flatbuffers)
+
+  def test_a_folder_is_not_needed_once_it_is_loaded(self):
+    self.assertIn('programs 4', self.alone(MOVED))
+    self.assertFalse((self.folder / 'model').exists())
+
+  def test_a_directory_that_is_overwritten_while_it_serves(self):
+    folder = self.copy()
+    model = load_lib.load(folder)
+    wanted = {name: bytes(data) for name, data in model._files.items()}
+    for path in folder.iterdir():
+      path.write_bytes(bytes(path.stat().st_size))
+    for name, data in model._files.items():
+      self.assertEqual(bytes(data), wanted[name])
 
   def test_damage_is_refused(self):
     """A byte changed, a byte missing or all of the file, in each."""
