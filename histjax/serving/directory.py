@@ -16,11 +16,22 @@ from histjax.training import workdir as workdir_lib
 
 
 def check_output(output: str | os.PathLike[str]) -> pathlib.Path:
-  """Its absolute path; raises unless it is empty or not there."""
+  """Its absolute path without links; raises unless it is empty or not there.
+
+  Raises:
+    ValueError: it cannot be made, or replaced, there.
+    OSError: the folder that it is in cannot be written to.
+  """
   found = workdir_lib.resolve(output, 'output')
-  if found.is_dir() and not any(found.iterdir()):
-    return found
-  if found.exists() or found.is_symlink():
+  if found.is_dir():  # A directory is renamed onto it, which takes no link.
+    found = pathlib.Path(os.path.realpath(found))
+    if os.path.ismount(found):
+      raise ValueError(
+        f'output={str(found)!r} is a mount point, which cannot be replaced; '
+        'name a directory in it'
+      )
+  is_empty = found.is_dir() and not any(found.iterdir())
+  if not is_empty and (found.exists() or found.is_symlink()):
     raise ValueError(
       f'output={str(found)!r} is there and no empty directory; name another, '
       'nothing is overwritten'
@@ -30,6 +41,7 @@ def check_output(output: str | os.PathLike[str]) -> pathlib.Path:
       f'output={str(found)!r}: there is no directory {str(found.parent)!r}; '
       'make it first'
     )
+  workdir_lib.prepare(found.parent, 'output')
   return found
 
 

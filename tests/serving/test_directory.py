@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 from unittest import mock
 
 import numpy as np
@@ -41,6 +42,29 @@ class DirectoryTest(parameterized.TestCase):
           self.folder, self.folder / name, export.ExportConfig()
         )
     self.assertEqual((full / 'mine').read_text(), 'mine')
+
+  def test_a_link_to_an_empty_directory(self):
+    real = self.folder / 'disk/real'
+    real.mkdir(parents=True)
+    (self.folder / 'link').symlink_to('disk/real')
+    output = directory.check_output(self.folder / 'link')
+    self.assertEqual(output, pathlib.Path(os.path.realpath(real)))
+    directory.write_whole(output, lambda path: (path / 'x').write_text('x'))
+    self.assertEqual((self.folder / 'link/x').read_text(), 'x')
+
+  def test_where_nothing_can_be_put_in_the_end(self):
+    folder = self.folder / 'mounted'
+    folder.mkdir()
+    with (
+      mock.patch.object(os.path, 'ismount', lambda path: path == folder),
+      self.assertRaisesRegex(ValueError, "mounted' is a mount point"),
+    ):
+      directory.check_output(folder)
+    with (
+      mock.patch.object(pathlib.Path, 'touch', side_effect=OSError(30, 'ro')),
+      self.assertRaisesRegex(OSError, r'output=.* cannot be written to \(ro'),
+    ):
+      directory.check_output(folder / 'model')
 
   @parameterized.parameters(
     lambda path, x: path.write_bytes(x.tobytes()),
