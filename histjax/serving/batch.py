@@ -35,7 +35,7 @@ __all__ = [
   'Worker',
   'rank_files',
 ]
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,9 @@ def rank_files(
 
   Of each user the output has the best `top_k`, best first: the user, the rank
   from 1, the candidate's row in the files of candidates, and the score of each
-  task, a probability. Users are in order. Of equal scores the earlier row is
-  the better one.
+  task, a probability. Users are in order. They are ranked by logits, which
+  differ where probabilities are all 1; of equal ones the earlier row is the
+  better one.
 
   Args:
     load: makes the model.

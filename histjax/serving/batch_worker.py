@@ -152,18 +152,22 @@ class Worker:
       is_timestamp=data.is_timestamp,
     )
     user, row = data.shown['user'][order], data.shown['row'][order]
-    scores = self._probabilities(rows, row, tell)
-    task = self._options.task_of(schema)
+    logits = self._logits(rows, row, tell)
+    scores = {
+      name: np.exp(-np.logaddexp(0, -logit)) for name, logit in logits.items()
+    }
+    # Probabilities in float32 tie from logits of 17 on.
+    by = logits[self._options.task_of(schema)]
     self._parts.write(
       shard,
       ranked_files.ranked(
-        schema.user, data.keys, user, row, scores, task, self._options.top_k
+        schema.user, data.keys, user, row, scores, by, self._options.top_k
       ),
     )
 
-  def _probabilities(self, rows: Rows, row, tell) -> dict[str, np.ndarray]:
+  def _logits(self, rows: Rows, row, tell) -> dict[str, np.ndarray]:
     """`{task: float32 [c]}` of the candidates of the rows."""
-    scores = {
+    found = {
       t.name: np.empty(len(row), np.float32) for t in self._join.schema.tasks
     }
     flying: collections.deque = collections.deque()
@@ -181,8 +185,7 @@ class Worker:
       real = np.arange(next(iter(logits.values())).shape[1]) < counts[:, None]
       place = rows.offsets[some][:, None] + np.cumsum(real, 1) - 1
       for name, values in logits.items():
-        logit = values[: len(some)][real]
-        scores[name][place[real]] = np.exp(-np.logaddexp(0, -logit))
+        found[name][place[real]] = values[: len(some)][real]
       done += len(some)
       tell(done * num_users // len(rows))
 
@@ -192,7 +195,7 @@ class Worker:
         land()
     while flying:
       land()
-    return scores
+    return found
 
   def _batches(self, rows: Rows) -> Iterator[tuple[np.ndarray, tuple]]:
     """Rows of one shape at a time, as many as one program takes."""

@@ -39,7 +39,7 @@ def ranked(
   user: np.ndarray,
   row: np.ndarray,
   scores: Mapping[str, np.ndarray],
-  task: str,
+  by: np.ndarray,
   top_k: int,
 ) -> pa.Table:
   """The best `top_k` of each user, best first.
@@ -49,12 +49,12 @@ def ranked(
     keys: `[users]`.
     user: `[c]`, of each candidate, an index into `keys`.
     row: `[c]`, of each candidate in its files; the earlier wins a tie.
-    scores: `{task: [c]}`.
-    task: to rank by.
+    scores: `{task: [c]}`, to write.
+    by: float32 `[c]`, to rank by.
     top_k: of a user.
   """
-  kept = _candidates_of(user, scores[task], top_k)
-  best = kept[np.lexsort((row[kept], -scores[task][kept], user[kept]))]
+  kept = _candidates_of(user, by, top_k)
+  best = kept[np.lexsort((row[kept], -by[kept], user[kept]))]
   user = user[best]
   rank = np.arange(len(best)) - np.searchsorted(user, user)
   best, user, rank = (x[rank < top_k] for x in (best, user, rank))

@@ -5,6 +5,7 @@ import itertools
 import sys
 from unittest import mock
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -314,6 +315,21 @@ def test_no_score_is_nan(scores_of, monkeypatch):
     ValueError, match=r"user '1': .*shown\.parquet row 3: the logit .* is nan"
   ):
     scores_of()
+
+
+def test_probabilities_of_1_are_ranked_by_their_logits(rank, trained):
+  """As a server ranks them."""
+  wanted = rank()['row'].to_pylist()
+  high = jax.tree.map(np.array, trained.variables)
+  high['params']['head']['logits']['bias'] += 30
+  model = dataclasses.replace(trained, variables=high)
+  found = rank(model=model)
+  assert set(found['score_click'].to_pylist()) == {1.0}
+  assert found['row'].to_pylist() == wanted
+  # In one of both orders of the file it is not the file's.
+  back = {name: values[::-1] for name, values in SHOWN.items()}
+  found = rank(model=model, shown=back)['row'].to_pylist()
+  assert found == [4 - row for row in wanted]
 
 
 def test_ranks(rank):

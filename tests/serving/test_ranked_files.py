@@ -32,7 +32,9 @@ def test_the_best_of_each_user(seed, num_users, size, num_scores, top_k):
   }
   scores['a'][rng.random(size) < 0.1] = -0.0
   keys = np.array([f'u{u}' for u in range(num_users)], object)
-  table = ranked_files.ranked('uid', keys, user, row, scores, 'a', top_k)
+  table = ranked_files.ranked(
+    'uid', keys, user, row, scores, scores['a'], top_k
+  )
   wanted = []
   for u in range(num_users):
     own = sorted(
