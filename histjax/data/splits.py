@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import fractions
+import math
+import re
 
 import numpy as np
 
 from histjax.data.events import EventLog
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_FRACTION = re.compile(r'[.,]([0-9]+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,10 @@ class FractionSplit:
   validation: float = 0.1
 
   def __post_init__(self):
+    for field in ('train', 'validation'):
+      value = getattr(self, field)
+      if not math.isfinite(value):
+        raise ValueError(f'split: {field}={value} must be finite; set it >= 0')
     first, second = self._fractions()
     if not 0 <= first <= second <= 1:
       raise ValueError(
@@ -37,16 +46,16 @@ class FractionSplit:
       )
 
   def _fractions(self) -> tuple[fractions.Fraction, fractions.Fraction]:
-    train = fractions.Fraction(repr(self.train))
-    return train, train + fractions.Fraction(repr(self.validation))
+    train, validation = (
+      fractions.Fraction(repr(float(x))) for x in (self.train, self.validation)
+    )
+    return train, train + validation
 
   def masks(self, log: EventLog) -> dict[str, np.ndarray]:
     """`{'train', 'validation', 'test'}: bool [n]`."""
     count = np.diff(log.offsets)[log.user]
     ordinal = np.arange(len(log)) - log.offsets[log.user]
-    first, second = (
-      count * f.numerator // f.denominator for f in self._fractions()
-    )
+    first, second = (_floor(f, count) for f in self._fractions())
     return _three(ordinal, first, second)
 
 
@@ -83,6 +92,13 @@ class TimeSplit:
 Split = FractionSplit | TimeSplit
 
 
+def _floor(fraction: fractions.Fraction, count: np.ndarray) -> np.ndarray:
+  distinct, place = np.unique(count, return_inverse=True)
+  # Numerators have up to 17 digits, so their products are no int64.
+  floors = [math.floor(n * fraction) for n in distinct.tolist()]
+  return np.array(floors, np.int64)[place]
+
+
 def _three(position, first, second) -> dict[str, np.ndarray]:
   return {
     'train': position < first,
@@ -98,6 +114,10 @@ def _moment(value, log: EventLog, field: str):
         f'split: {field}={value!r} is a number, but column '
         f"{log.schema.time!r} holds timestamps; write it as '2022-05-01'"
       )
+    if not math.isfinite(value):
+      raise ValueError(
+        f"split: {field}={value} must be finite; give it in the column's unit"
+      )
     return value
   if not log.is_timestamp:
     raise ValueError(
@@ -111,6 +131,21 @@ def _moment(value, log: EventLog, field: str):
       f'split: {field}={value!r} is no ISO 8601 moment ({error}); write it '
       "as '2022-05-01' or '2022-05-01T08:00'"
     ) from error
-  if moment.tzinfo is not None:
-    moment = moment.astimezone(datetime.UTC).replace(tzinfo=None)
-  return np.datetime64(moment, 'ns').astype(np.int64)
+  since = moment.replace(tzinfo=moment.tzinfo or datetime.UTC) - _EPOCH
+  nanoseconds = since // datetime.timedelta(microseconds=1) * 1000
+  written = _FRACTION.search(value)
+  if written:  # A datetime keeps six digits of it.
+    digits = written[1].rstrip('0')
+    if len(digits) > 9:
+      raise ValueError(
+        f'split: {field}={value!r} is finer than a nanosecond; write at most '
+        'nine digits of a second'
+      )
+    nanoseconds += int(digits[6:].ljust(3, '0'))
+  if not -(2**63) <= nanoseconds < 2**63:
+    raise ValueError(
+      f'split: {field}={value!r} is not within 1678 and 2261, which '
+      'nanoseconds of 64 bits hold; give a moment within, after all events if '
+      'none is to come later'
+    )
+  return np.int64(nanoseconds)

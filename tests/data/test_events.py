@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import fractions
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -198,6 +199,30 @@ class SplitTest(parameterized.TestCase):
     self.assertEqual(order.tolist(), sorted(order.tolist()))
     self.assertNotIn(-1, order)
 
+  @parameterized.product(
+    train=(2 / 3, 1 / 3, 0.00012345678901234567),
+    validation=(1 / 6, 1 / 3),
+    n=(1000, 3000, 60_000),
+  )
+  def test_fractions_of_many_digits_and_events(self, train, validation, n):
+    # Two users, so that counts differ.
+    user = np.repeat([1, 2], [n, n // 2])
+    data = {k: np.resize(v, len(user)) for k, v in DATA.items()}
+    data |= {'uid': user, 'ts': np.arange(len(user))}
+    masks = FractionSplit(train, validation).masks(load(data))
+    self.assertTrue((np.sum(list(masks.values()), axis=0) == 1).all())
+    first = fractions.Fraction(repr(train))
+    second = first + fractions.Fraction(repr(validation))
+    for key, count in ((1, n), (2, n // 2)):
+      sizes = [int(mask[user == key].sum()) for mask in masks.values()]
+      ends = [0, *(math.floor(f * count) for f in (first, second)), count]
+      self.assertEqual(sizes, np.diff(ends).tolist())
+
+  def test_fractions_of_numpy(self):
+    data = {k: np.resize(v, 10) for k, v in DATA.items()} | {'uid': [1] * 10}
+    masks = FractionSplit(np.float64(0.8), np.float64(0.1)).masks(load(data))
+    self.assertEqual([m.sum() for m in masks.values()], [8, 1, 1])
+
   def test_nine_tenths_of_ten_is_nine(self):
     # In floats 0.7 + 0.2 is below 0.9.
     data = {k: np.resize(v, 10) for k, v in DATA.items()} | {'uid': [1] * 10}
@@ -225,7 +250,32 @@ class SplitTest(parameterized.TestCase):
     self.assertEqual(masks['test'].tolist(), [False, False, False, True])
     self.assertEqual(masks['train'].sum(), 3)
 
+  def test_moments_to_the_nanosecond(self):
+    times = pa.array([1, 123456500, 123456499, 2], pa.timestamp('ns'))
+    splits = TimeSplit('1970-01-01', '1970-01-01T00:00:00.123456500')
+    masks = splits.masks(load({**DATA, 'ts': times}))
+    self.assertEqual(masks['test'].sum(), 1)
+
+  @parameterized.parameters(
+    '9999-12-31', '2300-01-01', '0001-01-01T00:00+02:00', '1500-01-01'
+  )
+  def test_moments_beyond_64_bits(self, moment):
+    time = pa.array([3, 1, 1, 1], pa.timestamp('s'))
+    for split, field in (
+      (TimeSplit(moment, '2022-05-01'), 'validation_start'),
+      (TimeSplit('2022-05-01', moment), 'test_start'),
+    ):
+      with self.assertRaisesRegex(ValueError, f'{field}=.*1678 and 2261'):
+        split.masks(load({**DATA, 'ts': time}))
+
   def test_refused(self):
+    for bad in (float('nan'), float('inf'), np.float64('nan')):
+      with self.assertRaisesRegex(ValueError, 'train=(nan|inf) must be finite'):
+        FractionSplit(bad, 0.1)
+      with self.assertRaisesRegex(ValueError, 'validation=(nan|inf) must be'):
+        FractionSplit(0.8, bad)
+      with self.assertRaisesRegex(ValueError, 'test_start=(nan|inf) must be'):
+        TimeSplit(2, bad).masks(load(DATA))
     with self.assertRaisesRegex(ValueError, 'train=0.8 and validation=0.3'):
       FractionSplit(0.8, 0.3)
     with self.assertRaisesRegex(ValueError, 'validation_start=3 is after'):
@@ -236,6 +286,8 @@ class SplitTest(parameterized.TestCase):
     stamped = load({**DATA, 'ts': time})
     with self.assertRaisesRegex(ValueError, 'test_start=5 is a number'):
       TimeSplit('2022-05-01', 5).masks(stamped)
+    with self.assertRaisesRegex(ValueError, 'finer than a nanosecond'):
+      TimeSplit('1970-01-01', '1970-01-01T00:00:00.0000000001').masks(stamped)
     with self.assertRaisesRegex(ValueError, "'May 1st' is no ISO 8601"):
       TimeSplit('May 1st', '2022-05-01').masks(stamped)
 
