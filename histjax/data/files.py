@@ -279,6 +279,21 @@ def _readable(path: Path):
     ) from error
 
 
+def partition(path: Path, wanted: Sequence[str]) -> dict[str, str | None]:
+  """`{column: value}` of those that a file's folders give it; None is null.
+
+  Args:
+    path: a file.
+    wanted: the columns to read.
+
+  Raises:
+    ValueError: the file cannot be read, or lacks a column.
+  """
+  with _readable(path):
+    _, _, found = _names(path, list(wanted))
+  return {name: found[name] for name in wanted if name in found}
+
+
 def _names(path: Path, wanted: list[str]):
   """The file's columns, those wanted of them, and those of its folders."""
   is_parquet = _format(path) == 'parquet'

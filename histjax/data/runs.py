@@ -123,6 +123,23 @@ def _read(values: pa.Array | pa.ChunkedArray) -> Values:
 
 
 def _joined(parts: list[Values]) -> Any:
-  if isinstance(parts[0], pa.Array):
-    return pa.concat_arrays(parts)
+  kinds = [
+    'text' if isinstance(part, pa.Array) else part.dtype.kind for part in parts
+  ]
+  signed = [
+    part for part, kind in zip(parts, kinds, strict=True) if kind == 'i'
+  ]
+  if 'u' in kinds and signed and 'text' not in kinds:
+    # NumPy would make floats of both, which do not hold 64 bits.
+    negative = any(len(part) and part.min() < 0 for part in signed)
+    if not negative:
+      return np.concatenate([part.astype(np.uint64) for part in parts])
+    kinds.append('text')
+  if 'text' in kinds:
+    return pa.concat_arrays([_texts(part) for part in parts])
   return np.concatenate(parts)
+
+
+def _texts(values: Values) -> pa.Array:
+  array = values if isinstance(values, pa.Array) else pa.array(values)
+  return array.cast(pa.large_string())

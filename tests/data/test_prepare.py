@@ -1,6 +1,7 @@
 """Prepared rows are those of a log in memory, whatever it was cut into."""
 
 import dataclasses
+import decimal
 import itertools
 import json
 import pathlib
@@ -19,7 +20,7 @@ from pyarrow import csv, parquet
 from histjax import features
 from histjax.data import datasets, pipeline, prepare
 from histjax.data import splits as splits_lib
-from histjax.data.prepare import Options, plan
+from histjax.data.prepare import Options, plan, stages
 from histjax.data.rows import RowConfig
 from histjax.progress import Progress
 from histjax.schema import Categorical
@@ -193,6 +194,37 @@ class SameRowsTest(parameterized.TestCase):
       table = table.set_column(table.column_names.index(name), name, column)
     parquet.write_table(table, first)
     data_config = config((log,), rows=KINDS[0])
+    run(data_config, self.folder / 'out', num_shards=2)
+    found = prepared(data_config, self.folder / 'out')
+    prepared_rows.check_same(self, found, datasets.load(data_config))
+
+  @parameterized.parameters(2**63 + 5, 2**64 + 5, -3)
+  def test_integers_of_several_types(self, large):
+    """Of one column, whose pieces differ in what holds them."""
+    data = some_columns(120)
+    users = [decimal.Decimal(int(u[1:])) for u in data['uid']]
+    users[50:55] = [decimal.Decimal(large)] * 5
+    users[100:105] = [decimal.Decimal(2**63 + 7)] * 5
+    data['uid'] = pa.array(users, pa.decimal128(21, 0))
+    data_config = config(write(self.folder, data, ()), rows=KINDS[0])
+    with mock.patch.object(stages, '_MAX_ROWS', 16):
+      run(data_config, self.folder / 'out', num_shards=2)
+    found = prepared(data_config, self.folder / 'out')
+    prepared_rows.check_same(self, found, datasets.load(data_config))
+
+  def test_features_named_as_arguments_of_numpy(self):
+    data_config = config(write(self.folder, some_columns(60), ()), features=())
+    item = tuple(
+      Categorical(name, 50, column='item_id', ids='hash')
+      for name in ('file', 'allow_pickle')
+    )
+    log_schema = dataclasses.replace(
+      data_config.source.schema, item=item, hidden=()
+    )
+    data_config = dataclasses.replace(
+      data_config,
+      source=dataclasses.replace(data_config.source, schema=log_schema),
+    )
     run(data_config, self.folder / 'out', num_shards=2)
     found = prepared(data_config, self.folder / 'out')
     prepared_rows.check_same(self, found, datasets.load(data_config))

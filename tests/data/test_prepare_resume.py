@@ -19,6 +19,7 @@ from histjax.data import datasets
 from histjax.data import splits as splits_lib
 from histjax.data.prepare import plan
 from histjax.data.rows import RowConfig
+from histjax.schema import Categorical
 from tests import children
 from tests.data import prepared_rows, test_prepare
 from tests.marks import slow_unless
@@ -70,6 +71,12 @@ class ErrorsTest(parameterized.TestCase):
       'RecentRates needs Rates',
     ),
     ('task', {}, {'tasks': ('buy',)}, "task 'buy'"),
+    (
+      'without',
+      {},
+      {'without': ('time_gap', 'prise')},
+      "without='prise' must be one of .*'time_gap'",
+    ),
   )
   def test_before_work_is_spent(self, columns, fields, message):
     data = {**test_prepare.some_columns(200), **columns}
@@ -217,6 +224,52 @@ class ResumeTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'day=1/part-0.parquet has changed'):
       test_prepare.run(self.config, out)
     self.assertEqual(test_prepare.contents(out), before)
+
+  def test_another_name_of_a_folder(self):
+    out = self.folder / 'out'
+    source = self.config.source
+    day = Categorical('day', 10)
+    log_schema = dataclasses.replace(
+      source.schema, item=(*source.schema.item, day)
+    )
+    data_config = dataclasses.replace(
+      self.config, source=dataclasses.replace(source, schema=log_schema)
+    )
+    test_prepare.run(data_config, out, num_shards=2)
+    (log,) = map(pathlib.Path, source.paths)
+    moved = log.rename(self.folder / 'moved')
+    moved_config = dataclasses.replace(
+      data_config,
+      source=dataclasses.replace(data_config.source, paths=(str(moved),)),
+    )
+    test_prepare.run(moved_config, out)
+    (moved / 'day=1').rename(moved / 'day=7')
+    with self.assertRaisesRegex(
+      ValueError, r"day=7/part-0.parquet: its folders say {'day': '7'}, they"
+    ):
+      test_prepare.run(moved_config, out)
+    # Where no column is of a folder, its name says nothing.
+    other = dataclasses.replace(
+      moved_config, source=dataclasses.replace(source, paths=(str(moved),))
+    )
+    test_prepare.run(other, self.folder / 'other', num_shards=2)
+    (moved / 'day=7').rename(moved / 'day=8')
+    test_prepare.run(other, self.folder / 'other')
+
+  def test_killed_while_it_began(self):
+    nobody = 2**22 + 1  # Beyond the largest number of a process.
+    out = self.folder / 'out'
+    out.mkdir()
+    for name in ('.manifest.json.{}.tmp', '.probe-{}'):
+      (out / name.format(nobody)).write_text('{')
+      (out / name.format(os.getpid())).write_text('{')  # In a container.
+    running = out / f'.manifest.json.{os.getppid()}.tmp'
+    running.write_text('{')
+    with self.assertRaisesRegex(ValueError, 'holds files and no manifest.json'):
+      test_prepare.run(self.config, out, num_shards=2)
+    running.unlink()
+    test_prepare.run(self.config, out, num_shards=2)
+    self.assertEmpty(list(out.glob('.*')))
 
   def test_damage(self):
     out = self.folder / 'out'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +20,11 @@ from histjax.data.events import EventLog, columns_of
 from histjax.data.parts import Columns
 from histjax.data.prepare.engines import Local, Ray
 from histjax.data.prepare.job import DONE, Job, digest
+from histjax.schema import Schema
 
 MANIFEST = 'manifest.json'
+_LEFT = re.compile(r'\.(?:manifest\.json\.([0-9]+)\.tmp|probe-([0-9]+))')
+"""What a process of that number begins with."""
 _PROCESS = 0.35 * 2**30
 """Bytes of a process with the library imported."""
 _EVENT = 300
@@ -28,6 +33,7 @@ _FEATURE = 24
 """And for each feature and label."""
 _FILL = 0.6
 """Of the memory that a shard is planned to take: users are not all alike."""
+_FOLDERS = 'columns_of_folders'
 _HEAD = 64
 """Rows of each file that are looked at before any work."""
 
@@ -97,20 +103,30 @@ def check(config: datasets.DataConfig) -> list[pathlib.Path]:
     name: (np.arange(len(head)) % 2).astype(np.float32) for name in head.labels
   }
   events = dataclasses.replace(head.events(), labels=labels)
+  without: tuple[str, ...] = ()
+  fitted = features_lib.FittedFeatures(config.features)
   if len(head) > 1:
-    features_lib.fit(config.features, events, np.ones(len(head), bool))
-  reading = features_lib.FittedFeatures(config.features)
-  datasets.model_schema(head.schema, reading, ())  # What is hidden is read.
+    fitted = features_lib.fit(config.features, events, np.ones(len(head), bool))
+    without = config.without  # Of one event nothing is learnt to leave out.
+  datasets.model_schema(head.schema, fitted, without)  # Hidden ones are read.
   return paths
 
 
-def _entries(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
+def _entries(
+  paths: Sequence[pathlib.Path], schema: Schema
+) -> list[dict[str, Any]]:
   found = []
   for path in paths:
     stat = path.stat()
-    found.append(
-      {'name': path.name, 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
-    )
+    entry: dict[str, Any] = {
+      'name': path.name,
+      'size': stat.st_size,
+      'mtime_ns': stat.st_mtime_ns,
+    }
+    values = files.partition(path, columns_of(schema))
+    if values:
+      entry[_FOLDERS] = values
+    found.append(entry)
   return found
 
 
@@ -133,8 +149,9 @@ def begin(
     ValueError: it was begun with another config or log; the message says what
       differs.
   """
-  config_now, log_now = datasets.identity(config), _entries(paths)
-  if folder.is_dir() and any(folder.iterdir()):
+  config_now = datasets.identity(config)
+  log_now = _entries(paths, config.source.schema)
+  if folder.is_dir() and not _is_empty(folder):
     manifest = _read_manifest(folder)
     _check_same(folder, manifest, config_now, log_now, paths, options)
     atomic.clean(folder)
@@ -157,6 +174,30 @@ def begin(
     run_bytes=manifest['run_bytes'],
   )
   return job, manifest
+
+
+def _is_empty(folder: pathlib.Path) -> bool:
+  """Whether nothing is there; deletes what a killed process began with."""
+  left = list(folder.iterdir())
+  if not all(_is_left(path) for path in left):
+    return False
+  for path in left:
+    path.unlink(missing_ok=True)
+  return True
+
+
+def _is_left(path: pathlib.Path) -> bool:
+  known = _LEFT.fullmatch(path.name)
+  if not known or not path.is_file():
+    return False
+  process = int(known[1] or known[2])
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return True
+  except (OSError, OverflowError):
+    return False  # Somebody else's, or no process's number.
+  return process == os.getpid()  # Its number was given anew.
 
 
 def budget(options: Options, engine: Local | Ray) -> float:
@@ -230,7 +271,12 @@ def _check_same(folder, manifest, config_now, log_now, paths, options) -> None:
     )
   else:
     for i, (was, now) in enumerate(zip(manifest['log'], log_now, strict=True)):
-      if was != now and not _same_file(folder, was, now, i, paths[i]):
+      values = [entry.get(_FOLDERS, {}) for entry in (was, now)]
+      if values[0] != values[1]:
+        lines.append(
+          f'{paths[i]}: its folders say {values[1]}, they said {values[0]}'
+        )
+      elif was != now and not _same_file(folder, was, now, i, paths[i]):
         lines.append(f'{paths[i]} has changed since')
   if lines:
     raise ValueError(

@@ -254,7 +254,7 @@ class _Run:
         occupied = np.zeros(feature.size, bool)
         for path in sorted(job.work.glob('occupied-*.npz')):
           with np.load(path) as archive:
-            occupied[archive[feature.name]] = True
+            occupied[archive[f'ids/{feature.name}']] = True
         found.append(vocabulary.of_rows(feature, int(occupied.sum())))
     return found
 

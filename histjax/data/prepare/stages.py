@@ -277,7 +277,8 @@ def _occupied(job: Job, log: EventLog) -> dict[str, np.ndarray]:
   found = {}
   for feature in categorical(job.source.schema.logged):
     if feature.ids == 'hash':
-      found[feature.name] = np.unique(log.features[feature.name])
+      # A prefix: NumPy's own arguments are named 'file' and 'allow_pickle'.
+      found[f'ids/{feature.name}'] = np.unique(log.features[feature.name])
   return found
 
 
