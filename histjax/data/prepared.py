@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from histjax import config as config_lib
@@ -260,15 +259,17 @@ class PreparedRows(RowSource):
     pieces: Sequence[int] | np.ndarray | None = None,
   ) -> RankingBatch:
     """See `RowSource.batch`."""
+    shape = {
+      'num_rows': num_rows,
+      'num_events': num_events,
+      'num_candidates': num_candidates,
+    }
     rows = self._read(np.asarray(indices, np.int64))
-    batch = rows_lib.collate(
-      rows or [self[0]],
-      num_rows=num_rows,
-      num_events=num_events,
-      num_candidates=num_candidates,
-      pieces=pieces if rows or pieces is None else [1],
-    )
-    return batch if rows else jax.tree.map(np.zeros_like, batch)
+    if not rows:  # All of a batch that are left may be other hosts'.
+      return rows_lib.empty_batch(
+        self.schema, **shape, packed=pieces is not None
+      )
+    return rows_lib.collate(rows, **shape, pieces=pieces)
 
   def order(self) -> Iterator[np.ndarray]:
     """See `RowSource.order`; what the rows hold is in the fingerprint."""

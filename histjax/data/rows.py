@@ -19,7 +19,7 @@ from histjax.data import batching, grouping
 from histjax.data.events import EventLog
 from histjax.data.grouping import RowConfig
 from histjax.features import Counts, FittedFeatures, Impressions
-from histjax.schema import Schema
+from histjax.schema import Categorical, Schema
 from histjax.types import RankingBatch
 
 
@@ -394,6 +394,58 @@ def make_rows(
     stop,
     visible,
     derived,
+  )
+
+
+def empty_batch(
+  schema: Schema,
+  *,
+  num_rows: int,
+  num_events: int,
+  num_candidates: int,
+  packed: bool = False,
+) -> RankingBatch:
+  """A batch without rows, as `RowSource.batch` pads no `indices`.
+
+  Args:
+    schema: of the rows.
+    num_rows: B.
+    num_events: L.
+    num_candidates: C.
+    packed: whether it is one of packed rows.
+
+  Returns:
+    Zeros, with the types of other batches, in NumPy.
+  """
+  none = np.zeros(0, np.int64)
+  pieces = none if packed else None
+
+  def grid(width, what):
+    return batching.Grid(none, none, num_rows, width, what, pieces)
+
+  def flat(features):
+    return {
+      f.name: np.zeros(
+        0, np.int32 if isinstance(f, Categorical) else np.float32
+      )
+      for f in features
+    }
+
+  shown = grid(num_candidates, 'candidates')
+  labels = {task.name: np.zeros(0, np.float32) for task in schema.tasks}
+  return batching.batch(
+    context=flat(schema.context),
+    history=grid(num_events, 'events'),
+    history_features=flat(schema.history_features),
+    shown=shown,
+    candidates={
+      name: batching.take(x, shown)
+      for name, x in flat(schema.item_features).items()
+    },
+    visible=np.zeros(shown.real.shape, np.int64),
+    labels={name: batching.take(x, shown) for name, x in labels.items()},
+    group=np.zeros(0, np.int32),
+    packed=packed,
   )
 
 

@@ -290,6 +290,34 @@ class BatchesTest(parameterized.TestCase):
     again.set_state(state)
     self.assertLen(list(again), 2 * whole.batches_per_epoch - 4)
 
+  @parameterized.parameters(False, True)
+  def test_a_host_without_rows(self, pack):
+    """Its part of a batch is empty, and shorter than the first row."""
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    users = np.append(np.zeros(100, int), 1 + np.arange(100) // 4)
+    columns = {**some_columns(200), 'uid': users, 'user_age': users % 9}
+    data_config = config(write(folder, columns, ()), rows=KINDS[3])
+    run(data_config, f'{folder}/out', num_shards=1)  # Users in one order.
+    options = pipeline.PipelineConfig(
+      batch_events=1024, auto_buckets=2, num_threads=0, pack=pack
+    )
+    empty = 0
+    memory = datasets.load(data_config).splits['train']
+    some = prepared(data_config, f'{folder}/out').splits['train']
+    self.assertEqual(some.history_lengths.argmax(), 0)
+    for host in (0, 1):
+      found, wanted = (
+        list(
+          pipeline.eval_batches(
+            rows, options, row_multiple=16, shard_index=host, shard_count=2
+          )
+        )
+        for rows in (some, memory)
+      )
+      chex.assert_trees_all_equal(found, wanted, strict=True)
+      empty += sum(not batch.candidates.mask.any() for batch in found)
+    self.assertGreater(empty, 0)
+
   def test_too_long_a_row(self):
     folder = self.enterContext(tempfile.TemporaryDirectory())
     data_config = config(write(folder, some_columns(200), ()), rows=KINDS[3])
