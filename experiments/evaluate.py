@@ -60,12 +60,13 @@ _COLD_ITEMS = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file to write, if any.')
 
 
-def evaluate_cached(config, variables, rows, known):
-  """As `evaluate`, in two steps."""
-  kind: Any = None if _CACHE_DTYPE.value == 'model' else _CACHE_DTYPE.value
+def evaluate_cached(config, variables, rows, known, kind=None):
+  """As `evaluate`, in two steps, from states of the type `kind`."""
   scorer = Scorer(config.model, variables, ScorerConfig(cache_dtype=kind))
   found = metrics.RankingMetrics([t.name for t in rows.schema.tasks])
-  for batch in pipeline.eval_batches(rows, config.pipeline):
+  # A cache has one user a row.
+  options = dataclasses.replace(config.pipeline, pack=False)
+  for batch in pipeline.eval_batches(rows, options):
     cache = scorer.encode(batch.history)
     logits = scorer.score(cache, batch.candidates, batch.context)
     mask = batch.candidates.mask if known is None else known.mask(batch)
@@ -118,7 +119,8 @@ def run():
     model = Ranker(config.model)
     found = evaluate(model, variables, rows, config.pipeline, known=known)
   else:
-    found = evaluate_cached(config, variables, rows, known)
+    kind = None if _CACHE_DTYPE.value == 'model' else _CACHE_DTYPE.value
+    found = evaluate_cached(config, variables, rows, known, kind)
   for ids in dataset.ids:
     print(ids)
   print(f'{_SPLIT.value}: {int(rows.candidate_counts.sum())} candidates')

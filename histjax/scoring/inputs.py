@@ -43,11 +43,7 @@ def check_batch(
       than the history has.
   """
   check_type(batch, RankingBatch, 'batch')
-  if batch.segments is not None:
-    raise ValueError(
-      'batch.segments: the rows are packed, which is for training; score users '
-      'in rows of their own, as histjax.collate makes them without `pieces`'
-    )
+  check_not_packed(batch)
   length, (rows, events) = lengths(schema, batch.history)
   shape = candidates_shape(schema, batch.candidates)
   check_rows(shape[0], rows)
@@ -82,6 +78,16 @@ def check_batch(
       else np.array(batch.candidates.mask),
     ),
   )
+
+
+def check_not_packed(batch: RankingBatch) -> None:
+  """Raises ValueError if its rows hold several users."""
+  if batch.segments is not None:
+    raise ValueError(
+      'batch.segments: the rows are packed, which is for training; score users '
+      'in rows of their own, as histjax.collate makes them without `pieces`, '
+      'and batches of PipelineConfig(pack=False) are'
+    )
 
 
 def check_rows(of_candidates: int, of_history: int) -> None:

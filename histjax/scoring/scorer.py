@@ -600,6 +600,7 @@ class Scorer:
   ) -> Logits:
     schema = self.config.schema
     inputs.check_type(batch, RankingBatch, 'batch')
+    inputs.check_not_packed(batch)
     length, _ = inputs.lengths(schema, batch.history)
     shape = inputs.candidates_shape(schema, batch.candidates)
     inputs.check_rows(shape[0], len(length))

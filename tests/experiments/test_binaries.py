@@ -1,6 +1,7 @@
 """The binaries, as a user starts them."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,17 +10,22 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+import evaluate
 import histjax
 from fusion_study.config import StudyConfig
-from histjax import Scorer, features
+from histjax import Ranker, Scorer, features
 from histjax import config as config_lib
 from histjax.serving import load
+from histjax.training import evaluation
+from histjax.training import state as state_lib
 from tests import children
+from tests.training import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -659,3 +665,25 @@ def test_every_config_can_be_loaded(monkeypatch):
       known = ('synthetic', 'movielens', 'kuairand', 'events')
       assert config.data.source.type in known
     assert f'configs/{path.name}' in module.__doc__ or path.stem == 'events'
+
+
+def test_evaluate_from_kept_keys_and_values_of_a_packed_run():
+  """Users share rows in training; states are of one user each."""
+  # Without a context, whose shape would tell.
+  schema = dataclasses.replace(runs.MODEL.schema, context=())
+  model = dataclasses.replace(runs.MODEL, schema=schema)
+  pipeline = dataclasses.replace(
+    runs.CONFIG.pipeline, pack=True, history_buckets=(40,), num_threads=0
+  )
+  config = dataclasses.replace(runs.CONFIG, model=model, pipeline=pipeline)
+  rows = runs.dataset().splits['test']
+  rows = dataclasses.replace(
+    rows, log=dataclasses.replace(rows.log, schema=schema)
+  )
+  ranker = Ranker(model)
+  variables = ranker.init(jax.random.key(0), state_lib.example_batch(schema))
+  found = evaluate.evaluate_cached(config, variables, rows, None)
+  mesh = runs.mesh()
+  wanted = evaluation.evaluate(ranker, variables, rows, pipeline, mesh)
+  # Float32 sums in another order.
+  assert found == pytest.approx(wanted, abs=1e-4)

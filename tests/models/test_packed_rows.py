@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histjax import Scorer
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, make_rows
 from histjax.models import ranker
@@ -194,6 +195,10 @@ class PackedRowsTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, 'rows are packed, which is for tr'):
       inputs.check_batch(support.SCHEMA, batch)
+    scorer = Scorer(model.config, variables)
+    for score in (scorer.score_joint, scorer.score_plain):
+      with self.assertRaisesRegex(ValueError, 'rows are packed, which is for'):
+        score(batch)
     variables |= ranker.pack(model.config, variables)
     with self.assertRaisesRegex(ValueError, "collection 'tower' is for scor"):
       jax.eval_shape(model.apply, variables, batch)
