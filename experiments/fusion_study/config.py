@@ -12,6 +12,7 @@ from histjax import metrics
 from histjax.data import datasets
 from histjax.nn import fusion as fusion_lib
 from histjax.nn.encoder import EncoderConfig
+from histjax.schema import Schema
 from histjax.training.config import TrainConfig
 
 Changes = Mapping[str, Any]
@@ -233,6 +234,29 @@ def run_config(
   Raises:
     ValueError: the config or the data is bad; the message says where.
   """
+  data = _data_config(_run_values(study, cell, trial), cell)
+  dataset = load_dataset(data)
+  return train_config(study, cell, trial, dataset.schema), dataset
+
+
+def train_config(
+  study: StudyConfig, cell: Cell, trial: str, schema: Schema
+) -> TrainConfig:
+  """As `run_config`, of a schema that is known; reads no data."""
+  values = _run_values(study, cell, trial)
+  data = _data_config(values, cell)
+  fusion = fusion_of(study, cell)
+  model = {**values.get('model', {}), 'fusion': fusion}
+  encoder = {**model.get('encoder', {}), 'window': None}
+  if 'streaming' in {data.rows.kind, (data.eval_rows or data.rows).kind}:
+    layers = encoder.get('num_layers', EncoderConfig.num_layers)
+    hops = fusion_lib.FUSIONS[fusion].hops(layers)
+    encoder['window'] = (cell.window - 1) // hops + 1
+  model = {**model, 'encoder': encoder, 'schema': schema}
+  return dicts.from_dict(TrainConfig, {**values, 'data': data, 'model': model})
+
+
+def _run_values(study: StudyConfig, cell: Cell, trial: str) -> dict[str, Any]:
   fusion = fusion_of(study, cell)
   values = merge(
     study.datasets[cell.dataset].run,
@@ -242,22 +266,16 @@ def run_config(
   values = merge(values, study.trials[trial])
   if cell.kind == 'ablation':
     values = merge(values, study.ablations[cell.variant].changes)
-  model = {**values.get('model', {}), 'fusion': fusion}
+  return values
+
+
+def _data_config(values: Changes, cell: Cell) -> datasets.DataConfig:
   parts = dict(values.get('data', {}))
   for field in ('rows', 'eval_rows'):
     if field == 'rows' or parts.get(field) is not None:
       rows = parts.get(field, {})
       parts[field] = {**rows, 'history_length': cell.window}
-  data = dicts.from_dict(datasets.DataConfig, parts)
-  dataset = load_dataset(data)
-  values = {**values, 'data': data}
-  encoder = {**model.get('encoder', {}), 'window': None}
-  values['model'] = {**model, 'encoder': encoder, 'schema': dataset.schema}
-  if 'streaming' in {data.rows.kind, (data.eval_rows or data.rows).kind}:
-    layers = encoder.get('num_layers', EncoderConfig.num_layers)
-    hops = fusion_lib.FUSIONS[fusion].hops(layers)
-    encoder['window'] = (cell.window - 1) // hops + 1
-  return dicts.from_dict(TrainConfig, values), dataset
+  return dicts.from_dict(datasets.DataConfig, parts)
 
 
 def _check_changes(name: str, changes: Changes) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,10 @@ def read_scores(workdir: pathlib.Path, name: str) -> dict[str, np.ndarray]:
     return dict(stored)
 
 
-def finished_cells(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """The JSONs of all finished cells, by name."""
-  for path in sorted((workdir / FOLDER).rglob('*.json')):
-    yield report.read_json(path)
+def finished_names(workdir: pathlib.Path) -> list[str]:
+  """The names of all finished cells, of whatever study, sorted."""
+  folder = workdir / FOLDER
+  return sorted(
+    path.relative_to(folder).with_suffix('').as_posix()
+    for path in folder.rglob('*.json')
+  )

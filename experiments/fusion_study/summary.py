@@ -6,17 +6,20 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from fusion_study import config as config_lib
 from fusion_study import statistics, store
 from fusion_study.config import Cell, StudyConfig
 from histjax import config as dicts
 from histjax.nn import fusion as fusion_lib
+from histjax.training import identity
 from histjax.training import report as report_lib
 from histjax.training import workdir as workdir_lib
+from histjax.training.config import TrainConfig
 
 SUMMARY_FILE = 'summary.json'
 RESAMPLED = ('auc', 'gauc')
@@ -36,7 +39,8 @@ def load(
 
   Args:
     workdir: of the study.
-    progress: called with a line per variant.
+    progress: called with a line per variant, and with those of the cells that
+      are left out: they are not of the study that study.json describes.
 
   Returns:
     `{'baseline', 'margin', 'resamples', 'datasets': {name: [row, ..]}}`.
@@ -64,11 +68,8 @@ def load(
   groups: dict[str, dict[Key, list[Values]]] = collections.defaultdict(
     lambda: collections.defaultdict(list)
   )
-  for values in store.finished_cells(workdir):
-    cell = values['cell']
-    if cell['kind'] != 'trial':
-      key = (cell['variant'], cell['window'])
-      groups[cell['dataset']][key].append(values)
+  for cell, values in _finished(study, workdir, progress):
+    groups[cell.dataset][cell.variant, cell.window].append(values)
   summary: Values = {
     'baseline': study.baseline,
     'margin': study.margin,
@@ -81,6 +82,50 @@ def load(
   }
   report_lib.write_json(workdir / SUMMARY_FILE, summary)
   return report_lib.read_json(workdir / SUMMARY_FILE)  # Without NaN.
+
+
+def _finished(
+  study: StudyConfig, workdir: pathlib.Path, progress: Callable[[str], None]
+) -> Iterator[tuple[Cell, Values]]:
+  """The study's cells that are finished, trials aside; names all others."""
+  found = store.finished_names(workdir)
+  for cell in config_lib.cells(study):
+    if cell.name not in found:
+      continue
+    found.remove(cell.name)
+    values = store.read_cell(workdir, cell.name)
+    if cell.kind == 'trial' or values is None:
+      continue
+    lines = _differences(study, cell, values)
+    if lines:
+      progress(f'left out, of another config: {cell.name}, {"; ".join(lines)}')
+    else:
+      yield cell, values
+  if found:
+    progress(f'left out, not of this study: {", ".join(found)}')
+
+
+def _differences(study: StudyConfig, cell: Cell, values: Values) -> list[str]:
+  """What of a finished cell is not as the study has it."""
+  names = ('in the cell', 'in the study')
+  old = values['config']
+  if cell.kind == 'floor':
+    terms = study.datasets[cell.dataset].floors[cell.variant]
+    config = {'terms': list(terms), 'window': cell.window}
+    return dicts.differences(
+      {name: old[name] for name in config}, config, names
+    )
+  chosen = values['tuning']['chosen']
+  if chosen not in study.trials:
+    return [
+      f'trial: {chosen!r} (in the cell), {list(study.trials)} (to choose)'
+    ]
+  try:
+    trained = dicts.from_dict(TrainConfig, old)  # With fields that are new.
+  except ValueError as error:
+    return [f'of another version of histjax: {error}']
+  wanted = config_lib.train_config(study, cell, chosen, trained.model.schema)
+  return identity.run_differences(dicts.to_dict(trained), wanted, names)
 
 
 class _Dataset:

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from fusion_study import report, runner, store, summary
-from fusion_study.config import StudyConfig, cells, fusion_of
+from fusion_study.config import StudyConfig, cells, fusion_of, train_config
 from histjax import config as dicts
 from histjax import metrics
+from histjax.data import synthetic
 from histjax.training import report as report_lib
 from histjax.training import sharding
 from histjax.training import step as step_lib
@@ -72,6 +73,7 @@ VALUES = {
   'ablation_seeds': (1,),
   'resamples': 1000,
 }
+SCHEMA = synthetic.schema(synthetic.SyntheticConfig()).with_tasks(('click',))
 STUDY = dicts.from_dict(StudyConfig, VALUES)
 CELL = 'planted/append_cross/window8-seed2'
 
@@ -405,6 +407,7 @@ def scored_cell(workdir, study, cell, logits):
       'num_parameters': 1,
       'seconds': 1.0,
       'tuning': {'chosen': 'only'},
+      'config': dicts.to_dict(train_config(study, cell, 'only', SCHEMA)),
       'environment': {'device': 'cpu'},
     },
     {
@@ -443,6 +446,26 @@ def test_an_ablation_is_compared_with_the_one_it_names(tmp_path):
   assert rows['long']['compared'] is None
 
 
+def test_cells_of_another_study_are_left_out(tmp_path):
+  """Of other seeds and of another config, in one workdir."""
+  study = changed(trials={'only': {}}, ablations={}, seeds=(1, 2))
+  report_lib.write_json(tmp_path / store.STUDY_FILE, dicts.to_dict(study))
+  earlier = changed(trials={'only': {'num_steps': 9}}, seeds=(2, 3))
+  rng = np.random.default_rng(0)
+  for of in (study, earlier):
+    for cell in cells(of):
+      if cell.kind == 'grid':
+        scored_cell(tmp_path, of, cell, rng.normal(size=200))
+  lines = []
+  found = summary.load(tmp_path, progress=lines.append)['datasets']['planted']
+  assert [row['seeds'] for row in found] == [[1], [1]]
+  left = [line for line in lines if line.startswith('left out')]
+  assert len(left) == 3
+  name = 'planted/append_cross/window8-seed'
+  assert f'of another config: {name}2, num_steps: 9 (in the cell), 6' in left[0]
+  assert f'not of this study: {name}3, planted/concat' in left[2]
+
+
 def test_one_trial_is_not_run():
   kinds = {cell.kind for cell in cells(changed(trials={'only': {}}))}
   assert kinds == {'floor', 'grid', 'ablation'}
@@ -453,6 +476,7 @@ def test_one_trial_gives_the_values(tmp_path):
   study = changed(trials={'only': VALUES['trials']['fast']})
   done, _ = run(tmp_path, study, only=['planted/append_cross/window8-seed1'])
   assert done
-  (cell,) = store.finished_cells(tmp_path)
+  (name,) = store.finished_names(tmp_path)
+  cell = store.read_cell(tmp_path, name)
   assert cell['tuning']['chosen'] == 'only'
   assert cell['config']['optimizer']['learning_rate'] == 0.01
