@@ -358,7 +358,13 @@ class CacheStore:
         self._entries.forget(user)
 
   def roll_over(
-    self, config: RankerConfig, fingerprint: str, *, keep_events: bool
+    self,
+    config: RankerConfig,
+    fingerprint: str,
+    *,
+    keep_events: bool,
+    scorer_config: ScorerConfig | None = None,
+    warm_up: Callable[[], object] | None = None,
   ) -> None:
     """Drops all states; from now on those of another model are kept.
 
@@ -366,20 +372,45 @@ class CacheStore:
       config: of the other model.
       fingerprint: of its config and parameters; see `Scorer.fingerprint`.
       keep_events: what the host keeps means the same to the other model.
+      scorer_config: of its scorer; None: as before.
+      warm_up: called once its pages are there, under the store's lock.
+
+    Raises:
+      ValueError: the budget does not hold two of its pages; nothing changed.
+      Exception: of the device, which has no memory, or of `warm_up`. The store
+        is of the model that it was of; users' events are kept, and the states,
+        too, unless the other model's pages are of another shape.
     """
+    scorer_config = scorer_config or self._scorer_config
+    shape = pages_lib.Shape.of(config, scorer_config)
+    number = self._number(shape)
     with self._lock:
+      pages = self._pages
+      before = self._config, self._scorer_config, self._seconds
+      if (config, scorer_config) != before[:2]:
+        self._seconds = {}  # Of programs that are not used any more.
+      self._config, self._scorer_config = config, scorer_config
+      try:
+        if shape != pages.shape:
+          for user in self._entries:
+            self._entries.release(user)
+          pages.delete()  # Before the new ones: the budget holds no two.
+          self._entries.pages = pages_lib.Pages(shape, number, self._device)
+        if warm_up is not None:
+          warm_up()
+      except BaseException:
+        self._config, self._scorer_config, self._seconds = before
+        if shape != pages.shape:
+          self._pages.delete()
+          self._entries.pages = pages
+          pages.reset()
+        raise
+      self._fingerprint = fingerprint
       for user in self._entries:
         if keep_events:
           self._entries.release(user)
         else:
           self._entries.forget(user)
-      self._fingerprint = fingerprint
-      if config != self._config:
-        self._config = config
-        self._seconds.clear()  # Of programs that are not used any more.
-      if pages_lib.Shape.of(config, self._scorer_config) != self._pages.shape:
-        self._pages.delete()  # Before the new one: the budget holds one.
-        self._entries.pages = self._allocate(config)
 
   def measured(
     self, what: Literal['encode', 'copy'], capacity: int, seconds: float
@@ -438,13 +469,17 @@ class CacheStore:
 
   def _allocate(self, config: RankerConfig) -> pages_lib.Pages:
     shape = pages_lib.Shape.of(config, self._scorer_config)
+    return pages_lib.Pages(shape, self._number(shape), self._device)
+
+  def _number(self, shape: pages_lib.Shape) -> int:
+    """Of pages that the budget holds."""
     number = self.options.device_bytes // shape.nbytes
     if number < 2:
       raise ValueError(
         f'device_bytes={self.options.device_bytes} must hold at least two '
         f'pages of {shape.nbytes} bytes'
       )
-    return pages_lib.Pages(shape, number, self._device)
+    return number
 
   @contextlib.contextmanager
   def _guard(self, users: Sequence[str] = ()) -> Iterator[None]:

@@ -11,6 +11,7 @@ request = Request(user=7, candidates=[..], first=50, events=[one_more])
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import threading
 import time
@@ -246,26 +247,20 @@ class Engine:
     Raises:
       ValueError: a size is not positive or beyond the largest bucket.
     """
-    model = self._model
-    events = events or model.max_events
-    if events is None:
-      raise ValueError(
-        'events=None, and nothing bounds a state; name the longest history'
-      )
-    sizes = {
+    asked = {
       'candidates': candidates,
       'events': events,
       'rows': rows or self.options.max_rows,
-      'new_events': (new_events or self.options.max_new_events)
-      if model.is_extendable
-      else 0,
+      'new_events': new_events or self.options.max_new_events,
       'visible': visible,
     }
-    if cache_dir is not None:
-      ahead.keep_in(cache_dir)
     with self._lock:
-      self._warmed = sizes
-      return self._warm_up(model, sizes)
+      sizes = _sizes(self._model, asked)
+      if cache_dir is not None:
+        ahead.keep_in(cache_dir)
+      done = self._warm_up(self._model, sizes)
+      self._warmed = asked
+      return done
 
   def roll_over(
     self,
@@ -280,31 +275,36 @@ class Engine:
     config compile nothing; another config's programs, after `warm_up`, are
     compiled here, while requests wait.
 
+    Whatever is raised, the old model stays, and what the host keeps of events;
+    states are lost if it was found after theirs had made room for others.
+
     Args:
       scorer: of a workdir; or the workdir.
       maker: as in the constructor.
 
     Raises:
-      ValueError: as the constructor; then the old model stays.
+      ValueError: as the constructor, `CacheStore` and `warm_up`; then states
+        stay, too.
+      Exception: of the device: there is no memory, or a program fails.
     """
     model = self._load(scorer, maker)
     _ = model.scorer.fingerprint  # Reads all parameters: not under the lock.
     with self._lock:
       old = self._model
-      keep = _means_the_same(old.maker, model.maker)
+      warm_up: Callable[[], object] | None = None
+      if self._warmed is not None:
+        sizes = _sizes(model, self._warmed)
+        if _programs(model, sizes) != _programs(old, _sizes(old, self._warmed)):
+          warm_up = functools.partial(self._warm_up, model, sizes)
       self._store.roll_over(
         model.scorer.config,
         model.scorer.fingerprint,
-        keep_events=keep,
+        keep_events=_means_the_same(old.maker, model.maker),
+        scorer_config=model.scorer.options,
+        warm_up=warm_up,
       )
       self._model = model
       self._roll_overs += 1
-      programs = model.scorer.config, model.scorer.options
-      if self._warmed is not None and programs != (
-        old.scorer.config,
-        old.scorer.options,
-      ):
-        self._warm_up(model, self._warmed)
 
   def _load(
     self, scorer: Scorer | str | os.PathLike[str], maker: RowMaker | None
@@ -482,6 +482,30 @@ def _max_events(model: Model, options: EngineConfig) -> int | None:
       'ScorerConfig.history_buckets'
     )
   return found
+
+
+def _sizes(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
+  """What `Engine.warm_up` was asked for, of this model.
+
+  Raises:
+    ValueError: nothing bounds a state, or a size is beyond the largest bucket.
+  """
+  events = asked['events'] or model.max_events
+  if events is None:
+    raise ValueError(
+      'events=None, and nothing bounds a state; name the longest history'
+    )
+  new_events = asked['new_events'] if model.is_extendable else 0
+  options = model.scorer.options
+  options.rows(asked['rows'])
+  options.candidates(asked['candidates'], options.microbatch)
+  options.new_events(min(new_events, options.events(events)))
+  return {**asked, 'events': events, 'new_events': new_events}
+
+
+def _programs(model: Model, sizes: Mapping[str, Any]) -> tuple[Any, ...]:
+  """What tells apart which programs a warm-up compiles."""
+  return model.scorer.config, model.scorer.options, sizes
 
 
 def _means_the_same(one: RowMaker, other: RowMaker) -> bool:

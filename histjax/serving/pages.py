@@ -164,7 +164,15 @@ class Pages:
     self._allocate()
 
   def _allocate(self) -> None:
-    zeros = [self.shape.zeros(self.num_pages, self._device) for _ in range(2)]
+    zeros: list[jax.Array | Quantized] = []
+    try:
+      for _ in range(2):
+        zeros.append(self.shape.zeros(self.num_pages, self._device))
+      jax.block_until_ready(zeros)  # No memory is an error here, not later.
+    except BaseException:
+      for array in jax.tree.leaves(zeros):
+        array.delete()  # The error's traceback holds it.
+      raise
     self.pool = Pool(*zeros)
     self._free = list(range(self.num_pages - 1, 0, -1))
 

@@ -206,6 +206,60 @@ class StoreTest(parameterized.TestCase):
     self.assertLessEqual(store.device_bytes, store.options.device_bytes)
     self.assertEqual(store.device_bytes, 8 * SHAPE.nbytes)
 
+  def test_a_roll_over_that_fails(self):
+    """The store is of the model that it was of, and works."""
+    store = self.store(8)
+    cache, _ = self.put(store, ['a'], 20)
+    store.measured('encode', 16, 1.0)
+    wide = support.config(encoder__num_layers=10)
+
+    def fail():
+      self.assertNotEqual(store._pages.shape, SHAPE)
+      raise RuntimeError('no program')
+
+    with self.assertRaisesRegex(ValueError, 'at least two pages of 20480 byt'):
+      store.roll_over(wide, OTHER, keep_events=False, warm_up=fail)
+    self.check(store, ['a'], cache, [0])
+    with self.assertRaises(ZeroDivisionError):
+      store.roll_over(CONFIG, OTHER, keep_events=False, warm_up=lambda: 1 // 0)
+    self.check(store, ['a'], cache, [0])
+
+    narrow, made = support.config(encoder__width=8), []
+
+    def zeros(shape, *args, make=pages.Shape.zeros):
+      if made and made[-1].shape[0] == SHAPE.layers:
+        if shape != SHAPE:
+          raise RuntimeError('no memory')
+      made.append(make(shape, *args))
+      return made[-1]
+
+    with (
+      mock.patch.object(pages.Shape, 'zeros', zeros),
+      self.assertRaisesRegex(RuntimeError, 'no memory'),
+    ):
+      store.roll_over(narrow, OTHER, keep_events=False)
+    self.assertTrue(made[0].is_deleted())
+    self.assertLen(made, 3)
+    for _ in range(2):
+      self.assertIsNone(store.find('a').state)
+      self.assertEqual(store.fingerprint, MODEL)
+      self.assertEqual(store.used_bytes, 0)
+      cache, kept = self.put(store, ['a'], 20)
+      self.assertEqual(kept, [True])
+      self.check(store, ['a'], cache, [0])
+      with self.assertRaisesRegex(RuntimeError, 'no program'):
+        store.roll_over(narrow, OTHER, keep_events=False, warm_up=fail)
+    self.assertEqual(store._seconds, {('encode', 16): 1.0})
+
+  def test_another_model_of_other_buckets_and_bytes(self):
+    store = self.store(8)
+    options = dataclasses.replace(BUCKETS, cache_dtype='int8', row_buckets=(8,))
+    store.roll_over(CONFIG, OTHER, keep_events=True, scorer_config=options)
+    self.assertEqual(store._pages.shape, pages.Shape.of(CONFIG, options))
+    self.assertLessEqual(store.device_bytes, store.options.device_bytes)
+    place = store.use({}, 16, lambda pool, place: place)
+    self.assertLen(place.read, 8)
+
   def test_compiles_nothing_new(self):
     store = self.store(8)
     store.warm_up([4], [16, 48])

@@ -480,6 +480,74 @@ class EngineTest(parameterized.TestCase):
       self.one(engine, self.request(past), 'hit')
     self.one(engine, self.request(past, 0), 'encoded', past)
 
+  def test_a_roll_over_that_fails(self):
+    """The old model stays; so do states of the same shape, and events."""
+    engine = self.engine(
+      'causal', False, max_events=16, device_bytes=2 * 4096
+    )  # Two pages.
+    engine.warm_up(candidates=4)
+    past = worlds.events(self.rng, 4, USER)
+    maker = worlds.maker('causal', False)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+
+    def of(**fields):
+      config = support.config(schema=maker.schema, **fields)
+      _, variables = support.init(config)
+      return scoring.Scorer(config, variables, worlds.BUCKETS)
+
+    few = dataclasses.replace(worlds.BUCKETS, new_event_buckets=(1,))
+    old = engine.scorer
+    for other, said in (
+      (of(encoder__num_layers=4), 'device_bytes=8192 must hold at least two'),
+      (scoring.Scorer(old.config, old.variables, few), '2 new events do not'),
+    ):
+      with self.assertRaisesRegex(ValueError, said):
+        engine.roll_over(other, maker)
+      self.one(engine, self.request(past), 'hit', past)
+    for source, num_layers in (
+      ('hit', old.config.encoder.num_layers), ('encoded', 1)
+    ):  # fmt: skip
+      other = of(fusion='cross_only', encoder__num_layers=num_layers)
+      with (
+        mock.patch.object(
+          paged.PagedScorer, 'warm_up', side_effect=RuntimeError('no program')
+        ),
+        self.assertRaisesRegex(RuntimeError, 'no program'),
+      ):
+        engine.roll_over(other, worlds.maker('truncated', False))
+      self.assertIs(engine.scorer, old)
+      self.one(engine, self.request(past), source, past)
+    self.assertEqual(engine.metrics()['roll_overs'], 0)
+
+  def test_a_roll_over_warms_up_what_the_other_model_has(self):
+    """States that new events do not extend need fewer programs, and back."""
+    engine = self.engine('causal', False, max_events=16)
+    engine.warm_up(candidates=4)
+    past = worlds.events(self.rng, 4, USER)
+    for variant, source in (
+      ('bidirectional', 'encoded'),
+      ('causal', 'extended'),
+    ):
+      self.variant = variant
+      engine.roll_over(worlds.scorer(variant), worlds.maker(variant, False))
+      with scorers.count_compilations() as compiled:
+        for request, wanted in (
+          (self.request(past[:3], 0), 'encoded'),
+          (self.request(past[:3]), 'hit'),
+          (self.request(past, 3), source),
+        ):
+          self.one(engine, request, wanted)
+      self.assertEmpty(compiled)
+
+  def test_a_warm_up_that_fails_is_not_repeated(self):
+    engine = self.engine('causal', False)
+    with self.assertRaisesRegex(ValueError, '64 events in a history do not'):
+      engine.warm_up(candidates=4, events=64)
+    engine.roll_over(
+      worlds.scorer('bidirectional'), worlds.maker('bidirectional', False)
+    )
+    self.assertEqual(engine.metrics()['roll_overs'], 1)
+
   def test_what_a_window_dropped_another_model_asks_for(self):
     engine = self.engine('window', False)
     past = worlds.events(self.rng, 30, USER)
