@@ -81,6 +81,7 @@ def serve() -> None:
     cache_dtype=dtype,
     which=which,
   )
+  seen = server.listing(path)  # Before the engine reads what is there.
   engine: app_lib.RunEngine
   if _ENGINE.value == 'ray':
     from histjax.serving import cluster
@@ -106,7 +107,9 @@ def serve() -> None:
   )
   application = app_lib.make_app(
     service,
-    background=[lambda: server.watch(service, path, engine, every_s, which)],
+    background=[
+      lambda: server.watch(service, path, engine, every_s, which, seen)
+    ],
     routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
   )
   print(f'serves {_HOST.value}:{_PORT.value}', flush=True)

@@ -244,6 +244,7 @@ async def watch(
   engine: RunEngine,
   every_s: float,
   which: Literal['best', 'latest'] = 'best',
+  seen: tuple = (),
 ) -> None:
   """Rolls over to the workdir's parameters whenever they change.
 
@@ -257,16 +258,17 @@ async def watch(
     engine: of the service.
     every_s: seconds between looks; 0: none.
     which: parameters, the best or the latest.
+    seen: the workdir's `listing` before the engine read its parameters. Empty:
+      the first look reads them again, and compares.
   """
   if not every_s:
     return
-  seen = await asyncio.to_thread(_listing, workdir)
   while True:
     await asyncio.sleep(every_s)
-    listing = await asyncio.to_thread(_listing, workdir)
-    if listing == seen:
+    now = await asyncio.to_thread(listing, workdir)
+    if now == seen:
       continue
-    seen = listing
+    seen = now
     try:
       changed = await asyncio.to_thread(_roll_over, workdir, engine, which)
     except Exception as error:  # Training goes on, or somebody copies.
@@ -295,7 +297,7 @@ def _roll_over(
   return True
 
 
-def _listing(workdir: str) -> tuple:
+def listing(workdir: str) -> tuple:
   """What changes whenever a checkpoint is written or deleted."""
   try:
     folders = step_folders.of(pathlib.Path(workdir)).iterdir()

@@ -1,5 +1,6 @@
 """Faults: slow clients, signals, other parameters, several servers."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -21,6 +23,7 @@ from histjax.data import rows as rows_lib
 from histjax.serving import app as app_lib
 from histjax.serving import cache_store, client, engine, messages, server
 from histjax.training import run as run_lib
+from histjax.training import step_folders
 from tests.serving import bodies
 from tests.serving.conftest import connect, running, service_of
 from tests.serving.test_app import Stub, post, problem_of
@@ -206,6 +209,41 @@ class TestRollOver:
       while failed not in found.http.get('/metrics').text:
         time.sleep(0.05)
       assert scores(found, bodies.body()) == before
+
+
+@pytest.mark.parametrize('told', [True, False])
+def test_a_checkpoint_that_comes_before_the_watch(tmp_path, monkeypatch, told):
+  """While the engine is made; no other comes after it."""
+  folder = step_folders.of(tmp_path)
+  (folder / '5').mkdir(parents=True)
+  seen = server.listing(str(tmp_path)) if told else ()
+  (folder / '10').mkdir()
+  assert looks_that_read(tmp_path, monkeypatch, seen) == 1
+
+
+def test_parameters_that_are_served_are_not_read_again(tmp_path, monkeypatch):
+  (step_folders.of(tmp_path) / '5').mkdir(parents=True)
+  seen = server.listing(str(tmp_path))
+  assert looks_that_read(tmp_path, monkeypatch, seen) == 0
+
+
+def looks_that_read(workdir, monkeypatch, seen):
+  """Of the first looks."""
+  read = mock.Mock(return_value=True)
+  monkeypatch.setattr(server, '_roll_over', read)
+  looks = iter(range(3))
+
+  def listing(workdir, look=server.listing):
+    if next(looks, None) is None:
+      raise KeyboardInterrupt
+    return look(workdir)
+
+  monkeypatch.setattr(server, 'listing', listing)
+  with pytest.raises(KeyboardInterrupt):
+    asyncio.run(
+      server.watch(mock.MagicMock(), str(workdir), None, 0.001, seen=seen)
+    )
+  return read.call_count
 
 
 def test_buckets():
