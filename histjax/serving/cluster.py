@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from histjax.scoring import Scorer
 from histjax.serving.batcher import UnavailableError
@@ -33,6 +34,8 @@ Make = Callable[[], tuple[Engine, Callable[[], Any]]]
 """An engine and what warms it up, as `server.make_engine` returns."""
 Told = tuple[list[Result | Exception], str, float, dict[str, float]]
 """Results, and by which replica, and when by its clock it had counted what."""
+_NO_ANSWER = ray.exceptions.RayError, RayServeException, TimeoutError
+"""Of Ray, and of Ray Serve, which has no base in common with it."""
 _FORGET_S = 600.0
 """After so long a replica that says nothing is no more told of."""
 
@@ -146,26 +149,34 @@ class RemoteEngine:
     parts: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
       parts.setdefault(self.bucket(request.user), []).append(i)
-    answers = {
-      bucket: self._handle.options(multiplexed_model_id=bucket).score.remote(
-        [requests[i] for i in part]
-      )
-      for bucket, part in parts.items()
-    }
+    answers: dict[str, Any] = {}
     found: dict[int, Result | Exception] = {}
+    for bucket, part in parts.items():
+      handle = self._handle.options(multiplexed_model_id=bucket)
+      try:
+        answers[bucket] = handle.score.remote([requests[i] for i in part])
+      except _NO_ANSWER as error:
+        found |= self._unanswered(part, error)
     for bucket, answer in answers.items():
       part = parts[bucket]
       try:
         results, replica, when, counts = answer.result(
           timeout_s=self._timeout_s
         )
-        self._keep(replica, when, counts)
-      except (ray.exceptions.RayError, TimeoutError) as error:
-        lost = UnavailableError(f'a replica does not answer: {error!r:.200}')
-        results = [lost] * len(part)
-        self._lost += len(part)
+      except _NO_ANSWER as error:
+        found |= self._unanswered(part, error)
+        continue
+      self._keep(replica, when, counts)
       found |= dict(zip(part, results, strict=True))
     return [found[i] for i in range(len(requests))]
+
+  def _unanswered(
+    self, part: Sequence[int], error: Exception
+  ) -> dict[int, UnavailableError]:
+    """What these requests are told."""
+    self._lost += len(part)
+    lost = UnavailableError(f'a replica does not answer: {error!r:.200}')
+    return dict.fromkeys(part, lost)
 
   def _keep(self, replica: str, when: float, counts: dict[str, float]) -> None:
     """Keeps what is the latest; answers come in any order."""
