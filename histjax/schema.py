@@ -157,8 +157,10 @@ class Task:
   Attributes:
     name: the task's name in batches, metrics and scores.
     column: the log's column; `name` if empty.
-    threshold: the label is `column >= threshold`; if None the column itself
-      must hold 0 or 1.
+    threshold: the label is `column >= threshold`, rounded to the column's type
+      if that is of 16 or 32 bits, which hold no 4.1; if None the column itself
+      must hold 0 or 1. Numbers of JSON and CSV have 64 bits: write a float32
+      as 4.1 there, not as 4.099999904632568.
   """
 
   name: str

@@ -201,7 +201,7 @@ def scale(raw: np.ndarray, feature: Dense) -> np.ndarray:
 
 
 def encode_label(columns: Columns, task: Task) -> np.ndarray:
-  """float32 `[n]` in {0, 1}.
+  """float32 `[n]` in {0, 1}; see `bound` for a threshold's type.
 
   Raises:
     ValueError: a value is no number, or, without a threshold, neither 0 nor 1.
@@ -209,13 +209,11 @@ def encode_label(columns: Columns, task: Task) -> np.ndarray:
   choices = 'a number'
   if task.threshold is None:
     choices = '0 or 1 (or true or false)'
-  values = numbers(
-    columns,
-    task.column,
-    f'a label of task {task.name!r} must be {choices}; write it so',
-  )
+  problem = f'a label of task {task.name!r} must be {choices}; write it so'
+  values = numbers(columns, task.column, problem)
   if task.threshold is not None:
-    return (values >= task.threshold).astype(np.float32)
+    bounds = _joined(columns, task.column, _bounds, task.threshold)
+    return (values >= bounds).astype(np.float32)
   parts.check(
     columns,
     task.column,
@@ -225,6 +223,24 @@ def encode_label(columns: Columns, task: Task) -> np.ndarray:
     'from which on it counts as 1',
   )
   return values.astype(np.float32)
+
+
+def bound(threshold: float, dtype: np.dtype) -> float:
+  """A threshold as a column of type `dtype` holds it, if that is a float.
+
+  So 4.1 reaches 4.1 in a column of any width.
+  """
+  if dtype.kind != 'f':
+    return threshold
+  with np.errstate(over='ignore'):  # Infinite: it holds none as large.
+    return float(np.array(threshold).astype(dtype))
+
+
+def _bounds(columns, name, start, array, threshold: float) -> np.ndarray:
+  del columns, name, start
+  is_float = pa.types.is_floating(array.type)
+  dtype = np.dtype(array.type.to_pandas_dtype() if is_float else np.float64)
+  return np.full(len(array), bound(threshold, dtype))
 
 
 def encode_time(columns: Columns, name: str) -> tuple[np.ndarray, bool]:

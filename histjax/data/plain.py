@@ -162,11 +162,12 @@ def _label(schema: Schema, values: Any, task: Task) -> np.ndarray | None:
   found = _numbers(schema, values, task.column)
   if found is None:
     return None
-  found = found.astype(np.float64)
+  dtype, found = found.dtype, found.astype(np.float64)
   if not np.isfinite(found).all():
     return None
   if task.threshold is not None:
-    return (found >= task.threshold).astype(np.float32)
+    bound = columns_lib.bound(task.threshold, dtype)
+    return (found >= bound).astype(np.float32)
   good = ((found == 0) | (found == 1)).all()
   return found.astype(np.float32) if good else None
 

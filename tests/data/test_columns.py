@@ -222,6 +222,33 @@ class IndexTest(parameterized.TestCase):
       columns_lib.encode_categorical(parts([1], [2, 3], [4.0, 1.5]), INDEX)
 
 
+class LabelTest(parameterized.TestCase):
+  @parameterized.product(
+    kind=(np.float16, np.float32, np.float64, str),
+    threshold=(4.1, 0.7, 3.3),
+  )
+  def test_threshold_in_a_column_of_any_width(self, kind, threshold):
+    task = Task('y', column='item', threshold=threshold)
+    values = np.array([threshold - 0.1, threshold, threshold + 0.1], kind)
+    for found in (
+      columns_lib.encode_label(table(values), task),
+      columns_lib.encode_label(parts([5], values, ['0']), task)[1:-1],
+      values_lib.labels(
+        Schema('user', 'time', item=(Dense('price'),), tasks=(task,)),
+        {'item': values},
+        3,
+        'past',
+      )['y'],
+    ):
+      self.assertEqual(found.tolist(), [0, 1, 1])
+
+  def test_threshold_that_a_type_does_not_hold(self):
+    task = Task('y', column='item', threshold=1e6)
+    values = np.array([6e4, 1.0], np.float16)
+    found = columns_lib.encode_label(table(values), task)
+    self.assertEqual(found.tolist(), [0, 0])
+
+
 class DenseTest(parameterized.TestCase):
   @parameterized.parameters(
     ([1, 2],),
