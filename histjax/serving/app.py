@@ -187,7 +187,7 @@ class Service:
     timeout_s = self.config.timeout_s
     if message.timeout_ms is not None:
       timeout_s = min(message.timeout_ms / 1000, 3600.0)
-    scored = await self._scored(message, timeout_s - read_s - decode_s)
+    scored = await self._scored(message, timeout_s, read_s + decode_s)
     for phase, seconds in (('read', read_s), ('decode', decode_s)):
       self.metrics.observe_phase(phase, seconds)
     result: Result = scored.result
@@ -201,7 +201,7 @@ class Service:
     return response
 
   async def _scored(
-    self, message: messages.ScoreRequest, timeout_s: float
+    self, message: messages.ScoreRequest, timeout_s: float, spent_s: float
   ) -> batcher_lib.Scored:
     request = Request(
       user=message.user,
@@ -211,7 +211,7 @@ class Service:
       first=message.first,
     )
     try:
-      return await self.batcher.score(request, timeout_s)
+      return await self.batcher.score(request, timeout_s, spent_s)
     except batcher_lib.QueueFullError as error:
       refused = messages.refusal(429, str(error), fix='come back later')
       refused.retry_after_s = error.retry_after_s

@@ -80,6 +80,10 @@ class Scored:
   batch_size: int
 
 
+def _ms(seconds: float) -> str:
+  return f'{1e3 * seconds:.7g} ms'  # Less than one is not 0.
+
+
 @dataclasses.dataclass(eq=False)
 class _Waiting:
   request: Any
@@ -137,20 +141,29 @@ class Batcher:
     self._thread.shutdown()
     self._aside.shutdown(cancel_futures=True)
 
-  async def score(self, request: Any, timeout_s: float) -> Scored:
+  async def score(
+    self, request: Any, timeout_s: float, spent_s: float = 0.0
+  ) -> Scored:
     """The request's result.
 
     Args:
       request: what `score` takes.
       timeout_s: its batch must have begun by then.
+      spent_s: of `timeout_s`, what is over already.
 
     Raises:
       QueueFullError, StoppedError: at once.
-      DeadlineError: its time is over.
+      DeadlineError: its time is over; at once if that is so already.
       Exception: of the function.
     """
     if self._stopping:
       raise StoppedError('the server stops')
+    if spent_s >= timeout_s:
+      raise DeadlineError(
+        f'{_ms(timeout_s)} were over before it was queued, after {_ms(spent_s)}'
+      )
+    if len(self._queue) >= self.config.max_queue:
+      self._drop_done()
     if len(self._queue) >= self.config.max_queue:
       batches = len(self._queue) / self.config.max_batch
       raise QueueFullError(len(self._queue), batches * self._batch_s)
@@ -160,7 +173,7 @@ class Batcher:
       request,
       time.monotonic(),
       future,
-      loop.call_later(timeout_s, self._expire, future, timeout_s),
+      loop.call_later(timeout_s - spent_s, self._expire, future, timeout_s),
     )
     self._queue.append(item)
     self._wake.set()
@@ -180,9 +193,7 @@ class Batcher:
   @staticmethod
   def _expire(future: asyncio.Future, timeout_s: float) -> None:
     if not future.done():
-      future.set_exception(
-        DeadlineError(f'not begun within {1e3 * timeout_s:.0f} ms')
-      )
+      future.set_exception(DeadlineError(f'not begun within {_ms(timeout_s)}'))
 
   async def _run(self) -> None:
     loop = asyncio.get_running_loop()

@@ -435,6 +435,11 @@ class TestService:
       late = post(found, bodies.body(timeout_ms=20))
       assert late.status_code == 504
       assert problem_of(late).field == 'timeout_ms'
+      assert problem_of(late).detail == 'not begun within 20 ms'
+      late = post(found, bodies.body(timeout_ms=0.001))
+      assert late.status_code == 504
+      said = '0.001 ms were over before it was queued'
+      assert problem_of(late).detail.startswith(said)
       stub.go.set()
       assert first.result().status_code == 200
 

@@ -80,6 +80,29 @@ class BatcherTest(parameterized.TestCase):
 
     self.assertEqual(asyncio.run(run()), [[1]])
 
+  def test_what_the_client_gave_is_what_is_said(self):
+    async def run():
+      held = Held()
+      async with batching(held, max_queue=1, max_wait_s=0) as found:
+        tasks = [asyncio.create_task(found.score(1, 30))]
+        await asyncio.to_thread(held.begun.wait)
+        with self.assertRaisesRegex(lib.DeadlineError, 'within 3600000 ms'):
+          await found.score(2, 3600, 3600 - 1e-3)
+        tasks += [asyncio.create_task(found.score(3, 30))]
+        await asyncio.sleep(0)
+        # Not that the queue is full: to come again would not help.
+        for timeout_s, spent_s, said in (
+          (0.02, 0.057, '20 ms were over before it was queued, after 57 ms'),
+          (2e-4, 2e-4, '0.2 ms were over before it was queued, after 0.2 ms'),
+        ):
+          with self.assertRaisesRegex(lib.DeadlineError, f'^{said}$'):
+            await found.score(2, timeout_s, spent_s)
+        held.go.set()
+        await asyncio.gather(*tasks)
+      return held.batches
+
+    self.assertEqual(asyncio.run(run()), [[1], [3]])
+
   def test_work_that_has_begun_is_never_late(self):
     async def run():
       held = Held()
@@ -107,6 +130,28 @@ class BatcherTest(parameterized.TestCase):
       return held.batches
 
     self.assertEqual(asyncio.run(run()), [[0], [1, 2]])
+
+  def test_a_queue_of_those_whose_time_is_over_has_room(self):
+    async def run():
+      held = Held()
+      async with batching(held, max_queue=2, max_wait_s=0) as found:
+        tasks = [asyncio.create_task(found.score(0, 30))]
+        await asyncio.to_thread(held.begun.wait)
+        gone = asyncio.create_task(found.score(1, 30))
+        await asyncio.sleep(0)
+        with self.assertRaises(lib.DeadlineError):
+          await found.score(2, 0.001)
+        gone.cancel()
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(found.score(i, 30)) for i in (3, 4)]
+        await asyncio.sleep(0)
+        with self.assertRaises(lib.QueueFullError):
+          await found.score(5, 30)
+        held.go.set()
+        await asyncio.gather(*tasks)
+      return held.batches
+
+    self.assertEqual(asyncio.run(run()), [[0], [3, 4]])
 
   def test_clients_that_are_gone_cost_nothing(self):
     async def run():
