@@ -12,6 +12,11 @@ if TYPE_CHECKING:
   from histjax.data.datasets import Dataset
   from histjax.data.rows import Rows
 
+_WIDE = 256
+"""Characters of a text that all others are padded to, at most."""
+_TEXTS = 2**12
+"""That are padded at once."""
+
 
 def fingerprint(dataset: Dataset) -> str:
   """SHA-256, in hex, of all values that the rows of a dataset are made of.
@@ -55,9 +60,26 @@ def _arrays(rows: Rows) -> Iterator[tuple[str, np.ndarray]]:
 
 def _digest(values: np.ndarray) -> bytes:
   if values.dtype == object:
-    values = values.astype(str)
+    return _digest_texts([str(v) for v in values.tolist()])
   little = values.dtype.newbyteorder('<')  # Whatever machine this is.
   values = np.ascontiguousarray(values, dtype=little)
   digest = hashlib.sha256(f'{little.str} {values.shape}\n'.encode())
   digest.update(values.tobytes() if not values.size else values.data.cast('B'))
+  return digest.digest()
+
+
+def _digest_texts(texts: list[str]) -> bytes:
+  width = max([1, *map(len, texts)])
+  if width > _WIDE or any(text.endswith('\0') for text in texts):
+    # NumPy pads all to the longest, by zeros, and takes off a text's own.
+    encoded = [text.encode() for text in texts]
+    digest = hashlib.sha256(f'utf8 ({len(texts)},)\n'.encode())
+    digest.update(np.array([len(text) for text in encoded], '<i8').tobytes())
+    for text in encoded:
+      digest.update(text)
+    return digest.digest()
+  digest = hashlib.sha256(f'<U{width} ({len(texts)},)\n'.encode())
+  for start in range(0, len(texts), _TEXTS):
+    some = np.array(texts[start : start + _TEXTS], f'<U{width}')
+    digest.update(some.tobytes())
   return digest.digest()

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,39 @@ class _Index:
     with np.load(self.path) as archive:
       return archive[what]
 
+  def keys(self) -> np.ndarray:
+    """Of `pack_keys`."""
+    with np.load(self.path) as archive:
+      if 'keys' in archive:
+        return archive['keys']
+      stops, utf8 = archive['keys/stops'].tolist(), archive['keys/utf8']
+    text = utf8.tobytes()
+    return _objects(
+      text[start:stop].decode()
+      for start, stop in zip([0, *stops], stops, strict=False)
+    )
+
+
+def pack_keys(keys: np.ndarray) -> dict[str, np.ndarray]:
+  """Keys of `EventLog.keys` as arrays of an index.
+
+  Returns:
+    'keys', integers; or of texts 'keys/utf8', uint8, all of them joined, and
+    'keys/stops', int64 `[users]`, where each ends. NumPy's own texts would each
+    be as long as the longest.
+  """
+  if keys.dtype.kind in 'iu':
+    return {'keys': keys}
+  texts = [str(key).encode() for key in keys.tolist()]
+  return {
+    'keys/utf8': np.frombuffer(b''.join(texts), np.uint8),
+    'keys/stops': np.cumsum([len(text) for text in texts], dtype=np.int64),
+  }
+
+
+def _objects(texts: Iterable[str]) -> np.ndarray:
+  return np.array([*texts, None], object)[:-1]
+
 
 def _sha256(path: pathlib.Path) -> str:
   with open(path, 'rb') as file:
@@ -225,9 +258,9 @@ class PreparedRows(RowSource):
   @functools.cached_property
   def keys(self) -> np.ndarray:
     """See `RowSource`; read when it is asked for."""
-    keys = [index.read('keys') for index in self._indices]
+    keys = [index.keys() for index in self._indices]
     if len({k.dtype.kind for k in keys}) > 1:  # '7' here, a text there.
-      keys = [k.astype(str) for k in keys]
+      keys = [_objects(map(str, k.tolist())) for k in keys]
     return np.concatenate(keys)
 
   @property

@@ -1,6 +1,7 @@
 """The fingerprint is of contents: all of them, and nothing else."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -74,6 +75,37 @@ class FingerprintTest(parameterized.TestCase):
     text = {**columns(), 'user': [f'u{u}' for u in columns()['user']]}
     other = {**columns(), 'user': [f'v{u}' for u in columns()['user']]}
     self.assertNotEqual(of(text), of(other))
+
+  def test_of_texts_is_what_it_was(self):
+    text = {**columns(), 'user': [f'u{u}' for u in columns()['user']]}
+    self.assertEqual(
+      of(text),
+      '9ba57e7fe0ebe7cfc57e64d998c22e2af81d055807827815cf9463d2ab171390',
+    )
+
+  @parameterized.parameters('u0\0', 'u0' + 'x' * 300, 'u0' + 'x' * 300 + '\0')
+  def test_names_that_end_in_zeros_or_are_long(self, name):
+    texts = [f'u{u}' if u < 5 else 'longest' for u in columns()['user']]
+    found = {
+      of({**columns(), 'user': [first if t == 'u0' else t for t in texts]})
+      for first in (name, name + '\0', 'u0')
+    }
+    self.assertLen(found, 3)
+
+  def test_memory_of_one_long_name(self):
+    names = [f'u{i}' for i in range(500)] + ['x' * 20_000]  # Padded: 40 MB.
+    size = len(names)
+    values = {**{k: np.resize(v, size) for k, v in columns().items()}}
+    values |= {'user': names, 'country': [0] * size}
+    values['request'] = np.arange(size)
+    log = EventLog.from_columns(values, SCHEMA)
+    splits = {k: make_rows(log, m, ROWS) for k, m in SPLIT.masks(log).items()}
+    dataset = datasets.Dataset(log.schema, splits, log)
+    tracemalloc.start()
+    fingerprint(dataset)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    self.assertLess(peak, 4e6)
 
   def test_two_values_swapped(self):
     changed = columns()

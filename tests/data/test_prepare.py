@@ -212,6 +212,19 @@ class SameRowsTest(parameterized.TestCase):
     found = prepared(data_config, self.folder / 'out')
     prepared_rows.check_same(self, found, datasets.load(data_config))
 
+  def test_keys_are_stored_as_they_are(self):
+    data = some_columns(120)
+    names = {'u1': 'u2\0', 'u3': 'x' * 20_000, 'u4': 'ü'}
+    data['uid'] = np.array([names.get(u, u) for u in data['uid']], object)
+    data_config = config(write(self.folder, data, ()), features=FEATURES[3:4])
+    run(data_config, self.folder / 'out', num_shards=2)
+    for path in (self.folder / 'out').glob('index-*'):
+      self.assertLess(path.stat().st_size, 50_000)
+    found = prepared(data_config, self.folder / 'out')
+    prepared_rows.check_same(self, found, datasets.load(data_config))
+    keys = found.splits['train'].keys
+    self.assertEqual(sorted(keys), sorted(set(data['uid'])))
+
   def test_features_named_as_arguments_of_numpy(self):
     data_config = config(write(self.folder, some_columns(60), ()), features=())
     item = tuple(

@@ -199,16 +199,15 @@ def write_shard(job: Job, shard: int) -> None:
   """
   log, fitted = read_log(job, shard), features_lib.load(job.work)
   first_times = json.loads((job.work / 'first_times.json').read_text())
-  arrays: dict[str, np.ndarray] = {'keys': np.zeros(0, np.int64)}
+  keys = np.zeros(0, np.int64)
   labels: dict[str, dict[str, list[int]]] = {}
   told: dict[str, dict[str, Any]] = {}
   if log is not None:
     keys = log.keys
-    arrays['keys'] = keys if keys.dtype.kind in 'iu' else keys.astype(str)
     masks = job.source.split.masks(log)
     schema = datasets.model_schema(log.schema, fitted, job.data.without)
     log = dataclasses.replace(log, schema=schema)
-  items = _items(job, fitted)
+  arrays, items = prepared.pack_keys(keys), _items(job, fitted)
   if log is not None:
     atomic.write(
       job.occupied(shard), functools.partial(_save, _occupied(job, log))
@@ -219,7 +218,7 @@ def write_shard(job: Job, shard: int) -> None:
       rows = _rows(job, shard, log, masks, fitted, split, first_times)
     path = job.path(split, shard, 'array_record')
     _write_records(path, rows)
-    arrays |= _index(split, rows, len(arrays['keys']), items)
+    arrays |= _index(split, rows, len(keys), items)
     labels[split] = _labels(job, rows)
     told[path.name] = {'rows': 0 if rows is None else len(rows)}
   index = job.path('index', shard, 'npz')
@@ -233,7 +232,7 @@ def write_shard(job: Job, shard: int) -> None:
     {
       'files': told,
       'labels': labels,
-      'users': len(arrays['keys']),
+      'users': len(keys),
       'events': 0 if log is None else len(log),
     },
   )
