@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from histjax import config as dicts
 from histjax import metrics
-from histjax.data import datasets
+from histjax.data import cold, datasets
 from histjax.nn import fusion as fusion_lib
 from histjax.nn.encoder import EncoderConfig
 from histjax.schema import Schema
@@ -44,6 +44,11 @@ class StudyDataset:
   floors: Mapping[str, tuple[str, ...]] = dataclasses.field(
     default_factory=dict
   )
+
+  @property
+  def leave_out(self) -> cold.LeaveOut:
+    """Of `run`: which candidates no cell counts."""
+    return dicts.from_dict(cold.LeaveOut, self.run.get('leave_out', {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,8 @@ class StudyConfig:
     for field in ('datasets', 'fusions', 'trials', 'seeds'):
       if not getattr(self, field):
         raise ValueError(f'study: {field} is empty; give at least one')
+    for name, dataset in self.datasets.items():
+      _check_in_memory(name, dataset.run)
     for name in self.fusions:
       if name not in fusion_lib.FUSIONS:
         raise ValueError(
@@ -239,6 +246,16 @@ def run_config(
   return train_config(study, cell, trial, dataset.schema), dataset
 
 
+def floor_config(study: StudyConfig, cell: Cell, task: str) -> dict[str, Any]:
+  """What the JSON of a floor says that it is; `task` is of its labels."""
+  dataset = study.datasets[cell.dataset]
+  terms = list(dataset.floors[cell.variant])
+  found = {'terms': terms, 'task': task, 'window': cell.window}
+  if dataset.leave_out:
+    found['leave_out'] = dicts.to_dict(dataset.leave_out)
+  return found
+
+
 def train_config(
   study: StudyConfig, cell: Cell, trial: str, schema: Schema
 ) -> TrainConfig:
@@ -279,15 +296,33 @@ def _data_config(values: Changes, cell: Cell) -> datasets.DataConfig:
 
 
 def _check_changes(name: str, changes: Changes) -> None:
+  _check_in_memory(name, changes)
+  if _at(changes, ('leave_out',)) is not None:
+    raise ValueError(
+      f'study: {name!r} changes leave_out, but all cells of a dataset are '
+      "compared on the same candidates; set it in the dataset's run"
+    )
   for path in _OWN:
-    value: Any = changes
-    for field in path:
-      value = value.get(field) if isinstance(value, Mapping) else None
-    if value is not None:
+    if _at(changes, path) is not None:
       raise ValueError(
         f'study: {name!r} changes {".".join(path)}, which follows from the '
         'fusion, the windows and the seeds of the study; leave it out'
       )
+
+
+def _check_in_memory(name: str, values: Changes) -> None:
+  if prepared := _at(values, ('data', 'prepared')):
+    raise ValueError(
+      f'study: {name!r} has data.prepared={prepared!r}, but scores are kept by '
+      'event of a log in memory; leave it empty'
+    )
+
+
+def _at(values: Any, path: Sequence[str]) -> Any:
+  """What a path of fields leads to; None: nothing."""
+  for field in path:
+    values = values.get(field) if isinstance(values, Mapping) else None
+  return values
 
 
 @functools.lru_cache(maxsize=4)

@@ -20,8 +20,9 @@ from fusion_study import floors, store
 from fusion_study.config import Cell, StudyConfig
 from histjax import config as dicts
 from histjax import metrics
-from histjax.data import datasets, pipeline
+from histjax.data import cold, datasets, pipeline
 from histjax.data.fingerprint import fingerprint
+from histjax.data.rows import Rows
 from histjax.models.ranker import Ranker
 from histjax.training import checkpoints, evaluation, identity, sharding
 from histjax.training import report as report_lib
@@ -197,18 +198,24 @@ def _train(config, run: pathlib.Path, dataset, mesh) -> tuple[Values, float]:
 
 
 def _scores(config, variables, dataset: datasets.Dataset, mesh):
-  """Of the test split, by event."""
+  """Of the test split's candidates that count, by event."""
   rows, task = dataset.in_memory('test'), config.model.schema.tasks[0].name
+  known, counts = _known(config.leave_out, dataset, rows)
   found = evaluation.predict(
-    Ranker(config.model), variables, rows, config.pipeline, mesh
+    Ranker(config.model), variables, rows, config.pipeline, mesh, known=known
   )
   assert found is not None  # Nothing asked it to stop.
   predictions = found.predictions()
   # Evaluation goes bucket by bucket; see `pipeline.eval_batches`.
   buckets = pipeline.make_buckets(rows, config.pipeline)
-  event = np.concatenate(
-    [rows.candidate_events(r) for bucket in buckets for r in bucket.rows]
+  place = np.concatenate(
+    [
+      np.arange(rows.offsets[r], rows.offsets[r + 1])
+      for bucket in buckets
+      for r in bucket.rows
+    ]
   )
+  event = rows.events[place[counts[place]]]
   order = np.argsort(event, kind='stable')
   label = predictions.labels[task][order]
   if not np.array_equal(label, rows.log.labels[task][event[order]]):
@@ -221,9 +228,18 @@ def _scores(config, variables, dataset: datasets.Dataset, mesh):
   }
 
 
+def _known(
+  leave_out: cold.LeaveOut, dataset: datasets.Dataset, rows: Rows
+) -> tuple[cold.Known | None, np.ndarray]:
+  """What training has seen, and which of `rows.events` count."""
+  if not leave_out:
+    return None, np.ones(len(rows.events), bool)
+  known = cold.Known(leave_out, dataset.splits['train'])
+  return known, known.candidates(rows)
+
+
 def _floor(study, cell: Cell, workdir, old) -> Values:
   dataset_config = study.datasets[cell.dataset]
-  terms = list(dataset_config.floors[cell.variant])
   # Pointwise rows: of every event alone, with what it may see.
   run = dataset_config.run
   kind = {**run['data'].get('rows', {}), 'kind': 'pointwise'}
@@ -231,7 +247,7 @@ def _floor(study, cell: Cell, workdir, old) -> Values:
   dataset = config_lib.load_dataset(dicts.from_dict(datasets.DataConfig, data))
   task = dataset.schema.tasks[0].name
   digest = fingerprint(dataset)
-  config = {'terms': terms, 'task': task, 'window': cell.window}
+  config = config_lib.floor_config(study, cell, task)
   if old is not None:
     lines = dicts.differences(
       old['config'], config, ('in the cell', 'asked for')
@@ -242,12 +258,16 @@ def _floor(study, cell: Cell, workdir, old) -> Values:
   found: Values = {}
   for split in ('validation', 'test'):  # The scores kept are of the last.
     rows = dataset.in_memory(split)
-    logits = floors.floor_logits(rows, train, terms, task, cell.window)
+    logits = floors.floor_logits(
+      rows, train, config['terms'], task, cell.window
+    )
+    _, counts = _known(dataset_config.leave_out, dataset, rows)
+    events = rows.events[counts]
     scores = {
-      'event': rows.events.astype(np.int32),
-      'user': rows.log.user[rows.events],
-      'label': rows.log.labels[task][rows.events] == 1,
-      'logit': logits.astype(np.float32),
+      'event': events.astype(np.int32),
+      'user': rows.log.user[events],
+      'label': rows.log.labels[task][events] == 1,
+      'logit': logits[counts].astype(np.float32),
     }
     found[split] = {
       f'{task}/{name}': value for name, value in _metrics(scores).items()

@@ -110,11 +110,8 @@ def _differences(study: StudyConfig, cell: Cell, values: Values) -> list[str]:
   names = ('in the cell', 'in the study')
   old = values['config']
   if cell.kind == 'floor':
-    terms = study.datasets[cell.dataset].floors[cell.variant]
-    config = {'terms': list(terms), 'window': cell.window}
-    return dicts.differences(
-      {name: old[name] for name in config}, config, names
-    )
+    wanted = config_lib.floor_config(study, cell, old['task'])
+    return dicts.differences(old, wanted, names)
   chosen = values['tuning']['chosen']
   if chosen not in study.trials:
     return [
@@ -124,8 +121,17 @@ def _differences(study: StudyConfig, cell: Cell, values: Values) -> list[str]:
     trained = dicts.from_dict(TrainConfig, old)  # With fields that are new.
   except ValueError as error:
     return [f'of another version of histjax: {error}']
-  wanted = config_lib.train_config(study, cell, chosen, trained.model.schema)
-  return identity.run_differences(dicts.to_dict(trained), wanted, names)
+  schema = trained.model.schema
+  config = config_lib.train_config(study, cell, chosen, schema)
+  return identity.run_differences(dicts.to_dict(trained), config, names)
+
+
+def _task(values: Values) -> str:
+  """The task that a finished cell's scores are of."""
+  config = values['config']
+  if 'task' in config:
+    return config['task']
+  return config['model']['schema']['tasks'][0]['name']
 
 
 class _Dataset:
@@ -186,6 +192,14 @@ class _Dataset:
         found[metric].append(
           function(scores['logit'], scores['label'], self.users, weights)
         )
+      told = values['test'][f'{_task(values)}/auc']
+      if told is not None and abs(found['auc'][-1][0] - told) > 1e-6:
+        raise ValueError(
+          f'the scores of the cell {name} have AUC {found["auc"][-1][0]:.6f}, '
+          f'its metrics {told:.6f}: they are of an earlier version, which kept '
+          'what leave_out leaves out, or of another run; delete the cell to '
+          'have it trained again'
+        )
     return {name: np.stack(values) for name, values in found.items()}
 
   def _row(self, key: Key) -> Values:
@@ -208,7 +222,9 @@ class _Dataset:
       row['chosen'] = first['tuning']['chosen']
       row['device'] = first['environment']['device']
     for name in first['test']:
-      metric = name.rsplit('/', 1)[1]
+      task, metric = name.split('/')
+      if task != _task(first):  # Scores are of the first alone.
+        continue
       values = [c['test'][name] for c in cells]
       values = [np.nan if v is None else v for v in values]
       mean, deviation = statistics.mean_and_deviation(values)

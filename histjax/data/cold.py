@@ -117,6 +117,14 @@ class Known:
     cold_users, cold_items = self._cold(group, ids)
     return mask & ~cold_users & ~cold_items
 
+  def candidates(self, rows: RowSource) -> np.ndarray:
+    """bool `[candidates]`, those of a split that count, row after row."""
+    found = [np.zeros(0, bool)]
+    for group, features, _ in rows.flat(self._features):
+      cold_users, cold_items = self._cold(group, features.get(self._name))
+      found.append(~cold_users & ~cold_items)
+    return np.concatenate(found)
+
   def counts(self, rows: RowSource) -> Counts:
     """How many candidates of a split count."""
     total = left_out = of_users = of_items = 0

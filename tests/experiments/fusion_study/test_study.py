@@ -15,10 +15,18 @@ import numpy as np
 import pytest
 
 from fusion_study import report, runner, store, summary
-from fusion_study.config import StudyConfig, cells, fusion_of, train_config
+from fusion_study.config import (
+  StudyConfig,
+  cells,
+  fusion_of,
+  load_dataset,
+  merge,
+  train_config,
+)
 from histjax import config as dicts
 from histjax import metrics
 from histjax.data import synthetic
+from histjax.data.datasets import DataConfig
 from histjax.training import report as report_lib
 from histjax.training import sharding
 from histjax.training import step as step_lib
@@ -75,6 +83,8 @@ VALUES = {
 }
 SCHEMA = synthetic.schema(synthetic.SyntheticConfig()).with_tasks(('click',))
 STUDY = dicts.from_dict(StudyConfig, VALUES)
+LEAVE_OUT = {'leave_out': {'cold_items': 'item'}}
+PREPARED = {'data': {'prepared': 'rows'}}
 CELL = 'planted/append_cross/window8-seed2'
 
 
@@ -376,6 +386,18 @@ class TestReport:
       {'ablations': {'b': {'fusion': 'concat', 'datasets': ('c',)}}},
       "ablation 'b' is on 'c'",
     ),
+    (
+      {'ablations': {'b': {'fusion': 'concat', 'changes': LEAVE_OUT}}},
+      "'b' changes leave_out, but all cells",
+    ),
+    (
+      {'datasets': {'planted': {'run': PREPARED, 'windows': (8,)}}},
+      "'planted' has data.prepared='rows', but scores are kept by event",
+    ),
+    (
+      {'trials': {'a': PREPARED}},
+      "'a' has data.prepared='rows', but scores are kept by event",
+    ),
     ({'ablations': {'concat': {'fusion': 'concat'}}}, 'the name of a fusion'),
     (
       {'ablations': {'b': {'fusion': 'concat', 'baseline': 'c'}}},
@@ -403,7 +425,8 @@ def scored_cell(workdir, study, cell, logits):
     {
       'cell': dataclasses.asdict(cell),
       'fusion': fusion_of(study, cell),
-      'test': {'click/auc': auc, 'click/gauc': auc},
+      # Of the second task there are no scores.
+      'test': {'click/auc': auc, 'click/gauc': auc, 'like/auc': 0.0},
       'num_parameters': 1,
       'seconds': 1.0,
       'tuning': {'chosen': 'only'},
@@ -459,11 +482,52 @@ def test_cells_of_another_study_are_left_out(tmp_path):
   lines = []
   found = summary.load(tmp_path, progress=lines.append)['datasets']['planted']
   assert [row['seeds'] for row in found] == [[1], [1]]
+  assert all(row['auc']['low'] < row['auc']['mean'] for row in found)
   left = [line for line in lines if line.startswith('left out')]
   assert len(left) == 3
   name = 'planted/append_cross/window8-seed'
   assert f'of another config: {name}2, num_steps: 9 (in the cell), 6' in left[0]
   assert f'not of this study: {name}3, planted/concat' in left[2]
+
+
+def test_scores_that_are_not_those_of_the_metrics(tmp_path):
+  study = changed(trials={'only': {}}, ablations={})
+  report_lib.write_json(tmp_path / store.STUDY_FILE, dicts.to_dict(study))
+  cell = next(c for c in cells(study) if c.kind == 'grid')
+  scored_cell(tmp_path, study, cell, np.arange(200.0))
+  values, scores = store.read_cell(tmp_path, cell.name), np.arange(200.0)[::-1]
+  stored = store.read_scores(tmp_path, cell.name)
+  store.write_cell(tmp_path, cell.name, values, {**stored, 'logit': scores})
+  with pytest.raises(ValueError, match=r'seed1 have AUC .*, its metrics 0\.49'):
+    summary.load(tmp_path, progress=lambda _: None)
+
+
+def test_what_is_left_out_is_in_no_scores(tmp_path):
+  """Of a trained cell and of a floor; metrics and scores agree."""
+  planted = VALUES['datasets']['planted']
+  run_values = merge(
+    planted['run'],
+    {**LEAVE_OUT, 'num_steps': 1, 'data': {'source': {'num_items': 300}}},
+  )
+  study = changed(
+    datasets={'planted': {**planted, 'run': run_values}},
+    trials={'only': {}},
+  )
+  names = ['planted/floor/running', 'planted/concat/window8-seed1']
+  done, _ = run(tmp_path, study, only=names)
+  assert done
+  scores = [store.read_scores(tmp_path, name) for name in names]
+  for name, found in zip(names, scores, strict=True):
+    auc = metrics.auc(found['logit'], found['label'])
+    test = store.read_cell(tmp_path, name)['test']
+    assert auc == test['click/auc']
+  np.testing.assert_array_equal(scores[0]['event'], scores[1]['event'])
+  dataset = load_dataset(dicts.from_dict(DataConfig, run_values['data']))
+  seen, rows = (dataset.in_memory(split) for split in ('train', 'test'))
+  item = rows.features['item'][rows.events]
+  wanted = rows.events[np.isin(item, seen.seen_ids('item'))]
+  assert 0 < len(wanted) < len(item)
+  np.testing.assert_array_equal(scores[0]['event'], np.sort(wanted))
 
 
 def test_one_trial_is_not_run():
