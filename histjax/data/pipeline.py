@@ -265,6 +265,7 @@ class BatchIterator(Iterator[RankingBatch]):
     self._batches, self._next = batches, 0
     self._order = _order(rows, self.buckets, config)
     load = _Load(rows, batches.buckets, multiple, shard_index, shard_count)
+    self._load = load
     self._dataset = grain.MapDataset.source(batches).map(load)
     self._options = grain.ReadOptions(
       num_threads=config.num_threads,
@@ -315,6 +316,15 @@ class BatchIterator(Iterator[RankingBatch]):
     self._iterator.close()
     self._next = epoch * self.batches_per_epoch + place
     self._iterator = self._start()
+
+  def whole(self, ago: int) -> RankingBatch:
+    """A batch that was given, made again, with the rows of all hosts.
+
+    Args:
+      ago: which one; 1: the last that was given.
+    """
+    load = dataclasses.replace(self._load, shard_index=0, shard_count=1)
+    return load(self._batches[self._next - ago])
 
   def close(self) -> None:
     """Ends the threads. The iterator cannot be used any more."""

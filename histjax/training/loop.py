@@ -23,6 +23,7 @@ from histjax.training import optimizer as optimizer_lib
 from histjax.training import report as report_lib
 from histjax.training import state as state_lib
 from histjax.training import step as step_lib
+from histjax.training import tables as tables_lib
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
 from histjax.training.interrupt import Interrupt
@@ -69,7 +70,8 @@ def train_and_evaluate(
 
   Raises:
     ValueError: the config does not fit the dataset, a metric to select by is
-      undefined on validation or test, or `workdir` holds a run of another
+      undefined on validation or test, a batch has more distinct ids than
+      `config.max_unique_ids` says, or `workdir` holds a run of another
       config (the message names the fields), of data that has changed, or of
       another version of histjax.
     ImportError: `config.tensorboard` without tensorboardX.
@@ -506,10 +508,11 @@ class _Run:
       self.state.window if window is None else window
     )
     if found.diverged_at >= 0:
-      saved = self.saved_step
+      step, saved = int(found.diverged_at) + 1, self.saved_step
+      self._check_unique(step)
       raise FloatingPointError(
         'the loss, its gradient or the parameters were not finite in step '
-        f'{int(found.diverged_at) + 1}. Lower optimizer.learning_rate='
+        f'{step}. Lower optimizer.learning_rate='
         f'{self.config.optimizer.learning_rate} or '
         'optimizer.table_learning_rate='
         f'{self.config.optimizer.table_learning_rate}, set '
@@ -521,3 +524,19 @@ class _Run:
         )
       )
     return found
+
+  def _check_unique(self, step: int) -> None:
+    """Raises ValueError if the step's batch exceeds `max_unique_ids`."""
+    bounds = self.config.max_unique_ids
+    if not bounds:
+      return
+    batch = self.batches.whole(self.step - step + 1)
+    found = tables_lib.num_touched(self.config.model.schema, batch)
+    for table, bound in bounds.items():
+      if found[table] > bound:
+        raise ValueError(
+          f'max_unique_ids has {table!r}: {bound}, but the batch of step '
+          f'{step} has {found[table]} distinct ids of that table, so its loss is NaN. '
+          'Raise it, or leave the table out, in another workdir: some other '
+          'batch may have more'
+        )

@@ -151,6 +151,22 @@ def touch(
   )
 
 
+def num_touched(
+  schema: schema_lib.Schema, batch: RankingBatch
+) -> dict[str, int]:
+  """How many distinct rows of each table a batch touches, on the host."""
+  parts = _parts(schema, batch)
+  found = {}
+  for table, size in schema.tables.items():
+    flat = [
+      np.asarray(ids)[np.asarray(real & _within(ids, size))]
+      for features, real, spec in parts
+      for _, ids in _of_table(features, spec, table)
+    ]
+    found[table] = len(np.unique(np.concatenate(flat)))
+  return found
+
+
 def unique(ids: Int[Array, 'N'], bound: int) -> Int[Array, 'K']:
   """The `bound` least distinct ids, ascending, then `NO_ROW`."""
   ids = jnp.sort(ids)

@@ -173,6 +173,17 @@ class TrainBatchesTest(parameterized.TestCase):
       joined = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
       chex.assert_trees_all_equal(joined, batch, strict=True)
 
+  def test_a_host_makes_an_earlier_batch_whole(self):
+    options = {'row_multiple': 4, 'num_epochs': 2}
+    whole = list(pipeline.train_batches(some_rows(), config(), **options))
+    share = pipeline.train_batches(
+      some_rows(), config(), shard_index=1, shard_count=2, **options
+    )
+    for _ in whole[:-1]:
+      next(share)
+    for ago in (1, 2, len(whole) - 1):
+      chex.assert_trees_all_equal(share.whole(ago), whole[-1 - ago])
+
   @parameterized.parameters((1, 1), (2, 1), (8, 2), (6, 3), (8, 8), (1, 3))
   def test_batches_are_the_same_on_any_devices_and_hosts(self, devices, hosts):
     rows = some_rows()

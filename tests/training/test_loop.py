@@ -408,6 +408,15 @@ class TestFailures:
       chex.assert_tree_all_finite(variables)
     assert not runs.run(tmp_path)['interrupted']
 
+  def test_more_distinct_ids_than_said(self, tmp_path):
+    message = (
+      "max_unique_ids has 'item': 3, but the batch of step 1 has "
+      '(1[0-9]|20) distinct ids of that table'
+    )
+    pipeline = dataclasses.replace(CONFIG.pipeline, pack=True)
+    with pytest.raises(ValueError, match=message):
+      runs.run(tmp_path, pipeline=pipeline, max_unique_ids={'item': 3})
+
   def test_other_schema_than_the_dataset(self, tmp_path):
     schema = dataclasses.replace(
       CONFIG.model.schema, tasks=CONFIG.model.schema.tasks[:1]

@@ -260,7 +260,10 @@ class UpdateTest(parameterized.TestCase):
     absent = np.flatnonzero(~touched_rows(batch)['item'])
     batch.candidates.mask[:] = True
     values.flat[: number + 1 - fewer] = absent[: number + 1 - fewer]
-    self.assertGreater(touched_rows(batch)['item'].sum(), number)
+    more = touched_rows(batch)['item'].sum()
+    self.assertGreater(more, number)
+    counts = tables.num_touched(support.SCHEMA, batch)
+    self.assertEqual(counts['item'], more)
     self.assertTrue(np.isnan(train_step(found, batch).window.loss))
 
   def test_a_table_that_the_schema_has_not(self):
