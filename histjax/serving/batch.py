@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from histjax import config as config_lib
-from histjax.data import files, shards
+from histjax.data import files, locks, shards
 from histjax.progress import Progress
 from histjax.scoring.scorer import Scorer
 from histjax.serving import ranked_files
@@ -87,37 +87,38 @@ def rank_files(
   Raises:
     ImportError: Ray is asked for and not installed.
     ValueError: an argument, a file or a value in it is bad, what was written
-      before is of other inputs, options or another model, or a score is not
-      finite.
+      before is of other inputs, options or another model, another process is
+      writing it, or a score is not finite.
   """
   options = options or Options()
   engine = engine or Local()
   engine.check()
   target = ranked_files.Target.of(output, [*events, *candidates])
-  model = load()
-  ranked_files.check_columns(model.join.schema)
-  options.task_of(model.join.schema)
-  model.config.require_amortizable()
-  shards.check(model.join, events, candidates)
-  progress = Progress()
-  identity = _identity(model, events, candidates, options, progress)
-  parts = ranked_files.Parts.open(target.folder, identity)
-  with Interrupt() as interrupt:
-    stop = functools.partial(_stop, interrupt)
-    try:
-      if not parts.complete:
-        data = _prepare(
-          parts, model, events, candidates, options, progress, stop
-        )
-        engine.run(Job(parts, data, options, model, load), progress, stop)
-    except _StoppedError:
-      signal = int(interrupt.signal or 0)
-      return Summary(0, parts.num_shards, parts.num_resumed, signal)
-    except BaseException:
-      parts.discard()
-      raise
-  num_shards, num_resumed = parts.num_shards, parts.num_resumed
-  return Summary(target.finish(parts), num_shards, num_resumed)
+  with locks.FolderLock(target.folder, '--output') as lock:
+    model = load()
+    ranked_files.check_columns(model.join.schema)
+    options.task_of(model.join.schema)
+    model.config.require_amortizable()
+    shards.check(model.join, events, candidates)
+    progress = Progress()
+    identity = _identity(model, events, candidates, options, progress)
+    parts = ranked_files.Parts.open(lock, identity)
+    with Interrupt() as interrupt:
+      stop = functools.partial(_stop, interrupt)
+      try:
+        if not parts.complete:
+          data = _prepare(
+            parts, model, events, candidates, options, progress, stop
+          )
+          engine.run(Job(parts, data, options, model, load), progress, stop)
+      except _StoppedError:
+        signal = int(interrupt.signal or 0)
+        return Summary(0, parts.num_shards, parts.num_resumed, signal)
+      except BaseException:
+        parts.discard(lock)
+        raise
+    num_shards, num_resumed = parts.num_shards, parts.num_resumed
+    return Summary(target.finish(parts, lock), num_shards, num_resumed)
 
 
 class _StoppedError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
+from histjax.data import locks
 from histjax.schema import Schema
+from histjax.training import workdir as workdir_lib
 
 MANIFEST = '_manifest.json'
 """Readers of folders pass over what begins with '_'."""
@@ -90,7 +93,7 @@ class Target:
 
   Attributes:
     file: a .csv or .parquet; None: the parts themselves.
-    folder: of the parts.
+    folder: of the parts, without links.
   """
 
   file: pathlib.Path | None
@@ -103,7 +106,7 @@ class Target:
     Raises:
       ValueError: it cannot be written, or is an input.
     """
-    path = pathlib.Path(output).expanduser()
+    path = workdir_lib.resolve(output, '--output')
     if path.suffix in ('.csv', '.parquet'):
       if path.is_dir():
         raise ValueError(f'--output={path} is a folder; name a file in it')
@@ -116,15 +119,19 @@ class Target:
       raise ValueError(f'--output={path} is a file; name a folder')
     else:
       target = cls(None, path)
-    if not path.parent.is_dir():
-      raise ValueError(f'--output={path}: {path.parent} is no folder; make it')
-    if not os.access(path.parent, os.W_OK):
-      raise ValueError(
-        f'--output={path}: {path.parent} cannot be written to; name another'
-      )
+    # A link to a folder can be filled, and not be deleted as one.
+    folder = pathlib.Path(os.path.realpath(target.folder))
+    target = dataclasses.replace(target, folder=folder)
+    for parent in dict.fromkeys((path.parent, folder.parent)):
+      if not parent.is_dir():
+        raise ValueError(f'--output={path}: {parent} is no folder; make it')
+      if not os.access(parent, os.W_OK):
+        raise ValueError(
+          f'--output={path}: {parent} cannot be written to; name another'
+        )
     for name in inputs:
       source = pathlib.Path(name).expanduser().resolve()
-      for mine in (path.resolve(), target.folder.resolve()):
+      for mine in (path.resolve(), folder):
         among = source in (mine, *mine.parents) or mine in source.parents
         if among and source.exists():
           raise ValueError(
@@ -132,8 +139,13 @@ class Target:
           )
     return target
 
-  def finish(self, parts: Parts) -> int:
-    """Makes the output of the parts; returns its number of rows."""
+  def finish(self, parts: Parts, lock: locks.FolderLock) -> int:
+    """Makes the output of the parts; returns its number of rows.
+
+    Args:
+      parts: all of them.
+      lock: of their folder, which is emptied if the output is a file.
+    """
     paths = [parts.path(i) for i in range(parts.num_shards)]
     num_rows = sum(parquet.read_metadata(path).num_rows for path in paths)
     if self.file is None:
@@ -151,7 +163,7 @@ class Target:
       os.replace(temporary, self.file)
     finally:
       temporary.unlink(missing_ok=True)
-    shutil.rmtree(self.folder)
+    lock.clear()
     return num_rows
 
 
@@ -173,21 +185,21 @@ class Parts:
     self.num_shards = self.num_resumed = 0
 
   @classmethod
-  def open(cls, folder: pathlib.Path, identity: Mapping[str, Any]) -> Parts:
+  def open(cls, lock: locks.FolderLock, identity: Mapping[str, Any]) -> Parts:
     """Begins, or goes on with what was begun.
 
     Args:
-      folder: of the parts; may be absent.
+      lock: of the folder of the parts.
       identity: what scores depend on, by what it is called.
 
     Raises:
       ValueError: the folder has scores of something else, or other files.
     """
+    folder = lock.folder
     parts = cls(folder, identity)
-    if folder.is_dir():
-      for path in folder.glob('.*.tmp'):  # Of a process that was killed.
-        path.unlink()
-    if folder.is_dir() and any(folder.iterdir()):
+    for path in folder.glob('.*.tmp'):  # Of a process that was killed.
+      path.unlink()
+    if lock.names():
       before = parts._manifest()
       begun = any(folder.glob('part-*.parquet'))
       wanted = json.loads(json.dumps(parts._identity))
@@ -206,8 +218,7 @@ class Parts:
         parts.num_shards = before['num_shards']
         parts.num_resumed = int(parts.done().sum())
         return parts
-      shutil.rmtree(folder)
-    folder.mkdir(exist_ok=True)
+      lock.clear()
     parts.plan(0)
     return parts
 
@@ -250,10 +261,11 @@ class Parts:
     """Deletes what is no longer needed."""
     shutil.rmtree(self.work, ignore_errors=True)
 
-  def discard(self) -> None:
-    """Deletes all, unless a part has been written."""
+  def discard(self, lock: locks.FolderLock) -> None:
+    """Deletes all that can be, unless a part has been written."""
     if not any(self.folder.glob('part-*.parquet')):
-      shutil.rmtree(self.folder)
+      with contextlib.suppress(OSError):  # What went wrong before says more.
+        lock.clear()
 
   def _manifest(self) -> dict[str, Any]:
     path = self.folder / MANIFEST

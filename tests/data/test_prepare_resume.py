@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 from pyarrow import parquet
 
 from histjax import features
-from histjax.data import datasets
+from histjax.data import datasets, locks
 from histjax.data import splits as splits_lib
 from histjax.data.prepare import plan
 from histjax.data.rows import RowConfig
@@ -192,6 +192,14 @@ class ResumeTest(parameterized.TestCase):
     found = test_prepare.prepared(self.config, out)
     prepared_rows.check_same(self, found, datasets.load(self.config))
 
+  def test_a_second_start_meanwhile(self):
+    out = self.folder / 'out'
+    with locks.FolderLock(out):
+      (out / '.index.npz.1.tmp').touch()
+      with self.assertRaisesRegex(ValueError, 'another process is at work'):
+        test_prepare.run(self.config, out, num_shards=2)
+      self.assertTrue((out / '.index.npz.1.tmp').exists())
+
   def test_other_configs_and_logs(self):
     out = self.folder / 'out'
     test_prepare.run(self.config, out, num_shards=2)
@@ -257,17 +265,15 @@ class ResumeTest(parameterized.TestCase):
     test_prepare.run(other, self.folder / 'other')
 
   def test_killed_while_it_began(self):
-    nobody = 2**22 + 1  # Beyond the largest number of a process.
     out = self.folder / 'out'
     out.mkdir()
-    for name in ('.manifest.json.{}.tmp', '.probe-{}'):
-      (out / name.format(nobody)).write_text('{')
-      (out / name.format(os.getpid())).write_text('{')  # In a container.
-    running = out / f'.manifest.json.{os.getppid()}.tmp'
-    running.write_text('{')
+    for name in ('.manifest.json.17.tmp', '.probe-17'):
+      (out / name).write_text('{')
+    other = out / '.manifest.json'
+    other.write_text('{')
     with self.assertRaisesRegex(ValueError, 'holds files and no manifest.json'):
       test_prepare.run(self.config, out, num_shards=2)
-    running.unlink()
+    other.unlink()
     test_prepare.run(self.config, out, num_shards=2)
     self.assertEmpty(list(out.glob('.*')))
 

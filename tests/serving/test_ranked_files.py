@@ -1,6 +1,7 @@
 """The best candidates of each user, and where they are written."""
 
 import dataclasses
+from unittest import mock
 
 import hypothesis
 import numpy as np
@@ -10,6 +11,7 @@ from absl.testing import absltest
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
+from histjax.data import locks
 from histjax.serving import ranked_files
 from tests.serving import full_disk, many_users
 
@@ -93,7 +95,8 @@ def test_written_whole_or_not_at_all(tmp_path):
   ):
     path = tmp_path / name
     target = ranked_files.Target.of(path, [])
-    parts = ranked_files.Parts.open(target.folder, {'model': 'x'})
+    lock = locks.FolderLock(target.folder)
+    parts = ranked_files.Parts.open(lock, {'model': 'x'})
     parts.plan(2)
     for shard in range(2):
       assert not parts.complete
@@ -103,15 +106,17 @@ def test_written_whole_or_not_at_all(tmp_path):
       full_disk.files_of_at_most(4096),
       pytest.raises(OSError, match=full_disk.REFUSED),
     ):
-      target.finish(parts)
+      target.finish(parts, lock)
     assert path.read_text() == 'before' and target.folder.is_dir()
-    assert target.finish(parts) == 2000
+    assert target.finish(parts, lock) == 2000
+    lock.release()
     assert read(path).to_pydict() == pa.concat_tables([table] * 2).to_pydict()
   assert {p.name for p in tmp_path.iterdir()} == {'out.csv', 'out.parquet'}
 
 
 def test_a_part_that_cannot_be_written(tmp_path):
-  parts = ranked_files.Parts.open(tmp_path / 'parts', {'model': 'x'})
+  lock = locks.FolderLock(tmp_path / 'parts')
+  parts = ranked_files.Parts.open(lock, {'model': 'x'})
   parts.plan(1)
   table = pa.table({'click': np.random.default_rng(0).normal(size=1000)})
   with (
@@ -119,7 +124,33 @@ def test_a_part_that_cannot_be_written(tmp_path):
     pytest.raises(OSError, match=full_disk.REFUSED),
   ):
     parts.write(0, table)
-  assert [p.name for p in parts.folder.iterdir()] == ['_manifest.json']
+  assert lock.names() == {'_manifest.json'}
+
+
+def test_links_to_folders(tmp_path):
+  """What is deleted in the end is a folder, and no link to one."""
+  real = tmp_path / 'disk/real'
+  real.mkdir(parents=True)
+  for name in ('out', 'out.csv.parts'):
+    (tmp_path / name).symlink_to('disk/real')
+  for name, file in (('out', None), ('out.csv', tmp_path / 'out.csv')):
+    target = ranked_files.Target.of(tmp_path / name, [])
+    assert target == ranked_files.Target(file, real.resolve())
+    with locks.FolderLock(target.folder) as lock:
+      ranked_files.Parts.open(lock, {}).discard(lock)
+    assert list(real.iterdir()) == []
+  (tmp_path / 'lost').symlink_to('absent/out')
+  with pytest.raises(ValueError, match='absent is no folder; make it'):
+    ranked_files.Target.of(tmp_path / 'lost', [])
+
+
+def test_what_cannot_be_discarded(tmp_path):
+  """The error on the way is the one that is told."""
+  with locks.FolderLock(tmp_path / 'out') as lock:
+    parts = ranked_files.Parts.open(lock, {})
+    with mock.patch.object(lock, 'clear', side_effect=OSError('busy')):
+      parts.discard(lock)
+    assert lock.names() == {'_manifest.json'}
 
 
 if __name__ == '__main__':

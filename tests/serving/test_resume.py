@@ -137,6 +137,25 @@ def _plus(tree):
   return tree + 1
 
 
+def test_a_second_start_meanwhile(tmp_path, paths):
+  """It is refused, before any work, and what the first has done is kept."""
+  output = tmp_path / 'ranked'
+
+  class Started(batch.Local):
+    def run(self, job, *args):
+      before = sorted(output.rglob('*'))
+      with pytest.raises(ValueError, match="ranked': another process is at"):
+        batch.rank_files(None, *paths, output, many_users.OPTIONS)
+      assert sorted(output.rglob('*')) == before
+      super().run(job, *args)
+
+  done = batch.rank_files(
+    many_users.model, *paths, output, many_users.OPTIONS, engine=Started()
+  )
+  assert done.num_rows == 90
+  assert '_lock' not in {path.name for path in output.iterdir()}
+
+
 def test_a_folder_of_something_else(tmp_path, paths):
   output = tmp_path / 'ranked'
   output.mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from histjax import config as config_lib
 from histjax import features as features_lib
 from histjax import vocabulary
-from histjax.data import atomic, datasets, files, grouping, prepared
+from histjax.data import atomic, datasets, files, grouping, locks, prepared
 from histjax.data.events import EventLog, columns_of
 from histjax.data.parts import Columns
 from histjax.data.prepare.engines import Local, Ray
@@ -23,8 +22,8 @@ from histjax.data.prepare.job import DONE, Job, digest
 from histjax.schema import Schema
 
 MANIFEST = 'manifest.json'
-_LEFT = re.compile(r'\.(?:manifest\.json\.([0-9]+)\.tmp|probe-([0-9]+))')
-"""What a process of that number begins with."""
+_LEFT = re.compile(r'\.(?:manifest\.json\.[0-9]+\.tmp|probe-[0-9]+)')
+"""What a process begins with."""
 _PROCESS = 0.35 * 2**30
 """Bytes of a process with the library imported."""
 _EVENT = 300
@@ -131,12 +130,12 @@ def _entries(
 
 
 def begin(
-  folder: pathlib.Path, config, paths, options: Options, engine
+  lock: locks.FolderLock, config, paths, options: Options, engine
 ) -> tuple[Job, dict[str, Any]]:
   """Begins, or goes on with what was begun.
 
   Args:
-    folder: of the output.
+    lock: of the output's folder.
     config: of the data.
     paths: of `check`.
     options: how the work is cut.
@@ -151,7 +150,8 @@ def begin(
   """
   config_now = datasets.identity(config)
   log_now = _entries(paths, config.source.schema)
-  if folder.is_dir() and not _is_empty(folder):
+  folder = lock.folder
+  if not _is_empty(lock):
     manifest = _read_manifest(folder)
     _check_same(folder, manifest, config_now, log_now, paths, options)
     atomic.clean(folder)
@@ -163,7 +163,6 @@ def begin(
       'log': log_now,
       **_plan(config, num_events, options, engine),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     atomic.write_json(folder / MANIFEST, manifest)
   job = Job(
     folder=folder,
@@ -176,28 +175,14 @@ def begin(
   return job, manifest
 
 
-def _is_empty(folder: pathlib.Path) -> bool:
+def _is_empty(lock: locks.FolderLock) -> bool:
   """Whether nothing is there; deletes what a killed process began with."""
-  left = list(folder.iterdir())
-  if not all(_is_left(path) for path in left):
+  left = [lock.folder / name for name in lock.names()]
+  if not all(_LEFT.fullmatch(path.name) and path.is_file() for path in left):
     return False
   for path in left:
     path.unlink(missing_ok=True)
   return True
-
-
-def _is_left(path: pathlib.Path) -> bool:
-  known = _LEFT.fullmatch(path.name)
-  if not known or not path.is_file():
-    return False
-  process = int(known[1] or known[2])
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return True
-  except (OSError, OverflowError):
-    return False  # Somebody else's, or no process's number.
-  return process == os.getpid()  # Its number was given anew.
 
 
 def budget(options: Options, engine: Local | Ray) -> float:

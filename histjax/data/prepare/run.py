@@ -30,7 +30,7 @@ import numpy as np
 from histjax import config as config_lib
 from histjax import features as features_lib
 from histjax import vocabulary
-from histjax.data import atomic, columns, datasets, prepared
+from histjax.data import atomic, columns, datasets, locks, prepared
 from histjax.data.prepare import order, plan, stages
 from histjax.data.prepare.engines import Local, Ray, Run
 from histjax.data.prepare.job import DONE, Job
@@ -85,20 +85,23 @@ def prepare(
   Raises:
     ImportError: Ray is asked for and not installed.
     ValueError: an argument, a file or a value in it is bad, memory does not
-      do, or the folder holds something else; the message says which.
+      do, another process is at work in the folder, or it holds something else;
+      the message says which.
   """
   options, engine = options or Options(), engine or Local()
   progress = progress or Progress()
   engine.check()
   folder = pathlib.Path(output).expanduser()
   paths = plan.check(config)
-  job, entry = plan.begin(folder, config, paths, options, engine)
-  work = _Run(job, entry, engine, options, progress)
-  num_resumed = job.num_shards
-  if not (folder / prepared.DATASET).exists():
-    num_resumed = len(_done(job))
-    with engine.start() as run:
-      work.all(run)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with locks.FolderLock(folder) as lock:
+    job, entry = plan.begin(lock, config, paths, options, engine)
+    work = _Run(job, entry, engine, options, progress)
+    num_resumed = job.num_shards
+    if not (folder / prepared.DATASET).exists():
+      num_resumed = len(_done(job))
+      with engine.start() as run:
+        work.all(run)
   values = json.loads((folder / prepared.DATASET).read_text())
   shards = values['shards']
   return Summary(
