@@ -62,13 +62,15 @@ def _equal_columns(columns: Mapping[str, Any], source: str):
   for name, values in found.items():
     if type(values) is list:
       continue
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(
-      values, '__iter__'
-    ):
+    try:
+      if isinstance(values, (str, bytes, Mapping)):
+        raise TypeError
+      iter(values)  # An array of no dimensions has __iter__, and refuses.
+    except TypeError:
       raise ValueError(
         f'column {name!r} of {source} is {values!r}, a '
         f'{type(values).__name__}; give one value an event, as a list'
-      )
+      ) from None
     found[name] = values if hasattr(values, '__len__') else list(values)
   if len(set(map(len, found.values()))) > 1:
     lengths = {name: len(values) for name, values in found.items()}

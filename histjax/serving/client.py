@@ -7,13 +7,16 @@ with Client('http://127.0.0.1:8000') as client:
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import httpx
 import msgspec
+import numpy as np
 
 from histjax.serving import messages
 
@@ -110,7 +113,8 @@ class Client:
       user: the key, as in the log.
       candidates: the items to score, `[{column: value}]` or
         `{column: [values]}`, under the log's column names; columns may be
-        NumPy arrays.
+        NumPy arrays. Moments (datetime, numpy.datetime64) are sent as texts
+        in ISO 8601; without a time zone they are UTC.
       context: one value a column.
       events: what the user did since, oldest first, in the same form.
       first: the number of the first of them in the user's whole history: the
@@ -118,16 +122,17 @@ class Client:
       timeout_ms: until its batch must have begun; None: the server's.
 
     Raises:
-      ValueError: a value is of a type that cannot be sent.
+      ValueError: a value is of a type that cannot be sent, or an integer of
+        more than 64 bits.
       UnknownHistoryError: send the whole history with first=0.
       ServerError: another refusal; its problem names the field and the fix.
       UnavailableError: no answer after all retries.
     """
     request: dict[str, Any] = {
-      'user': user,
-      'candidates': candidates,
-      'context': context or {},
-      'events': events,
+      'user': _value('user', user),
+      'candidates': _table('candidates', candidates),
+      'context': _row('context', context or {}),
+      'events': _table('events', events),
       'first': first,
     }
     if timeout_ms is not None:
@@ -135,7 +140,7 @@ class Client:
     response = self._send(
       'POST',
       '/v1/score',
-      content=_ENCODER.encode(request),
+      content=_encode(request),
       headers={'content-type': messages.MSGPACK, 'accept': messages.MSGPACK},
     )
     return msgspec.msgpack.decode(response.content, type=messages.ScoreReply)
@@ -202,16 +207,115 @@ def _seconds(text: str) -> float:
   return min(float(text), 60.0) if text.isdecimal() else 0.0
 
 
+_AS_THEY_ARE = {int, float, str, bool}
+_BITS = -(2**63), 2**64 - 1
+
+
+def _encode(request: Mapping[str, Any]) -> bytes:
+  try:
+    return _ENCODER.encode(request)
+  except OverflowError:
+    for part in ('user', 'first', 'context', 'candidates', 'events'):
+      _check_bits(part, request[part])
+    raise
+
+
+def _check_bits(where: str, value: Any) -> None:
+  """Raises the ValueError of an integer of more than 64 bits."""
+  if isinstance(value, Mapping):
+    for name, part in value.items():
+      _check_bits(f'{where}.{name}', part)
+  elif isinstance(value, (list, tuple)):
+    for part in value:
+      _check_bits(where, part)
+  elif isinstance(value, int) and not _BITS[0] <= value <= _BITS[1]:
+    raise ValueError(
+      f'{where} has {value}, which does not fit into 64 bits; give it as text '
+      'if it is a key'
+    )
+
+
+def _table(source: str, table: Any) -> Any:
+  """Columns or rows, as they can be sent."""
+  if isinstance(table, Mapping):
+    return {k: _column(f'{source}.{k}', x) for k, x in table.items()}
+  if not isinstance(table, (list, tuple)):
+    return table
+  if all(type(row) is dict for row in table):
+    values = itertools.chain.from_iterable(map(dict.values, table))
+    if _AS_THEY_ARE.issuperset(map(type, values)):
+      return table
+  return [_row(source, row) for row in table]
+
+
+def _row(source: str, row: Any) -> Any:
+  if not isinstance(row, Mapping):
+    return row
+  return {name: _value(f'{source}.{name}', x) for name, x in row.items()}
+
+
+def _column(where: str, values: Any) -> Any:
+  if isinstance(values, (list, tuple)):
+    if _AS_THEY_ARE.issuperset(map(type, values)):
+      return values
+    return [_value(where, x) for x in values]
+  if _kind(values) == 'M':
+    array = np.asarray(values)
+    if array.dtype.kind == 'M':  # Else pandas has a time zone in its type.
+      return _moments(where, array)
+  if hasattr(values, 'tolist') and _kind(values) != 'm':
+    found = values.tolist()
+    return (_column if isinstance(found, list) else _value)(where, found)
+  return _value(where, values)
+
+
+def _value(where: str, value: Any) -> Any:
+  """What MessagePack has no type for as what it, and the server, have."""
+  if _kind(value) == 'M':
+    return _moments(where, np.asarray(value))
+  if isinstance(value, datetime.datetime) and value == value:  # No NaT.
+    if value.tzinfo is not None:
+      value = value.astimezone(datetime.UTC)
+    return value.isoformat()
+  if hasattr(value, 'tolist') and _kind(value) != 'm':
+    found = value.tolist()
+    if type(found) is not type(value):  # Of float128 it is.
+      return _value(where, found)
+  if _kind(value) or isinstance(
+    value, (Set, datetime.datetime, datetime.timedelta)
+  ):
+    raise _unsendable(where, value)
+  return value
+
+
+def _kind(values: Any) -> str:
+  """Of an array or a number of NumPy; '' of all else."""
+  return getattr(getattr(values, 'dtype', None), 'kind', '')
+
+
+def _moments(where: str, values: Any) -> Any:
+  """Texts of numpy.datetime64, one or an array, in their own unit."""
+  if np.isnat(values).any():
+    raise _unsendable(where, values)
+  unit = np.datetime_data(values.dtype)[0]
+  coarse = {'Y': 'D', 'M': 'D', 'W': 'D', 'h': 's', 'm': 's'}
+  if unit in coarse:
+    values = values.astype(f'datetime64[{coarse[unit]}]')
+  return np.datetime_as_string(values).tolist()
+
+
+def _unsendable(where: str, value: Any) -> ValueError:
+  return ValueError(
+    f'{where} has {value!r}, a {type(value).__name__}; give numbers, texts, '
+    'booleans and moments, in lists or NumPy arrays'
+  )
+
+
 def _plain(value: Any) -> Any:
-  """What MessagePack has no type for as what it has one for."""
+  """What is left after `_value`."""
   if isinstance(value, Mapping):
     return dict(value)
-  if hasattr(value, 'tolist'):  # NumPy's arrays and numbers.
-    return value.tolist()
-  raise ValueError(
-    f'a request has {value!r}, a {type(value).__name__}; give numbers, texts '
-    'and booleans, in lists or NumPy arrays'
-  )
+  raise _unsendable('a request', value)
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)

@@ -314,6 +314,11 @@ class MakeRowTest(parameterized.TestCase):
       {'candidates': {'ts': b'12', 'item_id': [1], 'price': [1.0]}},
       "'ts' of candidates is b'12', a bytes",
     ),
+    (
+      'no_dimensions',
+      {'candidates': {'ts': [9], 'item_id': np.array(1), 'price': [1.0]}},
+      r"'item_id' of candidates is array\(1\), a ndarray; give one value",
+    ),
     ('negative_visible', {'visible': -1}, r'visible=-1 must be in \[0, 2\]'),
     (
       'lengths',

@@ -1,12 +1,16 @@
 """The client tries again what may be tried again."""
 
+import datetime
 import types
 
 import httpx
 import msgspec
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 
+from histjax.data import parsing
 from histjax.serving import client, messages
 from tests.serving import bodies
 
@@ -115,6 +119,68 @@ def test_arrays_and_the_token(slept):
 def test_what_is_no_value(slept):
   with pytest.raises(ValueError, match='1j, a complex; give numbers'):
     make(Answers(200)).score(7, {'item': [1j]})
+
+
+ZONE = datetime.timezone(datetime.timedelta(hours=8))
+
+
+@pytest.mark.parametrize(
+  'moments',
+  [
+    np.array(['2024-01-01T00:00:00.000000001'], 'datetime64[ns]'),
+    np.array(['2024-01-01T00:00:00.5'], 'datetime64[us]'),
+    np.array(['2024-01-01T05'], 'datetime64[h]'),
+    np.array(['2024'], 'datetime64[Y]'),
+    [np.datetime64('2024-01-01T00:00', 'm')],
+    [datetime.datetime(2024, 1, 1, 7, 30)],
+    [datetime.datetime(2024, 1, 1, 7, 30, tzinfo=ZONE)],
+    [datetime.date(2024, 1, 1)],
+    pd.Series(pd.to_datetime(['2024-01-01T07:30:00.000000001'])),
+    pd.Series(pd.to_datetime(['2024-01-01T07:30']).tz_localize(ZONE)),
+    [pd.Timestamp('2024-01-01T07:30', tz=ZONE)],
+  ],
+)
+def test_a_moment_is_read_as_itself(slept, moments):
+  """As it is in process, by what the server reads texts with."""
+  answers = Answers(200, 200)
+  wanted = parsing.to_array(moments).cast('timestamp[ns]').cast('int64')
+  rows = [{'ts': x} for x in moments]
+  for candidates in ({'ts': moments}, rows):
+    make(answers).score(7, candidates, context={'ts': rows[0]['ts']})
+    body = answers.requests.pop().content
+    request = messages.decode(messages.MSGPACK, body)
+    found = request.candidates
+    found = found['ts'] if isinstance(found, dict) else [found[0]['ts']]
+    for text in (found, [request.context['ts']]):
+      times, _ = parsing.text_to_times(pa.array(text, pa.large_string()))
+      assert times.cast('int64').to_pylist() == wanted.to_pylist()
+
+
+@pytest.mark.parametrize(
+  ('values', 'said'),
+  [
+    ({3, 1}, 'a set; give'),
+    ([{3}], 'a set; give'),
+    ([2**64], f'{2**64}, which does not fit into 64 bits; give it as'),
+    ([-(2**63) - 1], 'which does not fit into 64 bits'),
+    (np.array(['NaT'], 'datetime64[ns]'), 'NaT'),
+    ([pd.NaT], 'NaT'),
+    (np.array([1], 'timedelta64[ns]'), 'timedelta64'),
+    ([np.timedelta64(1, 'ns')], 'a timedelta64; give'),
+    ([datetime.timedelta(1)], 'a timedelta; give'),
+    (np.array([1], np.longdouble), 'a longdouble; give'),
+  ],
+)
+def test_what_would_be_something_else(slept, values, said):
+  for part in ('candidates', 'events'):
+    tables = {'candidates': {'item': [1]}, part: {'item': values}}
+    with pytest.raises(ValueError, match=rf'{part}\.item has .*{said}'):
+      make(Answers()).score(7, **tables)
+
+
+def test_a_user_of_65_bits(slept):
+  with pytest.raises(ValueError, match=f'user has {2**64}, which does not fit'):
+    make(Answers()).score(2**64, {'item': [1]})
 
 
 def test_against_a_server(served):

@@ -231,6 +231,7 @@ class EngineTest(parameterized.TestCase):
       dataclasses.replace(good, user=9, events=[{'ts': 1}]),
       dataclasses.replace(good, user=10, context=[3]),
       dataclasses.replace(good, user=11, events=past * 20),
+      dataclasses.replace(good, user=12, candidates={'item': np.array(1)}),
     ]
     results = engine.score([*bad[:5], good, *bad[5:]])
     for i, result in enumerate(results):
