@@ -71,9 +71,9 @@ def train_and_evaluate(
   Raises:
     ValueError: the config does not fit the dataset, a metric to select by is
       undefined on validation or test, a batch has more distinct ids than
-      `config.max_unique_ids` says, or `workdir` holds a run of another
-      config (the message names the fields), of data that has changed, or of
-      another version of histjax.
+      `config.max_unique_ids` says, another process trains in `workdir`, or
+      that holds a run of another config (the message names the fields), of
+      data that has changed, or of another version of histjax.
     ImportError: `config.tensorboard` without tensorboardX.
     FloatingPointError: the loss, its gradient or the parameters are not
       finite. The checkpoints are those from before.
@@ -100,6 +100,8 @@ def _train_and_evaluate(
   if config.tensorboard:
     report_lib.tensorboard_writer()  # Fails now if it is not installed.
   with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(workdir_lib.alone(workdir))
     checkpoints = stack.enter_context(
       checkpoints_lib.Checkpoints(workdir, keep=config.keep_checkpoints)
     )
@@ -536,7 +538,7 @@ class _Run:
       if found[table] > bound:
         raise ValueError(
           f'max_unique_ids has {table!r}: {bound}, but the batch of step '
-          f'{step} has {found[table]} distinct ids of that table, so its loss is NaN. '
-          'Raise it, or leave the table out, in another workdir: some other '
-          'batch may have more'
+          f'{step} has {found[table]} distinct ids of that table, so its loss '
+          'is NaN. Raise it, or leave the table out, in another workdir: some '
+          'other batch may have more'
         )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
+
+from absl import logging
+
+from histjax.data import locks
 
 _SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
 """Of a URL; `pathlib` makes `gs:/bucket` of `gs://bucket`."""
@@ -77,6 +82,24 @@ def prepare(
       'folder on a disk that you may write to',
     ) from e
   return found
+
+
+def alone(folder: pathlib.Path) -> contextlib.AbstractContextManager[object]:
+  """Exclusive use of a folder while a run writes to it.
+
+  Without, where neither the system nor the disk knows locks, which is logged.
+
+  Args:
+    folder: of `prepare`.
+
+  Raises:
+    ValueError: another process is at work there.
+  """
+  try:
+    return locks.FolderLock(folder, 'workdir')
+  except (ImportError, OSError) as e:
+    logging.warning('%s; see that no other process trains there', e)
+    return contextlib.nullcontext()
 
 
 def prepare_output(

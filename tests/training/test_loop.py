@@ -1,6 +1,7 @@
 """Whole runs, on the synthetic data with the real ranker."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import chex
 import jax
@@ -19,11 +21,11 @@ import pytest
 
 from histjax import config as config_lib
 from histjax import metrics
-from histjax.data import cold
+from histjax.data import cold, locks
 from histjax.data import rows as rows_lib
 from histjax.data.rows import make_rows
 from histjax.models import ranker
-from histjax.training import checkpoints, evaluation, loop
+from histjax.training import checkpoints, evaluation, loop, workdir
 from histjax.training import config as train_config
 from histjax.training import optimizer as optimizer_lib
 from histjax.training import report as report_lib
@@ -407,6 +409,19 @@ class TestFailures:
       variables, _ = checkpoints.load_variables(tmp_path, 'latest')
       chex.assert_tree_all_finite(variables)
     assert not runs.run(tmp_path)['interrupted']
+
+  def test_another_process_trains_there(self, tmp_path, monkeypatch, caplog):
+    with locks.FolderLock(tmp_path, 'workdir'):
+      with pytest.raises(
+        ValueError, match=f'workdir={str(tmp_path)!r}: another process is at w'
+      ):
+        runs.run(tmp_path)
+    assert not list(tmp_path.iterdir())
+    # A disk may know no locks.
+    unknown = OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(locks, '_locked', mock.Mock(side_effect=unknown))
+    with workdir.alone(tmp_path):
+      assert 'No locks available' in caplog.text
 
   def test_more_distinct_ids_than_said(self, tmp_path):
     message = (
