@@ -44,6 +44,7 @@ from absl import app, flags, logging
 
 import benchmarking
 import config_util
+import flag_util
 from benchmarking import (
   cost,
   devices,
@@ -107,12 +108,14 @@ _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Without a workdir: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Without a workdir: N.')
 _BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
 _USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: at once.')
+_HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
 # Of the suites prepare and spill.
 _CONFIG = config_util.Config(TrainConfig, 'Of these.', required=False)
 _FOLDER = flags.DEFINE_string('folder', None, 'To work in.')
 _EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.')
 _MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB, its bound.')
 _WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.')
+_OF_A_MODEL = (*_OF_ONE_MODEL, _SERVING)
 _ONLY_OF = {
   'calls': ('request',),
   'fusions': ('histories',),
@@ -120,14 +123,31 @@ _ONLY_OF = {
   'events': _OF_A_LOG,
   'memory': _OF_A_LOG,
   'workers': _OF_A_LOG,
+  'config': _OF_A_LOG,
+  'workdir': _OF_ONE_MODEL,
+  'lengths': _OF_A_MODEL,
+  'candidates': _OF_A_MODEL,
+  'width': _OF_A_MODEL,
+  'num_layers': _OF_A_MODEL,
+  'num_heads': _OF_A_MODEL,
+  'bfloat16': _OF_A_MODEL,
+  'rows': (*_OF_ONE_MODEL, _TABLES, _DEVICES),
+  'users': (_SERVING,),
+  'http': (_SERVING,),
+  'workloads': tuple(_SUITES),
+  'contenders': (*_SUITES, _TABLES, _DEVICES),
+  'repeats': (*_SUITES, _TABLES, _DEVICES),
+  'seconds': (*_OF_A_MODEL, *_SUITES, _TABLES, _DEVICES),
 }
 """Flags that other suites would ignore."""
-_HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
 
 
 def one_model(suite):
   variables = None
   if _WORKDIR.value is not None:
+    flag_util.refuse(
+      ('width', 'num_layers', 'num_heads'), 'is of a model without --workdir'
+    )
     # These need the packages that read data; the other suites do not.
     from histjax.training import checkpoints, identity
 

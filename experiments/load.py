@@ -20,6 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 
 import benchmarking
+import flag_util
 from benchmarking import (
   load,
   load_engines,
@@ -73,6 +74,23 @@ _DEFAULTS = {
 def value(flag: flags.FlagHolder) -> Any:
   given: Any = flag.value
   return _DEFAULTS[flag.name][_CHECK.value] if given is None else given
+
+
+def check_flags() -> None:
+  """Raises a ValueError of a flag that would do nothing."""
+  if _SERVE.value:
+    others = {*_DEFAULTS} - {'longest', 'candidates'}
+    others |= {'check', 'output', 'flag', 'limit_ms', 'tries', 'rate'}
+    flag_util.refuse(sorted(others), 'is not of --serve')
+    return
+  if _CHECK.value:
+    flag_util.refuse(('engine', 'limit_ms', 'tries'), 'is not of --check')
+  else:
+    flag_util.refuse(['rate'], 'is of --check')
+    if 'store' not in _ENGINES.value:
+      flag_util.refuse(('store_mib', 'flag'), 'is of --engine=store')
+  if _WORKDIR.value:
+    flag_util.refuse(('width', 'layers'), 'is of runs made, without --workdir')
 
 
 def serve() -> None:
@@ -155,6 +173,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
+    check_flags()
     (serve if _SERVE.value else run)()
   except (ValueError, OSError, RuntimeError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error

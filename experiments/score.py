@@ -27,6 +27,7 @@ import functools
 
 from absl import app, flags, logging
 
+import flag_util
 from histjax.serving import batch
 
 _WORKDIR = flags.DEFINE_string(
@@ -75,6 +76,8 @@ def rank_files() -> None:
   engine: batch.Local | batch.Ray = batch.Local()
   if _ENGINE.value == 'ray':
     engine = batch.Ray(_RAY_WORKERS.value, num_gpus=_RAY_GPUS.value)
+  else:
+    flag_util.refuse(('ray_workers', 'ray_gpus'), 'is of --engine=ray')
   done = batch.rank_files(
     functools.partial(
       batch.Model.from_workdir,

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+import flag_util
 from histjax import quantization
 from histjax.serving import app as app_lib
 from histjax.serving import batcher, cache_store, messages, page, server
@@ -23,7 +24,7 @@ from histjax.training import workdir
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
 _ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'ray'], 'Where.')
-_REPLICAS = flags.DEFINE_integer('replicas', None, 'Of ray; None: 2.', 1)
+_REPLICAS = flags.DEFINE_integer('replicas', 2, 'Of --engine=ray.', 1)
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
 _PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
 _TOKEN = flags.DEFINE_string('token_file', None, 'A file with a token.')
@@ -55,10 +56,8 @@ _MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
 def serve() -> None:
   for name in _MODULES.value:
     importlib.import_module(name)
-  if _ENGINE.value == 'local' and _REPLICAS.value is not None:
-    raise ValueError(
-      f'--replicas={_REPLICAS.value} is of --engine=ray; leave it out'
-    )
+  if _ENGINE.value == 'local':
+    flag_util.refuse(['replicas'], 'is of --engine=ray')
   if not all(x.isdecimal() for x in _WARM.value):
     raise ValueError(f'--warm_up={_WARM.value} must be whole numbers')
   *events, candidates = map(int, _WARM.value)
@@ -87,7 +86,7 @@ def serve() -> None:
     from histjax.serving import cluster
 
     remote = cluster.RemoteEngine(
-      make, path, replicas=_REPLICAS.value or 2, which=which
+      make, path, replicas=_REPLICAS.value, which=which
     )
     engine, warm_up = remote, remote.wait
   else:

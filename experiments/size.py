@@ -15,6 +15,7 @@ import pathlib
 
 from absl import app, flags
 
+import flag_util
 from benchmarking import sizing
 from histjax import EncoderConfig
 
@@ -52,6 +53,7 @@ def models():
       'none'
     )
   else:
+    flag_util.refuse(['lengths'], 'is of a model that is named, and none is')
     return sizing.MODELS, _DTYPE.value or 'bfloat16'
   found = [(encoder, int(length)) for length in _LENGTHS.value]
   return found, _DTYPE.value or dtype

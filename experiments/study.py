@@ -24,6 +24,7 @@ if __name__ == '__main__':
 from absl import app, flags, logging
 
 import config_util
+import flag_util
 from fusion_study import report, runner, summary
 from fusion_study.config import StudyConfig
 from histjax import config as config_lib
@@ -53,6 +54,12 @@ def rerun(path):
 
 def run():
   workdir = workdir_lib.resolve(_WORKDIR.value)
+  if _RERUN.value:
+    flag_util.refuse(('config', 'report', 'only', 'cost'), 'is not of --rerun')
+  elif _REPORT.value:
+    flag_util.refuse(('config', 'only'), 'is not of --report')
+  elif _ONLY.value:
+    flag_util.refuse(['cost'], 'is of a report, which --only makes none of')
   if _RERUN.value:
     return rerun(_RERUN.value)
   if not _REPORT.value:

@@ -1,4 +1,4 @@
-"""What experiments/benchmark.py and scale.py refuse before they work."""
+"""What programs of experiments/ refuse before they work."""
 
 import json
 import pathlib
@@ -14,14 +14,14 @@ import json, sys
 from absl import app, flags
 from absl.testing import flagsaver
 import {program} as program
-flags.FLAGS([sys.argv[0]])
+flags.FLAGS.mark_as_parsed()
 found = []
 for case in json.loads(sys.argv[1]):
   with flagsaver.as_parsed(**case['flags']):
     try:
       program.main(['program', *case.get('argv', [])])
       found.append('no error')
-    except app.UsageError as error:
+    except (app.UsageError, SystemExit) as error:
       found.append(str(error))
 print(json.dumps(found))
 """
@@ -59,6 +59,27 @@ class UsageTest(absltest.TestCase):
       f'--{name} is of --suite={suites}, not of tables'
       for name, (_, suites) in wrong.items()
     ]
+    others = {
+      'workloads': ('single_128', 'scoring'),
+      'contenders': ('xla', 'cost'),
+      'repeats': ('3', 'serving'),
+      'seconds': ('1', 'spill'),
+      'rows': ('1', 'request'),
+      'lengths': ('8', 'request'),
+      'candidates': ('8', 'train_step'),
+      'width': ('8', 'tower'),
+      'num_layers': ('1', 'attention'),
+      'num_heads': ('1', 'devices'),
+      'bfloat16': ('true', 'tower'),
+      'users': ('1', 'request'),
+      'http': ('false', 'request'),
+      'workdir': ('run', 'serving'),
+    }
+    cases += [
+      {'flags': {'suite': suite, name: value}}
+      for name, (value, suite) in others.items()
+    ]
+    cases += [{'flags': {'workdir': 'absent', 'width': '8'}}]
     cases += [
       {'flags': {'suite': 'tables'}, 'argv': ['more']},
       {'flags': {'suite': 'cost', 'rows': '1,2'}},
@@ -72,7 +93,74 @@ class UsageTest(absltest.TestCase):
       '--candidates=[4]',
       'suite=fusions takes one of --lengths=[8] and one of --candidates=[4, 8]',
     ]
-    self.assertEqual(messages('benchmark', *cases), expected)
+    found = messages('benchmark', *cases)
+    kept = found[: len(wrong)] + found[-4:]
+    self.assertEqual(kept, expected)
+    *some, last = found[len(wrong) : -4]
+    for said, (name, (_, suite)) in zip(some, others.items(), strict=True):
+      self.assertRegex(said, f'^--{name} is of --suite=.*, not of {suite}$')
+    self.assertEqual(
+      last,
+      'ValueError: --width=8 is of a model without --workdir; leave it out',
+    )
+
+  def test_load(self):
+    self.check(
+      'load',
+      ({'check': 'true', 'engine': 'store'}, "--engine=['store'] is not of"),
+      ({'check': 'true', 'tries': '1'}, '--tries=1 is not of --check'),
+      ({'check': 'true', 'limit_ms': '9'}, '--limit_ms=9.0 is not of --check'),
+      ({'rate': '9'}, '--rate=9.0 is of --check'),
+      (
+        {'workdir': 'run', 'width': '64'},
+        '--width=64 is of runs made, without --workdir',
+      ),
+      ({'workdir': 'run', 'layers': '1'}, '--layers=1 is of runs made'),
+      (
+        {'engine': 'plain', 'store_mib': '9'},
+        '--store_mib=9 is of --engine=store',
+      ),
+      ({'serve': '1', 'rate': '9'}, '--rate=9.0 is not of --serve'),
+    )
+
+  def test_score(self):
+    files = {name: 'x' for name in ('workdir', 'events', 'candidates')}
+    self.check(
+      'score',
+      *(
+        ({**files, 'output': 'x', name: '1'}, f'--{name}={said} is of --engine')
+        for name, said in (('ray_workers', '1'), ('ray_gpus', '1.0'))
+      ),
+    )
+
+  def test_serve(self):
+    self.check(
+      'serve',
+      ({'workdir': 'x', 'replicas': '2'}, '--replicas=2 is of --engine=ray'),
+    )
+
+  def test_size(self):
+    self.check('size', ({'lengths': '9'}, "--lengths=['9'] is of a model that"))
+
+  def test_study(self):
+    self.check(
+      'study',
+      *(
+        ({'workdir': 'x', **given}, said)
+        for given, said in (
+          ({'rerun': 'a.json', 'report': 'true'}, '--report=True is not of'),
+          ({'rerun': 'a.json', 'cost': 'b'}, '--cost=b is not of --rerun'),
+          ({'report': 'true', 'only': 'a'}, "--only=['a'] is not of --report"),
+          ({'only': 'a', 'cost': 'b'}, '--cost=b is of a report, which'),
+        )
+      ),
+    )
+
+  def check(self, program, *cases):
+    found = messages(program, *({'flags': given} for given, _ in cases))
+    for text, (_, said) in zip(found, cases, strict=True):
+      self.assertStartsWith(text, f'ValueError: {said}')
+      self.assertEndsWith(text, '; leave it out')
 
   def test_scale(self):
     self.assertEqual(
