@@ -89,7 +89,8 @@ def group_candidates(
     where each row begins, and the event after the last that each sees.
 
   Raises:
-    ValueError: the log does not say what a request is.
+    ValueError: the log does not say what a request is, or `snapshot_every` is
+      too small for its times.
   """
   visible = log.visible(config.ties)
   if config.kind == 'pointwise':
@@ -127,17 +128,25 @@ def _snapshots(log, events, visible, config, first_time):
     return events, visible[events[first]], user
   unit = 1e-9 if log.is_timestamp else log.schema.time_unit
   begin = log.time[events].min() if first_time is None else first_time
-  period = np.floor((log.time - begin) * unit / config.snapshot_every)
-  period = period.astype(np.int64)
+  with np.errstate(over='ignore'):
+    period = np.floor((log.time - begin) * unit / config.snapshot_every)
+  last = period[events].max()
+  if not last < 2**53:
+    raise ValueError(
+      f'rows: snapshot_every={config.snapshot_every} gives {last:g} snapshots '
+      'until the last candidate, more than are told apart; raise it'
+    )
+  # Others are as the next: no event is in between.
+  numbers = np.unique(period[(period >= 0) & (period <= last)])
   parts = []
   later = None
-  for number in range(int(period[events].max()), -1, -1):
+  for place, number in reversed([*enumerate(numbers.tolist())]):
     before = np.bincount(log.user[period < number], minlength=log.num_users)
     taken = (log.offsets[:-1] + before)[user]
     due = period[events] >= number
     if later is not None:  # Candidates of later periods may have had it.
       due &= (period[events] == number) | (taken != later)
-    parts.append((events[due], taken[due], number * log.num_users + user[due]))
+    parts.append((events[due], taken[due], place * log.num_users + user[due]))
     later = taken
   return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 

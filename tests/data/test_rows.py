@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from unittest import mock
 
 import chex
 import numpy as np
@@ -269,6 +270,32 @@ class RowsTest(parameterized.TestCase):
         items = row.candidates['item'] - 3
         latest[items] = np.maximum(latest[items], row.visible)
       self.assertEqual(latest.tolist(), taken)
+
+  @parameterized.parameters(1.0, 1e-4)
+  def test_snapshots_of_empty_periods_cost_nothing(self, every):
+    times = [0, 1, 3000, 3001]
+    log = EventLog.from_columns({**self._data(4), 'ts': times}, logs.schema())
+    config = RowConfig('snapshot', snapshot_every=every)
+    with mock.patch.object(np, 'bincount', wraps=np.bincount) as count:
+      rows = make_rows(log, np.ones(4, bool), config)
+    self.assertLess(count.call_count, 20)
+    self.assertEqual(
+      [(r.candidates['item'].tolist(), r.visible.tolist()) for r in rows],
+      [
+        ([6], [3]),
+        ([5, 6], [2, 2]),
+        ([4, 5, 6], [1, 1, 1]),
+        ([3, 4, 5, 6], [0, 0, 0, 0]),
+      ],
+    )
+
+  def test_snapshots_that_are_not_told_apart(self):
+    log = EventLog.from_columns({**self._data(2), 'ts': [0, 1]}, logs.schema())
+    for every in (1e-16, 1e-320):
+      with self.assertRaisesRegex(ValueError, f'snapshot_every={every} gives'):
+        make_rows(
+          log, np.ones(2, bool), RowConfig('snapshot', snapshot_every=every)
+        )
 
   def test_negative_index_and_slice(self):
     rows = self._rows(RowConfig('pointwise'))
