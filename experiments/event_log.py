@@ -19,6 +19,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 
@@ -79,8 +80,10 @@ class LogConfig:
         f'{self.num_events}: a file has an event'
       )
     for field in ('item_exponent', 'user_exponent', 'seed'):
-      if getattr(self, field) < 0:
-        raise ValueError(f'{field}={getattr(self, field)} must be >= 0')
+      if not 0 <= getattr(self, field) < math.inf:
+        raise ValueError(
+          f'{field}={getattr(self, field)} must be >= 0 and finite'
+        )
 
   @property
   def digest(self) -> str:

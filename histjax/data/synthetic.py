@@ -20,6 +20,7 @@ best predictor (Bayes), and its AUC is the best to be had.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -78,6 +79,16 @@ class SyntheticConfig:
       if getattr(self, field) < 1:
         raise ValueError(
           f'synthetic: {field}={getattr(self, field)} must be >= 1'
+        )
+    for field in ('quality_scale', 'segment_scale'):
+      if not 0 <= getattr(self, field) < math.inf:
+        raise ValueError(
+          f'synthetic: {field}={getattr(self, field)} must be >= 0 and finite'
+        )
+    for field in ('strength', 'bias', 'like_bias'):
+      if not math.isfinite(getattr(self, field)):
+        raise ValueError(
+          f'synthetic: {field}={getattr(self, field)} must be finite'
         )
     if not 0 <= self.decay < 1:
       raise ValueError(f'synthetic: decay={self.decay} must be in [0, 1)')

@@ -48,8 +48,10 @@ class Rates(base.DerivedFeature):
       raise ValueError(
         f'data.features: Rates.by={self.by} must name at least one, each once'
       )
-    if not self.prior > 0:
-      raise ValueError(f'data.features: Rates.prior={self.prior} must be > 0')
+    if not 0 < self.prior < math.inf:
+      raise ValueError(
+        f'data.features: Rates.prior={self.prior} must be > 0 and finite'
+      )
 
   def reads(self) -> tuple[str, ...]:
     """The features whose values have rates."""

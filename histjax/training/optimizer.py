@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -51,12 +52,14 @@ class OptimizerConfig:
   def __post_init__(self):
     for field in ('learning_rate', 'eps', 'table_learning_rate', 'table_eps'):
       value = getattr(self, field)
-      if not value > 0:
-        raise ValueError(f'optimizer.{field}={value} must be positive')
+      if not 0 < value < math.inf:
+        raise ValueError(
+          f'optimizer.{field}={value} must be positive and finite'
+        )
     for field in ('weight_decay', 'warmup_steps', 'table_initial'):
       value = getattr(self, field)
-      if not value >= 0:
-        raise ValueError(f'optimizer.{field}={value} must be >= 0')
+      if not 0 <= value < math.inf:
+        raise ValueError(f'optimizer.{field}={value} must be >= 0 and finite')
     for field in ('b1', 'b2'):
       value = getattr(self, field)
       if not 0 <= value < 1:

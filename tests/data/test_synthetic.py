@@ -100,7 +100,10 @@ class SyntheticTest(parameterized.TestCase):
     self.assertNotIn('bayes_click', rows[0].candidates)
 
   @parameterized.parameters(
-    ({'decay': 1.0}, 'decay'), ({'num_items': 0}, 'num_i')
+    ({'decay': 1.0}, 'decay'),
+    ({'num_items': 0}, 'num_i'),
+    ({'strength': float('nan')}, 'strength=nan must be finite'),
+    ({'quality_scale': float('inf')}, 'quality_scale=inf must be >= 0 and'),
   )
   def test_bad_config(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

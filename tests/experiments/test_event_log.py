@@ -1,6 +1,7 @@
 """The synthetic log: the same from any number of workers, whole files alone."""
 
 import dataclasses
+import math
 import pathlib
 import tempfile
 
@@ -80,6 +81,8 @@ class EventLogTest(parameterized.TestCase):
     ({'num_items': 2**32}, 'must be below'),
     ({'num_files': 30_000}, 'a file has an event'),
     ({'user_exponent': -1.0}, 'user_exponent=-1.0 must be >= 0'),
+    ({'user_exponent': math.inf}, 'user_exponent=inf must be >= 0 and finite'),
+    ({'item_exponent': math.nan}, 'item_exponent=nan must be >= 0 and finite'),
   )
   def test_bad_sizes(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

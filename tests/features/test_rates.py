@@ -115,7 +115,7 @@ class RatesTest(parameterized.TestCase):
       logs.derive(log, Rates((rate,)))
 
   def test_bad_fields(self):
-    for prior in (0.0, -1.0, math.nan):
+    for prior in (0.0, -1.0, math.nan, math.inf):
       with self.assertRaisesRegex(ValueError, 'prior=.* must be > 0'):
         Rates(('item',), prior)
     for by in ((), ('item', 'item')):

@@ -167,8 +167,10 @@ class ConfigTest(parameterized.TestCase):
   @parameterized.parameters(
     ('learning_rate', 0.0),
     ('learning_rate', float('nan')),
+    ('learning_rate', float('inf')),
     ('table_learning_rate', -1.0),
     ('weight_decay', -0.1),
+    ('weight_decay', float('inf')),
     ('b1', 1.0),
     ('clip_norm', 0.0),
     ('schedule', 'cosin'),
