@@ -216,6 +216,11 @@ class Scorer:
     return self._run
 
   @property
+  def is_replayed(self) -> bool:
+    """Whether `warm_up` recorded programs; a recording is of its parameters."""
+    return bool(self._recordings)
+
+  @property
   def num_compilations(self) -> int:
     """Programs that XLA compiled in calls of this scorer, of any kind."""
     return self._compilations.number

@@ -273,7 +273,8 @@ class Engine:
     other one has the same schema, features and rows, what the host keeps of
     users' events stays, and their states are made of it. New parameters of one
     config compile nothing; another config's programs, after `warm_up`, are
-    compiled here, while requests wait.
+    compiled here, while requests wait, and programs that were recorded are
+    recorded of the new parameters.
 
     Whatever is raised, the old model stays, and what the host keeps of events;
     states are lost if it was found after theirs had made room for others.
@@ -294,7 +295,9 @@ class Engine:
       warm_up: Callable[[], object] | None = None
       if self._warmed is not None:
         sizes = _sizes(model, self._warmed)
-        if _programs(model, sizes) != _programs(old, _sizes(old, self._warmed)):
+        before = _programs(old, _sizes(old, self._warmed))
+        # What is replayed is of the old parameters.
+        if old.scorer.is_replayed or _programs(model, sizes) != before:
           warm_up = functools.partial(self._warm_up, model, sizes)
       self._store.roll_over(
         model.scorer.config,

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -539,6 +540,28 @@ class EngineTest(parameterized.TestCase):
         ):
           self.one(engine, request, wanted)
       self.assertEmpty(compiled)
+
+  @parameterized.parameters(False, True)
+  def test_what_is_replayed_is_recorded_again(self, replayed):
+    """Of new parameters, which nothing else would record."""
+    engine = self.engine('causal', False, max_events=16)
+    engine.warm_up(candidates=4)
+    other = worlds.scorer('causal', False)
+    changed = jax.tree.map(lambda x: x + 1, other.variables)
+    other = scoring.Scorer(other.config, changed, other.options)
+    warmed = []
+    with (
+      mock.patch.object(
+        scoring.Scorer, 'is_replayed', property(lambda scorer: replayed)
+      ),
+      mock.patch.object(
+        paged.PagedScorer,
+        'warm_up',
+        lambda scorer, pool, **sizes: (warmed.append(scorer), (pool, None))[1],
+      ),
+    ):
+      engine.roll_over(other, worlds.maker('causal', False))
+    self.assertLen(warmed, replayed)
 
   def test_a_warm_up_that_fails_is_not_repeated(self):
     engine = self.engine('causal', False)
