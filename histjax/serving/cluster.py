@@ -151,6 +151,7 @@ class RemoteEngine:
       parts.setdefault(self.bucket(request.user), []).append(i)
     answers: dict[str, Any] = {}
     found: dict[int, Result | Exception] = {}
+    end = time.monotonic() + self._timeout_s
     for bucket, part in parts.items():
       handle = self._handle.options(multiplexed_model_id=bucket)
       try:
@@ -161,7 +162,7 @@ class RemoteEngine:
       part = parts[bucket]
       try:
         results, replica, when, counts = answer.result(
-          timeout_s=self._timeout_s
+          timeout_s=max(0.0, end - time.monotonic())
         )
       except _NO_ANSWER as error:
         found |= self._unanswered(part, error)

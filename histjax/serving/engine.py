@@ -247,13 +247,19 @@ class Engine:
     Raises:
       ValueError: a size is not positive or beyond the largest bucket.
     """
+    options = self.options
     asked = {
       'candidates': candidates,
       'events': events,
-      'rows': rows or self.options.max_rows,
-      'new_events': new_events or self.options.max_new_events,
+      'rows': options.max_rows if rows is None else rows,
+      'new_events': options.max_new_events
+      if new_events is None
+      else new_events,
       'visible': visible,
     }
+    for name, size in asked.items():
+      if name != 'visible' and size is not None and size < 1:
+        raise ValueError(f'{name}={size} must be at least 1')
     with self._lock:
       sizes = _sizes(self._model, asked)
       if cache_dir is not None:
@@ -493,7 +499,7 @@ def _sizes(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: nothing bounds a state, or a size is beyond the largest bucket.
   """
-  events = asked['events'] or model.max_events
+  events = model.max_events if asked['events'] is None else asked['events']
   if events is None:
     raise ValueError(
       'events=None, and nothing bounds a state; name the longest history'

@@ -1,5 +1,6 @@
 """What Ray raises, without Ray's processes."""
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -9,6 +10,32 @@ from ray.serve import exceptions
 from histjax.serving import batcher, cluster, engine
 from tests.serving import bodies
 from tests.serving.conftest import running, service_of
+
+
+@pytest.fixture
+def remote(scored):
+  """An engine of replicas that are not there; its handle is the test's."""
+  found = object.__new__(cluster.RemoteEngine)
+  found.scorer = scored.scorer
+  found._buckets, found._timeout_s = 256, 1.0
+  found._generation = found._lost = 0
+  found._told, found._handle = {}, mock.Mock()
+  return found
+
+
+def test_a_batch_has_one_time_limit(remote):
+  limits = []
+
+  def result(timeout_s):
+    limits.append(timeout_s)
+    return ['scored'], 'r1', 0.0, {}
+
+  remote._handle.options.return_value.score.remote.return_value.result = result
+  users = [engine.Request(**{**bodies.body(), 'user': u}) for u in ('a', 'b')]
+  clock = mock.Mock(monotonic=mock.Mock(side_effect=itertools.count(5, 0.375)))
+  with mock.patch.object(cluster, 'time', clock):
+    assert remote.score(users) == ['scored', 'scored']
+  assert 0 <= limits[1] < limits[0] < 1
 
 
 @pytest.mark.parametrize('early', [True, False])
@@ -24,13 +51,8 @@ from tests.serving.conftest import running, service_of
   ],
   ids=lambda error: type(error).__name__,
 )
-def test_what_ray_raises_is_of_its_requests_alone(scored, error, early):
+def test_what_ray_raises_is_of_its_requests_alone(remote, error, early):
   """When it is sent, and when its answer is waited for."""
-  remote = object.__new__(cluster.RemoteEngine)
-  remote.scorer = scored.scorer
-  remote._buckets, remote._timeout_s = 256, 1.0
-  remote._generation = remote._lost = 0
-  remote._told, remote._handle = {}, mock.Mock()
   lost = remote.bucket(bodies.body()['user'])
 
   def options(multiplexed_model_id):

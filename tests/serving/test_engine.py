@@ -563,6 +563,12 @@ class EngineTest(parameterized.TestCase):
       engine.roll_over(other, worlds.maker('causal', False))
     self.assertLen(warmed, replayed)
 
+  @parameterized.parameters('candidates', 'events', 'rows', 'new_events')
+  def test_a_warm_up_for_nothing(self, name):
+    sizes = {'candidates': 4, name: 0}
+    with self.assertRaisesRegex(ValueError, f'{name}=0 must be at least 1'):
+      self.engine().warm_up(**sizes)
+
   def test_a_warm_up_that_fails_is_not_repeated(self):
     engine = self.engine('causal', False)
     with self.assertRaisesRegex(ValueError, '64 events in a history do not'):
