@@ -6,6 +6,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,18 @@ _CSV = ('.csv', '.csv.gz', '.csv.bz2', '.csv.zst')
 _PARQUET = ('.parquet', '.pq')
 _NO_PARTITION = '__HIVE_DEFAULT_PARTITION__'
 _BLOCK = 2**20
-_CSV_ROW = 20
-"""Bytes of a row, at least: so few that no more rows come than are guessed."""
+_SAMPLE = 2**20
+"""Bytes of a CSV file whose lines tell how many it has."""
+_READ_AHEAD = 2**16
+"""Of a packed file, what is read at once."""
 _MAX_BLOCK = 2**31 - 1
+_SCAN = 2**20
+"""Bytes that are looked through for quotes at once."""
+_SIMPLE = re.compile(rb'(?:[^"]*[,\r\n]"[^"\n]*"(?=[,\r\n]))*')
+"""Values of one line, to pass over them in no time."""
+_OPENING = re.compile(rb'[,\r\n]"')
+_QUOTED = re.compile(rb'[^"]*(?:""[^"]*)*"(?!")')
+"""To the quote that closes a value; others are doubled."""
 
 
 class NoEvents(ValueError):  # noqa: N818
@@ -109,16 +119,39 @@ def stream(
 
 
 def num_rows(paths: Sequence[Path]) -> int:
-  """How many rows files have; of CSV files a guess from their sizes."""
+  """How many rows files have; of CSV files a guess from their beginnings."""
   total = 0
   for path in paths:
     with _readable(path):
       if _format(path) == 'parquet':
         total += pq.read_metadata(path).num_rows
       else:
-        packed = path.suffix.lower() != '.csv'
-        total += path.stat().st_size * (4 if packed else 1) // _CSV_ROW
+        total += _guess_rows(path)
   return total
+
+
+def _guess_rows(path: Path) -> int:
+  """Of a CSV file, as if all of it had lines as its beginning has."""
+  size, lines, unpacked = path.stat().st_size, 0, 0
+  with contextlib.closing(pa.OSFile(str(path))) as raw:
+    source = _unpacked(path, raw)
+    while raw.tell() < _SAMPLE and unpacked < 4 * _SAMPLE:
+      block = source.read(_READ_AHEAD)
+      if not block:
+        return lines + 1  # The last may lack its end.
+      lines += block.count(b'\n')
+      unpacked += len(block)
+    read = raw.tell()
+  if source is not raw and read > _READ_AHEAD:
+    read -= _READ_AHEAD  # It may not be unpacked yet: rather more rows.
+  return max(lines, 1) * size // read
+
+
+def _unpacked(path: Path, raw: pa.NativeFile) -> pa.NativeFile:
+  if path.suffix.lower() == '.csv':
+    return raw
+  codec = {'gz': 'gzip', 'bz2': 'bz2', 'zst': 'zstd'}
+  return pa.CompressedInputStream(raw, codec[path.suffix.lower().lstrip('.')])
 
 
 def digest(
@@ -376,6 +409,7 @@ def _read_csv(path: Path, names: list[str], wanted: list[str]) -> pa.Table:
         return _no_rows(wanted)
       block = _larger_block(block, error)
   _check_closed(path, table, names[-1], table.num_rows)
+  _check_quotes(path, table.num_rows)
   return table
 
 
@@ -387,12 +421,7 @@ def _stream_csv(path: Path, names: list[str], wanted: list[str], max_rows: int):
     skip, held = done, []
     try:
       with contextlib.closing(pa.OSFile(str(path))) as raw:
-        source = raw
-        if path.suffix.lower() != '.csv':
-          codec = {'gz': 'gzip', 'bz2': 'bz2', 'zst': 'zstd'}
-          source = pa.CompressedInputStream(
-            raw, codec[path.suffix.lower().lstrip('.')]
-          )
+        source = _unpacked(path, raw)
         read = pa_csv.ReadOptions(block_size=block)
         for batch in pa_csv.open_csv(source, read, **options):
           batch, skip = batch.slice(skip), max(skip - batch.num_rows, 0)
@@ -414,6 +443,7 @@ def _stream_csv(path: Path, names: list[str], wanted: list[str], max_rows: int):
     yield table, path.stat().st_size
   if table is not None:
     _check_closed(path, table, names[-1], done)
+    _check_quotes(path, done)
 
 
 def _csv_options(names: list[str], wanted: list[str]):
@@ -465,6 +495,55 @@ def _check_closed(
       f'{path} row {num_rows - 1}: column {last!r} begins with a quote '
       'that nothing closes; close it, or double it if it is part of the value'
     )
+
+
+def _check_quotes(path: Path, num_rows: int) -> None:
+  """Looks for quotes that the next one, which opens a value, has closed.
+
+  Such a one is followed by that value, where a comma or a line's end should be.
+  """
+  lines, last = 0, b''
+  for block in _blocks(path):
+    lines, last = lines + block.count(b'\n'), block
+  if lines + (not last.endswith(b'\n')) <= num_rows + 1:
+    return  # No value is of several lines; looking at each takes its time.
+  line, begun, several, rest = 0, 0, False, b'\n'  # `begun`: 0 outside of one.
+  for block in _blocks(path, end=True):
+    text, at = rest + block, 0
+    while True:
+      simple = None if begun else _SIMPLE.match(text, at)
+      if simple:
+        line, at = line + simple[0].count(b'\n'), simple.end()
+      found = (_QUOTED.match if begun else _OPENING.search)(text, at)
+      if not found or (begun and block and found.end() == len(text)):
+        break  # In the next block, if there is one.
+      stop = found.end()
+      passed = text.count(b'\n', at, stop)
+      line, at = line + passed, stop
+      if not begun:
+        begun, several = line, False
+        continue
+      if (several or passed) and text[at : at + 1] not in b',\r\n':
+        raise ValueError(
+          f'{path} line {begun}: a value begins with a quote that nothing '
+          f'closes before line {line}, where another value begins with one; '
+          'close it, or double it if it is part of the value'
+        )
+      begun = 0
+    # What may be the beginning of what is looked for.
+    kept = len(text.rstrip(b'"')) if begun else len(text) - 1
+    kept = max(kept, at)
+    passed = text.count(b'\n', at, kept)
+    line, several, rest = line + passed, several or passed > 0, text[kept:]
+
+
+def _blocks(path: Path, *, end: bool = False) -> Iterator[bytes]:
+  """What a CSV file holds; at the `end`, nothing."""
+  with pa.input_stream(str(path), compression='detect') as stream:
+    while block := stream.read(_SCAN):
+      yield block
+  if end:
+    yield b''
 
 
 def _cause(path: Path, kind: str, error: Exception) -> str:

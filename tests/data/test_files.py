@@ -226,6 +226,55 @@ def test_a_quote_that_nothing_closes(tmp_path, column):
   assert len(keys(path, column)) == 2
 
 
+@pytest.mark.parametrize('block', [2**20, 7])
+@pytest.mark.parametrize(
+  ('text', 'lines'),
+  [
+    ('u,t,note\na,1,"x\nb,2,y\nc,3,"z"\n', (2, 4)),  # At the end,
+    ('u,t,note\na,1,"x"\nb,2,"y\nc,3,"z"\nd,4,z\n', (3, 4)),  # in between,
+    ('u,note,t\na,"x,1\nb,"y",2\nc,"z",3\n', (2, 3)),  # in no last column.
+    ('u,t,note\na,1,"x ""\nb,2,y\nc,3,"z"', (2, 4)),
+  ],
+)
+def test_a_quote_that_the_next_one_closes(
+  tmp_path, monkeypatch, text, lines, block
+):
+  path = text_file(tmp_path, text)
+  begun, closed = lines
+  message = rf'csv line {begun}: .*nothing closes before line {closed}'
+  monkeypatch.setattr(files, '_SCAN', block)
+  for read in (
+    lambda: keys(path, 'u'),
+    lambda: list(files.stream([str(path)], ['u'], SCHEMA, max_rows=1)),
+  ):
+    with pytest.raises(ValueError, match=message):
+      read()
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'u,note\na,"x\n""y"""\nb,"x\n"\nc,"""\n"',
+    'u,note\na,5" and 6"\n\nb, "x\nc,"\n"\n',  # Quotes within texts.
+    'u,note\r\na,"x\r\ny"\r\n\r\nb,"x"y\r\nc,"z" \r\n',
+  ],
+)
+def test_quotes_that_are_closed(tmp_path, text):
+  assert keys(text_file(tmp_path, text), 'u') == ['a', 'b', 'c']
+
+
+@pytest.mark.parametrize('ending', ['csv', 'csv.gz', 'csv.bz2', 'csv.zst'])
+@pytest.mark.parametrize('note', ['', 'a longer note ' * 9])
+@pytest.mark.parametrize('count', [3, 200_000])
+def test_number_of_rows_is_guessed(tmp_path, ending, note, count):
+  path = tmp_path / f'log.{ending}'
+  data = 'u,t\n' + ''.join(f'{i % 997},{note}{i % 31}\n' for i in range(count))
+  with pa.output_stream(str(path), 'detect') as stream:
+    stream.write(data.encode())
+  guess = files.num_rows([path])
+  assert 0.75 * count <= guess <= 1.5 * count + 2
+
+
 def test_other_encodings_are_named(tmp_path):
   for text, where in (
     ('user,time\né,1\n', "line 2: 'é,1'"),
