@@ -56,7 +56,7 @@ class Categorical:
     size: the number of ids, below 2**31; ids are in `[0, size)`.
     column: the log's column; `name` if empty.
     table: the embedding table; features that name the same table share it.
-      `name` if empty.
+      `name` if empty. It has no '/'.
     ids: 'index' takes ids as they are and refuses one outside `[0, size)`;
       'hash' maps any integer or text to `[0, size)` by a fixed hash; '7' and 7
       are the same, '007' is another. Keys may share a row, see
@@ -105,6 +105,11 @@ class Categorical:
       raise ValueError(
         f'feature {self.name!r}: out_of_vocabulary with ids={self.ids!r} and '
         f"size={self.size}; it needs ids='index' and a row beside the last"
+      )
+    if '/' in self.table:
+      raise ValueError(
+        f"feature {self.name!r}: table={self.table!r} has a '/', which parts "
+        'the paths of parameters; name it without'
       )
     object.__setattr__(self, 'column', self.column or self.name)
     object.__setattr__(self, 'table', self.table or self.name)

@@ -31,6 +31,12 @@ class SchemaTest(parameterized.TestCase):
       ):
         Categorical('item', size, ids=ids)
 
+  def test_table_is_no_path(self):
+    message = "'item': table='shop/item' has a '/'.*name it without"
+    with self.assertRaisesRegex(ValueError, message):
+      Categorical('item', 10, table='shop/item')
+    self.assertEqual(Categorical('item', 10, table='shop-item').size, 10)
+
   @parameterized.parameters(
     {'scale': 0.0}, {'scale': float('inf')}, {'offset': float('nan')}
   )
