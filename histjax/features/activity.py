@@ -82,7 +82,9 @@ class Activity(base.DerivedFeature):
       # An event of the same request may have been earlier than the span.
       count = np.maximum(impressions.shown - first, 0)
       found[f'activity_{span}'] = np.log1p(count).astype(np.float32)
-    last = np.full(len(time), state['first'], time.dtype)
+    # A new user's time may be whole where the log's first one is not.
+    kind = np.result_type(time, state['first'])
+    last = np.full(len(time), state['first'], kind)
     some = impressions.shown > begin
     last[some] = events.time[impressions.shown[some] - 1]
     since = np.maximum(time - last, 0) * events.seconds

@@ -167,6 +167,30 @@ class ActivityTest(parameterized.TestCase):
       expected['activity_10'][found.splits['test'].candidate_events(0)],
     )
 
+  @parameterized.parameters((1,), (0,))
+  def test_a_request_at_a_whole_time_of_a_log_of_fractions(self, user):
+    """As the same event of the log, a new user's or a known one's."""
+    zeros = np.zeros(2, np.int64)
+    log = EventLog.from_columns(
+      {
+        **dict.fromkeys(('item', 'click'), zeros),
+        'user': [0, user],
+        'time': [1.75, 3.0],
+      },
+      SCHEMA,
+    )
+    log, fitted = logs.derive(log, Activity((1,)))
+    past = [] if user else [{'time': 1.75, 'item': 0, 'click': 0}]
+    row = requests.make_row(
+      log.schema,
+      context={},
+      history=past,
+      candidates=[{'time': 3, 'item': 0}],
+      features=fitted,
+    )
+    wanted = fitted.of_events(log.events(), None)['activity_since'][1:]
+    np.testing.assert_array_equal(row.candidates['activity_since'], wanted)
+
 
 if __name__ == '__main__':
   absltest.main()
