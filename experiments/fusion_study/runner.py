@@ -24,6 +24,7 @@ from histjax.data import cold, datasets, pipeline
 from histjax.data.fingerprint import fingerprint
 from histjax.data.rows import Rows
 from histjax.models.ranker import Ranker
+from histjax.schema import Schema
 from histjax.training import checkpoints, evaluation, identity, sharding
 from histjax.training import report as report_lib
 from histjax.training import workdir as workdir_lib
@@ -309,6 +310,13 @@ def _tuning(study: StudyConfig, cell: Cell, workdir) -> Values:
           f'{cell.name} needs the trial {other.name}, which is not finished; '
           'run that first'
         )
+      # It may be of an earlier study, and not among those that run now.
+      schema = dicts.from_dict(Schema, stored['config']['model']['schema'])
+      config = config_lib.train_config(study, other, other.trial, schema)
+      lines = identity.run_differences(
+        stored['config'], config, ('in the cell', 'asked for')
+      )
+      _fail_if(lines, other, workdir)
       trials[other.trial] = {
         'changes': dict(study.trials[other.trial]),
         'validation': stored['validation'],

@@ -502,6 +502,24 @@ def test_scores_that_are_not_those_of_the_metrics(tmp_path):
     summary.load(tmp_path, progress=lambda _: None)
 
 
+def test_trials_of_another_study_choose_nothing(tmp_path):
+  earlier = changed(trials={**VALUES['trials'], 'fast': {'num_steps': 9}})
+  for cell in cells(earlier):
+    if cell.kind == 'trial':
+      config = train_config(earlier, cell, cell.trial, SCHEMA)
+      values = {
+        'validation': {'click/auc': 0.5},
+        'best_step': 3,
+        'seconds': 1.0,
+        'config': dicts.to_dict(config),
+      }
+      store.write_cell(tmp_path, cell.name, values, None)
+  with pytest.raises(
+    ValueError, match=r'concat/window8-trial-fast(.|\n)*num_steps: 9 '
+  ):
+    run(tmp_path, only=['planted/concat/window8-seed1'])
+
+
 def test_what_is_left_out_is_in_no_scores(tmp_path):
   """Of a trained cell and of a floor; metrics and scores agree."""
   planted = VALUES['datasets']['planted']
