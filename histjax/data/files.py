@@ -6,6 +6,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import json
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,7 @@ def _unpacked(path: Path, raw: pa.NativeFile) -> pa.NativeFile:
 
 def digest(
   paths: Sequence[str],
+  wanted: Sequence[str] = (),
   *,
   tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
@@ -163,6 +165,7 @@ def digest(
 
   Args:
     paths: as `read`.
+    wanted: columns to read; those that folders give are in it.
     tell: as `stream`.
   """
   files = [path for path, _ in _expand(paths)]
@@ -175,6 +178,9 @@ def digest(
         done += len(block)
         tell(done, size)
     total.update(own.digest())
+    values = partition(path, wanted)
+    if values:
+      total.update(json.dumps(values).encode())
   return total.hexdigest()
 
 
@@ -320,20 +326,28 @@ def partition(path: Path, wanted: Sequence[str]) -> dict[str, str | None]:
     wanted: the columns to read.
 
   Raises:
-    ValueError: the file cannot be read, or lacks a column.
+    ValueError: the file cannot be read.
   """
+  found = _partition(path)
+  found = {name: found[name] for name in wanted if name in found}
+  if not found or not path.stat().st_size:
+    return found
   with _readable(path):
-    _, _, found = _names(path, list(wanted))
-  return {name: found[name] for name in wanted if name in found}
+    own = _own_names(path)
+  return {name: value for name, value in found.items() if name not in own}
 
 
 def _names(path: Path, wanted: list[str]):
   """The file's columns, those wanted of them, and those of its folders."""
-  is_parquet = _format(path) == 'parquet'
-  names = _parquet_names(path) if is_parquet else _csv_names(path)
+  names = _own_names(path)
   partition = {k: v for k, v in _partition(path).items() if k not in names}
   check_names([*names, *partition], wanted, str(path))
   return names, [name for name in wanted if name not in partition], partition
+
+
+def _own_names(path: Path) -> list[str]:
+  is_parquet = _format(path) == 'parquet'
+  return _parquet_names(path) if is_parquet else _csv_names(path)
 
 
 def _with_partition(table: pa.Table, wanted, partition) -> pa.Table:

@@ -97,6 +97,18 @@ def test_columns_of_partitions(tmp_path):
     EventLog.from_files([str(tmp_path)], SCHEMA)
 
 
+def test_digest_is_of_the_columns_of_folders(tmp_path):
+  path = write(tmp_path / 'log' / 'day=1' / 'x.parquet', events())
+  log, wanted = str(tmp_path / 'log'), [*COLUMNS, 'day']
+  before = [files.digest([log], some) for some in (wanted, COLUMNS)]
+  path.parent.rename(tmp_path / 'log' / 'day=2')
+  after = [files.digest([log], some) for some in (wanted, COLUMNS)]
+  assert after[0] != before[0]
+  assert after[1] == before[1]
+  (tmp_path / 'log' / 'day=2').rename(tmp_path / 'log' / 'user=7')
+  assert files.digest([log], wanted) == before[1]  # It has its own.
+
+
 def test_a_partition_gives_way_to_the_file_s_own_column(tmp_path):
   path = write(tmp_path / 'user=x/a.parquet', events())
   assert keys(path) == ['a', 'b']

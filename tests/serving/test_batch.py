@@ -283,6 +283,21 @@ def test_a_missing_column_is_found_before_any_file_is_gone_through(
     scores_of(**data)
 
 
+def test_another_name_of_a_folder_is_another_input(trained, tmp_path):
+  log, shown = tmp_path / 'log.parquet', tmp_path / 'shown'
+  parquet.write_table(pa.table(LOG), log)
+  (shown / 'land=de').mkdir(parents=True)
+  data = {k: v for k, v in SHOWN.items() if k != 'land'}
+  parquet.write_table(pa.table(data), shown / 'land=de' / 'x.parquet')
+  args = (lambda: trained, [str(log)], [str(shown)], tmp_path / 'out')
+  options = batch.Options(top_k=99, users_per_batch=8)
+  batch.rank_files(*args, options)
+  batch.rank_files(*args, options)
+  (shown / 'land=de').rename(shown / 'land=us')
+  with pytest.raises(ValueError, match='candidates'):
+    batch.rank_files(*args, options)
+
+
 def test_a_user_that_is_larger_than_a_shard(rank):
   many = {name: np.repeat(values, 9000) for name, values in SHOWN.items()}
   with pytest.raises(
