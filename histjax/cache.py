@@ -140,7 +140,7 @@ def stack(
       )
   if rows is None:
     rows = [range(x.num_users) for x in infos]
-  chosen = [list(part) for part in rows]
+  chosen = [_numbers(i, part) for i, part in enumerate(rows)]
   if len(chosen) != len(caches):
     raise ValueError(
       f'{len(chosen)} rows for {len(caches)} caches; give as many'
@@ -150,11 +150,11 @@ def stack(
     zip(caches, infos, chosen, strict=True)
   ):
     for row in part:
-      if not 0 <= operator.index(row) < info.num_users:
+      if not 0 <= row < info.num_users:
         raise ValueError(
           f'row {row} of caches[{i}] is no user: it has {info.num_users}'
         )
-      index.append(offset + operator.index(row))
+      index.append(offset + row)
     offset += cache.num_rows
   if not index:
     raise ValueError('rows name no user; name at least one')
@@ -172,6 +172,20 @@ def stack(
   return HistoryCache.of_users(
     keys, values, dataclasses.replace(first, length=length)
   )
+
+
+def _numbers(i: int, rows: Any) -> list[int]:
+  """Rows of a cache as integers; no mask, of which True would be row 1."""
+  try:
+    found = list(rows)
+    if any(isinstance(row, (bool, np.bool_)) for row in found):
+      raise TypeError
+    return [operator.index(row) for row in found]
+  except TypeError as e:
+    raise ValueError(
+      f'rows of caches[{i}]: {rows!r} are not integers; give the numbers of '
+      'users, as [0, 2]'
+    ) from e
 
 
 def info_of(cache: Any) -> CacheInfo:

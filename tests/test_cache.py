@@ -111,6 +111,10 @@ class CacheTest(parameterized.TestCase):
       ),
       (lambda: cache.take([-1]), 'row -1 of .* is no user'),
       (lambda: cache.take([]), 'rows name no user; name at least one'),
+      (lambda: cache.take([True, False, True]), 'are not integers; give the n'),
+      (lambda: cache.take(np.array([True])), 'are not integers; give the numb'),
+      (lambda: cache.take([0.0]), r'rows of caches\[0\]: \[0.0\] are not int'),
+      (lambda: cache.take(1), r'rows of caches\[0\]: 1 are not integers'),
       (lambda: none.take([0]), 'row 0 of .* is no user: it has 0'),
     ):
       with self.assertRaisesRegex(ValueError, message):

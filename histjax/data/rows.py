@@ -472,10 +472,18 @@ def collate(
     The batch, padded with zeros at the end of each axis, in NumPy.
 
   Raises:
-    ValueError: there is no row, or one does not fit.
+    ValueError: there is no row, one does not fit, or they are of two kinds.
   """
   if not rows:
     raise ValueError('rows is empty; there must be at least one')
+  for field in ('context', 'history', 'candidates', 'labels'):
+    names = getattr(rows[0], field).keys()
+    for i, row in enumerate(rows):
+      if getattr(row, field).keys() != names:
+        raise ValueError(
+          f'rows[{i}].{field} has {sorted(getattr(row, field))}, that of '
+          f'rows[0] {sorted(names)}; collate rows of one kind'
+        )
   lengths = [len(next(iter(r.history.values()))) for r in rows]
   counts = [len(r.visible) for r in rows]
 

@@ -217,7 +217,7 @@ class Ranker(nn.Module):
     if batch.segments is not None:
       self.config.require_packable()
       options['segments'] = batch.segments
-    self._check_visible(batch.candidates.visible, batch.history.length)
+    self._check_visible(batch.candidates, batch.history.length)
     features, tokens = self._candidate_inputs(batch.candidates, train=train)
     readout = self.fusion(
       self._event_tokens(batch.history, train=train),
@@ -272,7 +272,7 @@ class Ranker(nn.Module):
   ) -> Float[Array, 'B C T']:
     """As `score`, of all tasks in one array, as the head computes it."""
     self.config.require_amortizable()
-    self._check_visible(candidates.visible, cache.length)
+    self._check_visible(candidates, cache.length)
     features, tokens = self._candidate_inputs(candidates)
     readout = self.fusion.score(
       cache.keys,
@@ -319,7 +319,7 @@ class Ranker(nn.Module):
       The cache, and the logits of all tasks.
     """
     self.config.require_amortizable()
-    self._check_visible(candidates.visible, history.length)
+    self._check_visible(candidates, history.length)
     features, tokens = self._candidate_inputs(candidates)
     keys, values, readout = self.fusion.encode_and_score(
       self._event_tokens(history),
@@ -399,15 +399,18 @@ class Ranker(nn.Module):
       for i, task in enumerate(self.config.schema.tasks)
     }
 
-  def _check_visible(self, visible, length) -> None:
+  def _check_visible(self, candidates: Candidates, length) -> None:
+    visible, mask = candidates.visible, candidates.mask
     if visible is None or self.config.encoder.causal:
       return
-    if isinstance(visible, jax.core.Tracer) or isinstance(
-      length, jax.core.Tracer
-    ):
+    if any(isinstance(x, jax.core.Tracer) for x in (visible, mask, length)):
       return
     # NumPy: in a jitted function even constants would be traced by JAX.
-    ranges.check_bidirectional(np.asarray(visible), np.asarray(length))
+    ranges.check_bidirectional(
+      np.asarray(visible),
+      np.asarray(length),
+      None if mask is None else np.asarray(mask),
+    )
 
 
 def pack(config: RankerConfig, variables: Mapping[str, Any]) -> dict[str, Any]:

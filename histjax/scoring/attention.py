@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import Float
 
+from histjax import quantization
 from histjax.cache import HistoryCache
 from histjax.models import ranker
 from histjax.types import Array, Candidates
@@ -48,12 +49,16 @@ def last_attention(
       f'fusion={config.fusion!r}: candidates do not attend to the history '
       "alone, as those of 'append_cross' and 'cross_only' do"
     )
-  arrays = HistoryCache(cache.keys, cache.values, cache.length)
+  arrays = HistoryCache(cache.keys, cache.values, cache.length)  # No `info`.
   return _last_attention(config, variables, arrays, candidates, context)
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def _last_attention(config, variables, cache, candidates, context):
+  cache = cache.replace(
+    keys=quantization.widen(cache.keys, config.dtype),
+    values=quantization.widen(cache.values, config.dtype),
+  )
   _, sown = ranker.Ranker(config).apply(
     variables,
     cache,

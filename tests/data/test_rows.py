@@ -389,6 +389,15 @@ class RowsTest(parameterized.TestCase):
     self.assertEqual(batch.history.features['item'].shape, (2, 1))
     self.assertEqual(batch.history.length.tolist(), [0, 0])
 
+  @parameterized.parameters('history', 'candidates', 'labels', 'context')
+  def test_collate_of_two_kinds(self, field):
+    one, other = self._rows(RowConfig('pointwise'))[:2]
+    self.assertNotEmpty(getattr(one, field))
+    other = dataclasses.replace(other, **{field: {}})
+    for rows in ([one, other], [other, one]):
+      with self.assertRaisesRegex(ValueError, rf'rows\[1\].{field} has '):
+        collate(rows)
+
   def test_collate_of_nothing(self):
     with self.assertRaisesRegex(ValueError, 'rows is empty'):
       collate([], num_rows=1, num_events=1, num_candidates=1)

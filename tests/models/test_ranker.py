@@ -246,6 +246,19 @@ class RankerTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'differs from history.length'):
         init(jax.random.key(0))
 
+  def test_bidirectional_padding_sees_what_it_likes(self):
+    """As `collate` pads: with zeros."""
+    config = support.config(encoder__causal=False)
+    model = ranker.Ranker(config)
+    batch = support.batch(np.random.default_rng(1), shared_visible=True)
+    mask = batch.candidates.mask
+    self.assertFalse(mask.all())
+    shown = batch.candidates.replace(visible=batch.candidates.visible * mask)
+    model._check_visible(shown, batch.history.length)
+    wrong = shown.replace(visible=shown.visible + mask)
+    with self.assertRaisesRegex(ValueError, 'differs from history.length'):
+      model._check_visible(wrong, batch.history.length)
+
   @parameterized.parameters(-1, -(2**31), 40, 2**31 - 1)
   def test_an_id_outside_its_table_is_nan(self, bad):
     """And never another id's vector, in every method."""

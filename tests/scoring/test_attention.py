@@ -6,7 +6,7 @@ from absl.testing import absltest, parameterized
 
 from histjax import ops
 from histjax.models import ranker
-from histjax.scoring import Scorer
+from histjax.scoring import Scorer, ScorerConfig
 from histjax.scoring.attention import last_attention
 from histjax.types import KeyRange
 from tests import support
@@ -66,6 +66,24 @@ class WeightsTest(parameterized.TestCase):
       np.asarray(last)[real],
       atol=1e-5,  # Float32, of order 1.
     )
+
+  def test_of_states_in_8_bits(self):
+    config = support.config()
+    _, variables = support.init(config)
+    batch = support.batch(np.random.default_rng(1), shared_visible=True)
+    found = []
+    for kind in (None, 'int8'):
+      scorer = Scorer(config, variables, ScorerConfig(cache_dtype=kind))
+      cache = scorer.encode(batch.history)
+      rows = cache.num_rows - len(batch.history.length)
+      padded = jax.tree.map(
+        lambda x, rows=rows: np.pad(x, [(0, rows)] + [(0, 0)] * (x.ndim - 1)),
+        (batch.candidates, batch.context),
+      )
+      found.append(last_attention(config, variables, cache, *padded))
+    self.assertGreater(found[0].max(), 0)
+    # Of 8 bits.
+    np.testing.assert_allclose(found[1], found[0], atol=0.02)
 
   def test_other_fusions(self):
     for fusion, error in (
