@@ -67,6 +67,13 @@ def serve() -> None:
     _TIMEOUT.value / 1000,
     app_lib.read_token(_TOKEN.value),
   )
+  try:
+    sockets = server.listen(_HOST.value, _PORT.value)
+  except OSError as error:
+    raise ValueError(
+      f'--port={_PORT.value} of --host={_HOST.value}: {error.strerror}; end '
+      'what listens there, or give another --port or --host'
+    ) from error
   dtype: Any = _DTYPE.value
   path, every_s = str(workdir.resolve(_WORKDIR.value)), _WATCH.value
   which: Any = 'latest' if _LATEST.value else 'best'
@@ -111,9 +118,11 @@ def serve() -> None:
     ],
     routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
   )
-  print(f'serves {_HOST.value}:{_PORT.value}', flush=True)
-  address = _HOST.value, _PORT.value
-  server.Server(service, application, *address, _DRAIN.value).run()
+  port = sockets[0].getsockname()[1]
+  print(f'serves {_HOST.value}:{port}', flush=True)
+  server.Server(service, application, _HOST.value, port, _DRAIN.value).run(
+    sockets
+  )
 
 
 def main(argv):

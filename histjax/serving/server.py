@@ -9,7 +9,9 @@ import asyncio
 import dataclasses
 import functools
 import gc
+import os
 import pathlib
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -137,6 +139,41 @@ class Server(uvicorn.Server):
     self._loop.call_soon_threadsafe(
       self._loop.call_later, self._drain_s, super().handle_exit, sig, frame
     )
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+  """Sockets for `Server.run`, at each address of the host.
+
+  Connections wait in them until it runs; nobody else gets the port.
+
+  Args:
+    host: name or address to listen at.
+    port: to listen at; 0: a free one.
+
+  Raises:
+    OSError: there is no such address, or the port is taken.
+  """
+  found: list[socket.socket] = []
+  try:
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+      try:
+        one = socket.socket(family, kind, protocol)
+      except OSError:  # Of a family that this machine lacks, as asyncio.
+        continue
+      found.append(one)
+      if os.name == 'posix':  # Elsewhere it lets others take the port.
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      if family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+      one.bind(address)
+      one.listen(2048)
+  except OSError:
+    for one in found:
+      one.close()
+    raise
+  return found
 
 
 def make_engine(

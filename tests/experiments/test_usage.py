@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -138,6 +139,13 @@ class UsageTest(absltest.TestCase):
       'serve',
       ({'workdir': 'x', 'replicas': '2'}, '--replicas=2 is of --engine=ray'),
     )
+
+  def test_serve_at_a_port_in_use(self):
+    with socket.create_server(('127.0.0.1', 0)) as other:
+      port = str(other.getsockname()[1])
+      (said,) = messages('serve', {'flags': {'workdir': 'none', 'port': port}})
+    self.assertStartsWith(said, f'ValueError: --port={port} of --host=127.0')
+    self.assertIn('Address already in use; end what listens there', said)
 
   def test_size(self):
     self.check('size', ({'lengths': '9'}, "--lengths=['9'] is of a model that"))

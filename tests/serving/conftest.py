@@ -51,12 +51,20 @@ def service_of(scoring, config=None, **options):
 
 
 @contextlib.contextmanager
-def running(service, *, with_page=False, background=(), ready=True, **options):
-  """Serves in a thread, at a free port."""
+def running(
+  service,
+  *,
+  with_page=False,
+  background=(),
+  ready=True,
+  sockets=None,
+  **options,
+):
+  """Serves in a thread, at a free port, or at `sockets`."""
   routes = page.of_run(service, service.engine, 'yes') if with_page else []
   app = app_lib.make_app(service, routes=routes, background=background)
   found = server.Server(service, app, port=0, drain_s=0, **options)
-  thread = threading.Thread(target=found.run)
+  thread = threading.Thread(target=found.run, args=[sockets])
   thread.start()
   try:
     while not found.started:

@@ -333,6 +333,16 @@ def free_port():
     return probe.getsockname()[1]
 
 
+def test_a_port_is_held_before_the_server_runs(scored):
+  sockets = server.listen('127.0.0.1', 0)
+  port = sockets[0].getsockname()[1]
+  with pytest.raises(OSError, match='in use'):
+    server.listen('127.0.0.1', port)
+  with running(service_of(Stub(scored.scorer)), sockets=sockets) as found:
+    assert found.url == f'http://127.0.0.1:{port}'
+  server.listen('127.0.0.1', port)[0].close()
+
+
 class Process:
   """`experiments/serve.py` as a user starts it."""
 
