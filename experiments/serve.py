@@ -100,7 +100,7 @@ def serve() -> None:
     engine, warm_up = make()
 
   def told() -> None:
-    print('warms up: compiles, and answers 503 until it is ready', flush=True)
+    print('warms up: compiles, and answers 503 meanwhile', flush=True)
     began = time.monotonic()
     server.and_settle(warm_up)
     print(f'ready after {time.monotonic() - began:.0f} s', flush=True)
