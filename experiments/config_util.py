@@ -74,6 +74,12 @@ class Config:
         and isinstance(cause, (flags.Error, ValueError, OSError))
       ):
         cause = cause.__context__
+      if isinstance(cause, AttributeError) and cause.name == 'get_config':
+        path = getattr(cause.obj, '__file__', None)
+        raise SystemExit(
+          f'AttributeError: --config: {path} has no get_config(); define it as '
+          'experiments/configs/events.py does'
+        ) from error
       raise SystemExit(
         f'{type(cause).__name__}: {cause}{_at(cause)}'
       ) from error

@@ -154,7 +154,9 @@ class TestSnippets:
 
   def test_a_log_of_your_own(self, monkeypatch, tmp_path):
     found = run_page('docs/logs.md', monkeypatch, tmp_path)
-    data = config_lib.from_dict(datasets.DataConfig, found['config']['data'])
+    data = config_lib.from_dict(
+      datasets.DataConfig, found['get_config']().to_dict()['data']
+    )
     assert data.source.schema.item[0].column == 'sku'
     (ids,) = found['shop'].ids
     assert (ids.ids, ids.size) == ('vocabulary', 25) and ids.known <= 24

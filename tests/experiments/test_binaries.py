@@ -277,6 +277,13 @@ class TestBinaries:
     )
     assert "did you mean 'model.encoder.width'?" in output
 
+  def test_a_config_file_without_get_config(self, tmp_path):
+    (tmp_path / 'bare.py').write_text("config = {'num_steps': 4}\n")
+    output = run(
+      'train', '--config=bare.py', '--workdir=w', expect=1, cwd=tmp_path
+    )
+    assert re.search(r'bare\.py has no get_config\(\); .*/events\.py', output)
+
   @pytest.mark.slow
   @pytest.mark.parametrize(
     'line, message',
