@@ -13,8 +13,9 @@ one, '007' is another.
 All of a user's events in the log are history, and a candidate that is earlier
 than the last of them is refused; with --as_of each candidate sees what was
 before it, as validation and test do (of a run with snapshots, what was before
-the user's first candidate). Written, best first: the user, the rank, the
-candidate's row in its files, and the score of each task, a probability.
+the user's first candidate), which needs a run with rows.ties='strict'. Written,
+best first: the user, the rank, the candidate's row in its files, and the score
+of each task, a probability.
 
 Users are scored shard by shard. --output=ranked/ is a folder of Parquet files,
 one a shard; of a .csv or .parquet the shards are in a folder beside it until
@@ -61,7 +62,10 @@ _LATEST = flags.DEFINE_bool(
   'latest', False, 'The latest parameters, not the best on validation.'
 )
 _AS_OF = flags.DEFINE_bool(
-  'as_of', False, 'Candidates see the events before them, and no later ones.'
+  'as_of',
+  False,
+  'Candidates see the events before them, and no later ones; of a run that was '
+  "trained with rows.ties='strict'.",
 )
 _ENGINE = flags.DEFINE_enum(
   'engine', 'local', ['local', 'ray'], 'Where shards are scored.'

@@ -54,7 +54,7 @@ class Join:
       raise ValueError(
         f'as_of=True with ties={self.config.ties!r}: a log does not say which '
         "events of a candidate's own time were before it; train with "
-        "ties='strict'"
+        "ties='strict' (--config.data.rows.ties=strict), or leave as_of out"
       )
 
   @property

@@ -139,7 +139,7 @@ class RowMaker:
       raise ValueError(
         f'as_of=True with ties={self.config.ties!r}: a log does not say which '
         "events of a candidate's own time were before it; train with "
-        "ties='strict'"
+        "ties='strict' (--config.data.rows.ties=strict), or leave as_of out"
       )
     with_time = self.needs_time if with_time is None else with_time
     times = shared if schema.time in shared else shown
@@ -175,6 +175,17 @@ class RowMaker:
       request=request,
       user=user,
       as_of=as_of,
+    )
+
+  def _check_order(self, time: np.ndarray, asked: Asked) -> None:
+    last = time[-1]
+    if asked.as_of or last <= 0 or asked.time[asked.time.argmin()] >= last:
+      return
+    early = int(np.argmax(asked.time < last))
+    also = ', or set as_of=True' if self.config.ties == 'strict' else ''
+    raise ValueError(
+      f'column {self.schema.time!r}: candidate {early} is earlier than the '
+      f"history's last event; drop the events after it{also}"
     )
 
   def _check_clock(self, is_timestamp: bool | None, source: str) -> None:
@@ -255,7 +266,7 @@ class RowMaker:
     schema, number, stop = self.schema, len(past.time), past.stop
     if number:
       _check_clocks(schema, past.is_timestamp, asked.is_timestamp, 'candidates')
-      _check_order(schema, past.time, asked)
+      self._check_order(past.time, asked)
     before, all_see_all = np.empty(len(asked.time), np.int64), True
     before.fill(stop)
     if self.config.ties == 'strict':
@@ -479,14 +490,3 @@ def _check_clocks(
     columns_lib.check_clocks(
       schema.time, {'history': bool(past), source: bool(given)}
     )
-
-
-def _check_order(schema: Schema, time: np.ndarray, asked: Asked) -> None:
-  last = time[-1]
-  if asked.as_of or last <= 0 or asked.time[asked.time.argmin()] >= last:
-    return
-  early = int(np.argmax(asked.time < time[-1]))
-  raise ValueError(
-    f'column {schema.time!r}: candidate {early} is earlier than the '
-    "history's last event; drop the events after it, or set as_of=True"
-  )

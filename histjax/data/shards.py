@@ -327,11 +327,12 @@ class _Pass:
     early = np.flatnonzero(rows['time'] < self._last[rows['user']])
     if early.size:
       user = self._users.keys[rows['user'][early[0]]]
+      strict = self._join.config.ties == 'strict'
+      also = ', or set as_of=True (--as_of)' if strict else ''
       raise ValueError(
         f'user {str(user)!r}: column {self._join.schema.time!r}: the candidate '
         f"of {columns.where(int(early[0]))} is earlier than the user's last "
-        'event in the log; drop the events after it, or set as_of=True '
-        '(--as_of)'
+        f'event in the log; drop the events after it{also}'
       )
 
 

@@ -246,7 +246,15 @@ class MakeRowTest(parameterized.TestCase):
     (
       'early',
       {'candidates': [{**SHOWN, 'ts': 3}]},
-      "'ts': candidate 0 is earlier than the history's last event",
+      "'ts': candidate 0 is earlier than .*; drop the events after it$",
+    ),
+    (
+      'early_strict',
+      {
+        'candidates': [{**SHOWN, 'ts': 3}],
+        'config': RowConfig('pointwise', ties='strict'),
+      },
+      'drop the events after it, or set as_of=True$',
     ),
     (
       'no_time',

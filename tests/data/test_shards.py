@@ -92,7 +92,10 @@ def test_rows_are_named_by_their_files(tmp_path):
   assert data.where(2) == f'{paths[0]} row 2'
   assert data.where(3) == f'{paths[1]} row 0'
   paths.append(write(tmp_path, 'bad', 3, time=np.array([30, 30, 0])))
-  with pytest.raises(ValueError, match=r'bad\.parquet row 2 is earlier than'):
+  message = (
+    r'bad\.parquet row 2 is earlier than .*, or set as_of=True \(--as_of\)'
+  )
+  with pytest.raises(ValueError, match=message):
     prepare(tmp_path, [log], paths)
 
 
