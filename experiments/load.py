@@ -56,7 +56,9 @@ _STORE = flags.DEFINE_integer('store_mib', None, 'Of states; 768, 2.', 1)
 _USERS = flags.DEFINE_integer('users', None, "By Zipf's law; 500, 400.", 1)
 _HISTORY = flags.DEFINE_integer('history', None, 'At first; 900, 60.', 1)
 _LONGEST = flags.DEFINE_integer('longest', None, 'Later; 1024, 128.', 1)
-_CANDIDATES = flags.DEFINE_integer('candidates', None, '100, 20.', 1)
+_CANDIDATES = flags.DEFINE_integer(
+  'candidates', None, 'Of a request; 100, or 20 with --check.', 1
+)
 _WIDTH = flags.DEFINE_integer('width', None, 'D of runs made; 64, 32.', 8)
 _LAYERS = flags.DEFINE_integer('layers', None, 'Of runs made; 4, 2.', 1)
 _DEFAULTS = {

@@ -13,16 +13,18 @@ requests a second that a device was measured to answer.
 import json
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import flag_util
 from benchmarking import sizing
 from histjax import EncoderConfig
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, whose model it is.')
-_LAYERS = flags.DEFINE_integer('num_layers', None, 'Or: its layers,')
-_WIDTH = flags.DEFINE_integer('width', None, 'its D,')
-_HEADS = flags.DEFINE_integer('num_heads', None, 'its N.')
+_LAYERS = flags.DEFINE_integer(
+  'num_layers', None, 'Layers of a model without a run.'
+)
+_WIDTH = flags.DEFINE_integer('width', None, 'D of a model without a run.')
+_HEADS = flags.DEFINE_integer('num_heads', None, 'N of a model without a run.')
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['bfloat16', 'float32'], "The model's; bfloat16, or the run's."
 )
@@ -31,8 +33,9 @@ _RESULTS = flags.DEFINE_string('results', None, 'JSON of the suite serving.')
 
 
 def models():
-  """Encoders with lengths, and the model's type."""
+  """Encoders with lengths, the model's type, and what to say of them."""
   layers, width, heads = _LAYERS.value, _WIDTH.value, _HEADS.value
+  lengths, note = [int(length) for length in _LENGTHS.value], None
   if _WORKDIR.value is not None:
     if layers or width or heads:
       raise ValueError(
@@ -40,10 +43,14 @@ def models():
         '--width and --num_heads out'
       )
     # These need the packages that read data.
+    from histjax.serving import planning
     from histjax.training import run
 
-    config = run.load(_WORKDIR.value).config.model
-    encoder, dtype = config.encoder, config.dtype
+    config = run.load(_WORKDIR.value).config
+    encoder, dtype = config.model.encoder, config.model.dtype
+    rows = config.data.eval_rows or config.data.rows
+    longest = planning.longest_state(config.model, rows.history_length)
+    lengths, note = sizing.capped(lengths, longest)
   elif layers and width and heads:
     encoder = EncoderConfig(num_layers=layers, width=width, num_heads=heads)
     dtype = 'bfloat16'
@@ -54,16 +61,20 @@ def models():
     )
   else:
     flag_util.refuse(['lengths'], 'is of a model that is named, and none is')
-    return sizing.MODELS, _DTYPE.value or 'bfloat16'
-  found = [(encoder, int(length)) for length in _LENGTHS.value]
-  return found, _DTYPE.value or dtype
+    return sizing.MODELS, _DTYPE.value or 'bfloat16', None
+  found = [(encoder, length) for length in lengths]
+  return found, _DTYPE.value or dtype, note
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
+  logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
-    print(sizing.states(*models()))
+    found, dtype, note = models()
+    print(sizing.states(found, dtype))
+    if note is not None:
+      print(f'\n{note}')
     if _RESULTS.value is not None:
       text = pathlib.Path(_RESULTS.value).read_text(encoding='utf-8')
       report = json.loads(text)

@@ -43,6 +43,24 @@ def state_bytes(
   return pages.number(length) * shape.nbytes
 
 
+def capped(
+  lengths: Sequence[int], longest: int | None
+) -> tuple[list[int], str | None]:
+  """Lengths that states may have, and what to say of those that they may not.
+
+  Args:
+    lengths: of histories.
+    longest: `planning.longest_state`.
+  """
+  if longest is None or max(lengths) <= longest:
+    return list(lengths), None
+  found = list(dict.fromkeys(min(n, longest) for n in lengths))
+  return found, (
+    f'L is at most {longest}: a state of this run holds no more, however long '
+    'the history is'
+  )
+
+
 def states(models: Iterable[tuple[EncoderConfig, int]], dtype: str) -> str:
   """Bytes of a user and users in a GB, by model and L, as Markdown.
 

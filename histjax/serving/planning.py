@@ -40,12 +40,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from histjax import buckets
 from histjax.data import columns as columns_lib
 from histjax.data import past as past_lib
 from histjax.data import values as values_lib
 from histjax.data.past import Past
 from histjax.data.requests import Events
 from histjax.data.row_maker import Asked, RowMaker, View
+from histjax.models.ranker import RankerConfig
 from histjax.schema import Schema
 from histjax.scoring.paged import PagedScorer
 from histjax.scoring.scorer import Scorer
@@ -166,11 +168,7 @@ class Model:
   @functools.cached_property
   def reach(self) -> int | None:
     """R, if a state may begin anywhere R events before; None: it may not."""
-    reach = self.scorer.config.receptive_field
-    length = self.maker.config.history_length
-    if reach is None or (length is not None and length < reach):
-      return None
-    return reach
+    return _reach(self.scorer.config, self.maker.config.history_length)
 
   @functools.cached_property
   def is_extendable(self) -> bool:
@@ -401,6 +399,27 @@ class Model:
     new.until(count).update(digest)
     same = digest.digest() == known.digest.digest()
     return None if same else 0
+
+
+def longest_state(
+  config: RankerConfig, history_length: int | None
+) -> int | None:
+  """Events of a state at most, with an engine's defaults; None: no bound.
+
+  Args:
+    config: of the model.
+    history_length: of its rows.
+  """
+  reach = _reach(config, history_length)
+  # Full at 2 R and what a program pads that to; then the last R are read again.
+  return history_length if reach is None else buckets.bucket_size(2 * reach)
+
+
+def _reach(config: RankerConfig, history_length: int | None) -> int | None:
+  reach = config.receptive_field
+  if reach is None or (history_length is not None and history_length < reach):
+    return None
+  return reach
 
 
 def _has_events(request: Request) -> bool:

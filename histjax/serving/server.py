@@ -25,6 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from histjax import buckets as bucket_lib
 from histjax.quantization import Kind
 from histjax.scoring import Scorer, ScorerConfig
+from histjax.serving import planning
 from histjax.serving.app import RunEngine, Service
 from histjax.serving.cache_store import StoreConfig
 from histjax.serving.engine import Engine, EngineConfig
@@ -264,14 +265,10 @@ def buckets(rows: int, events: Sequence[int], candidates: int) -> ScorerConfig:
 
 def default_events(run: run_lib.Run) -> list[int]:
   """The length of states that rows of the run need; if long, a quarter, too."""
-  reach = run.config.model.receptive_field
   data = run.config.data
   length = (data.eval_rows or data.rows).history_length
-  most = _EVENTS
-  if reach is not None and (length is None or length >= reach):
-    most = bucket_lib.bucket_size(2 * reach)  # As `EngineConfig.max_events`.
-  elif length is not None:
-    most = bucket_lib.bucket_size(length)
+  most = planning.longest_state(run.config.model, length)
+  most = _EVENTS if most is None else bucket_lib.bucket_size(most)
   return [most // 4, most] if most > 512 else [most]
 
 

@@ -546,6 +546,15 @@ class TestBinaries:
     assert 'Traceback' not in output
     assert not (folder / 'nobody.csv').exists()
 
+  def test_size(self, trained):
+    folder, _ = trained
+    output = run('size', f'--workdir={folder}/work', '--lengths=16,64')
+    assert [line[:18] for line in output.splitlines()] == [
+      '| model | L | floa',
+      '| --- | --- | --- ',
+      *['| 1 layers, D 8 | '] * 2,
+    ]
+
   def test_export(self, trained):
     folder, _ = trained
     output = run(

@@ -56,6 +56,13 @@ class SizingTest(parameterized.TestCase):
     self.assertIn(f"--results={results} is of suite 'request'", found.stderr)
     self.assertEqual(found.returncode, 1)
 
+  def test_states_of_a_run_are_bounded(self):
+    self.assertEqual(sizing.capped([8, 64], 64), ([8, 64], None))
+    self.assertEqual(sizing.capped([8, 64], None), ([8, 64], None))
+    lengths, note = sizing.capped([256, 1024, 4096], 384)
+    self.assertEqual(lengths, [256, 384])
+    self.assertStartsWith(note, 'L is at most 384: ')
+
   def test_rates(self):
     times = {'hit': 0.5, 'extend': 0.0125, 'miss': 20.0, 'no cache': 40.0}
     report = {

@@ -1,5 +1,6 @@
 """What a user's key is: as a log's columns have it."""
 
+import dataclasses
 import types
 
 from absl.testing import absltest
@@ -7,8 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from histjax.data import columns
+from histjax.nn.encoder import EncoderConfig
 from histjax.schema import Dense, Schema, Task
 from histjax.serving import planning
+from tests.training.runs import MODEL
 
 
 def outcome(function, *args):
@@ -21,6 +24,21 @@ def outcome(function, *args):
 def of_a_log(schema, user):
   table = columns.from_mapping({'u': [user]}, ['u'], 'request.user', schema)
   return columns.canonical_keys(columns.encode_keys(table, 'u')[1])[0]
+
+
+class LongestStateTest(absltest.TestCase):
+  def test_a_window_bounds_it(self):
+    def longest(window, history_length):
+      config = dataclasses.replace(
+        MODEL, encoder=EncoderConfig(num_layers=2, window=window)
+      )
+      return planning.longest_state(config, history_length)
+
+    self.assertEqual(longest(100, None), 512)  # Twice 2 x 99 + 1, padded.
+    self.assertEqual(longest(100, 199), 512)
+    self.assertEqual(longest(100, 198), 198)  # Each new event moves its start.
+    self.assertEqual(longest(None, 200), 200)
+    self.assertIsNone(longest(None, None))
 
 
 class KeyTest(absltest.TestCase):
