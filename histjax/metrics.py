@@ -190,29 +190,47 @@ class RankingMetrics:
       logits: `{task: [B, C]}`.
       labels: `{task: [B, C]}`, 0 or 1.
       mask: the candidates that count; None: all.
-      group: int32, the user of each row `[B]` or candidate `[B, C]`.
+      group: the user of each row `[B]` or candidate `[B, C]`; integers that
+        int32 holds.
 
     Raises:
-      ValueError: a task is missing, a logit that counts is not finite, or a
-        label that counts is not 0 or 1.
+      ValueError: a task is missing, an argument has another shape or type, a
+        logit that counts is not finite, a label that counts is not 0 or 1, or
+        a user that counts is no int32.
     """
-    shape = np.shape(logits[self.tasks[0]])
+    shape = self._check_shapes(logits, labels)
     keep = np.ones(shape, bool) if mask is None else np.asarray(mask)
-    groups = np.asarray(group)
-    groups = np.broadcast_to(
-      groups[:, None] if groups.ndim == 1 else groups, shape
-    )
-    chunk = Predictions({}, {}, groups[keep].astype(np.int32))
+    if keep.dtype != bool or keep.shape != shape:
+      raise ValueError(
+        f'mask is {keep.dtype} {keep.shape}; it must be bool [B, C] = {shape}'
+      )
+    chunk = Predictions({}, {}, _groups(np.asarray(group), keep))
+    for task in self.tasks:
+      chunk.logits[task] = np.asarray(logits[task], np.float32)[keep]
+      chunk.labels[task] = np.asarray(labels[task], np.float32)[keep]
+      _check(chunk.logits[task], chunk.labels[task], f'task {task!r}: ')
+    self._chunks.append(chunk)
+
+  def _check_shapes(self, logits, labels) -> tuple[int, ...]:
+    """That of the first task's logits, which all must have."""
+    if not self.tasks:
+      raise ValueError('tasks is empty; name at least one task')
+    shape = None
     for task in self.tasks:
       for name, values in (('logits', logits), ('labels', labels)):
         if task not in values:
           raise ValueError(
             f'{name} of task {task!r} are missing; there are {sorted(values)}'
           )
-      chunk.logits[task] = np.asarray(logits[task], np.float32)[keep]
-      chunk.labels[task] = np.asarray(labels[task], np.float32)[keep]
-      _check(chunk.logits[task], chunk.labels[task], f'task {task!r}: ')
-    self._chunks.append(chunk)
+        found = np.shape(values[task])
+        shape = found if shape is None else shape
+        if found != shape or len(found) != 2:
+          raise ValueError(
+            f'{name} of task {task!r} have shape {found}; they must be [B, C], '
+            f'as logits of task {self.tasks[0]!r}, which have {shape}'
+          )
+    assert shape is not None
+    return shape
 
   def merge(self, other: RankingMetrics) -> RankingMetrics:
     """A new accumulator with the data of both.
@@ -271,6 +289,30 @@ class RankingMetrics:
       metrics[f'{task}/logloss'] = logloss(logits, labels)
       metrics[f'{task}/ne'] = normalized_entropy(logits, labels)
     return metrics
+
+
+def _groups(group: np.ndarray, keep: np.ndarray) -> np.ndarray:
+  """Of the candidates that count, int32; ValueError if it cannot be."""
+  if group.shape not in (keep.shape[:1], keep.shape):
+    raise ValueError(
+      f'group has shape {group.shape}; it must be [B] = {keep.shape[:1]} or '
+      f'[B, C] = {keep.shape}'
+    )
+  if not np.issubdtype(group.dtype, np.integer):
+    raise ValueError(
+      f'group is {group.dtype}; it must be of integers, one for each user'
+    )
+  group = group[:, None] if group.ndim == 1 else group
+  group = np.broadcast_to(group, keep.shape)[keep]
+  # Not wider: JAX gathers 32 bits.
+  limits = np.iinfo(np.int32)
+  bad = (group < limits.min) | (group > limits.max)
+  if bad.any():
+    raise ValueError(
+      f'group {group[bad][0]} is outside int32; number the users from 0, as '
+      'by np.unique(.., return_inverse=True)'
+    )
+  return group.astype(np.int32)
 
 
 def _check(scores, labels, where: str = ''):

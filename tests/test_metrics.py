@@ -194,14 +194,35 @@ class AccumulatorTest(parameterized.TestCase):
   def test_refusals(self):
     acc = metrics.RankingMetrics(['y'])
     with self.assertRaisesRegex(ValueError, "task 'y': 1 of 1 scores"):
-      acc.update(
-        {'y': np.array([[np.nan]])}, {'y': np.ones((1, 1))}, None, np.zeros(1)
-      )
+      acc.update({'y': np.array([[np.nan]])}, {'y': np.ones((1, 1))}, None, [0])
     with pytest.raises(ValueError, match="labels of task 'y' are missing"):
-      acc.update({'y': np.ones((1, 1))}, {}, None, np.zeros(1))
+      acc.update({'y': np.ones((1, 1))}, {}, None, [0])
     for tasks in (['z'], ['y', 'z']):
       with pytest.raises(ValueError, match='cannot merge'):
         acc.merge(metrics.RankingMetrics(tasks))
+
+  @parameterized.parameters(
+    ({'logits': {'b': np.zeros((2, 3))}}, "logits of task 'a' are missing"),
+    ({'logits': {'a': np.zeros(2), 'b': np.zeros(2)}}, r'must be \[B, C\]'),
+    (
+      {'labels': {'a': np.zeros((2, 3)), 'b': np.zeros((2, 1))}},
+      r"labels of task 'b' have shape \(2, 1\)",
+    ),
+    ({'mask': np.ones((2, 3), np.int32)}, 'mask is int32'),
+    ({'mask': np.ones((2, 1), bool)}, r'mask is bool \(2, 1\)'),
+    ({'group': np.zeros(3, np.int32)}, r'group has shape \(3,\)'),
+    ({'group': np.array([0.2, 0.7])}, 'group is float64'),
+    ({'group': np.array([1, 1 + 2**32])}, 'group 4294967297 is outside int32'),
+  )
+  def test_refuses_other_batches(self, change, match):
+    zeros = {'a': np.zeros((2, 3)), 'b': np.zeros((2, 3))}
+    batch = {'logits': zeros, 'labels': zeros, 'mask': None, 'group': [0, 1]}
+    with self.assertRaisesRegex(ValueError, match):
+      metrics.RankingMetrics(['a', 'b']).update(**{**batch, **change})
+
+  def test_refuses_no_tasks(self):
+    with self.assertRaisesRegex(ValueError, 'tasks is empty'):
+      metrics.RankingMetrics([]).update({}, {}, None, [])
 
 
 if __name__ == '__main__':
