@@ -208,6 +208,11 @@ class RowMakerTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'earlier than the last event kn'):
       maker.extend(past, maker.read(events[:1]), user)
     late = {**events[-1], 'ts': np.datetime64('2022-05-01')}
+    with self.assertRaisesRegex(ValueError, 'are numbers in the training log'):
+      maker.read([late])
+    # Of features that were saved without their log's clock.
+    fitted = dataclasses.replace(fitted, is_timestamp=None)
+    maker = row_maker.RowMaker(log.schema, None, fitted)
     with self.assertRaisesRegex(ValueError, 'times are numbers in history and'):
       maker.extend(past, maker.read([late]), user)
 
