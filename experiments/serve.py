@@ -114,7 +114,15 @@ def serve() -> None:
   application = app_lib.make_app(
     service,
     background=[
-      lambda: server.watch(service, path, engine, every_s, which, seen)
+      lambda: server.watch(
+        service,
+        path,
+        engine,
+        every_s,
+        which,
+        seen,
+        functools.partial(print, flush=True),
+      )
     ],
     routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
   )

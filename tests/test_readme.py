@@ -90,6 +90,7 @@ NOT_RUN = (
   (r'.*/tmp/data/', 'tests/test_docs_data.py runs them'),
   (r'.*--workdir=/tmp/synthetic', 'tests/test_training_docs.py runs them'),
   (r'gcloud |srun ', 'a cluster'),
+  (r'.*runs/(2026-12-01|live)', "as README's, in a folder of another day"),
   (r'python experiments/scale\.py', 'tests/experiments/test_scale.py runs it'),
   (r'python experiments/train.*learning_rate=0.01', 'as the one before'),
   (r'python experiments/score.*--workdir=/tmp/run.*--top_k', 'as README'),

@@ -73,6 +73,24 @@ class Columns:
     known['events'] |= set(labels)
     return cls(known, needed)
 
+  def changes(self, before: Columns) -> str:
+    """How these differ from others, in words; empty: they do not."""
+    found = []
+    for part, now in self.needed.items():
+      old = before.needed[part]
+      found += [f'{part}.{name} is new' for name in sorted(now.keys() - old)]
+      found += [f'{part}.{name} is gone' for name in sorted(old.keys() - now)]
+      found += [
+        f'{part}.{name} is {_words(now[name])}, was {_words(old[name])}'
+        for name in sorted(now.keys() & old)
+        if now[name] != old[name]
+      ]
+    return ', '.join(found)
+
+
+def _words(what: dict[str, Any]) -> str:
+  return ' '.join(f'{k} {v}' for k, v in what.items())
+
 
 @functools.lru_cache(maxsize=1)  # Asked for with every request.
 def _of_scorer(scorer: Scorer) -> Columns:

@@ -12,7 +12,6 @@ import gc
 import os
 import pathlib
 import socket
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from histjax.scoring import Scorer, ScorerConfig
 from histjax.serving import planning
 from histjax.serving.app import RunEngine, Service
 from histjax.serving.cache_store import StoreConfig
+from histjax.serving.columns import Columns
 from histjax.serving.engine import Engine, EngineConfig
 from histjax.training import run as run_lib
 from histjax.training import step_folders
@@ -278,13 +278,15 @@ async def watch(
   engine: RunEngine,
   every_s: float,
   which: Literal['best', 'latest'] = 'best',
-  seen: tuple = (),
+  seen: tuple | None = None,
+  tell: Callable[[str], Any] = logging.info,
 ) -> None:
   """Rolls over to the workdir's parameters whenever they change.
 
   They are read in a thread, and the engine puts them in place between two
   batches: no request is dropped, and none is scored by both. What cannot be
-  read is reported and leaves the old ones in place.
+  read is reported, once as long as it stays so, and leaves the old ones in
+  place. A run of other columns is served, too, and reported with them.
 
   Args:
     service: counts roll-overs.
@@ -292,11 +294,13 @@ async def watch(
     engine: of the service.
     every_s: seconds between looks; 0: none.
     which: parameters, the best or the latest.
-    seen: the workdir's `listing` before the engine read its parameters. Empty:
+    seen: the workdir's `listing` before the engine read its parameters. None:
       the first look reads them again, and compares.
+    tell: of each roll-over, in a line.
   """
   if not every_s:
     return
+  failure = ''
   while True:
     await asyncio.sleep(every_s)
     now = await asyncio.to_thread(listing, workdir)
@@ -304,31 +308,40 @@ async def watch(
       continue
     seen = now
     try:
-      changed = await asyncio.to_thread(_roll_over, workdir, engine, which)
+      lines = await asyncio.to_thread(_roll_over, workdir, engine, which)
     except Exception as error:  # Training goes on, or somebody copies.
       service.metrics.roll_overs.labels('failed').inc()
-      logging.error('%s is not served: %s', workdir, error)
-      seen = ()  # Again, with what is there then.
+      if failure != (failure := f'{type(error).__name__}: {error}'):
+        logging.error('%s is not served: %s', workdir, failure)
+      seen = None  # Again, with what is there then.
       continue
-    if changed:
+    failure = ''
+    for line in lines:
+      tell(line)
+    if lines:
       service.metrics.roll_overs.labels('done').inc()
 
 
 def _roll_over(
   workdir: str, engine: RunEngine, which: Literal['best', 'latest']
-) -> bool:
-  begun = time.monotonic()
-  scorer = Scorer.from_workdir(workdir, which, engine.scorer.options)
+) -> list[str]:
+  """What to tell of it; nothing: the same model is there."""
+  old = engine.scorer
+  scorer = Scorer.from_workdir(workdir, which, old.options)
   if scorer.fingerprint == engine.fingerprint:
-    return False
+    return []
   engine.roll_over(scorer)
-  logging.info(
-    '%s: serves %s after %.1f s',
-    workdir,
-    scorer.fingerprint[:12],
-    time.monotonic() - begun,
-  )
-  return True
+  assert scorer.run is not None  # It is of a workdir.
+  step = scorer.run.meta['best_step' if which == 'best' else 'step']
+  lines = [
+    f'serves the model {scorer.fingerprint[:12]} of step {step}, {workdir}'
+  ]
+  if found := Columns.of_scorer(scorer).changes(Columns.of_scorer(old)):
+    lines.append(
+      f'warning: it reads other columns than the model before: {found}; '
+      'requests that do not have them are refused with 422'
+    )
+  return lines
 
 
 def listing(workdir: str) -> tuple:

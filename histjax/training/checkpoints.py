@@ -341,14 +341,15 @@ def load_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
   Returns:
     `config`, for `histjax.config.from_dict`; `fingerprint` of its data, see
     `histjax.data.fingerprint`; `features`, the digest of what is derived of it;
-    `best_step`, `progress` and `data`.
+    `step`, `best_step`, `progress` and `data`.
 
   Raises:
     FileNotFoundError, ValueError, OSError: see `load_variables`.
   """
   workdir = workdir_lib.resolve(workdir)
   with _reading(workdir) as manager:
-    return _newest(manager, workdir)[1]
+    step, meta = _newest(manager, workdir)
+    return {**meta, 'step': step}
 
 
 class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):

@@ -21,7 +21,14 @@ import pytest
 import histjax
 from histjax.data import rows as rows_lib
 from histjax.serving import app as app_lib
-from histjax.serving import cache_store, client, engine, messages, server
+from histjax.serving import (
+  cache_store,
+  client,
+  columns,
+  engine,
+  messages,
+  server,
+)
 from histjax.training import run as run_lib
 from histjax.training import step_folders
 from tests.serving import bodies
@@ -216,7 +223,7 @@ def test_a_checkpoint_that_comes_before_the_watch(tmp_path, monkeypatch, told):
   """While the engine is made; no other comes after it."""
   folder = step_folders.of(tmp_path)
   (folder / '5').mkdir(parents=True)
-  seen = server.listing(str(tmp_path)) if told else ()
+  seen = server.listing(str(tmp_path)) if told else None
   (folder / '10').mkdir()
   assert looks_that_read(tmp_path, monkeypatch, seen) == 1
 
@@ -229,7 +236,7 @@ def test_parameters_that_are_served_are_not_read_again(tmp_path, monkeypatch):
 
 def looks_that_read(workdir, monkeypatch, seen):
   """Of the first looks."""
-  read = mock.Mock(return_value=True)
+  read = mock.Mock(return_value=['serves it'])
   monkeypatch.setattr(server, '_roll_over', read)
   looks = iter(range(3))
 
@@ -244,6 +251,59 @@ def looks_that_read(workdir, monkeypatch, seen):
       server.watch(mock.MagicMock(), str(workdir), None, 0.001, seen=seen)
     )
   return read.call_count
+
+
+def test_a_roll_over_tells_of_the_model_and_of_other_columns(
+  scored, workdir, tmp_path, monkeypatch
+):
+  """Whose clients would get 422, and nobody would know why."""
+  runs.run(tmp_path, num_steps=5, seed=1)
+  stub = mock.Mock(scorer=scored.scorer, fingerprint=scored.fingerprint)
+  assert server._roll_over(str(workdir), stub, 'best') == []
+  (line,) = server._roll_over(str(tmp_path), stub, 'best')
+  (scorer,) = stub.roll_over.call_args.args
+  assert line == (
+    f'serves the model {scorer.fingerprint[:12]} of step 5, {tmp_path}'
+  )
+  old = columns.Columns.of_scorer(scored.scorer)
+  item = {**old.needed['candidates']['item'], 'maximum': 9}
+  needed = {
+    'context': {},
+    'candidates': {**old.needed['candidates'], 'item': item},
+    'events': {**old.needed['events'], 'price': {'type': 'number'}},
+  }
+  monkeypatch.setattr(
+    columns.Columns,
+    'of_scorer',
+    lambda of: old if of is scored.scorer else columns.Columns({}, needed),
+  )
+  _, line = server._roll_over(str(tmp_path), stub, 'best')
+  assert 'context.segment is gone, candidates.item is type integer' in line
+  assert 'maximum 9, was type integer' in line
+  assert 'events.price is new; requests' in line
+  assert '422' in line
+
+
+def test_each_new_failure_of_a_watch_is_told_once(tmp_path, monkeypatch):
+  """That of a folder without checkpoints, too."""
+  failures = iter('aaabbb')
+
+  def read(*unused):
+    try:
+      raise ValueError(next(failures))
+    except StopIteration:
+      raise KeyboardInterrupt from None
+
+  monkeypatch.setattr(server, '_roll_over', read)
+  logged = []
+  monkeypatch.setattr(
+    server.logging, 'error', lambda *args: logged.append(args[-1])
+  )
+  with pytest.raises(KeyboardInterrupt):
+    asyncio.run(
+      server.watch(mock.MagicMock(), str(tmp_path), None, 0.001, seen=None)
+    )
+  assert logged == ['ValueError: a', 'ValueError: b']
 
 
 def test_buckets():

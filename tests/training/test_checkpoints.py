@@ -294,7 +294,7 @@ class TestDamage:
         caplog.clear()
         manager.save(at(new_state(seed=2), 2), META)
       assert (folder / name / 'variables' / 'manifest.ocdbt').exists()
-      assert checkpoints.load_meta(tmp_path) == META
+      assert checkpoints.load_meta(tmp_path) == {**META, 'step': 2}
     assert steps_in(tmp_path) == [1, 2]
 
   @pytest.mark.parametrize('keep', [1, 2])
