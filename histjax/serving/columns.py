@@ -11,6 +11,14 @@ from histjax.features import FittedFeatures
 from histjax.schema import Categorical, Dense, Schema
 from histjax.scoring import Scorer
 
+_EXAMPLES: dict[str, int | str] = {
+  'integer': 0,
+  'number': 0,
+  'integer or text': '0',
+  'ISO 8601 text': '2000-01-01',
+  'number or ISO 8601 text': 0,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
@@ -72,6 +80,13 @@ class Columns:
     # A log's own records can be sent, outcomes and all.
     known['events'] |= set(labels)
     return cls(known, needed)
+
+  def example(self) -> dict[str, dict[str, Any]]:
+    """By part one value of each column that is needed, made up."""
+    return {
+      part: {name: _EXAMPLES[what['type']] for name, what in columns.items()}
+      for part, columns in self.needed.items()
+    }
 
   def changes(self, before: Columns) -> str:
     """How these differ from others, in words; empty: they do not."""

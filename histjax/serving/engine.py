@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from absl import logging
 
 from histjax import buckets
 from histjax.data.row_maker import RowMaker
@@ -35,6 +36,7 @@ from histjax.serving.cache_store import (
   StoreConfig,
   Update,
 )
+from histjax.serving.columns import Columns
 from histjax.serving.planning import Job, Model, Request, Source, UnknownHistory
 
 __all__ = ['Engine', 'EngineConfig', 'Request', 'Result', 'UnknownHistory']
@@ -260,6 +262,7 @@ class Engine:
     for name, size in asked.items():
       if name != 'visible' and size is not None and size < 1:
         raise ValueError(f'{name}={size} must be at least 1')
+    _make_a_row(self._model)
     with self._lock:
       sizes = _sizes(self._model, asked)
       if cache_dir is not None:
@@ -296,6 +299,8 @@ class Engine:
     """
     model = self._load(scorer, maker)
     _ = model.scorer.fingerprint  # Reads all parameters: not under the lock.
+    if self._warmed is not None:
+      _make_a_row(model)
     with self._lock:
       old = self._model
       warm_up: Callable[[], object] | None = None
@@ -515,6 +520,19 @@ def _sizes(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
 def _programs(model: Model, sizes: Mapping[str, Any]) -> tuple[Any, ...]:
   """What tells apart which programs a warm-up compiles."""
   return model.scorer.config, model.scorer.options, sizes
+
+
+def _make_a_row(model: Model) -> None:
+  """Of a made-up request: what imports and sorts waits for the first one."""
+  maker = model.maker
+  parts = Columns.of_run(model.schema, maker.config, maker.features).example()
+  request = Request(
+    '0', [parts['candidates']], parts['context'], [parts['events']]
+  )
+  try:
+    model.plan('0', None, request)
+  except Exception as error:  # A feature may not take what is made up.
+    logging.info('no row was made to warm up: %s', error)
 
 
 def _means_the_same(one: RowMaker, other: RowMaker) -> bool:

@@ -14,6 +14,7 @@ from histjax.data.row_maker import RowMaker
 from histjax.data.rows import RowConfig, collate
 from histjax.scoring import paged, transport
 from histjax.serving import engine as engine_lib
+from histjax.serving import planning
 from histjax.serving.cache_store import State, StoreConfig
 from histjax.serving.engine import Engine, EngineConfig, Request, part_size
 from tests import support
@@ -562,6 +563,36 @@ class EngineTest(parameterized.TestCase):
     ):
       engine.roll_over(other, worlds.maker('causal', False))
     self.assertLen(warmed, replayed)
+
+  @parameterized.parameters(*worlds.VARIANTS)
+  def test_a_warm_up_makes_a_row(self, variant):
+    """Imports, and the order of vocabularies, wait for no request."""
+    engine = self.engine(variant)
+    jobs = []
+
+    def plan(model, *args, plan=planning.Model.plan):
+      jobs.append(plan(model, *args))
+      return jobs[-1]
+
+    with (
+      mock.patch.object(planning.Model, 'plan', plan),
+      mock.patch.object(Engine, '_warm_up'),
+    ):
+      engine.warm_up(candidates=4)
+      self.assertEqual([job.past.stop for job in jobs], [1])
+      engine.roll_over(engine.scorer, worlds.maker(variant, True))
+    self.assertLen(jobs, 2)
+    self.assertEqual(engine.metrics()['users'], 0)
+
+  def test_a_warm_up_without_a_row(self):
+    """Of a feature that does not take what is made up."""
+    engine = self.engine()
+    with (
+      mock.patch.object(planning.Model, 'plan', side_effect=KeyError('0')),
+      mock.patch.object(Engine, '_warm_up') as warm_up,
+    ):
+      engine.warm_up(candidates=4)
+    warm_up.assert_called_once()
 
   @parameterized.parameters('candidates', 'events', 'rows', 'new_events')
   def test_a_warm_up_for_nothing(self, name):
