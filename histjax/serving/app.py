@@ -20,6 +20,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 import time
 from collections.abc import (
   AsyncIterator,
@@ -342,9 +343,23 @@ def respond(http: HttpRequest, media: str, message: Any) -> Response:
   return Response(messages.encode(media, message), media_type=media)
 
 
+_SEND = (
+  (r'log needs >= 0$', 'send a value >= 0'),
+  (r"outside the table of feature '.*', (\[0, \d+\))$", r'send an id in \1'),
+  (r'no index of feature ', 'send an integer'),
+  (r' has no value \(', 'send a value'),
+  (r'too large as feature ', 'send a smaller value'),
+  (r'a label of task .* (?:is|must be) (0 or 1|a number)', r'send \1'),
+)
+"""What a client can do, where the library says what training can."""
+
+
 def of_value_error(error: ValueError) -> messages.BadRequestError:
   """A refusal with what the library says: the field, the value; the fix."""
   detail, _, fix = str(error).rpartition('; ')
+  for pattern, send in _SEND:
+    if match := re.search(pattern, detail):
+      fix = match.expand(send)
   field = None
   for mark in ("column '", "feature '"):
     if mark in str(error):

@@ -7,7 +7,9 @@ values of other types; `Limits` bounds what is read at all.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -260,16 +262,31 @@ def decode(media: str, body: bytes | bytearray) -> ScoreRequest:
     return _DECODERS[media].decode(body)
   except msgspec.ValidationError as error:
     what, _, path = str(error).partition(' - at `')
+    field = path.rstrip('`').removeprefix('$').lstrip('.') or None
+    name = re.search('(?:unknown|required) field `(.*)`', what)
     raise refusal(
       422,
       str(error),
-      field=path.rstrip('`').removeprefix('$').lstrip('.') or None,
-      fix=what,
+      field=name[1][:100] if name and not field else field,
+      fix=_fix(what),
     ) from error
   except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
     raise refusal(
       400, f'the body is no {media}: {error}', fix='send what the schema says'
     ) from error
+
+
+def _fix(what: str) -> str:
+  """Of a message of msgspec."""
+  if match := re.search('unknown field `(.*)`', what):
+    known = ScoreRequest.__struct_fields__
+    close = difflib.get_close_matches(match[1], known, 1)
+    meant = f'rename it to {close[0]!r}' if close else 'leave it out'
+    return f'{meant}; known are {sorted(known)}'
+  if match := re.search('required (field `.*`)', what):
+    return f'send the {match[1]}'
+  match = re.match('Expected (.*?)(?:, got .*)?$', what)
+  return f'send {match[1]}' if match else what
 
 
 def encode(media: str, message: Any) -> bytes:

@@ -163,8 +163,8 @@ BAD = {
   'deep': (b'[' * 100_000, 422, None),
   'nan': (b'{"user": 1, "candidates": {"item": [NaN]}}', 400, None),
   'null': (b'null', 422, None),
-  'unknown field': (bodies.body(path='/etc/passwd'), 422, None),
-  'no user': ({'candidates': {'item': [1]}}, 422, None),
+  'unknown field': (bodies.body(path='/etc/passwd'), 422, 'path'),
+  'no user': ({'candidates': {'item': [1]}}, 422, 'user'),
   'user is a list': (bodies.body(user=[1]), 422, 'user'),
   'negative first': (bodies.body(first=-1), 422, 'first'),
   'first is text': (bodies.body(first='0'), 422, 'first'),
@@ -232,8 +232,57 @@ class TestRefusals:
     assert problem.field == field
     assert problem.detail
     assert len(response.content) < 5000
-    if name not in ('no user', 'null'):
-      assert problem.fix
+    assert problem.fix
+    assert problem.fix != problem.detail
+
+  @pytest.mark.parametrize(
+    ('name', 'fix'),
+    [
+      ('no user', 'send the field `user`'),
+      ('negative first', 'send `int` >= 0'),
+      ('null value', 'send `bool | int | float | str`'),
+      ('outside the table', 'send an id in [0, 20)'),
+      ('negative', 'send an id in [0, 20)'),
+    ],
+  )
+  def test_says_what_the_client_can_do(self, served, name, fix):
+    assert problem_of(post(served, BAD[name][0])).fix == fix
+
+  @pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+      ({'evnts': []}, "rename it to 'events'; known are ['candidates', "),
+      ({'zzz': []}, "leave it out; known are ['candidates', "),
+    ],
+  )
+  def test_names_the_known_fields(self, served, changes, said):
+    problem = problem_of(post(served, bodies.body(**changes)))
+    assert problem.field in changes
+    assert problem.fix.startswith(said)
+
+  @pytest.mark.parametrize(
+    ('feature', 'value', 'fix'),
+    [
+      (histjax.Dense('x', log=True), -1.0, 'send a value >= 0'),
+      (histjax.Dense('x'), 1e300, 'send a smaller value'),
+      (histjax.Dense('x'), '', 'send a value'),
+      (histjax.Categorical('x', 9), 9, 'send an id in [0, 9)'),
+      (histjax.Categorical('x', 9), 'x', 'send an integer'),
+      (histjax.Categorical('x', 9, ids='hash'), '', 'send a value'),
+    ],
+  )
+  def test_fixes_of_values(self, feature, value, fix):
+    """Not those of training, as to set log=False."""
+    schema = histjax.Schema(
+      item=(feature,), tasks=(histjax.Task('click'),), user='u', time='t'
+    )
+    with pytest.raises(ValueError, match="column 'x'") as found:
+      histjax.make_row(
+        schema, context={'u': 1}, history=[], candidates=[{'x': value}]
+      )
+    problem = app_lib.of_value_error(found.value).problem
+    assert problem.field == 'x'
+    assert problem.fix == fix
 
   @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
   def test_what_is_not_finite(self, served, value):
