@@ -27,7 +27,12 @@ _ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'ray'], 'Where.')
 _REPLICAS = flags.DEFINE_integer('replicas', 2, 'Of --engine=ray.', 1)
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
 _PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
-_TOKEN = flags.DEFINE_string('token_file', None, 'A file with a token.')
+_TOKEN = flags.DEFINE_string(
+  'token_file',
+  None,
+  'File with the token, at least 8 ASCII characters, that requests must bear; '
+  'without it the environment variable HISTJAX_TOKEN, if set.',
+)
 _BATCH = flags.DEFINE_integer('max_batch', 32, 'Requests scored at once.', 1)
 _WAIT = flags.DEFINE_float('max_wait_ms', 0.0, 'For a batch to fill.', 0)
 _QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
@@ -127,6 +132,12 @@ def serve() -> None:
     routes=page.of_run(service, engine, _PAGE.value, _TITLES.value),
   )
   port = sockets[0].getsockname()[1]
+  if not config.token and not all(map(server.is_loopback, sockets)):
+    print(
+      f'warning: --host={_HOST.value} without a token: anyone who reaches port '
+      f'{port} can use it; set HISTJAX_TOKEN or --token_file',
+      flush=True,
+    )
   print(f'serves {_HOST.value}:{port}', flush=True)
   server.Server(service, application, _HOST.value, port, _DRAIN.value).run(
     sockets

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import functools
 import gc
+import ipaddress
 import os
 import pathlib
 import socket
@@ -175,6 +176,12 @@ def listen(host: str, port: int) -> list[socket.socket]:
       one.close()
     raise
   return found
+
+
+def is_loopback(listener: socket.socket) -> bool:
+  """Whether only this machine reaches a socket of `listen`."""
+  address = listener.getsockname()[0].partition('%')[0]
+  return ipaddress.ip_address(address).is_loopback
 
 
 def make_engine(

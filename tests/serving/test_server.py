@@ -403,6 +403,17 @@ def test_a_port_is_held_before_the_server_runs(scored):
   server.listen('127.0.0.1', port)[0].close()
 
 
+@pytest.mark.parametrize(
+  ('host', 'alone'),
+  [('127.0.0.1', True), ('localhost', True), ('0.0.0.0', False)],
+)
+def test_who_reaches_a_socket(host, alone):
+  sockets = server.listen(host, 0)
+  assert {server.is_loopback(x) for x in sockets} == {alone}
+  for one in sockets:
+    one.close()
+
+
 class Process:
   """`experiments/serve.py` as a user starts it."""
 
@@ -485,6 +496,15 @@ class TestProcesses:
     assert 'answers 503 meanwhile\nready after ' in output
     with pytest.raises(httpx.ConnectError):
       httpx.get(f'{found.url}/health/live')
+
+  def test_warns_of_a_host_without_a_token(self, workdir):
+    for variables in ({}, {'HISTJAX_TOKEN': 'a long one'}):
+      with Process(workdir, '--host=0.0.0.0', **variables) as found:
+        found.wait_until_ready(variables.get('HISTJAX_TOKEN', ''))
+        found.process.terminate()
+        output, _ = found.process.communicate(timeout=300)
+      warned = f'anyone who reaches port {found.port} can use it; set HISTJAX'
+      assert (warned in output) is (not variables)
 
   def test_bad_flags(self, workdir, tmp_path):
     for flags, said in (
