@@ -10,6 +10,7 @@ engines into replicas of Ray Serve (the extra `ray`).
 
 import functools
 import importlib
+import re
 import time
 from typing import Any
 
@@ -22,40 +23,121 @@ from histjax.serving import batcher, cache_store, messages, page, server
 from histjax.serving.columns import Columns
 from histjax.training import workdir
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of the run.', required=True)
-_ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'ray'], 'Where.')
-_REPLICAS = flags.DEFINE_integer('replicas', 2, 'Of --engine=ray.', 1)
-_HOST = flags.DEFINE_string('host', '127.0.0.1', 'To listen at.')
-_PORT = flags.DEFINE_integer('port', 8000, 'To listen at.', 0, 65535)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the training run.', required=True
+)
+_ENGINE = flags.DEFINE_enum(
+  'engine',
+  'local',
+  ['local', 'ray'],
+  'Where requests are scored: in this process, or in replicas of Ray Serve.',
+)
+_REPLICAS = flags.DEFINE_integer(
+  'replicas',
+  2,
+  'Processes that score, each with its engine; of --engine=ray.',
+  1,
+)
+_HOST = flags.DEFINE_string(
+  'host',
+  '127.0.0.1',
+  'Name or address to listen at; 0.0.0.0: all of this machine.',
+)
+_PORT = flags.DEFINE_integer(
+  'port', 8000, 'Port to listen at; 0: a free one, which is printed.', 0, 65535
+)
 _TOKEN = flags.DEFINE_string(
   'token_file',
   None,
   'File with the token, at least 8 ASCII characters, that requests must bear; '
   'without it the environment variable HISTJAX_TOKEN, if set.',
 )
-_BATCH = flags.DEFINE_integer('max_batch', 32, 'Requests scored at once.', 1)
-_WAIT = flags.DEFINE_float('max_wait_ms', 0.0, 'For a batch to fill.', 0)
-_QUEUE = flags.DEFINE_integer('max_queue', 256, 'Requests that wait.', 1)
-_TIMEOUT = flags.DEFINE_float('timeout_ms', 2000.0, 'Until it is scored.', 1)
-_LIMITS = flags.DEFINE_string('limits', '', "As 'candidates=100,events=99'.")
+_BATCH = flags.DEFINE_integer(
+  'max_batch', 32, 'Requests that are scored at once, at most.', 1
+)
+_WAIT = flags.DEFINE_float(
+  'max_wait_ms',
+  0.0,
+  'How long a request waits for others to fill its batch, while nothing is '
+  'scored.',
+  0,
+)
+_QUEUE = flags.DEFINE_integer(
+  'max_queue', 256, 'Requests that may wait; more are refused with 429.', 1
+)
+_TIMEOUT = flags.DEFINE_float(
+  'timeout_ms',
+  2000.0,
+  'Requests that wait longer until their batch begins are refused with 504, '
+  'if they do not say timeout_ms themselves.',
+  1,
+)
+_LIMITS = flags.DEFINE_string(
+  'limits',
+  '',
+  "What a request may be, as 'candidates=100,events=99'; see messages.Limits.",
+)
 _WARM = flags.DEFINE_list(
   'warm_up',
   ['256'],
   'Lengths of histories and, last, candidates to compile for; what is longer '
   'is refused. Without lengths: what the run needs.',
 )
-_STORE = flags.DEFINE_integer('store_mib', 256, 'Of states; as much of events.')
-_TTL = flags.DEFINE_float('ttl_s', None, 'After which users are forgotten.')
-_DTYPE = flags.DEFINE_enum(
-  'cache_dtype', None, quantization.KINDS, "Of states; None: the model's type."
+_STORE = flags.DEFINE_integer(
+  'store_mib',
+  256,
+  'MiB of device memory, allocated at once, for the states of users; as much '
+  'host memory, beside it, may keep their events.',
+  1,
 )
-_CACHE = flags.DEFINE_string('cache_dir', None, 'Of compiled programs.')
-_WATCH = flags.DEFINE_float('watch_s', 0.0, 'New parameters; 0: never.', 0)
-_DRAIN = flags.DEFINE_float('drain_s', 1.0, 'Not ready, but serving.', 0)
-_PAGE = flags.DEFINE_enum('page', 'auto', ['auto', 'yes', 'no'], 'Serve it.')
-_TITLES = flags.DEFINE_string('titles', None, 'CSV of items and their titles.')
-_LATEST = flags.DEFINE_bool('latest', False, 'Parameters, not the best.')
-_MODULES = flags.DEFINE_list('modules', [], 'To import first, of features.')
+_TTL = flags.DEFINE_float(
+  'ttl_s',
+  None,
+  'Seconds after their last request in which users are forgotten; None: when '
+  'others need the room.',
+)
+_DTYPE = flags.DEFINE_enum(
+  'cache_dtype',
+  None,
+  quantization.KINDS,
+  "Type in which states are kept; None: the model's.",
+)
+_CACHE = flags.DEFINE_string(
+  'cache_dir',
+  None,
+  'Folder that keeps compiled programs for the next start; None: as JAX is '
+  'configured.',
+)
+_WATCH = flags.DEFINE_float(
+  'watch_s',
+  0.0,
+  'Seconds between looks for new parameters in the workdir, which are then '
+  'served; 0: never looks.',
+  0,
+)
+_DRAIN = flags.DEFINE_float(
+  'drain_s',
+  1.0,
+  'Seconds after SIGTERM in which /health/ready says 503 and requests are '
+  'still scored.',
+  0,
+)
+_PAGE = flags.DEFINE_enum(
+  'page',
+  'auto',
+  ['auto', 'yes', 'no'],
+  'Whether to serve the page that shows the model; auto: of the public and '
+  'synthetic datasets.',
+)
+_TITLES = flags.DEFINE_string(
+  'titles', None, 'CSV of items and their titles, for the page.'
+)
+_LATEST = flags.DEFINE_bool(
+  'latest', False, 'The latest parameters, not the best on validation.'
+)
+_MODULES = flags.DEFINE_list(
+  'modules', [], 'Modules to import first, of derived features of your own.'
+)
 
 
 def serve() -> None:
@@ -63,14 +145,29 @@ def serve() -> None:
     importlib.import_module(name)
   if _ENGINE.value == 'local':
     flag_util.refuse(['replicas'], 'is of --engine=ray')
-  if not all(x.isdecimal() for x in _WARM.value):
-    raise ValueError(f'--warm_up={_WARM.value} must be whole numbers')
+  sizes = ','.join(_WARM.value)
+  if not re.fullmatch(r'0*[1-9]\d*(,0*[1-9]\d*)*', sizes, re.ASCII):
+    raise ValueError(
+      f'--warm_up={sizes} must be whole numbers above 0; give lengths of '
+      'histories, if any, and last the candidates, as 512,256'
+    )
+  if _TTL.value is not None and not _TTL.value > 0:
+    raise ValueError(
+      f'--ttl_s={_TTL.value} must be above 0; leave it out to forget nobody'
+    )
+  try:
+    token = app_lib.read_token(_TOKEN.value)
+  except OSError as error:
+    raise ValueError(
+      f'--token_file={_TOKEN.value}: {error.strerror}; name a file that can be '
+      'read, with the token in it'
+    ) from error
   *events, candidates = map(int, _WARM.value)
   config = app_lib.AppConfig(
     batcher.BatcherConfig(_BATCH.value, _WAIT.value / 1000, _QUEUE.value),
     messages.Limits.parse(_LIMITS.value, candidates),
     _TIMEOUT.value / 1000,
-    app_lib.read_token(_TOKEN.value),
+    token,
   )
   try:
     sockets = server.listen(_HOST.value, _PORT.value)

@@ -477,7 +477,7 @@ class CacheStore:
     if number < 2:
       raise ValueError(
         f'device_bytes={self.options.device_bytes} must hold at least two '
-        f'pages of {shape.nbytes} bytes'
+        f'pages of {shape.nbytes} bytes; raise it (--store_mib)'
       )
     return number
 

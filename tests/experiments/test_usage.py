@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import textwrap
 
 from absl.testing import absltest
 
@@ -139,6 +140,43 @@ class UsageTest(absltest.TestCase):
       'serve',
       ({'workdir': 'x', 'replicas': '2'}, '--replicas=2 is of --engine=ray'),
     )
+
+  def test_values_of_serve(self):
+    cases = {
+      ('warm_up', '0'): 'must be whole numbers above 0; give',
+      ('warm_up', '16,x'): 'must be whole numbers above 0; give',
+      ('warm_up', ''): 'must be whole numbers above 0; give',
+      ('ttl_s', '-1.0'): 'must be above 0; leave it out',
+      ('token_file', 'nope'): 'No such file or directory; name a file',
+    }
+    found = messages(
+      'serve', *({'flags': {'workdir': 'x', k: v}} for k, v in cases)
+    )
+    for said, ((name, value), wanted) in zip(found, cases.items(), strict=True):
+      self.assertStartsWith(said, f'ValueError: --{name}={value}')
+      self.assertIn(wanted, said)
+
+  def test_help_of_serve(self):
+    """Enough to act on; 'Serve it.' is not."""
+    flags = 'flags.FLAGS.flags_by_module_dict()["serve"]'
+    code = f"""
+      from absl import flags
+      import serve
+      for x in {flags}: print(x.name + ': ' + x.help)
+    """
+    done = subprocess.run(
+      [sys.executable, '-c', textwrap.dedent(code)],
+      cwd=ROOT / 'experiments',
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    lines = done.stdout.splitlines()
+    self.assertGreater(len(lines), 20)
+    for line in lines:
+      self.assertEndsWith(line, '.')
+      self.assertGreater(len(line.split()), 4, line)
+    self.assertIn('at least 8 ASCII characters', done.stdout)
 
   def test_serve_at_a_port_in_use(self):
     with socket.create_server(('127.0.0.1', 0)) as other:

@@ -388,7 +388,9 @@ class StoreTest(parameterized.TestCase):
     )
 
   def test_refused(self):
-    with self.assertRaisesRegex(ValueError, 'must hold at least two pages'):
+    with self.assertRaisesRegex(
+      ValueError, r'two pages .* raise it \(--store_mib'
+    ):
       self.store(1)
     for field in ('device_bytes', 'host_bytes'):
       with self.assertRaisesRegex(ValueError, f'{field}=-1'):

@@ -508,7 +508,8 @@ class TestProcesses:
 
   def test_bad_flags(self, workdir, tmp_path):
     for flags, said in (
-      ([f'--token_file={tmp_path / "none"}'], 'FileNotFoundError'),
+      ([f'--token_file={tmp_path / "none"}'], '/none: No such file or dir'),
+      (['--store_mib=0'], '--store_mib=0: 0 is not a positive integer'),
       (['--max_wait_ms=1e9'], 'max_wait_s='),
       (['--limits=items=3'], "'items' is none of"),
       (['--page=no', '--titles=a.csv'], 'not served; add --page=yes'),
