@@ -19,7 +19,8 @@ of each task, a probability.
 
 Users are scored shard by shard. --output=ranked/ is a folder of Parquet files,
 one a shard; of a .csv or .parquet the shards are in a folder beside it until
-all are done. Run again what was interrupted, and it goes on. --engine=ray
+all are done; a file that is there already is refused. Run again what was
+interrupted, and it goes on. --engine=ray
 spreads the shards over a Ray cluster (the extra `ray`), whose nodes must see
 the workdir, the inputs and the output by the same paths.
 """

@@ -104,12 +104,15 @@ class Target:
     """Checks the output's path.
 
     Raises:
-      ValueError: it cannot be written, or is an input.
+      ValueError: it cannot be written, is an input, or is a file already.
     """
     path = workdir_lib.resolve(output, '--output')
+    sources = [pathlib.Path(name).expanduser().resolve() for name in inputs]
     if path.suffix in ('.csv', '.parquet'):
       if path.is_dir():
         raise ValueError(f'--output={path} is a folder; name a file in it')
+      if path.exists() and path.resolve() not in sources:
+        raise ValueError(f'--output={path} exists; delete it, or name another')
       target = cls(path, path.with_name(f'{path.name}.parts'))
     elif path.suffix and not path.is_dir():
       raise ValueError(
@@ -129,8 +132,7 @@ class Target:
         raise ValueError(
           f'--output={path}: {parent} cannot be written to; name another'
         )
-    for name in inputs:
-      source = pathlib.Path(name).expanduser().resolve()
+    for name, source in zip(inputs, sources, strict=True):
       for mine in (path.resolve(), folder):
         among = source in (mine, *mine.parents) or mine in source.parents
         if among and source.exists():

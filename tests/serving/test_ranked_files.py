@@ -70,6 +70,7 @@ def test_output_is_checked_first(tmp_path):
   assert target.folder == tmp_path / 'out.csv.parts'
   assert ranked_files.Target.of(tmp_path / 'out', inputs).file is None
   (tmp_path / 'plain').touch()
+  (tmp_path / 'done.csv').touch()
   for path, message in (
     (tmp_path / 'out.txt', r'must end in \.csv or \.parquet, or be a folder'),
     (tmp_path / 'absent/out.csv', 'absent is no folder; make it'),
@@ -77,6 +78,7 @@ def test_output_is_checked_first(tmp_path):
     (tmp_path / 'in.csv/out.csv', 'in.csv is no folder'),
     (tmp_path / 'x.csv', 'is a folder; name a file in it'),
     (tmp_path / 'plain', 'is a file; name a folder'),
+    (tmp_path / 'done.csv', r'done\.csv exists; delete it, or name another'),
     (source, 'would be among the inputs'),
     (tmp_path / 'log/out.csv', 'would be among the inputs'),
     (tmp_path / 'log', 'would be among the inputs'),
