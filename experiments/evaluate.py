@@ -86,13 +86,38 @@ def what_is_left_out(config):
   return found
 
 
+def check_kind(prepared):
+  """Refuses data of another kind than the run's.
+
+  Args:
+    prepared: the folder of prepared rows that the run was trained on, if any.
+  """
+  differ = 'whose fingerprint is of another kind and cannot be compared'
+  if prepared and _PATHS.value is not None:
+    raise ValueError(
+      f'--paths={_PATHS.value} is a log, {differ}: this run was trained on '
+      'prepared rows; give --prepared instead'
+    )
+  if not prepared and _PREPARED.value is not None:
+    raise ValueError(
+      f'--prepared={_PREPARED.value} is prepared rows, {differ}: this run was '
+      'trained on a log in memory; give --paths instead'
+    )
+
+
 def run():
+  if _PATHS.value is not None and _PREPARED.value is not None:
+    raise ValueError(
+      f'--paths={_PATHS.value} and --prepared={_PREPARED.value} are two kinds '
+      'of data; give the one that the run was trained on'
+    )
   for name in _MODULES.value:
     importlib.import_module(name)
   output = None
   if _OUTPUT.value is not None:
     output = workdir.prepare_output(_OUTPUT.value, '--output')
   meta = checkpoints.load_meta(_WORKDIR.value)
+  check_kind(meta['config']['data'].get('prepared'))
   values = identity.with_paths(
     meta['config'],
     paths=_PATHS.value,
@@ -106,7 +131,7 @@ def run():
   )
   dataset = datasets.load(config.data)
   identity.check_fingerprint(
-    fingerprint(dataset), meta['fingerprint'], _WORKDIR.value
+    fingerprint(dataset), meta['fingerprint'], _WORKDIR.value, '--paths'
   )
   rows = dataset.splits[_SPLIT.value]
   known = counts = None

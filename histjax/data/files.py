@@ -184,7 +184,7 @@ def digest(
   return total.hexdigest()
 
 
-def with_header(paths: Sequence[str]) -> list[Path]:
+def with_header(paths: Sequence[str], field: str = 'paths') -> list[Path]:
   """The files, without the empty ones that Spark writes of empty partitions.
 
   Args:
@@ -195,7 +195,7 @@ def with_header(paths: Sequence[str]) -> list[Path]:
   """
   return [
     path
-    for path, is_part in _expand(paths)
+    for path, is_part in _expand(paths, field)
     if not is_part or path.stat().st_size or _format(path) != 'csv'
   ]
 
@@ -207,24 +207,26 @@ def no_events(paths: Sequence[str]) -> NoEvents:
   return NoEvents(f'{names[0]}{more} holds no events; name files with some')
 
 
-def _expand(paths: Sequence[str]) -> list[tuple[Path, bool]]:
+def _expand(
+  paths: Sequence[str], field: str = 'paths'
+) -> list[tuple[Path, bool]]:
   """The files, and whether each was found in a folder."""
   if isinstance(paths, (str, Path)):
     paths = [str(paths)]
   if not paths:
-    raise ValueError('paths is empty; name at least one Parquet or CSV file')
+    raise ValueError(f'{field} is empty; name at least one Parquet or CSV file')
   files: list[tuple[Path, bool]] = []
   for name in paths:
     if not str(name) or '://' in str(name):
       raise ValueError(
-        f'paths has {str(name)!r}, which is no local file or folder; copy it '
+        f'{field} has {str(name)!r}, which is no local file or folder; copy it '
         'here and name it'
       )
     path = Path(name).expanduser()
     if path.is_dir():
       files += [(file, True) for file in _files_in(path)]
     elif not path.exists():
-      fix = 'check `paths`'
+      fix = f'check {field}'
       if '*' in str(name) or '?' in str(name):
         fix = 'patterns are not expanded: name files, or their folder'
       raise ValueError(f'{path} does not exist; {fix}')

@@ -59,7 +59,10 @@ class Limits:
 
   def __post_init__(self):
     if not self.memory >= 2**20:
-      raise ValueError(f'memory={self.memory} must be at least 2**20 bytes')
+      raise ValueError(
+        f'memory={self.memory:.0f} bytes ({self.memory / 2**30:g} GiB) must be '
+        'at least 2**20; give --memory=0.001 or more'
+      )
     if self.users is not None and self.users < 1:
       raise ValueError(f'users_per_shard={self.users} must be >= 1, or None')
 
@@ -167,11 +170,11 @@ def check(join: Join, events: Sequence[str], candidates: Sequence[str]) -> None:
   Raises:
     ValueError: a column is missing, or a value there is bad.
   """
-  for table, paths in (
-    (join.candidates_table, candidates),
-    (join.log_table, events),
+  for field, table, paths in (
+    ('--candidates', join.candidates_table, candidates),
+    ('--events', join.log_table, events),
   ):
-    for path in files.with_header(paths):
+    for path in files.with_header(paths, field):
       head = files.stream(
         [str(path)], table.columns, join.schema, max_rows=_HEAD
       )

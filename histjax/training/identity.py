@@ -147,7 +147,10 @@ def of_run(
 
 
 def check_fingerprint(
-  found: str, trained: str, workdir: str | os.PathLike[str]
+  found: str,
+  trained: str,
+  workdir: str | os.PathLike[str],
+  flag: str = '--config.data.source.paths',
 ) -> None:
   """Raises ValueError if the data is not what the run was trained on.
 
@@ -155,11 +158,12 @@ def check_fingerprint(
     found: `fingerprint.fingerprint` of the data.
     trained: that of the run.
     workdir: of the run.
+    flag: that names files of a log.
   """
   if found != trained:
     raise ValueError(
       f'workdir={str(workdir)!r}: the data has changed since this run was '
       f'trained (its fingerprint is {found[:12]}, that of the run '
       f'{trained[:12]}): users, times, features, labels or splits differ. Name '
-      'the files as they were (--paths), or train again in another workdir'
+      f'the files as they were ({flag}), or train again in another workdir'
     )

@@ -515,6 +515,11 @@ class TestBinaries:
   @pytest.mark.parametrize(
     ('flags', 'message'),
     [
+      (
+        ['--candidates=nope.csv'],
+        'nope.csv does not exist; check --candidates',
+      ),
+      slow(['--events=nope.csv'], 'nope.csv does not exist; check --events'),
       # Said before anything is read, the run included.
       (['--workdir=absent', '--output=absent/x.csv'], 'absent is no folder'),
       (['--task=sell'], '--task=sell is not a task of the run; it has'),
@@ -554,6 +559,13 @@ class TestBinaries:
       '| --- | --- | --- ',
       *['| 1 layers, D 8 | '] * 2,
     ]
+
+  def test_evaluate_on_rows_of_another_kind(self, trained):
+    folder, _ = trained
+    output = run(
+      'evaluate', f'--workdir={folder}/work', '--prepared=rows', expect=1
+    )
+    assert '--prepared=rows is prepared rows, whose fingerprint' in output
 
   def test_export(self, trained):
     folder, _ = trained

@@ -208,6 +208,11 @@ class UsageTest(absltest.TestCase):
       self.assertStartsWith(text, f'ValueError: {said}')
       self.assertEndsWith(text, '; leave it out')
 
+  def test_evaluate(self):
+    both = {'workdir': 'absent', 'paths': 'a.csv', 'prepared': 'rows'}
+    (found,) = messages('evaluate', {'flags': both})
+    self.assertRegex(found, r"--paths=\['a.csv'\] and --prepared=rows are two")
+
   def test_scale(self):
     self.assertEqual(
       messages(

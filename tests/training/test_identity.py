@@ -90,3 +90,5 @@ def test_fingerprints():
   identity.check_fingerprint('a' * 64, 'a' * 64, os.curdir)
   with pytest.raises(ValueError, match=r'is aaaaaaaaaaaa, that of the run bbb'):
     identity.check_fingerprint('a' * 64, 'b' * 64, os.curdir)
+  with pytest.raises(ValueError, match=r'\(--config\.data\.source\.paths\)'):
+    identity.check_fingerprint('a' * 64, 'b' * 64, os.curdir)

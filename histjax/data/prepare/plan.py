@@ -192,7 +192,7 @@ def budget(options: Options, engine: Local | Ray) -> float:
   each = (options.memory - processes * _PROCESS) / engine.num_workers
   if each < 2**24:
     raise ValueError(
-      f'memory={options.memory / 2**30:.2f} GiB is too little for '
+      f'memory={options.memory / 2**30:.3g} GiB (--memory) is too little for '
       f'{engine.num_workers} workers: give at least '
       f'{(processes * _PROCESS + engine.num_workers * 2**24) / 2**30:.2f}'
     )
