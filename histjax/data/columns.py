@@ -118,7 +118,7 @@ def digest_ids(columns: Columns, feature: Categorical) -> np.ndarray:
 def distinct_digests(columns: Columns, feature: Categorical) -> np.ndarray:
   """uint64, the distinct ones of `digest_ids`, of a column that is checked."""
   found = [np.zeros(0, np.uint64)]
-  for start, array in columns.arrays(feature.column):
+  for start, array in columns.arrays(feature.column, texts=True):
     unique = array.unique()
     found.append(_digests(columns, feature.column, start, unique))
   return np.unique(np.concatenate(found))
@@ -330,7 +330,8 @@ def encode_keys(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     ValueError: a value is neither integer nor text.
   """
-  found = [parts.as_keys(columns, name, *part) for part in columns.arrays(name)]
+  arrays = columns.arrays(name, texts=True)
+  found = [parts.as_keys(columns, name, *part) for part in arrays]
   if not any(pa.types.is_large_string(p.type) for p in found):
     values = [p.to_numpy() for p in found]
     whole = _concatenate(values)
@@ -358,7 +359,8 @@ def digest_keys(
   Raises:
     ValueError: a value is neither integer nor text.
   """
-  found = [parts.as_keys(columns, name, *part) for part in columns.arrays(name)]
+  arrays = columns.arrays(name, texts=True)
+  found = [parts.as_keys(columns, name, *part) for part in arrays]
   if not any(pa.types.is_large_string(p.type) for p in found):
     whole = _concatenate([p.to_numpy() for p in found])
     if whole.dtype.kind in 'iu':
@@ -433,7 +435,7 @@ def _joined(
   return _concatenate(
     [
       convert(columns, name, start, array, *args)
-      for start, array in columns.arrays(name)
+      for start, array in columns.arrays(name, texts=convert is _digests)
     ]
   )
 

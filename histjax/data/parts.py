@@ -67,13 +67,14 @@ class Columns:
     return f'{self.sources[part]} row {row}'
 
   def arrays(
-    self, name: str, *, unread: bool = False
+    self, name: str, *, unread: bool = False, texts: bool = False
   ) -> list[tuple[int, pa.Array]]:
     """The column `name`, part by part, each with its first row.
 
     Args:
       name: the column.
       unread: it is kept as it came, so that any text is one.
+      texts: whether a text may be a value, for the message of a missing one.
 
     Returns:
       Arrays without nulls. Texts are large_string, and declared types are
@@ -89,12 +90,18 @@ class Columns:
       if part.num_rows:
         array = _plain(self, name, start, part[name])
         words = () if unread else self.schema.null_values
-        self._check_missing(name, start, array, words)
+        texts = texts and self.schema.types.get(name) in (None, 'text')
+        self._check_missing(name, start, array, words, texts)
         found.append((start, self._declared(name, start, array)))
     return found
 
   def _check_missing(
-    self, name: str, start: int, array: pa.Array, words: tuple[str, ...]
+    self,
+    name: str,
+    start: int,
+    array: pa.Array,
+    words: tuple[str, ...],
+    texts: bool,
   ) -> None:
     missing = pc.is_null(array)
     if pa.types.is_large_string(array.type) and words:
@@ -106,7 +113,7 @@ class Columns:
       said = 'null' if value is None else f'{value!r}'
       also = (
         ''
-        if value is None
+        if value is None or not texts
         else ', or take this text out of Schema.null_values if it is a value'
       )
       raise ValueError(
