@@ -87,8 +87,7 @@ def main(argv):
   std_logging.getLogger('histjax').setLevel(std_logging.WARNING)
   try:
     values = _CONFIG.values()
-    workdir = workdir_lib.prepare(_WORKDIR.value)
-    with joined():
+    with workdir_lib.prepared(_WORKDIR.value) as workdir, joined():
       run(values, workdir)
   except _ERRORS as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error

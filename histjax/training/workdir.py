@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -82,6 +83,24 @@ def prepare(
       'folder on a disk that you may write to',
     ) from e
   return found
+
+
+@contextlib.contextmanager
+def prepared(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """`prepare`; after an error the folder is removed if it is new and empty.
+
+  Args:
+    path: see `resolve`.
+  """
+  is_new = not resolve(path).exists()
+  folder = prepare(path)
+  try:
+    yield folder
+  except BaseException:
+    if is_new:
+      with contextlib.suppress(OSError):  # It is not empty.
+        folder.rmdir()
+    raise
 
 
 def alone(folder: pathlib.Path) -> contextlib.AbstractContextManager[object]:

@@ -64,6 +64,22 @@ class TestPrepare:
     assert workdir.prepare('~/a/b') == tmp_path / 'a' / 'b'
     assert not os.listdir(tmp_path / 'a' / 'b')
 
+  def test_a_new_one_goes_again_if_nothing_came_of_it(self, tmp_path):
+    def fail(path, *files):
+      with pytest.raises(ValueError, match='bad'):
+        with workdir.prepared(path) as folder:
+          for name in files:
+            (folder / name).touch()
+          raise ValueError('bad')
+
+    fail(tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+    fail(tmp_path / 'begun', 'file')
+    assert (tmp_path / 'begun/file').exists()
+    (tmp_path / 'old').mkdir()
+    fail(tmp_path / 'old')
+    assert (tmp_path / 'old').is_dir()
+
   @pytest.mark.parametrize(
     'parent, error', [('file', NotADirectoryError), ('/proc', OSError)]
   )
