@@ -175,6 +175,14 @@ def _first_page(app, docname, source):
   )
 
 
+def _notes(app, docname, source):
+  """Links the sections of the notes, as GitHub has them, to their page."""
+  del app, docname
+  source[0] = re.sub(
+    r'\]\((?:\.\./)*histjax/ops/NOTES\.md#', '](/notes.md#', source[0]
+  )
+
+
 def _sign(app, what, name, obj, options, signature, annotation):
   """Leaves out what Linen adds to the signature of every module."""
   del app, what, name, obj, options
@@ -191,3 +199,4 @@ def setup(app):
   app.connect('missing-reference', _resolve)
   app.connect('doctree-resolved', _link_pages)
   app.connect('source-read', _first_page)
+  app.connect('source-read', _notes)

@@ -362,6 +362,17 @@ class TestPages:
       for link in re.findall(r'\]\(([^)#]+)', PAGES[page]):
         assert link.startswith('https://') or (ROOT / link).exists(), link
 
+  def test_anchors(self):
+    """On GitHub, where a page that includes another has no headings."""
+    for page, text in PAGES.items():
+      for link, anchor in re.findall(r'\]\(([^):]*\.md)#([^)]+)\)', text):
+        linked = (ROOT / page).parent / link
+        headings = re.findall(r'^#+ (.*)$', linked.read_text(), re.MULTILINE)
+        slugs = [
+          re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in headings
+        ]
+        assert anchor in slugs, f'{page}: {link}#{anchor}'
+
   def test_named_results_are_there(self):
     results = ROOT / 'benchmarks/results'
     for page, text in PAGES.items():
