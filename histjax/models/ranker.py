@@ -418,9 +418,9 @@ def pack(config: RankerConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
 
   With the collection `tower` a fusion that has one runs in
   `ops.candidate_tower` in `__call__`, `encode`, `score` and `extend`, and the
-  head in `ops.interaction_head` where there is a kernel. In bfloat16 keys and
-  values come from `ops.keys_values`, if there is one, and a token is one
-  product. Without it all run layer by layer, as in training.
+  head in `ops.interaction_head` where there is a kernel or one is named. In
+  bfloat16 keys and values come from `ops.keys_values`, if there is one, and a
+  token is one product. Without it all run layer by layer, as in training.
 
       model.apply({**variables, **pack(config, variables)}, batch)
 
@@ -439,8 +439,12 @@ def pack(config: RankerConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
     packed['tokens'] = embedding.EventTokens.pack(
       params['tokens'], config.dtype
     )
-  by_kernel = config.dtype == 'bfloat16' or ops.has_cpu_kernel(config.dtype)
-  if by_kernel and config.interaction.implementation != 'xla':
+  head = config.interaction.implementation
+  if head is None:
+    by_kernel = config.dtype == 'bfloat16' or ops.has_cpu_kernel(config.dtype)
+  else:  # Wherever it is named: `ops.interaction_head` says why it cannot.
+    by_kernel = head != 'xla'
+  if by_kernel:
     packed['head'] = interaction.InteractionHead.pack(
       config.interaction, params['head'], config.encoder.width, config.dtype
     )

@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from histjax import ops, scoring
 from histjax.models import ranker
+from histjax.nn import interaction
 from histjax.ops import dispatch
 from histjax.ops.candidate_tower import api
 from histjax.scoring import programs
@@ -250,6 +251,26 @@ class BackendsTest(parameterized.TestCase):
         expected,
         **TOLERANCE['float32'],
       )
+
+  def test_a_named_head_is_never_replaced(self):
+    """Not even where a head without a name would have no kernel."""
+    self.enter_context(own_programs())
+    self.enter_context(mock.patch.object(ops, 'has_cpu_kernel', lambda _: 0))
+    head = interaction.InteractionConfig(
+      cross_rank=8, mlp_widths=(16, 8), implementation='pallas_gpu'
+    )
+    config = support.config(encoder__num_layers=1, interaction=head)
+    s = scoring.Scorer(config, support.init(config)[1])
+    batch = support.batch(np.random.default_rng(0))
+    request = batch.candidates, batch.context
+    cache = s.encode(batch.history)
+    for call in (
+      lambda: s.score(cache, *request),
+      lambda: s.encode_and_score(batch.history, *request),
+      lambda: s.score_joint(batch),
+    ):
+      with self.assertRaisesRegex(NotImplementedError, 'pallas_gpu needs'):
+        call()
 
   @parameterized.product(kernel=(True, False), dtype=('float32', 'bfloat16'))
   def test_histories_go_through_a_kernel_or_blocks(self, kernel, dtype):
