@@ -102,7 +102,8 @@ def history_attention_backend(
   """The name of the backend that `history_attention` would run.
 
   Computes nothing. It answers "are the kernels used?"; to learn why one is
-  not, name it as `implementation` and read the error.
+  not, name it as `implementation` and read the error. Of a call without rows,
+  queries or keys, which runs none, it is that of one.
 
   Args:
     query: `[B, Q, N, H]`; as all arrays here, or a `jax.ShapeDtypeStruct`.
@@ -131,7 +132,13 @@ def history_attention_backend(
     )
     return out
 
-  jax.eval_shape(trace, query, key, value, key_range)
+  def some(x):
+    if 0 not in x.shape:
+      return x
+    return jax.ShapeDtypeStruct([max(n, 1) for n in x.shape], x.dtype)
+
+  call = query, key, value, key_range
+  jax.eval_shape(trace, *jax.tree.map(some, call))
   return name
 
 

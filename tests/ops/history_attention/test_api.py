@@ -185,6 +185,17 @@ class DispatchTest(parameterized.TestCase):
       'reference',
     )
 
+  @parameterized.parameters(0, 1, 2, 3)
+  def test_backend_without_rows_queries_or_keys(self, axis):
+    fields = arguments(
+      shape=[0 if i == axis else n for i, n in enumerate(SHAPE)]
+    )
+    self.assertEqual(ops.history_attention_backend(**fields), 'xla')
+    self.assertEqual(
+      ops.history_attention_backend(**fields, implementation='reference'),
+      'reference',
+    )
+
   def test_backend_checks_its_arguments(self):
     fields = arguments()
     fields['key'] = fields['key'][0]
