@@ -67,12 +67,12 @@ def quantize(
     ValueError: no such kind.
   """
   check(kind)
-  layers, rows, events, heads, _ = x.shape
+  layers, rows, events, heads, size = x.shape
   real = jnp.arange(events)[None] < length[:, None]
   x = jnp.where(real[None, :, :, None, None], x.astype(jnp.float32), 0)
   blocks = -(-events // BLOCK)
   after = ((0, 0), (0, 0), (0, blocks * BLOCK - events), (0, 0), (0, 0))
-  parts = jnp.pad(x, after).reshape(layers, rows, blocks, BLOCK, heads, -1)
+  parts = jnp.pad(x, after).reshape(layers, rows, blocks, BLOCK, heads, size)
   largest = jnp.max(jnp.abs(parts), axis=(3, 5))
   limit = 127.0 if kind == 'int8' else float(jnp.finfo(kind).max)
   scale = largest / limit

@@ -65,6 +65,15 @@ class QuantizationTest(parameterized.TestCase):
     length = np.full(SHAPE[1], SHAPE[2], np.int32)
     np.testing.assert_array_equal(_widen(_quantize(x, length, kind=kind)), 0)
 
+  @parameterized.parameters(((2, 3, 0, 2, 4),), ((2, 0, 37, 2, 4),))
+  def test_nothing(self, shape):
+    x, length = np.zeros(shape, np.float32), np.zeros(shape[1], np.int32)
+    found = quantization.quantize(x, length, 'int8')
+    self.assertEqual(found.shape, shape)
+    blocks = -(-shape[2] // quantization.BLOCK)
+    self.assertEqual(found.scale.shape, (*shape[:2], blocks, shape[3]))
+    self.assertEqual(quantization.widen(found, 'float32').shape, shape)
+
   @parameterized.product(kind=KINDS, value=(np.nan, np.inf, -np.inf))
   def test_what_is_not_finite_stays_so(self, kind, value):
     x = np.ones(SHAPE, np.float32)
