@@ -41,6 +41,7 @@ class InteractionConfig:
   implementation: Literal['pallas_gpu', 'numba_cpu', 'xla'] | None = None
 
   def __post_init__(self):
+    object.__setattr__(self, 'mlp_widths', tuple(self.mlp_widths))
     if self.kind not in ('dcn_v2', 'mlp'):
       raise ValueError(
         f"interaction.kind={self.kind!r} must be 'dcn_v2' or 'mlp'"

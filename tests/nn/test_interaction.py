@@ -50,6 +50,13 @@ def make(config, dtype):
   return head, params, packed, args
 
 
+class ConfigTest(absltest.TestCase):
+  def test_widths_may_be_a_list(self):
+    found = interaction.InteractionConfig(mlp_widths=[16, 8])
+    expected = interaction.InteractionConfig(mlp_widths=(16, 8))
+    self.assertEqual(hash(found), hash(expected))
+
+
 class PackTest(parameterized.TestCase):
   @parameterized.parameters(*CONFIGS)
   def test_means_what_the_module_means(self, name):
