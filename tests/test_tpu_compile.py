@@ -305,7 +305,7 @@ class RankerTest(CompileTestCase):
     functions = (
       (lambda p, i, s, n: pages.read(p, i, capacity, heads[0]), ()),
       (lambda p, i, s, n: pages.write(p, i, s), (0,)),
-      (lambda p, i, s, n: pages.extended(p, i, s, n, 10), (0,)),
+      (lambda p, i, s, n: pages.extended(p, i, s, n, n, 10), (0,)),
     )
     for function, donated in functions:
       program = self.compile(

@@ -86,6 +86,7 @@ def extended(
   index: Int[Array, 'B P'],
   states: Any,
   length: Int[Array, 'B'],
+  new: Int[Array, 'B'],
   new_events: int,
 ) -> Any:
   """As `write`, of the pages that hold new events alone.
@@ -95,12 +96,18 @@ def extended(
     index: as `write`; other pages are dropped, whatever it has there.
     states: as `write`.
     length: of each state, without the new events.
-    new_events: at most.
+    new: of each state, the new events.
+    new_events: the most of `new`.
   """
   width = index.shape[1]
   # Events may begin at the end of a page.
   few = min(width, number(new_events + EVENTS - 1))
   first = jnp.clip(length // EVENTS, 0, width - few)
+  begin = jnp.arange(width, dtype=jnp.int32)[None] * EVENTS
+  of_new = jnp.maximum(begin, length[:, None]) < jnp.minimum(
+    begin + EVENTS, (length + new)[:, None]
+  )
+  index = jnp.where(of_new, index, jnp.iinfo(jnp.int32).max)
 
   def cut(x, unit, axis):
     of_row = functools.partial(

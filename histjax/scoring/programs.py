@@ -418,8 +418,9 @@ def _paged_extend_and_score(ready, plan, sizes, variables, keys, values, parts):
   a, b = _read(plan, parts, sizes.capacity, keys, values)
   *states, logits = _extend_and_score(plan, sizes, variables, a, b, parts)
   logits, pool = ready(logits, (keys, values))
+  length, new = parts['length'], parts['new']
   written = (
-    pages_lib.extended(y, parts['write'], x, parts['length'], sizes.events)
+    pages_lib.extended(y, parts['write'], x, length, new, sizes.events)
     for x, y in zip(states, pool, strict=True)
   )
   return (*written, logits)

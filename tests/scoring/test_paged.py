@@ -153,9 +153,15 @@ class PagedTest(parameterized.TestCase):
     states = pair(2, capacity, width)
     # All but the pages of new events is there already.
     here, first = np.arange(width)[None], length[:, None] // unit
-    pool = pages_lib.write(pool, np.where(here < first, pages, beyond), states)
+    there = here < first + (not new)
+    pool = pages_lib.write(pool, np.where(there, pages, beyond), states)
     found = pages_lib.extended(
-      pool, np.where(here < first, beyond, pages), states, length, new
+      pool,
+      np.where(here < first, beyond, pages),
+      states,
+      length,
+      np.full(2, new, np.int32),
+      new,
     )
     read = pages_lib.read(found, pages, capacity, 2)
     for x, wanted in zip(
@@ -165,6 +171,20 @@ class PagedTest(parameterized.TestCase):
         if x.shape[2] != capacity:  # Scales of pages.
           stop = pages_lib.number(int(stop))
         chex.assert_trees_all_equal(x[:, row, :stop], wanted[:, row, :stop])
+
+  def test_pages_without_new_events_are_not_written(self):
+    pool = jnp.ones((1, 6, *pages_lib.shape(1, 8)))
+    index = np.arange(6, dtype=np.int32).reshape(3, 2)
+    found = pages_lib.extended(
+      pool,
+      index,
+      jnp.zeros((1, 3, 2 * pages_lib.EVENTS, 1, 8)),
+      np.array([0, pages_lib.EVENTS + 4, 3], np.int32),
+      np.array([2, 1, 0], np.int32),
+      2,
+    )
+    kept = found.any((0, 2, 3)).reshape(3, 2)
+    self.assertEqual(kept.tolist(), [[False, True], [True, False], [True] * 2])
 
   def test_warm_up(self):
     s = scorer('causal')
