@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import jax
@@ -121,7 +121,8 @@ def stack(
 
   Raises:
     ValueError: no caches, one that no `Scorer` made or that is of another
-      model or type than the first, or a row that is no user's.
+      model or type than the first or on other devices, or a row that is no
+      user's.
   """
   if not caches:
     raise ValueError('stack was given no caches; give at least one')
@@ -138,6 +139,7 @@ def stack(
         f'caches[{i}] holds {kind}, caches[0] {_dtype(caches[0])}; quantize '
         'all or none'
       )
+    check_devices(caches[i], devices(caches[0]), f'caches[{i}] is', 'caches[0]')
   if rows is None:
     rows = [range(x.num_users) for x in infos]
   chosen = [_numbers(i, part) for i, part in enumerate(rows)]
@@ -203,6 +205,28 @@ def info_of(cache: Any) -> CacheInfo:
       'use the cache that extend returned, or extend with donate=False'
     )
   return cache.info
+
+
+def devices(cache: HistoryCache) -> Set[jax.Device] | None:
+  """Those it is bound to; None: to none."""
+  keys = cache.keys.codes if isinstance(cache.keys, Quantized) else cache.keys
+  if not isinstance(keys, jax.Array) or not keys.committed:
+    return None
+  return keys.sharding.device_set
+
+
+def check_devices(
+  cache: HistoryCache, wanted: Set[jax.Device] | None, what: str, other: str
+) -> None:
+  """Raises ValueError if it is bound to other devices than these."""
+  found = devices(cache)
+  if found is None or wanted is None or found == wanted:
+    return
+  here, there = (', '.join(sorted(map(str, x))) for x in (found, wanted))
+  raise ValueError(
+    f'{what} on {here}, {other} on {there}; encode there, or replace keys and '
+    'values by copies that jax.device_put makes there'
+  )
 
 
 def quantize(cache: HistoryCache, kind: Kind) -> HistoryCache:

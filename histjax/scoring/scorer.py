@@ -97,6 +97,7 @@ class Scorer:
     device = dispatch.device_of(leaf if leaf.committed else None)
     several = len(leaf.sharding.device_set) > 1
     self.device = None if several else device
+    self._devices = leaf.sharding.device_set if several else {device}
     if not several:
       # Committed to it, as what programs return then is: to XLA's callers a
       # program of arrays that are and one of arrays that are not are two.
@@ -964,6 +965,9 @@ class Scorer:
         f'scorer has {self.fingerprint[:12]}: another config or other '
         'parameters; encode the history again'
       )
+    cache_lib.check_devices(
+      cache, self._devices, 'cache is', 'the parameters of this scorer'
+    )
     if num_rows > info.num_users:
       raise ValueError(
         f'{what} have {num_rows} rows, the cache {info.num_users}; '

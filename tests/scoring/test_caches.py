@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from absl.testing import parameterized
 
+import histjax
 from histjax import scoring
 from histjax.cache import CacheInfo
 from tests import support
@@ -100,6 +101,28 @@ class CacheTest(parameterized.TestCase):
           ValueError, 'cache was made by the model .*; encode the history again'
         ):
           method(self.cache, *arguments)
+
+  def test_one_on_another_device(self):
+    device = jax.devices()[1]
+    for cache in (self.cache, histjax.quantize(self.cache, 'int8')):
+      moved = cache.replace(
+        keys=jax.device_put(cache.keys, device),
+        values=jax.device_put(cache.values, device),
+      )
+      for call in (
+        lambda x, cache=cache: histjax.stack([cache, x]),
+        lambda x: self.s.extend(x, self.batch.history),
+        self.score,
+      ):
+        with self.assertRaisesRegex(ValueError, r'1.* on .*0; encode there'):
+          call(moved)
+    free = self.cache.replace(
+      keys=np.asarray(self.cache.keys), values=np.asarray(self.cache.values)
+    )
+    np.testing.assert_array_equal(
+      real(self.score(free), self.batch),
+      real(self.score(self.cache), self.batch),
+    )
 
   def test_one_of_the_same_model(self):
     """In other containers, by other implementations."""
