@@ -272,7 +272,7 @@ def _make_optimizer(
 ) -> Optimizer:
   adam = {'b1': config.b1, 'b2': config.b2, 'eps': config.eps}
   network = optax.adamw(
-    schedule(config, config.learning_rate, num_steps),
+    _in_an_array(schedule(config, config.learning_rate, num_steps)),
     weight_decay=config.weight_decay,
     mask=_matrices,
     **adam,
@@ -285,6 +285,21 @@ def _make_optimizer(
     )
   rate = schedule(config, config.table_learning_rate, num_steps)
   return Optimizer(network, tables, rate, config.clip_norm)
+
+
+def _in_an_array(rate: optax.Schedule) -> optax.Schedule:
+  """The schedule, whose values XLA reads from an array of two.
+
+  An update is a kernel for each parameter, and takes as long to start as to
+  compute. XLA joins those of one size on a GPU if they read an array in common,
+  for which a scalar does not count.
+  """
+
+  def of_step(step):
+    value = jnp.asarray(rate(step))
+    return jax.lax.optimization_barrier(jnp.stack([value, value]))[0]
+
+  return of_step
 
 
 def _matrices(params: Any) -> Any:
