@@ -39,6 +39,8 @@ from histjax.types import RankingBatch
 
 NO_ROW = np.iinfo(np.int32).max
 """In place of an id; no table has that many rows."""
+_FEW = 64
+"""Rows of a table each of which is looked for in a batch; see `unique`."""
 
 
 class Averages(NamedTuple):
@@ -135,7 +137,7 @@ def touch(
       continue
     ids = jnp.concatenate(flat)
     bound = min(max_unique.get(table, sizes[table]), sizes[table], ids.size)
-    found[table] = unique(ids, bound)
+    found[table] = unique(ids, bound, sizes[table])
   local: list[dict[str, Array]] = []
   for features, real, spec in parts:
     changed = dict(features)
@@ -167,9 +169,14 @@ def num_touched(
   return found
 
 
-def unique(ids: Int[Array, 'N'], bound: int) -> Int[Array, 'K']:
-  """The `bound` least distinct ids, ascending, then `NO_ROW`."""
-  ids = jnp.sort(ids)
+def unique(ids: Int[Array, 'N'], bound: int, size: int) -> Int[Array, 'K']:
+  """The `bound` least distinct ids below `size`, ascending, then `NO_ROW`."""
+  if size <= min(_FEW, ids.size):  # To look for each takes less than to sort.
+    every = jnp.arange(size, dtype=jnp.int32)
+    is_there = jnp.any(ids[:, None] == every[None, :], axis=0)
+    ids = jnp.where(is_there, every, NO_ROW)
+  # Equal ids are all the same: a stable sort would move their places, too.
+  ids = jnp.sort(ids, stable=False)
   is_new = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
   place = jnp.where(ids < NO_ROW, jnp.cumsum(is_new) - 1, bound)
   return jnp.full(bound, NO_ROW, jnp.int32).at[place].set(ids, mode='drop')
@@ -208,7 +215,10 @@ def update(
   Returns:
     The table, and whether all that was written is finite.
   """
-  rows, state, average = jax.tree.map(lambda x: lookup(x, index), table)
+  # Of places beyond the table something, which is not written.
+  rows, state, average = jax.tree.map(
+    lambda x: x.at[index].get(mode='clip', wrap_negative_indices=False), table
+  )
   direction, state = tx.update(gradient, state, rows)
   new = rows - rate * direction
   if average is not None:
@@ -229,8 +239,9 @@ def update(
 
   found = jax.tree.map(written, table, Table(new, state, average))
   # Squares, as of the network: what overflows soon has diverged.
-  real = (index < len(table.rows))[:, None]
-  return found, jnp.isfinite(jnp.sum(jnp.where(real, jnp.square(new), 0)))
+  squares = jnp.sum(jnp.square(new), axis=1)
+  real = index < len(table.rows)
+  return found, jnp.isfinite(jnp.sum(jnp.where(real, squares, 0)))
 
 
 def caught_up(

@@ -26,13 +26,14 @@ class TinyModel(nn.Module):
   schema: schema_lib.Schema = support.SCHEMA
   dim: int = 4
   row_multiple: int = 1
+  dtype: str = 'float32'  # Of the vectors that it reads.
 
   @nn.compact
   def __call__(self, batch, *, train=False):
     del train
     schema = self.schema
     read = embedding.EmbeddingTables(
-      schema.tables, self.dim, row_multiple=self.row_multiple, name='tables'
+      schema.tables, self.dim, self.dtype, self.row_multiple, name='tables'
     )
     history, candidates = batch.history, batch.candidates
     events = read(history.features, schema.history_features)
@@ -277,6 +278,27 @@ class UpdateTest(parameterized.TestCase):
     train_step = step.make_train_step(model, tx, small)
     with self.assertRaisesRegex(ValueError, r"the tables \['rating', 'tag'"):
       train_step(create('rowwise_adagrad'), random_batches(0, 1)[0])
+
+
+class UniqueTest(parameterized.TestCase):
+  @parameterized.product(
+    # Few rows are looked for one by one, many are sorted; so are few ids.
+    size_number=((1, 8), (5, 100), (64, 64), (64, 63), (65, 100), (300, 100)),
+    bound=(1, 40, 300),
+  )
+  def test_equals_numpy(self, size_number, bound):
+    size, number = size_number
+    rng = np.random.default_rng(7)
+    for share in (0, 0.5, 1):
+      ids = rng.integers(0, size, number).astype(np.int32)
+      ids[rng.random(number) >= share] = tables.NO_ROW
+      expected = np.unique(ids[ids < tables.NO_ROW])[:bound]
+      expected = np.append(
+        expected, np.full(bound - len(expected), tables.NO_ROW)
+      )
+      found = tables.unique(jnp.asarray(ids), bound, size)
+      self.assertEqual(found.dtype, jnp.int32)
+      np.testing.assert_array_equal(found, expected)
 
 
 class CostTest(parameterized.TestCase):
