@@ -158,7 +158,9 @@ def _update(workload, size, batches, name):
   mesh = sharding.data_mesh(jax.devices()[:number], table=split)
   schema, tx = tables.schema_of(size), tables.optimizer()
   model = tables.model_of(workload, size, split)
-  step: Any = step_lib.make_train_step(model, tx, schema, mesh=mesh)
+  step: Any = step_lib.make_train_step(
+    model, tx, schema, row_dtype=workload.dtype, mesh=mesh
+  )
   placed = [sharding.put_batch(batch, mesh) for batch in batches]
   shapes = jax.eval_shape(lambda: state_lib.create_state(model, tx, schema, 0))
   shapes = jax.tree.map(

@@ -230,6 +230,7 @@ class _Run:
       task_weights=config.task_weights,
       rank_loss=config.rank_loss,
       max_unique=config.max_unique_ids,
+      row_dtype=config.model.dtype,
       mesh=mesh,
       rules=rules,
     )

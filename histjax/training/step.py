@@ -28,7 +28,8 @@ from histjax.types import RankingBatch
 TrainStep = Callable[[TrainState, RankingBatch], TrainState]
 EvalStep = Callable[[Any, RankingBatch], dict[str, Array]]
 _SMALL = 2**18
-"""Elements of a parameter up to which its squares are summed with others'."""
+"""Elements of an array up to which it is joined with others, as of parameters
+whose squares are summed."""
 _CACHED = 8
 """How many jitted functions are kept, so that a second run in a notebook, or a
 second validation, compiles nothing."""
@@ -64,6 +65,7 @@ def make_train_step(
   task_weights: Mapping[str, float] | None = None,
   rank_loss: RankLossConfig | None = None,
   max_unique: Mapping[str, int] | None = None,
+  row_dtype: str = 'float32',
   mesh: Mesh | None = None,
   rules: sharding.Rules | None = None,
 ) -> TrainStep:
@@ -85,6 +87,9 @@ def make_train_step(
       most, of all devices together. A batch that has more makes the loss NaN.
       It bounds what a step gathers and sends; that of tables left out is the
       number of ids in a batch.
+    row_dtype: in which the rows of split tables are sent; 'bfloat16' sends half
+      of the bytes, and rounds no more than a model that computes in it, as
+      `RankerConfig.dtype` says. Gradients and updates are float32.
     mesh: of `sharding.data_mesh`; None: wherever the arguments are.
     rules: how the state is split over it, see `sharding.specs`.
 
@@ -95,7 +100,7 @@ def make_train_step(
   weights = tuple((task_weights or {}).items())
   most = tuple((max_unique or {}).items())
   return _jit_train_step(
-    model, tx, schema, weights, rank_loss, most, mesh, rules
+    model, tx, schema, weights, rank_loss, most, row_dtype, mesh, rules
   )
 
 
@@ -185,13 +190,20 @@ def make_eval_step(
 
 @functools.lru_cache(maxsize=_CACHED)
 def _jit_train_step(
-  model, tx, schema, task_weights, rank_loss, max_unique, mesh, rules
+  model, tx, schema, task_weights, rank_loss, max_unique, row_dtype, mesh, rules
 ) -> TrainStep:
   loss = _loss(dict(task_weights), rank_loss)
 
   def step(state: TrainState, batch: RankingBatch) -> TrainState:
     with _in_context(mesh):
-      places = _Places(schema, dict(max_unique), mesh, rules, state.variables)
+      places = _Places(
+        schema,
+        dict(max_unique),
+        mesh,
+        rules,
+        state.variables,
+        row_dtype=row_dtype,
+      )
       found = _update(model, tx, state, batch, loss, places)
       if mesh is not None:
         found = jax.lax.with_sharding_constraint(
@@ -213,7 +225,9 @@ class _Places:
     rules: sharding.Rules | None = None,
     variables: Any = None,
     axis_name: str | None = None,
+    row_dtype: str = 'float32',
   ):
+    self.row_dtype = row_dtype
     self.schema, self.max_unique, self.mesh = schema, max_unique, mesh
     self.axis_name = axis_name  # Of pmap.
     self.axes: dict[str, tuple[str, ...]] = {}
@@ -255,7 +269,11 @@ class _Places:
 
     def local(part, index):
       rows = tables_lib.lookup(part, _own(part, index, axes))
-      return jax.lax.psum(rows, axes)
+      # Few are sent as they are: XLA would join them with those of a large
+      # table of the same type, and copy all.
+      sent = self.row_dtype if rows.size > _SMALL else rows.dtype
+      # Each is of one device: the sum rounds nothing.
+      return jax.lax.psum(rows.astype(sent), axes).astype(rows.dtype)
 
     return jax.shard_map(
       local, in_specs=(P(axes), P()), out_specs=P(), check_vma=False

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from unittest import mock
 
 import chex
 import jax
@@ -104,6 +105,24 @@ class ShardedTest(parameterized.TestCase):
     logits_found = sharding.to_host(evaluate(found.scoring_variables, batch))
     for task, value in logits_found.items():
       assert_close(value[mask], logits[task][mask])
+
+  def test_rows_sent_in_the_type_that_they_are_read_in(self):
+    self.enterContext(mock.patch.object(step, '_SMALL', 0))
+    model = test_tables.TinyModel(row_multiple=8, dtype='bfloat16')
+    found = []
+    for number, dtype in (1, 'float32'), (8, 'bfloat16'):
+      on = mesh(number, number)
+      train_step = step.make_train_step(
+        model, TX, support.SCHEMA, row_dtype=dtype, mesh=on
+      )
+      current = state.create_state(model, TX, support.SCHEMA, 0, mesh=on)
+      placed = [sharding.put_batch(batch, on) for batch in batches()[:3]]
+      program = train_step.lower(current, placed[0]).as_text()
+      for batch in placed:
+        current = train_step(current, batch)
+      found.append(everything(current))
+    self.assertRegex(program, r'\}\) : \(tensor<40x4xbf16>\)')  # Is summed.
+    assert_close(found[1], found[0])
 
   def test_a_checkpoint_goes_on_on_other_devices(self):
     folder = self.enterContext(tempfile.TemporaryDirectory())
