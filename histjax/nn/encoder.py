@@ -145,10 +145,7 @@ class Block(nn.Module):
     self, history: Float[Array, 'B L D'], position: Int[Array, 'B L']
   ) -> tuple[Float[Array, 'B L N H'], Float[Array, 'B L N H']]:
     """The keys, rotated if the config says so, and the values of events."""
-    x = self.attention_norm(history)
-    key = self._turn(self.key(x), position)
-    # XLA would join the two products, and then copy both halves out.
-    return key, self._heads(self.value(jax.lax.optimization_barrier(x)))
+    return self._keys_values(self.attention_norm(history), position)
 
   def __call__(
     self,
@@ -169,9 +166,41 @@ class Block(nn.Module):
     intermediate `attention`. Where the collection `attention_weights` is
     mutable, `weights`, `[B, N, Q, L]`, is sown into it (not with `with_self`).
     """
-    query = self._turn(self.query(self.attention_norm(x)), position)
+    tokens = x, self.attention_norm(x), position
+    return self._update(tokens, key, value, key_range, with_self, train)
+
+  def update_all(
+    self,
+    x: Float[Array, 'B Q D'],
+    position: Int[Array, 'B Q'],
+    num_events: int,
+    key_range: KeyRange,
+    *,
+    train: bool = False,
+  ) -> Float[Array, 'B Q D']:
+    """Updates tokens of which the first `num_events` are the history.
+
+    As `__call__` with the `keys_values` of these, but that all are normed at
+    once, so that the gradients of events, as queries and as keys, are added up
+    before they go through the norm.
+    """
+    normed = self.attention_norm(x)
+    key, value = self._keys_values(
+      normed[:, :num_events], position[:, :num_events]
+    )
+    tokens = x, normed, position
+    return self._update(tokens, key, value, key_range, False, train)
+
+  def _keys_values(self, normed, position):
+    key = self._turn(self.key(normed), position)
+    # XLA would join the two products, and then copy both halves out.
+    return key, self._heads(self.value(jax.lax.optimization_barrier(normed)))
+
+  def _update(self, tokens, key, value, key_range, with_self, train):
+    x, normed, position = tokens
+    query = self._turn(self.query(normed), position)
     if with_self:
-      own_key, own_value = self.keys_values(x, position)
+      own_key, own_value = self._keys_values(normed, position)
       attended = attention.attention_with_self(
         query, key, value, key_range, own_key, own_value
       )

@@ -97,8 +97,9 @@ class AppendCross(shared.SharedHistory):
     )
 
     def layer(block, x):
-      key, value = block.keys_values(x[:, :num_events], event_position)
-      return block(x, joint_position, key, value, joint_range, train=train)
+      return block.update_all(
+        x, joint_position, num_events, joint_range, train=train
+      )
 
     def last_layer(block, x):
       key, value = block.keys_values(x[:, :num_events], event_position)
