@@ -6,7 +6,7 @@ Of a step on n chips, with a batch of B rows of L events and C candidates:
     touched   K = sum_i 1 - (1 - p_i)^N, the distinct rows of the table
     FLOPs     3 x the forward pass's (`cost.formula`, 'joint'), B times
     sent      a ring's all-reduce of x bytes sends 2 (n - 1) / n x from each
-              chip: K rows and their gradients, 4 bytes a value, and the
+              chip: K rows, 2 bytes a value, their gradients, 4, and the
               gradient of the P parameters; an all-gather of N ids
     memory    of a chip: its rows of the table, 4 bytes a value, and 4 of
               row-wise Adagrad; K rows and gradients, on every chip for a step
@@ -154,7 +154,7 @@ def step(job: Job) -> dict[str, Any]:
   split = job.table_axis
   sent = {
     'ids': 4 * ids * (n - 1) / n,
-    'rows of the table': 2 * (split - 1) / split * values * rows,
+    'rows of the table': (split - 1) / split * values * rows,
     'their gradients': ring * values * rows,
     'gradients of the network': ring * 4 * parameters,
   }
@@ -177,7 +177,7 @@ def step(job: Job) -> dict[str, Any]:
     'sent': sent,
     'seconds': seconds,
     'bound': bound,
-    'own_bytes': 2 * values * touched(job.items, ids // n, job.zipf),
+    'own_bytes': 1.5 * values * touched(job.items, ids // n, job.zipf),
     'rate': num_rows * job.num_candidates / sum(seconds.values()),
   }
 
