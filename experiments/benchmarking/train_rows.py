@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -168,14 +169,14 @@ def _rows(log, workload, kind, mask) -> rows_lib.Rows:
 
 
 def checked_batches(
-  log: EventLog, workload: workloads.TrainRows
+  log: EventLog, workload: workloads.TrainRows, kinds: Iterable[str]
 ) -> dict[str, RankingBatch]:
-  """All events of some users, in a batch of each kind."""
+  """All events of some users, in a batch of each of these kinds."""
   users = np.unique(log.user, return_counts=True)[1].argsort(kind='stable')
   # Short ones, which are what is packed.
   mask = np.isin(log.user, users[len(users) // 4 :][:_CHECKED_USERS])
   found = {}
-  for kind in KINDS:
+  for kind in kinds:
     rows = _rows(log, workload, kind, mask)
     length, count = rows.history_lengths, rows.candidate_counts
     pieces = [len(rows)] if kind == 'packed' else None
@@ -248,9 +249,14 @@ def updates(
     )
   )
   state = state_lib.create_state(model, optimizer, schema(workload), seed=0)
-  step = step_lib.make_train_step(model, optimizer, schema(workload))
+  step: Any = step_lib.make_train_step(model, optimizer, schema(workload))
+  batches = [grouped.batch(i) for i in range(len(grouped.buckets))]
+  lowered = [step.lower(state, batch) for batch in batches]
+  # On a GPU one takes most of a minute.
+  with futures.ThreadPoolExecutor() as pool:
+    steps = list(pool.map(lambda x: x.compile(), lowered))
 
-  def update(batch):
+  def update(step, batch):
     def call():
       nonlocal state
       state = step(state, batch)
@@ -258,7 +264,7 @@ def updates(
 
     return call
 
-  return [update(grouped.batch(i)) for i in range(len(grouped.buckets))]
+  return [update(*x) for x in zip(steps, batches, strict=True)]
 
 
 def time_in_turns(
@@ -328,6 +334,7 @@ def run(
   *,
   repeats: int,
   seconds: float,
+  progress: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
   """By contender, `summary` and the `errors` of its loss and gradient.
 
@@ -337,13 +344,21 @@ def run(
       'pointwise' and 'streaming' alone.
     repeats: rounds.
     seconds: the least time spent on each bucket's update, over all rounds.
+    progress: called with a line at a time.
 
   Raises:
     ValueError: a contender is unknown, or computes something else.
   """
   check_contenders(contenders)
+  begin = time.perf_counter()
+
+  def say(what):
+    progress(f'  {time.perf_counter() - begin:5.0f} s  {what}')
+
   log = log_of(workload)
-  checked = checked_batches(log, workload)
+  kinds = ['pointwise', *(name.partition(':')[2] for name in contenders)]
+  checked = checked_batches(log, workload, dict.fromkeys(kinds))
+  say(f'{len(log)} events; gradients of {", ".join(checked)} rows in float32')
   variables, found = gradients(workload, checked)
   rows: dict[str, dict[str, Any]] = {}
   calls: dict[str, list[Callable[[], Any]]] = {}
@@ -352,6 +367,7 @@ def run(
     owner, _, kind = name.partition(':')
     if kind not in groups:
       groups[kind] = group(log, workload, kind)
+    say(f'{name}: {len(groups[kind].buckets)} shapes')
     if owner == 'histjax':
       computed = found[kind]
       calls[name] = updates(workload, groups[kind])
@@ -370,6 +386,7 @@ def run(
         [groups[kind].batch(i) for i in range(len(groups[kind].buckets))],
       )
     rows[name] = {'errors': errors(computed, found['pointwise'])}
+  say('first updates, then all in turns')
   for name, steps in time_in_turns(calls, repeats, seconds).items():
     rows[name] |= summary(groups[name.partition(':')[2]], steps)
   return rows

@@ -68,6 +68,7 @@ def run(
             list(contenders or every),
             repeats=repeats,
             seconds=seconds,
+            progress=progress,
           ),
         }
       )
