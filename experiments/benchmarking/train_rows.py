@@ -9,6 +9,7 @@ before anything is timed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
@@ -196,9 +197,12 @@ def gradients(
   """Variables, and of each batch the loss and its gradient, in float32."""
   model = Ranker(dataclasses.replace(config(workload), dtype='float32'))
   some = next(iter(batches.values()))
-  variables = jax.jit(model.init)(jax.random.key(0), some)
+  # Or on a GPU it would look for the fastest float32 products during minutes.
+  options = {'xla_gpu_autotune_level': 0}
+  jit = functools.partial(jax.jit, compiler_options=options)
+  variables = jit(model.init)(jax.random.key(0), some)
 
-  @jax.jit
+  @jit
   def run(variables, batch):
     def loss(variables):
       logits: Any = model.apply(variables, batch)
