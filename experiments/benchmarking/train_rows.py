@@ -35,6 +35,9 @@ if TYPE_CHECKING:  # They need the packages that read data; other suites do not.
 
 KINDS = ('pointwise', 'request', 'streaming', 'packed')
 _CHECKED_USERS = 3
+# With Triton XLA would try some dozen kernels for each of 64 products: minutes
+# for each shape.
+_CUBLAS: dict[str, Any] = {'xla_gpu_enable_triton_gemm': False}
 # Float32 sums in another order, through two layers and Adam's input; PyTorch's
 # products on a CPU are no less exact.
 _LOSS_ERROR, _GRADIENT_ERROR = 1e-5, 1e-4
@@ -197,9 +200,7 @@ def gradients(
   """Variables, and of each batch the loss and its gradient, in float32."""
   model = Ranker(dataclasses.replace(config(workload), dtype='float32'))
   some = next(iter(batches.values()))
-  # Or on a GPU it would look for the fastest float32 products during minutes.
-  options = {'xla_gpu_autotune_level': 0}
-  jit = functools.partial(jax.jit, compiler_options=options)
+  jit = functools.partial(jax.jit, compiler_options=_CUBLAS)
   variables = jit(model.init)(jax.random.key(0), some)
 
   @jit
@@ -256,9 +257,8 @@ def updates(
   step: Any = step_lib.make_train_step(model, optimizer, schema(workload))
   batches = [grouped.batch(i) for i in range(len(grouped.buckets))]
   lowered = [step.lower(state, batch) for batch in batches]
-  # On a GPU one takes most of a minute.
   with futures.ThreadPoolExecutor() as pool:
-    steps = list(pool.map(lambda x: x.compile(), lowered))
+    steps = list(pool.map(lambda x: x.compile(_CUBLAS), lowered))
 
   def update(step, batch):
     def call():
