@@ -35,9 +35,12 @@ if TYPE_CHECKING:  # They need the packages that read data; other suites do not.
 
 KINDS = ('pointwise', 'request', 'streaming', 'packed')
 _CHECKED_USERS = 3
-# With Triton XLA would try some dozen kernels for each of 64 products: minutes
-# for each shape.
-_CUBLAS: dict[str, Any] = {'xla_gpu_enable_triton_gemm': False}
+# On a GPU XLA tries some dozen kernels for each of 64 products: minutes for each
+# shape, of which there are several. So cuBLAS picks them by its own rules.
+_UNTUNED: dict[str, Any] = {
+  'xla_gpu_autotune_level': 0,
+  'xla_gpu_enable_triton_gemm': False,
+}
 # Float32 sums in another order, through two layers and Adam's input; PyTorch's
 # products on a CPU are no less exact.
 _LOSS_ERROR, _GRADIENT_ERROR = 1e-5, 1e-4
@@ -200,7 +203,7 @@ def gradients(
   """Variables, and of each batch the loss and its gradient, in float32."""
   model = Ranker(dataclasses.replace(config(workload), dtype='float32'))
   some = next(iter(batches.values()))
-  jit = functools.partial(jax.jit, compiler_options=_CUBLAS)
+  jit = functools.partial(jax.jit, compiler_options=_UNTUNED)
   variables = jit(model.init)(jax.random.key(0), some)
 
   @jit
@@ -258,7 +261,7 @@ def updates(
   batches = [grouped.batch(i) for i in range(len(grouped.buckets))]
   lowered = [step.lower(state, batch) for batch in batches]
   with futures.ThreadPoolExecutor() as pool:
-    steps = list(pool.map(lambda x: x.compile(_CUBLAS), lowered))
+    steps = list(pool.map(lambda x: x.compile(_UNTUNED), lowered))
 
   def update(step, batch):
     def call():
