@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # They need the packages that read data; other suites do not.
 
 KINDS = ('pointwise', 'request', 'streaming', 'packed')
 _CHECKED_USERS = 3
-# On a GPU XLA tries some dozen kernels for each of 64 products: minutes for each
+# On a GPU XLA tries some dozen kernels for each of 64 products: minutes for a
 # shape, of which there are several. So cuBLAS picks them by its own rules.
 _UNTUNED: dict[str, Any] = {
   'xla_gpu_autotune_level': 0,

@@ -85,16 +85,29 @@ class PageTest(absltest.TestCase):
     for line in lines:
       self.assertIn(line, page)
 
-  def test_measured_times_are_those_of_the_result(self):
+  def test_measured_times_are_those_of_the_results(self):
     page = (ROOT / 'docs' / 'scaling.md').read_text(encoding='utf-8')
-    path = ROOT / 'benchmarks/results/2026-11-28-tables-epyc-cpu.json'
-    results = json.loads(path.read_text(encoding='utf-8'))['results']
-    times = [1e3 * r['contenders']['histjax']['p50'] for r in results]
+
+    def results(name):
+      path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
+      return json.loads(path.read_text(encoding='utf-8'))['results']
+
+    cpu = results('2026-11-28-tables-epyc-cpu')
+    times = [1e3 * r['contenders']['histjax']['p50'] for r in cpu]
     self.assertIn(
       f'{times[0]:.0f} ms\nwith a table of 1e4 rows of 64 and {times[2]:.0f} '
       'with 1e7',
       page,
     )
+    for entry in results('2026-11-30-tables-h200'):
+      cells = [f'1e{len(str(entry["rows"])) - 1}']
+      for name in ('histjax', 'dense'):
+        found = entry['contenders'][name]
+        cells += [
+          f'{1e3 * found["p50"]:.2f}',
+          f'{found["temporary_bytes"] / 2**20:.0f} MiB',
+        ]
+      self.assertIn(f'| {" | ".join(cells)} |', page)
 
 
 if __name__ == '__main__':
