@@ -10,6 +10,8 @@ import jax
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 """Platforms with a choice of their own, by their names in `jax.export`."""
 
+_MAKERS = {'cuda': 'cuda', 'rocm': 'rocm', 'nvidia': 'cuda', 'amd': 'rocm'}
+
 
 class Target(NamedTuple):
   """What a program will run on, attached to this machine or not.
@@ -32,8 +34,9 @@ class Target(NamedTuple):
     """That of a device, of a topology's as well."""
     name = device.platform
     if name == 'gpu':
-      version = device.client.platform_version.lower()
-      name = next((p for p in ('cuda', 'rocm') if p in version), name)
+      # A topology's client does not say what made it, its devices do.
+      said = f'{device.client.platform_version}\n{device.device_kind}'.lower()
+      name = next((p for word, p in _MAKERS.items() if word in said), name)
     capability = getattr(device, 'compute_capability', '')
     return cls(name, str(capability), device.device_kind)
 

@@ -10,12 +10,12 @@ from histjax.ops import devices
 from histjax.ops.history_attention import cudnn
 
 
-def device(version, capability='', platform='gpu'):
+def device(version, capability='', platform='gpu', kind='a GPU'):
   return devices.Target.of(
     types.SimpleNamespace(
       client=types.SimpleNamespace(platform_version=version),
       compute_capability=capability,
-      device_kind='a GPU',
+      device_kind=kind,
       platform=platform,
     )
   )
@@ -28,6 +28,16 @@ class DevicesTest(absltest.TestCase):
     for x, message in bad:
       with self.assertRaisesRegex(NotImplementedError, message):
         function(x)
+
+  def test_device_of_a_topology(self):
+    """As `jax.experimental.topologies` describes a GPU that is not there."""
+    for kind, expected in (
+      ('NVIDIA H200', 'cuda'),
+      ('AMD Instinct MI300X', 'rocm'),
+      ('another', 'gpu'),
+    ):
+      found = device(f'PJRT C API\n{kind}', '9.0', kind=kind)
+      self.assertEqual(found.platform, expected)
 
   def test_cudnn(self):
     self.check(
