@@ -170,6 +170,7 @@ class TestRollOver:
       old = scores(found, body)
       futures = [pool.submit(ask, found.url) for _ in range(3)]
       try:
+        self._until(lambda: seen, futures)
         (served / 'checkpoints').rename(tmp_path / 'old')
         (other / 'checkpoints').rename(served / 'checkpoints')
         wanted = histjax.Scorer.from_workdir(served).fingerprint
