@@ -48,10 +48,12 @@ def to_array(values: Any) -> pa.Array:
   if isinstance(values, np.ndarray):
     if values.ndim != 1:
       raise ValueError(f'it has {values.ndim} dimensions; give one')
-    if values.dtype.kind == 'M' and np.datetime_data(values.dtype)[0] in (
-      _COARSE
-    ):
-      values = values.astype('datetime64[s]')
+    if values.dtype.kind == 'M':
+      unit, count = np.datetime_data(values.dtype)
+      if unit in _COARSE:
+        values = values.astype('datetime64[s]')
+      elif count != 1:  # Arrow reads '25s' as 's'.
+        values = values.astype(f'datetime64[{unit}]')
     if values.dtype.kind != 'O':
       return _arrow(values)
   return _of_items(list(values))

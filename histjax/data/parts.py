@@ -139,6 +139,8 @@ class Columns:
       return array
     if is_text:
       array = _parsed_numbers(self, name, start, array, f'no {kind}')
+    if kind == 'number' and not _is_number(array.type):
+      self.fail(name, start, array[0].as_py(), 'it is declared a number')
     if kind == 'integer' and not pa.types.is_integer(array.type):
       return pa.array(as_integers(self, name, start, array))
     return array

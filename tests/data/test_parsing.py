@@ -36,7 +36,7 @@ class TimeTest(parameterized.TestCase):
     ('text_short_zone', ['2022-05-01T08-02']),
     *(
       (f'numpy_{unit}', np.array(['2022-05-01T10'], f'datetime64[{unit}]'))
-      for unit in ('h', 'm', 's', 'ms', 'us', 'ns')
+      for unit in ('2h', 'h', 'm', '25s', 's', '10ms', 'ms', 'us', '2ns', 'ns')
     ),
     *(
       (f'arrow_{unit}', pa.array([MOMENT // factor], pa.timestamp(unit, zone)))
@@ -140,24 +140,27 @@ class TimeTest(parameterized.TestCase):
 
   def test_declared(self):
     # Declared on the time column, which here is the one of this name.
-    declared = Schema(
-      'user',
-      'item',
-      item=(Categorical('i', 2),),
-      tasks=(Task('y'),),
-      column_types={'item': 'timestamp'},
-    )
-
-    def encode(values):
+    def encode(values, kind):
+      declared = Schema(
+        'user',
+        'item',
+        item=(Categorical('i', 2),),
+        tasks=(Task('y'),),
+        column_types={'item': kind},
+      )
       columns = columns_lib.from_mapping(
         {'item': values}, ['item'], 'memory', declared
       )
       return columns_lib.encode_time(columns, 'item')
 
-    self.assertTrue(encode(['2022-05-01'])[1])
+    self.assertTrue(encode(['2022-05-01'], 'timestamp')[1])
     for bad in (['20220501'], [20220501]):
       with self.assertRaisesRegex(ValueError, 'row 0 holds .*20220501'):
-        encode(bad)
+        encode(bad, 'timestamp')
+    for kind in ('number', 'integer'):
+      self.assertEqual(encode(['7'], kind)[0].tolist(), [7])
+      with self.assertRaisesRegex(ValueError, "'item'.*row 0 holds .*number"):
+        encode(np.array(['2022-05-01'], 'datetime64[s]'), kind)
 
 
 if __name__ == '__main__':
