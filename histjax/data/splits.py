@@ -73,6 +73,12 @@ class TimeSplit:
   validation_start: int | float | str
   test_start: int | float | str
 
+  def __post_init__(self):
+    for field in ('validation_start', 'test_start'):
+      value = getattr(self, field)
+      if isinstance(value, np.number):  # As `EventLog.time` has them.
+        object.__setattr__(self, field, value.item())
+
   def masks(self, log: EventLog) -> dict[str, np.ndarray]:
     """`{'train', 'validation', 'test'}: bool [n]`.
 
@@ -86,6 +92,8 @@ class TimeSplit:
         f'split: validation_start={self.validation_start!r} is after '
         f'test_start={self.test_start!r}; swap them'
       )
+    if log.time.dtype.kind == 'i':  # Beyond 2**53 they are no floats.
+      first, second = math.ceil(first), math.ceil(second)
     return _three(log.time, first, second)
 
 
@@ -126,7 +134,7 @@ def _moment(value, log: EventLog, field: str):
     )
   try:
     moment = datetime.datetime.fromisoformat(value)
-  except ValueError as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(
       f'split: {field}={value!r} is no ISO 8601 moment ({error}); write it '
       "as '2022-05-01' or '2022-05-01T08:00'"

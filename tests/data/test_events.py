@@ -13,6 +13,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from hypothesis import given
 
+from histjax import config as config_lib
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, make_rows
 from histjax.data.splits import FractionSplit, TimeSplit
@@ -250,6 +251,18 @@ class SplitTest(parameterized.TestCase):
     self.assertEqual(masks['test'].tolist(), [False, False, False, True])
     self.assertEqual(masks['train'].sum(), 3)
 
+  @parameterized.parameters(float, np.float64, int, np.int64)
+  def test_whole_times_beyond_what_floats_hold(self, kind):
+    first = 2**60
+    data = {**DATA, 'ts': [first + 1, first - 1, first, first - 2]}
+    log = load(data, dataclasses.replace(logs.schema(), time_unit=1e-9))
+    masks = TimeSplit(kind(first), kind(first + 1024)).masks(log)
+    self.assertEqual(log.time[masks['train']].tolist(), [first - 1, first - 2])
+    split = TimeSplit(kind(0), kind(first))
+    self.assertEqual(config_lib.to_dict(split)['test_start'], first)
+    masks = split.masks(log)
+    self.assertEqual(log.time[masks['test']].tolist(), [first, first + 1])
+
   def test_moments_to_the_nanosecond(self):
     times = pa.array([1, 123456500, 123456499, 2], pa.timestamp('ns'))
     splits = TimeSplit('1970-01-01', '1970-01-01T00:00:00.123456500')
@@ -290,6 +303,8 @@ class SplitTest(parameterized.TestCase):
       TimeSplit('1970-01-01', '1970-01-01T00:00:00.0000000001').masks(stamped)
     with self.assertRaisesRegex(ValueError, "'May 1st' is no ISO 8601"):
       TimeSplit('May 1st', '2022-05-01').masks(stamped)
+    with self.assertRaisesRegex(ValueError, 'datetime.*is no ISO 8601.*write'):
+      TimeSplit(datetime.datetime(2022, 5, 1), '2023-05-01').masks(stamped)
 
 
 class BadValueTest(parameterized.TestCase):
