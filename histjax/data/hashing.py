@@ -36,7 +36,10 @@ def collision_rate(num_keys: int, size: int) -> float:
 
   of distinct keys, whose rows are as good as uniform and independent.
   """
-  return -float(np.expm1((num_keys - 1) * np.log1p(-1 / size)))
+  others = max(num_keys - 1, 0)
+  if size == 1:
+    return float(others > 0)
+  return -float(np.expm1(others * np.log1p(-1 / size)))
 
 
 def hash_integers(values: np.ndarray, size: int) -> np.ndarray:

@@ -88,6 +88,10 @@ class HashingTest(parameterized.TestCase):
     self.assertLess(abs(shared - expected), 0.01)  # 5 standard deviations.
     self.assertAlmostEqual(expected, -np.expm1(-1 / rows_per_key), delta=1e-4)
 
+  @parameterized.parameters((0, 10, 0.0), (1, 1, 0.0), (2, 1, 1.0))
+  def test_few_keys_and_one_row(self, num_keys, size, expected):
+    self.assertEqual(hashing.collision_rate(num_keys, size), expected)
+
   def test_spreads(self):
     rows = hashing.hash_integers(np.arange(100_000), 100)
     count = np.bincount(rows, minlength=100)
