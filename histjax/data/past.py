@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from histjax.features import Events, Lookback
+from histjax.features import Events, Lookback, base
 from histjax.schema import Schema
 
 
@@ -284,10 +283,9 @@ class Reach:
       return 0
     needed = visible - max(self.lookback.events, 1)
     if self.lookback.seconds:
-      width: float = self.lookback.seconds / self.time_unit
-      if past.is_timestamp:  # As a floating-point number it would be rounded.
-        width = math.ceil(self.lookback.seconds * 10**9)
-      since = int(np.searchsorted(past.time, time - width, 'left'))
+      unit = 1e-9 if past.is_timestamp else self.time_unit
+      oldest = base.before(np.asarray(time), self.lookback.seconds, unit)
+      since = int(np.searchsorted(past.time, oldest, 'left'))
       # One more, whose time tells that there is no other.
       needed = min(needed, past.first + since - 1)
     return max(needed, 0)

@@ -75,9 +75,8 @@ class Activity(base.DerivedFeature):
     place = events.begin * step + rank
     found = {}
     for span in self.spans:
-      # Whole nanoseconds: as floating-point numbers they would be rounded.
-      width = span * 10**9 if events.is_timestamp else span / events.seconds
-      oldest = np.searchsorted(times, time - width, 'left')
+      oldest = base.before(time, span, events.seconds)
+      oldest = np.searchsorted(times, oldest, 'left')
       first = np.searchsorted(place, begin * step + oldest, 'left')
       # An event of the same request may have been earlier than the span.
       count = np.maximum(impressions.shown - first, 0)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import fractions
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -268,6 +271,31 @@ class DerivedFeature(abc.ABC):
     """
     del train, before
     return self.apply(events, events.impressions(history_length), state)
+
+
+def before(time: np.ndarray, seconds: float, unit: float) -> np.ndarray:
+  """Times so long before others; whole ones exactly, up to one that is none.
+
+  Args:
+    time: `[n]`, >= 0.
+    seconds: how long.
+    unit: seconds per unit of `time`, as the decimal that it is written as.
+
+  Returns:
+    `[n]` of the type of `time`; an integer is rounded up, so that it is the
+    first whole time that is at most `seconds` ago.
+  """
+  if time.dtype.kind == 'f':
+    return time - seconds / unit
+  return time - _whole(float(seconds), float(unit))
+
+
+@functools.lru_cache(64)  # A request asks for few, which take 10 us each.
+def _whole(seconds: float, unit: float) -> int:
+  if seconds == math.inf:
+    return 2**63 - 1
+  exact = fractions.Fraction(repr(seconds)) / fractions.Fraction(repr(unit))
+  return min(math.floor(exact), 2**63 - 1)
 
 
 def ranks(events: Events) -> np.ndarray:

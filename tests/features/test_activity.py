@@ -13,7 +13,7 @@ from histjax import features
 from histjax.data import datasets, requests
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig
-from histjax.features import Activity
+from histjax.features import Activity, base
 from histjax.schema import Categorical, Schema, Task
 from histjax.serving import columns
 from tests.data import logs
@@ -104,20 +104,37 @@ class ActivityTest(parameterized.TestCase):
     self.assertEqual(fitted.digest(), features.load(folder).digest())
     row(wrong)
 
-  def test_spans_are_whole_nanoseconds(self):
+  @parameterized.parameters(False, True)
+  def test_spans_are_whole_nanoseconds(self, stamps):
     # As floating-point numbers these times would be 256 ns apart.
     start = np.datetime64('2022-05-01T00:00:00', 'ns')
+    start = start if stamps else start.astype(np.int64)
     zeros = np.zeros(3, np.int64)
     log = EventLog.from_columns(
       {
         **dict.fromkeys(('user', 'item', 'click'), zeros),
         'time': start + np.array([0, 10**9, 10**9 + 1]),
       },
-      SCHEMA,
+      dataclasses.replace(SCHEMA, time_unit=1e-9),
     )
-    log, fitted = logs.derive(log, Activity((1,)))
-    found = fitted.of_events(log.events(), None)['activity_1']
-    np.testing.assert_allclose(np.expm1(found), [0, 1, 1], atol=1e-6)
+    # The second is of more nanoseconds than 64 bits hold.
+    log, fitted = logs.derive(log, Activity((1, 10**10)))
+    found = fitted.of_events(log.events(), None)
+    one, all_time = found['activity_1'], found['activity_10000000000']
+    np.testing.assert_allclose(np.expm1(one), [0, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(np.expm1(all_time), [0, 1, 2], atol=1e-6)
+
+  def test_times_before(self):
+    times = np.array([0, 5, 2**62])
+    for seconds, unit, before in (
+      (3, 1.0, [-3, 2, 2**62 - 3]),
+      (1, 1e-9, [-(10**9), 5 - 10**9, 2**62 - 10**9]),
+      (0.7, 0.3, [-2, 3, 2**62 - 2]),
+      (np.inf, 1e-9, [-(2**63 - 1), 6 - 2**63, 2**62 - 2**63 + 1]),
+    ):
+      self.assertEqual(base.before(times, seconds, unit).tolist(), before)
+    halves = base.before(np.array([0.5]), 3, 0.5)
+    self.assertEqual(halves.tolist(), [-5.5])
 
   def test_a_request_from_before_the_log(self):
     log, fitted = logs.derive(log_of([(0, 10), (1, 20)]), Activity((1,)))
