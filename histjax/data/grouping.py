@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fractions
+import math
 from typing import Literal
 
 import numpy as np
@@ -62,11 +64,11 @@ class RowConfig:
         f'rows: max_candidates={self.max_candidates} must be >= 1, or None'
       )
     if self.snapshot_every is not None and (
-      self.kind != 'snapshot' or not self.snapshot_every > 0
+      self.kind != 'snapshot' or not 0 < self.snapshot_every < math.inf
     ):
       raise ValueError(
         f'rows: snapshot_every={self.snapshot_every} must be > 0 seconds and '
-        f"with kind='snapshot', which is {self.kind!r}; or None"
+        f"finite, with kind='snapshot', which is {self.kind!r}; or None"
       )
 
 
@@ -128,8 +130,7 @@ def _snapshots(log, events, visible, config, first_time):
     return events, visible[events[first]], user
   unit = 1e-9 if log.is_timestamp else log.schema.time_unit
   begin = log.time[events].min() if first_time is None else first_time
-  with np.errstate(over='ignore'):
-    period = np.floor((log.time - begin) * unit / config.snapshot_every)
+  period = _periods(log.time, begin, unit, config.snapshot_every)
   last = period[events].max()
   if not last < 2**53:
     raise ValueError(
@@ -149,6 +150,34 @@ def _snapshots(log, events, visible, config, first_time):
     parts.append((events[due], taken[due], place * log.num_users + user[due]))
     later = taken
   return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
+def _periods(time, begin, unit: float, every: float) -> np.ndarray:
+  """float64 `[n]`, `floor((time - begin) * unit / every)`, exactly.
+
+  All are taken as the decimals that they are written as: 0.9 s are three
+  periods of 0.3.
+  """
+
+  def exact(x):
+    return fractions.Fraction(repr(x))
+
+  times, place = np.unique(time, return_inverse=True)
+  rate = exact(float(unit)) / exact(float(every))
+  if times.dtype.kind == 'i':
+    since, size = times - int(begin), max(map(abs, (times[0], times[-1])))
+    if max(2 * int(size) * rate.numerator, rate.denominator) < 2**63:
+      found = since * rate.numerator // rate.denominator
+      return found.astype(np.float64)[place]
+  with np.errstate(over='ignore', invalid='ignore'):
+    near = (times - begin) * unit / every
+    found = np.floor(near)
+    # Rounded, it may be on the other side of a whole number.
+    unsure = np.abs(near - np.rint(near)) <= 2.0**-48 * np.abs(near)
+  for i in np.flatnonzero(unsure & (np.abs(near) < 2**53)):
+    since = exact(times[i].item()) - exact(np.asarray(begin).item())
+    found[i] = math.floor(since * rate)
+  return found[place]
 
 
 def _request(log, config) -> np.ndarray:

@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histjax.data import grouping
 from histjax.data.events import EventLog
 from histjax.data.rows import RowConfig, collate, make_rows
 from histjax.features import TimeGap
@@ -271,6 +272,21 @@ class RowsTest(parameterized.TestCase):
         latest[items] = np.maximum(latest[items], row.visible)
       self.assertEqual(latest.tolist(), taken)
 
+  @parameterized.parameters(
+    ([0, 300, 599, 600, 900], 1e-3, 0.3, [0, 1, 1, 2, 3]),
+    (np.array([0, 300, 599, 600, 900], 'M8[ms]'), 1.0, 0.3, [0, 1, 1, 2, 3]),
+    ([0.1, 0.3, 0.4, 0.7, 1.0], 1.0, 0.3, [0, 0, 1, 2, 3]),
+    # Beyond 2**53 floats hold no whole numbers, and 2**63 is no int64.
+    (2**60 + np.array([1, 2, 10**9, 10**9 + 1]), 1e-9, 1.0, [0, 0, 0, 1]),
+    (2**60 + np.array([0, 1, 10**9 - 1, 10**9]), 1e-9, 1 / 3, [0, 0, 2, 3]),
+  )
+  def test_periods_are_exact(self, times, unit, every, expected):
+    times = np.asarray(times)
+    if times.dtype.kind == 'M':
+      times, unit = times.astype('M8[ns]').astype(np.int64), 1e-9
+    found = grouping._periods(times[::-1], times.min(), unit, every)
+    self.assertEqual(found.tolist(), expected[::-1])
+
   @parameterized.parameters(1.0, 1e-4)
   def test_snapshots_of_empty_periods_cost_nothing(self, every):
     times = [0, 1, 3000, 3001]
@@ -362,6 +378,7 @@ class RowsTest(parameterized.TestCase):
     ({'max_candidates': 0}, 'max_candidates=0'),
     ({'snapshot_every': 60.0}, "with kind='snapshot', which is 'streaming'"),
     ({'kind': 'snapshot', 'snapshot_every': 0}, 'snapshot_every=0 must be > 0'),
+    ({'kind': 'snapshot', 'snapshot_every': math.inf}, 'inf must be .*finite'),
   )
   def test_bad_config(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):
