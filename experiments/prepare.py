@@ -20,7 +20,7 @@ from absl import app, flags
 
 import config_util
 from histjax import config as config_lib
-from histjax.data import datasets, prepare
+from histjax.data import datasets, prepare, prepared
 from histjax.training import workdir
 from histjax.training.config import TrainConfig
 
@@ -41,9 +41,12 @@ def run() -> prepare.Summary:
   config_util.config_dict(values)  # The rest of it, too, before any work.
   data = config_lib.from_dict(datasets.DataConfig, values['data'])
   engine = prepare.Ray if _ENGINE.value == 'ray' else prepare.Local
+  output = workdir.resolve(_OUTPUT.value, '--output')
+  if not (output / prepared.DATASET).exists():
+    workdir.prepare(output, '--output')
   return prepare.prepare(
     data,
-    workdir.prepare(_OUTPUT.value, '--output'),
+    output,
     prepare.Options(_MEMORY.value * 2**30, _SHARDS.value),
     engine(_WORKERS.value),
   )

@@ -29,7 +29,10 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 @contextlib.contextmanager
 def folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to fill, which is put in its place at the end."""
+  """A folder to fill, which is put in its place at the end.
+
+  One that is there by then stays: another process has filled it.
+  """
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
@@ -37,7 +40,11 @@ def folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield temporary
     for file in temporary.iterdir():
       sync(file)
-    os.rename(temporary, path)
+    try:
+      os.rename(temporary, path)
+    except OSError:
+      if not path.is_dir():
+        raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 

@@ -18,6 +18,8 @@ from histjax import features
 from histjax.data import datasets, locks
 from histjax.data import splits as splits_lib
 from histjax.data.prepare import plan
+from histjax.data.prepare import run as run_lib
+from histjax.data.prepare import stages as stages_lib
 from histjax.data.rows import RowConfig
 from histjax.schema import Categorical
 from tests import children
@@ -189,6 +191,41 @@ class ResumeTest(parameterized.TestCase):
     )
     again = test_prepare.run(self.config, out)
     self.assertEqual((again.num_resumed, again.seconds), (4, {}))
+    found = test_prepare.prepared(self.config, out)
+    prepared_rows.check_same(self, found, datasets.load(self.config))
+
+  def test_finished_is_not_written_to(self):
+    out = self.folder / 'out'
+    test_prepare.run(self.config, out, num_shards=2)
+    with mock.patch.object(locks, 'FolderLock', side_effect=PermissionError):
+      again = test_prepare.run(self.config, out)
+      self.assertEqual((again.num_shards, again.num_resumed), (2, 2))
+      with self.assertRaisesRegex(ValueError, 'num_shards: 2 there, 3 asked'):
+        test_prepare.run(self.config, out, num_shards=3)
+
+  def test_killed_at_the_very_end(self):
+    out = self.folder / 'out'
+    with mock.patch.object(run_lib, 'shutil') as shutil:
+      shutil.rmtree.side_effect = SystemError
+      with self.assertRaises(SystemError):
+        test_prepare.run(self.config, out, num_shards=2)
+    self.assertTrue((out / 'dataset.json').exists())
+    self.assertTrue((out / '_work').exists())
+    again = test_prepare.run(self.config, out)
+    self.assertEqual(again.num_resumed, 2)
+    self.assertFalse((out / '_work').exists())
+
+  def test_a_step_may_be_taken_again(self):
+    """As where a machine is lost that has not told that it was through."""
+
+    def twice(step):
+      return lambda *args: (step(*args), step(*args))
+
+    for name in ('spill', 'count_ids', 'collect', 'write_shard'):
+      step = twice(getattr(stages_lib, name))
+      self.enterContext(mock.patch.object(stages_lib, name, step))
+    out = self.folder / 'out'
+    test_prepare.run(self.config, out, num_shards=2)
     found = test_prepare.prepared(self.config, out)
     prepared_rows.check_same(self, found, datasets.load(self.config))
 

@@ -14,6 +14,8 @@ from histjax.features import DerivedFeature
 
 DONE = 'done.json'
 """Of what is read of a file; see `stages.spill`."""
+WORK = '_work'
+"""The folder of what is needed until all shards are written."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class Job:
   @property
   def work(self) -> pathlib.Path:
     """A folder for what is needed until all shards are written."""
-    return self.folder / '_work'
+    return self.folder / WORK
 
   def spill(self, file: int) -> pathlib.Path:
     """Of a file's events, by shard."""

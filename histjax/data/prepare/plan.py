@@ -18,7 +18,7 @@ from histjax.data import atomic, datasets, files, grouping, locks, prepared
 from histjax.data.events import EventLog, columns_of
 from histjax.data.parts import Columns
 from histjax.data.prepare.engines import Local, Ray
-from histjax.data.prepare.job import DONE, Job, digest
+from histjax.data.prepare.job import DONE, WORK, Job, digest
 from histjax.schema import Schema
 
 MANIFEST = 'manifest.json'
@@ -148,19 +148,16 @@ def begin(
     ValueError: it was begun with another config or log; the message says what
       differs.
   """
-  config_now = datasets.identity(config)
-  log_now = _entries(paths, config.source.schema)
   folder = lock.folder
   if not _is_empty(lock):
-    manifest = _read_manifest(folder)
-    _check_same(folder, manifest, config_now, log_now, paths, options)
+    manifest = check_same(folder, config, paths, options)
     atomic.clean(folder)
   else:
     num_events = files.num_rows(paths)
     manifest = {
       'version': prepared.VERSION,
-      'config': config_now,
-      'log': log_now,
+      'config': datasets.identity(config),
+      'log': _entries(paths, config.source.schema),
       **_plan(config, num_events, options, engine),
     }
     atomic.write_json(folder / MANIFEST, manifest)
@@ -238,7 +235,21 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _check_same(folder, manifest, config_now, log_now, paths, options) -> None:
+def check_same(folder, config, paths, options: Options) -> dict[str, Any]:
+  """What manifest.json says, if a folder is of this config and log.
+
+  Args:
+    folder: of the output.
+    config: of the data.
+    paths: of `check`.
+    options: how the work is cut.
+
+  Raises:
+    ValueError: it is not; the message says what differs.
+  """
+  manifest = _read_manifest(folder)
+  config_now = datasets.identity(config)
+  log_now = _entries(paths, config.source.schema)
   names = ('there', 'asked for')
   lines = config_lib.differences(manifest['config'], config_now, names)
   if options.num_shards not in (None, manifest['num_shards']):
@@ -268,13 +279,14 @@ def _check_same(folder, manifest, config_now, log_now, paths, options) -> None:
       f'{folder} holds rows of another config or log; name another output, or '
       'take over what differs:\n' + '\n'.join(lines)
     )
+  return manifest
 
 
 def _same_file(folder, was, now, number: int, path: pathlib.Path) -> bool:
   """Whether a file that was written again holds what it held."""
   if was['size'] != now['size']:
     return False
-  known = folder / '_work' / f'file-{number:06d}' / DONE
+  known = folder / WORK / f'file-{number:06d}' / DONE
   if (folder / prepared.DATASET).exists():
     known = folder / prepared.DATASET
     told = json.loads(known.read_text())['log'][number]

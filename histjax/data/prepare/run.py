@@ -33,7 +33,7 @@ from histjax import vocabulary
 from histjax.data import atomic, columns, datasets, locks, prepared
 from histjax.data.prepare import order, plan, stages
 from histjax.data.prepare.engines import Local, Ray, Run
-from histjax.data.prepare.job import DONE, Job
+from histjax.data.prepare.job import DONE, WORK, Job
 from histjax.data.prepare.plan import Options
 from histjax.progress import Progress
 from histjax.schema import categorical
@@ -93,16 +93,24 @@ def prepare(
   engine.check()
   folder = pathlib.Path(output).expanduser()
   paths = plan.check(config)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with locks.FolderLock(folder) as lock:
-    job, entry = plan.begin(lock, config, paths, options, engine)
-    work = _Run(job, entry, engine, options, progress)
-    num_resumed = job.num_shards
-    if not (folder / prepared.DATASET).exists():
+  finished = folder / prepared.DATASET
+  spill_bytes, seconds, num_resumed = 0, {}, None
+  if finished.exists() and not (folder / WORK).exists():
+    # Nothing is to be written, and it may be that nothing can be.
+    plan.check_same(folder, config, paths, options)
+  else:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locks.FolderLock(folder) as lock:
+      job, entry = plan.begin(lock, config, paths, options, engine)
+      work = _Run(job, entry, engine, options, progress)
       num_resumed = len(_done(job))
-      with engine.start() as run:
-        work.all(run)
-  values = json.loads((folder / prepared.DATASET).read_text())
+      if finished.exists():  # It was killed at the very end.
+        shutil.rmtree(job.work, ignore_errors=True)
+      else:
+        with engine.start() as run:
+          work.all(run)
+    spill_bytes, seconds = work.spill_bytes, work.seconds
+  values = json.loads(finished.read_text())
   shards = values['shards']
   return Summary(
     sum(shard['events'] for shard in shards),
@@ -117,9 +125,9 @@ def prepare(
       for split in prepared.SPLITS
     },
     len(shards),
-    num_resumed,
-    work.spill_bytes,
-    work.seconds,
+    len(shards) if num_resumed is None else num_resumed,
+    spill_bytes,
+    seconds,
   )
 
 
