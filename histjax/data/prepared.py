@@ -259,6 +259,8 @@ class PreparedRows(RowSource):
   def keys(self) -> np.ndarray:
     """See `RowSource`; read when it is asked for."""
     keys = [index.keys() for index in self._indices]
+    # Those of a shard without users are of some type or other.
+    keys = [k for k in keys if len(k)] or keys[:1]
     if len({k.dtype.kind for k in keys}) > 1:  # '7' here, a text there.
       keys = [_objects(map(str, k.tolist())) for k in keys]
     return np.concatenate(keys)

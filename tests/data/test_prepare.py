@@ -266,6 +266,15 @@ class SameRowsTest(parameterized.TestCase):
     found = prepared(data_config, self.folder / 'out')
     prepared_rows.check_same(self, found, datasets.load(data_config))
 
+  def test_keys_beyond_signed_integers_and_an_empty_shard(self):
+    data = some_columns(60)
+    data['uid'] = np.arange(60, dtype=np.uint64) % 2 + np.uint64(2**63)
+    paths = write(self.folder, data, ())
+    data_config = config(paths, rows=KINDS[0], features=FEATURES[3:4])
+    run(data_config, self.folder / 'out', num_shards=12)
+    keys = prepared(data_config, self.folder / 'out').splits['train'].keys
+    self.assertEqual(sorted(keys.tolist()), [2**63, 2**63 + 1])
+
 
 class BatchesTest(parameterized.TestCase):
   @parameterized.parameters(KINDS[0], KINDS[2])
