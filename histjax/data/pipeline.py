@@ -362,6 +362,8 @@ def train_batches(
   Raises:
     ValueError: a row does not fit the buckets, or an argument is bad.
   """
+  if num_epochs is not None and num_epochs < 1:
+    raise ValueError(f'num_epochs={num_epochs} must be >= 1, or None')
   buckets = tuple(make_buckets(rows, config))
   return BatchIterator(
     _Batches(buckets, config.seed, num_epochs or _ENDLESS),

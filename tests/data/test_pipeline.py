@@ -85,6 +85,10 @@ class TrainBatchesTest(parameterized.TestCase):
     self.assertEqual(sorted(epochs[0]), wanted)
     self.assertEqual(sorted(epochs[1]), wanted)
 
+  def test_no_epoch(self):
+    with self.assertRaisesRegex(ValueError, 'num_epochs=0 must be >= 1'):
+      pipeline.train_batches(some_rows(), config(), num_epochs=0)
+
   def test_shapes_are_those_of_the_buckets(self):
     rows = some_rows()
     batches = pipeline.train_batches(rows, config(), num_epochs=1)
