@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -117,6 +118,11 @@ class StudyConfig:
         raise ValueError(f'study: {field} is empty; give at least one')
     for name, dataset in self.datasets.items():
       _check_in_memory(name, dataset.run)
+      if not dataset.windows or min(dataset.windows) < 1:
+        raise ValueError(
+          f'study: {name!r} has windows={dataset.windows}; give at least one, '
+          'each >= 1'
+        )
     for name in self.fusions:
       if name not in fusion_lib.FUSIONS:
         raise ValueError(
@@ -132,15 +138,21 @@ class StudyConfig:
         f'study: baseline={self.baseline!r} must be one of its fusions, '
         f'{list(self.fusions)}'
       )
-    if not self.criterion or not set(self.criterion) <= set(metrics.METRICS):
+    weights = self.criterion.values()
+    if (
+      not any(weights)
+      or not all(0 <= weight < math.inf for weight in weights)
+      or not set(self.criterion) <= set(metrics.METRICS)
+    ):
       raise ValueError(
         f'study: criterion={dict(self.criterion)} must weigh some of '
-        f'{metrics.METRICS}'
+        f'{metrics.METRICS}, >= 0 and finite; where less is better the sign is '
+        'changed anyway'
       )
-    if not self.margin > 0 or self.resamples < 1000:
+    if not 0 < self.margin < math.inf or self.resamples < 1000:
       raise ValueError(
-        f'study: margin={self.margin} must be positive, and resamples='
-        f'{self.resamples} at least 1000 for intervals to settle'
+        f'study: margin={self.margin} must be positive and finite, and '
+        f'resamples={self.resamples} at least 1000 for intervals to settle'
       )
 
   def _check_ablation(self, name: str, ablation: Ablation) -> None:
@@ -152,6 +164,11 @@ class StudyConfig:
         f'not in the study; it has {list(self.fusions)}'
       )
     _check_changes(name, ablation.changes)
+    if ablation.window is not None and ablation.window < 1:
+      raise ValueError(
+        f'study: ablation {name!r} has window={ablation.window}; make it >= 1, '
+        "or None, for the dataset's first"
+      )
     if ablation.baseline and (
       ablation.baseline == name or ablation.baseline not in self.ablations
     ):

@@ -70,7 +70,6 @@ def run_study(
     )
   workdir = workdir_lib.prepare(workdir)
   mesh = sharding.data_mesh() if mesh is None else mesh
-  report_lib.write_json(workdir / store.STUDY_FILE, dicts.to_dict(study))
   todo = list(config_lib.cells(study))
   if only:
     todo = [c for c in todo if c.name.startswith(tuple(only))]
@@ -79,7 +78,12 @@ def run_study(
         f'only={list(only)} fits no cell; their names are as '
         f'{[c.name for c in config_lib.cells(study)][-1]!r}'
       )
-  left = [c for c in todo if store.read_cell(workdir, c.name) is None]
+  finished = {c.name: store.read_cell(workdir, c.name) for c in todo}
+  for cell in todo:
+    _check_config(study, cell, workdir, finished[cell.name])
+  # What a refused study is must not be that of the cells that are there.
+  report_lib.write_json(workdir / store.STUDY_FILE, dicts.to_dict(study))
+  left = [c for c in todo if finished[c.name] is None]
   left = [c for c in left if c.kind != 'floor']  # They take no time.
   spent, trained = 0.0, 0
   for number, cell in enumerate(todo, 1):
@@ -136,6 +140,23 @@ def rerun(
     raise ValueError('interrupted; the same command goes on from there')
   splits = [k for k in ('validation', 'test') if stored[k] is not None]
   return {k: stored[k] for k in splits}, {k: result[k] for k in splits}
+
+
+def _check_config(study, cell: Cell, workdir, old: Values | None) -> None:
+  """Refuses a finished cell of another config, as far as that alone tells."""
+  if old is None:
+    return
+  names, config = ('in the cell', 'asked for'), old['config']
+  lines: list[str] = []
+  if cell.kind == 'floor':
+    wanted = config_lib.floor_config(study, cell, config.get('task', ''))
+    lines = dicts.differences(config, wanted, names)
+  elif (trial := cell.trial or old['tuning']['chosen']) in study.trials:
+    # Of a trial that is no more, another one may have the values.
+    schema = dicts.from_dict(Schema, config['model']['schema'])
+    run = config_lib.train_config(study, cell, trial, schema)
+    lines = identity.run_differences(config, run, names)
+  _fail_if(lines, cell, workdir)
 
 
 def _cell(study, cell: Cell, workdir, mesh, old) -> Values | None:

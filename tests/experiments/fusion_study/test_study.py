@@ -373,6 +373,18 @@ class TestReport:
     ({'fusions': {'late': {}}}, "fusions has 'late'; choose from"),
     ({'baseline': 'none'}, "baseline='none' must be one of its fusions"),
     ({'criterion': {'accuracy': 1.0}}, 'accuracy'),
+    ({'criterion': {'auc': 0.0}}, "criterion={'auc': 0.0} must weigh"),
+    ({'criterion': {'auc': float('nan')}}, "{'auc': nan} must weigh"),
+    ({'criterion': {'ne': -1.0}}, "{'ne': -1.0} must weigh.*sign is changed"),
+    ({'margin': float('inf')}, 'margin=inf must be positive and finite'),
+    (
+      {'ablations': {'b': {'fusion': 'concat', 'window': 0}}},
+      "'b' has window=0; make it >= 1",
+    ),
+    (
+      {'datasets': {'planted': {'run': {}, 'windows': ()}}},
+      r"'planted' has windows=\(\); give at least one",
+    ),
     ({'resamples': 10}, 'resamples=10 at least 1000'),
     (
       {'trials': {'a': {'model': {'encoder': {'window': 3}}}}},
@@ -518,6 +530,18 @@ def test_trials_of_another_study_choose_nothing(tmp_path):
     ValueError, match=r'concat/window8-trial-fast(.|\n)*num_steps: 9 '
   ):
     run(tmp_path, only=['planted/concat/window8-seed1'])
+
+
+def test_a_refused_study_is_not_that_of_the_workdir(tmp_path):
+  done, _ = run(tmp_path, only=['planted/floor/running'])
+  assert done
+  text = (tmp_path / store.STUDY_FILE).read_text()
+  planted = {**VALUES['datasets']['planted'], 'floors': {'running': ('item',)}}
+  with pytest.raises(ValueError, match='planted/floor/running is of another'):
+    run(tmp_path, changed(datasets={'planted': planted}))
+  with pytest.raises(ValueError, match='fits no cell'):
+    run(tmp_path, changed(seeds=(7,)), only=['ml1m'])
+  assert (tmp_path / store.STUDY_FILE).read_text() == text
 
 
 def test_what_is_left_out_is_in_no_scores(tmp_path):
