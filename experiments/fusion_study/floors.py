@@ -41,22 +41,26 @@ def floor_logits(
     float64, in the order of `rows.events`.
 
   Raises:
-    ValueError: an unknown term.
+    ValueError: an unknown term, or training labels that are all the same.
   """
   log = rows.log
   labels = log.labels[task].astype(np.float64)
-  base = labels[train.events].mean()
+  seen = labels[train.events]
+  if not 0 < seen.sum() < len(seen):
+    raise ValueError(
+      f'floor: the {len(seen)} training labels of task {task!r} are all the '
+      'same, so their log-odds are infinite; split so that both kinds are there'
+    )
+  base = seen.mean()
   logits = np.full(len(rows.events), _log_odds(base))
   for term in terms:
     if term == 'history':
       rate = _running_rate(rows, labels, base, window)
     else:
       value = log.user if term == 'user' else _feature(log, term)
-      seen, size = value[train.events], int(value.max()) + 1
-      count = np.bincount(seen, minlength=size)
-      positives = np.bincount(
-        seen, weights=labels[train.events], minlength=size
-      )
+      size = int(value.max()) + 1
+      count = np.bincount(value[train.events], minlength=size)
+      positives = np.bincount(value[train.events], weights=seen, minlength=size)
       rate = (positives + SMOOTHING * base) / (count + SMOOTHING)
       rate = rate[value[rows.events]]
     logits += _log_odds(rate) - _log_odds(base)

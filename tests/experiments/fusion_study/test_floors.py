@@ -91,3 +91,13 @@ def test_unknown_term():
     ValueError, match=r"'colour' must be .* \['item', 'act'\]"
   ):
     floors.floor_logits(rows, rows, ('colour',), 'y', window=4)
+
+
+def test_training_labels_of_one_kind():
+  log = log_of()
+  mask = log.labels['y'] == 1
+  train, test = (
+    make_rows(log, m, RowConfig('pointwise')) for m in (mask, ~mask)
+  )
+  with pytest.raises(ValueError, match="labels of task 'y' are all the same"):
+    floors.floor_logits(test, train, ('user',), 'y', window=4)
