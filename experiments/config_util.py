@@ -28,6 +28,7 @@ from histjax.data import datasets
 from histjax.schema import Categorical, Schema, Task
 from histjax.training.config import TrainConfig
 
+_LATE = ('select', 'task_weights', 'max_unique_ids')
 _ANY_SCHEMA = Schema(
   user='user', time='time', item=(Categorical('item', 1),), tasks=(Task('y'),)
 )
@@ -136,8 +137,8 @@ def config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
     ValueError: an unknown field, or a value of the wrong type.
   """
   model = {**values.get('model', {}), 'schema': _ANY_SCHEMA}
-  # Their names are checked against the dataset's tasks, later.
-  late = {k: v for k, v in values.items() if k in ('select', 'task_weights')}
+  # Their names are checked against the dataset's tasks and tables, later.
+  late = {k: v for k, v in values.items() if k in _LATE}
   checked = {k: v for k, v in values.items() if k not in late}
   config = config_lib.from_dict(TrainConfig, {**checked, 'model': model})
   full = {**config_lib.to_dict(config), **late}
@@ -154,7 +155,7 @@ def load(values: dict[str, Any]) -> tuple[TrainConfig, datasets.Dataset]:
   Raises:
     ValueError: the config or the data is bad; the message says where.
   """
-  config_dict(values)  # All but the names of tasks, before any work.
+  config_dict(values)  # All but names of tasks and tables, before any work.
   data = config_lib.from_dict(datasets.DataConfig, values['data'])
   dataset = datasets.load(data)
   model = {**values['model'], 'schema': dataset.schema}

@@ -134,6 +134,20 @@ def test_values(flags, path, value):
   config_util.config_dict(values)  # Is a config.
 
 
+def test_names_of_the_dataset_are_checked_against_it():
+  flags = ['select.like/auc=1', 'task_weights.like=2', 'max_unique_ids.item=9']
+  values = put(*(f'--config.{flag}' for flag in flags))
+  values['max_unique_ids']['category'] = 5
+  values['data']['source'] = {'type': 'synthetic', 'num_users': 3}
+  full = config_util.config_dict(values).to_dict()
+  assert full['max_unique_ids'] == {'item': 9, 'category': 5}
+  config, _ = config_util.load(values)
+  assert config.max_unique_ids == {'item': 9, 'category': 5}
+  values['max_unique_ids'] = {'genre': 5}
+  with pytest.raises(ValueError, match=r"'genre': 5; .*'category', 'click'"):
+    config_util.load(values)
+
+
 EVENTS = {
   'source': {
     'type': 'events',
