@@ -50,7 +50,8 @@ class TrainConfig:
     average: decay of the moving average of the parameters, see
       `step.averaged`; validation, test, checkpoints and scoring then use the
       average. None: the parameters themselves.
-    seed: of initialisation and dropout. `pipeline.seed` orders the data.
+    seed: of initialisation and dropout, below 2**31. `pipeline.seed` orders the
+      data.
     tensorboard: write scalars to `<workdir>/tensorboard`.
   """
 
@@ -102,6 +103,10 @@ class TrainConfig:
       value = getattr(self, field)
       if value is not None and value < least:
         raise ValueError(f'{field}={value} must be at least {least}')
+    if self.seed >= 2**31:
+      raise ValueError(
+        f'seed={self.seed} must be below 2**31, as JAX has 32-bit integers'
+      )
     if self.average is not None and not 0 <= self.average < 1:
       raise ValueError(
         f'average={self.average} must be in [0, 1), as 0.99, or None'

@@ -47,6 +47,7 @@ def with_rows(field='rows', **fields):
       r"rank_loss\.weight=0\.1 with data\.rows\.kind='pointwise'.*'streaming'",
     ),
     ({'eval_every': 0}, 'eval_every=0 must be at least 1'),
+    ({'seed': 2**31}, r'seed=2147483648 must be below 2\*\*31'),
     (
       {'select': {'like/acu': 1.0}},
       r"select has 'like/acu', .* choose from \['auc', .*'click/auc'",
