@@ -16,7 +16,7 @@ from histjax import Ranker, Scorer, ScorerConfig, metrics, quantization
 from histjax.data import cold, datasets, pipeline
 from histjax.data.fingerprint import fingerprint
 from histjax.training import checkpoints, identity, report, workdir
-from histjax.training.evaluation import evaluate
+from histjax.training.evaluation import check_rows, evaluate
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of the training run.', required=True
@@ -134,6 +134,7 @@ def run():
     fingerprint(dataset), meta['fingerprint'], _WORKDIR.value, '--paths'
   )
   rows = dataset.splits[_SPLIT.value]
+  check_rows(rows)
   known = counts = None
   if leave_out:
     known = cold.Known(leave_out, dataset.splits['train'])

@@ -16,6 +16,16 @@ from histjax.data.rows import RowSource
 from histjax.training import sharding, step
 
 
+def check_rows(rows: RowSource) -> None:
+  """Raises ValueError if candidates may be in several rows."""
+  every = rows.config.snapshot_every
+  if every is not None:
+    raise ValueError(
+      f'rows.snapshot_every={every}: a candidate comes with several snapshots, '
+      'and would count as often; evaluate rows without, as those of validation'
+    )
+
+
 def evaluate(
   model: nn.Module,
   variables: Any,
@@ -62,8 +72,9 @@ def predict(
     stopped.
 
   Raises:
-    ValueError: a score is not finite.
+    ValueError: a score is not finite, or see `check_rows`.
   """
+  check_rows(rows)
   mesh = sharding.data_mesh() if mesh is None else mesh
   # No host waits for another in a batch, since rows are scored one by one.
   local = sharding.local_mesh(mesh)

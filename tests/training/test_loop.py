@@ -501,6 +501,14 @@ class TestEvaluation:
     )
     assert a.result()['click/auc'] == expected
 
+  def test_candidates_of_several_snapshots_are_refused(self):
+    rows = dataclasses.replace(
+      runs.dataset().splits['train'],
+      config=rows_lib.RowConfig('snapshot', snapshot_every=9.0),
+    )
+    with pytest.raises(ValueError, match=r'snapshot_every=9\.0: a candidate'):
+      evaluation.predict(ranker.Ranker(CONFIG.model), {}, rows, CONFIG.pipeline)
+
   def test_what_training_has_not_seen_is_scored_and_does_not_count(
     self, straight
   ):
