@@ -73,10 +73,10 @@ def run(values, workdir):
     best = synthetic.bayes_auc(dataset.in_memory('test'))
     for task, bayes in best.items():
       auc = result['test'][f'{task}/auc']
-      print(
-        f'{task}: test AUC {auc:.4f}; the best possible is {bayes:.4f}; '
-        f'{(auc - 0.5) / (bayes - 0.5):.1%} of its margin over 0.5'
-      )
+      said = f'{task}: test AUC {auc:.4f}; the best possible is {bayes:.4f}'
+      if bayes != 0.5:  # As where nothing is planted.
+        said += f'; {(auc - 0.5) / (bayes - 0.5):.1%} of its margin over 0.5'
+      print(said)
 
 
 def main(argv):

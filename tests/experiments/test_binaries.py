@@ -311,6 +311,22 @@ class TestBinaries:
     assert re.search(message, output, re.DOTALL), output
 
   @pytest.mark.slow
+  def test_synthetic_data_in_which_nothing_is_planted(self, tmp_path):
+    source = '--config.data.source'
+    output = run(
+      'train',
+      f'--config={ROOT}/experiments/configs/synthetic.py',
+      f'--workdir={tmp_path}/work',
+      *(f'{source}.{name}=0' for name in ('quality_scale', 'segment_scale')),
+      f'{source}.strength=0',
+      f'{source}.num_users=40',
+      *('--config.num_steps=1', '--config.eval_every=None'),
+      '--config.optimizer.schedule=constant',
+      '--noconfig.tensorboard',
+    )
+    assert re.search(r'click: test AUC .*possible is 0\.5000\n', output)
+
+  @pytest.mark.slow
   @pytest.mark.parametrize(
     'given, message',
     [
