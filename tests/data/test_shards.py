@@ -143,6 +143,12 @@ def test_memory_is_bounded(tmp_path):
   assert whole * 60 > 2 * limits.memory
 
 
+@pytest.mark.parametrize('memory', [0, float('nan'), float('inf')])
+def test_memory_that_is_none(memory):
+  with pytest.raises(ValueError, match=r'memory=.* at least 2.*and finite'):
+    shards.Limits(memory)
+
+
 def test_users_of_one_digest(tmp_path, monkeypatch):
   monkeypatch.setattr(hashing, 'digests', lambda keys: np.zeros(len(keys)))
   with pytest.raises(ValueError, match="user 'a' and another have the same"):
