@@ -83,6 +83,8 @@ def quality(summary: Values):
     for axis, metric in zip(axes, RESAMPLED, strict=True):
       for place, row in enumerate(reversed(rows)):
         value = row[metric]
+        if value['mean'] is None:
+          continue
         color = _COLORS[row['kind']]
         axis.plot([value['low'], value['high']], [place, place], color=color)
         axis.plot(value['mean'], place, 'o', color=color, markersize=5)
@@ -94,8 +96,10 @@ def quality(summary: Values):
           markersize=5,
         )
       for row in rows:
-        if row['variant'] == summary['baseline'] and row is _first(
-          rows, row['variant']
+        if (
+          row['variant'] == summary['baseline']
+          and row is _first(rows, row['variant'])
+          and row[metric]['mean'] is not None
         ):
           axis.axvline(row[metric]['mean'], color='gray', linewidth=0.8)
       labels = [f'{r["variant"]}, {r["window"]}' for r in reversed(rows)]
@@ -174,7 +178,7 @@ def _cells(row: Values) -> list[str]:
   cells = [row['variant'], str(row['window']), str(len(row['seeds']))]
   cells += [_metric(row[m]) for m in ('auc', 'gauc', 'logloss', 'ne')]
   for metric in RESAMPLED:
-    if compared is None:
+    if compared is None or metric not in compared:
       cells += ['', '']
     else:
       ours, wider = compared[metric], compared[f'{metric}_seeds']

@@ -26,6 +26,7 @@ from histjax.data.rows import Rows
 from histjax.models.ranker import Ranker
 from histjax.schema import Schema
 from histjax.training import checkpoints, evaluation, identity, sharding
+from histjax.training import config as training_config
 from histjax.training import report as report_lib
 from histjax.training import workdir as workdir_lib
 from histjax.training.config import TrainConfig
@@ -179,6 +180,8 @@ def _cell(study, cell: Cell, workdir, mesh, old) -> Values | None:
       old = {**old, 'tuning': tuning}
       store.write_cell(workdir, cell.name, old, None)
     return old
+  if cell.kind == 'trial':
+    _check_criterion(study, config, dataset)
   run = workdir / 'runs' / cell.name
   result, seconds = _train(config, run, dataset, mesh)
   if result['interrupted']:
@@ -354,6 +357,19 @@ def _tuning(study: StudyConfig, cell: Cell, workdir) -> Values:
     'chosen': chosen,
     'trials': trials,
   }
+
+
+def _check_criterion(study: StudyConfig, config: TrainConfig, dataset) -> None:
+  """Refuses a trial that the study could not choose by."""
+  rows = dataset.splits['validation']
+  if not len(rows):
+    return  # Which training refuses.
+  known, _ = _known(config.leave_out, dataset, rows)
+  select = dataclasses.replace(config, select=dict(study.criterion))
+  try:
+    training_config.check_defined(select, 'validation', rows, known)
+  except ValueError as error:
+    raise ValueError(f'study: criterion, as {error}') from error
 
 
 def _criterion(study: StudyConfig, trial: Values) -> float:

@@ -48,7 +48,8 @@ def load(
     for each metric `{'mean', 'deviation', 'values'}` (and, of `RESAMPLED`, the
     95 % interval of the mean, `low` and `high`), `num_parameters`, `seconds`,
     `chosen`, and `compared`: `{'to', metric: Comparison}`, also `metric +
-    '_seeds'`, in which seeds are drawn, too.
+    '_seeds'`, in which seeds are drawn, too; without metrics that are undefined
+    on some resamples.
 
   Raises:
     FileNotFoundError: the workdir has neither.
@@ -253,6 +254,12 @@ class _Dataset:
         self.resampled[key][metric],
         self.resampled[other][metric],
       )
+      if not (np.isfinite(ours).all() and np.isfinite(baseline).all()):
+        self.progress(
+          f'{self.name}: {metric} of {key[0]}, {key[1]} is not compared: on '
+          'some resamples it is undefined, as too few users have both classes'
+        )
+        continue
       point, *drawn = statistics.mean_difference(ours, baseline)
       for name, values in (
         (metric, np.array(drawn)),

@@ -261,16 +261,23 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
   if config.leave_out:
     known = cold.Known(config.leave_out, dataset.splits['train'])
   for split in ('validation', 'test'):
-    _check_defined(config, split, dataset.splits[split], known)
+    check_defined(config, split, dataset.splits[split], known)
 
 
-def _check_defined(
+def check_defined(
   config: TrainConfig,
   split: str,
   rows: RowSource,
   known: cold.Known | None = None,
 ) -> None:
-  """Raises ValueError if a metric to select by has no value on the split."""
+  """Raises ValueError if a metric to select by has no value on a split.
+
+  Args:
+    config: of the run.
+    split: its name.
+    rows: of the split.
+    known: as `evaluation.predict`.
+  """
   for name in config.criterion:
     task, metric = name.rsplit('/', 1)
     if known is None:

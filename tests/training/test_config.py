@@ -171,7 +171,7 @@ class TestMetricsToSelectBy:
     log = types.SimpleNamespace(labels=labels, user=np.asarray(user))
     split = types.SimpleNamespace(log=log, events=np.arange(1, len(user)))
     split.label_summary = functools.partial(rows.Rows.label_summary, split)
-    config_lib._check_defined(make(select=select), 'test', split)
+    config_lib.check_defined(make(select=select), 'test', split)
 
   @pytest.mark.parametrize(
     'click, user, select, message',
@@ -200,4 +200,4 @@ class TestMetricsToSelectBy:
     )
     config = make(select={'logloss': 1.0}, leave_out={'cold_users': True})
     with pytest.raises(ValueError, match='leaves no candidate of the test spl'):
-      config_lib._check_defined(config, 'test', None, known)
+      config_lib.check_defined(config, 'test', None, known)

@@ -426,9 +426,9 @@ def test_bad_study(changes, message):
     changed(**changes)
 
 
-def scored_cell(workdir, study, cell, logits):
+def scored_cell(workdir, study, cell, logits, users=None):
   """Writes a finished cell with the metrics and scores that a run leaves."""
-  users = np.repeat(np.arange(20), 10)
+  users = np.repeat(np.arange(20), 10) if users is None else users
   labels = np.tile([True, False], 100)
   auc = metrics.auc(logits, labels)
   store.write_cell(
@@ -438,7 +438,13 @@ def scored_cell(workdir, study, cell, logits):
       'cell': dataclasses.asdict(cell),
       'fusion': fusion_of(study, cell),
       # Of the second task there are no scores.
-      'test': {'click/auc': auc, 'click/gauc': auc, 'like/auc': 0.0},
+      'test': {
+        'click/auc': auc,
+        'click/gauc': metrics.gauc(logits, labels, users),
+        'click/logloss': 0.5,
+        'click/ne': 1.0,
+        'like/auc': 0.0,
+      },
       'num_parameters': 1,
       'seconds': 1.0,
       'tuning': {'chosen': 'only'},
@@ -479,6 +485,40 @@ def test_an_ablation_is_compared_with_the_one_it_names(tmp_path):
   assert compared['auc']['difference'] == pytest.approx(difference)
   # The fusion of the other as it was tuned is not there.
   assert rows['long']['compared'] is None
+
+
+def test_a_metric_that_no_user_has_is_not_compared(tmp_path):
+  """As where each user has one impression to be tested on."""
+  study = changed(trials={'only': {}}, ablations={})
+  report_lib.write_json(tmp_path / store.STUDY_FILE, dicts.to_dict(study))
+  rng, lines = np.random.default_rng(0), []
+  for cell in cells(study):
+    if cell.kind == 'grid':
+      logits = rng.normal(size=200)
+      scored_cell(tmp_path, study, cell, logits, users=np.arange(200))
+  found = summary.load(tmp_path, progress=lines.append)
+  ours, baseline = found['datasets']['planted']
+  assert (ours['gauc']['mean'], baseline['compared']) == (None, None)
+  assert set(ours['compared']) == {'to', 'window', 'auc', 'auc_seeds'}
+  assert 'planted: gauc of append_cross, 8 is not compared' in lines[-1]
+  paths = report.write(found, tmp_path)
+  assert '| append_cross | 8 | 2 |' in pathlib.Path(paths[0]).read_text()
+
+
+def test_a_criterion_without_a_value_is_refused_before_trials(tmp_path):
+  # A user has one event of validation, and so no AUC.
+  data = {'source': {'requests_per_user': 10, 'candidates_per_request': 1}}
+  planted = VALUES['datasets']['planted']
+  run_values = merge(planted['run'], {'data': data})
+  study = changed(
+    datasets={'planted': {**planted, 'run': run_values}},
+    criterion={'gauc': 1.0},
+  )
+  with pytest.raises(
+    ValueError, match=r"study: criterion.*'click/gauc' is und"
+  ):
+    run(tmp_path, study, only=['planted/append_cross/window8-trial-slow'])
+  assert not (tmp_path / 'runs').exists()
 
 
 def test_cells_of_another_study_are_left_out(tmp_path):
