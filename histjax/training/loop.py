@@ -132,8 +132,6 @@ def _train_and_evaluate(
       shard_count=jax.process_count(),
     )
     stack.enter_context(contextlib.closing(batches))
-    if jax.process_index() == 0:
-      dataset.features.save(workdir)
     interrupt = stack.enter_context(Interrupt())
     run = _Run(
       config,
@@ -147,6 +145,8 @@ def _train_and_evaluate(
       interrupt,
     )
     stack.enter_context(run.reporter)
+    if jax.process_index() == 0:  # It is the run that was there, if one was.
+      dataset.features.save(workdir)
     return run.result() if run.train() else run.interrupted()
 
 

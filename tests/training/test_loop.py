@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -422,6 +423,18 @@ class TestFailures:
     monkeypatch.setattr(locks, '_locked', mock.Mock(side_effect=unknown))
     with workdir.alone(tmp_path):
       assert 'No locks available' in caplog.text
+
+  def test_what_is_there_is_kept_if_no_checkpoint_is_whole(
+    self, straight, tmp_path
+  ):
+    workdir = shutil.copytree(straight[0], tmp_path / 'copy')
+    (workdir / 'metrics.json').unlink()
+    for listing in workdir.glob('checkpoints/*/files.json'):
+      listing.unlink()
+    (workdir / 'features.npz').write_bytes(b'of that run')
+    with pytest.raises(FileNotFoundError, match='none of the checkpoints'):
+      runs.run(workdir, seed=1)
+    assert (workdir / 'features.npz').read_bytes() == b'of that run'
 
   def test_more_distinct_ids_than_said(self, tmp_path):
     message = (
