@@ -80,7 +80,7 @@ class SyntheticConfig:
         raise ValueError(
           f'synthetic: {field}={getattr(self, field)} must be >= 1'
         )
-    for field in ('quality_scale', 'segment_scale'):
+    for field in ('seed', 'quality_scale', 'segment_scale'):
       if not 0 <= getattr(self, field) < math.inf:
         raise ValueError(
           f'synthetic: {field}={getattr(self, field)} must be >= 0 and finite'

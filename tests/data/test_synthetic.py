@@ -102,6 +102,7 @@ class SyntheticTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'decay': 1.0}, 'decay'),
     ({'num_items': 0}, 'num_i'),
+    ({'seed': -1}, 'seed=-1 must be >= 0'),
     ({'strength': float('nan')}, 'strength=nan must be finite'),
     ({'quality_scale': float('inf')}, 'quality_scale=inf must be >= 0 and'),
   )
