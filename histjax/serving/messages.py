@@ -261,12 +261,12 @@ def decode(media: str, body: bytes | bytearray) -> ScoreRequest:
   try:
     return _DECODERS[media].decode(body)
   except msgspec.ValidationError as error:
-    what, _, path = str(error).partition(' - at `')
+    what, _, path = _with_column(str(error), media, body).partition(' - at `')
     field = path.rstrip('`').removeprefix('$').lstrip('.') or None
     name = re.search('(?:unknown|required) field `(.*)`', what)
     raise refusal(
       422,
-      str(error),
+      f'{what} - at `{path}' if path else what,
       field=name[1][:100] if name and not field else field,
       fix=_fix(what),
     ) from error
@@ -274,6 +274,39 @@ def decode(media: str, body: bytes | bytearray) -> ScoreRequest:
     raise refusal(
       400, f'the body is no {media}: {error}', fix='send what the schema says'
     ) from error
+
+
+_IN_COLUMN = re.compile(
+  r' - at `\$\.(candidates|events|context)(?:\[(\d+)\])?\[\.\.\.\](.*)`$'
+)
+
+
+def _with_column(said: str, media: str, body: bytes | bytearray) -> str:
+  """A message of msgspec, which writes '[...]' for a column's name."""
+  match = _IN_COLUMN.search(said)
+  if match is None:
+    return said
+  read = msgspec.json if media == JSON else msgspec.msgpack
+  try:
+    name = _bad_column(read.decode(body), match[1], match[2])
+  except (msgspec.DecodeError, RecursionError, ValueError):
+    return said  # As of 1e999, which is no number of any type.
+  except (LookupError, TypeError, AttributeError):
+    return said  # A field that is there twice.
+  start = said[: match.start(3) - len('[...]')]
+  return f'{start}[{name[:100]!r}]{match[3]}`'
+
+
+def _bad_column(request: Any, field: str, row: str | None) -> str:
+  """The first column of a table, or of its row, that is not of its type."""
+  columns = request[field] if row is None else request[field][int(row)]
+  kind = Column if row is None and field != 'context' else Value
+  for name, value in columns.items():
+    try:
+      msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+      return name
+  raise LookupError(field)
 
 
 def _fix(what: str) -> str:

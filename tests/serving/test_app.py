@@ -199,12 +199,28 @@ BAD = {
     bodies.body(candidates={'item': [20], 'category': [1]}), 422, 'item',
   ),
   'null value': (
-    bodies.body(candidates={'item': [None], 'category': [1]}), 422,
+    bodies.body(candidates={'category': [1], 'item': [None]}), 422,
+    "candidates['item'][0]",
+  ),
+  'null value of a row': (
+    bodies.body(
+      candidates=[{'category': 1, 'item': 1}, {'category': 1, 'item': None}]
+    ), 422, "candidates[1]['item']",
+  ),
+  'null value of the context': (
+    bodies.body(context={'segment': None}), 422, "context['segment']",
+  ),
+  'null value of a table that is there twice': (
+    b'{"user": 1, "candidates": {"item": [null]}, "candidates": 5}', 422,
     'candidates[...][0]',
+  ),
+  'number for a column': (
+    bodies.body(candidates={'category': [1], 'item': 1}), 422,
+    "candidates['item']",
   ),
   'nested': (
     bodies.body(candidates={'item': [[1]], 'category': [1]}), 422,
-    'candidates[...][0]',
+    "candidates['item'][0]",
   ),
   'huge integer': (
     bodies.body(candidates={'item': [10**30], 'category': [1]}), 422, 'item',
