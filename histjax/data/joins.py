@@ -124,6 +124,19 @@ class Table:
       names += [task.column for task in schema.tasks]
     return list(dict.fromkeys(names))
 
+  def use(self, column: str) -> str:
+    """What a column is, to say why it is needed."""
+    if column == self.schema.user:
+      return 'the user'
+    if column == self.schema.request:
+      return 'the request'
+    for feature in self.features:
+      if column == feature.column:
+        return f'feature {feature.name!r}'
+    if column == self.schema.time:
+      return 'the time'
+    return 'a label, which a derived feature counts'
+
   def encode(self, columns: Columns) -> tuple[dict[str, np.ndarray], bool]:
     """The columns but for the user's, checked, and if times are timestamps.
 

@@ -157,8 +157,19 @@ class Columns:
     )
 
 
+class MissingColumnError(ValueError):
+  """A table has no such `column`."""
+
+  def __init__(self, column: str, message: str):
+    super().__init__(message)
+    self.column = column
+
+
 def check_names(known: Sequence[str], wanted: Sequence[str], source: str):
-  """Raises a ValueError if a column of `wanted` is not `known`, or twice."""
+  """Raises a ValueError if one of `wanted` is not `known`, or known twice.
+
+  That it is not known is a MissingColumnError.
+  """
   for name in wanted:
     count = list(known).count(name)
     if count > 1:
@@ -169,8 +180,9 @@ def check_names(known: Sequence[str], wanted: Sequence[str], source: str):
       texts = [str(k) for k in known]
       close = difflib.get_close_matches(name, texts, 1)
       hint = f'; did you mean {close[0]!r}?' if close else ''
-      raise ValueError(
-        f'column {name!r} is not in {source}, which has {sorted(texts)}{hint}'
+      raise MissingColumnError(
+        name,
+        f'column {name!r} is not in {source}, which has {sorted(texts)}{hint}',
       )
 
 

@@ -9,7 +9,6 @@ found before anything is scored, and to read a shard is to read a batch a run.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import json
@@ -25,7 +24,7 @@ import pyarrow as pa
 from histjax.data import columns as columns_lib
 from histjax.data import files
 from histjax.data.joins import Join, Table
-from histjax.data.parts import Columns
+from histjax.data.parts import Columns, MissingColumnError
 from histjax.data.runs import Runs, read_runs
 from histjax.data.users import Users
 from histjax.schema import Schema
@@ -179,8 +178,15 @@ def check(join: Join, events: Sequence[str], candidates: Sequence[str]) -> None:
       head = files.stream(
         [str(path)], table.columns, join.schema, max_rows=_HEAD
       )
-      with contextlib.suppress(files.NoEvents):
+      try:
         table.encode(next(head))
+      except files.NoEvents:
+        pass
+      except MissingColumnError as error:
+        use = table.use(error.column)
+        if use == 'the time' and field == '--candidates':
+          use += ", which a derived feature, ties='strict' or --as_of needs"
+        raise ValueError(f'{field}: {error}. It is {use}; give it') from error
 
 
 def prepare(

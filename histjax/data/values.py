@@ -186,6 +186,12 @@ def labels(
   found = plain.labels(schema, past, length)
   if found is not None:
     return found
+  for task in schema.tasks:
+    if task.column not in past:
+      raise ValueError(
+        f'{source} lacks column {task.column!r}, the label of task '
+        f'{task.name!r}, which a derived feature counts; give it'
+      )
   columns = [task.column for task in schema.tasks]
   table = columns_lib.from_mapping(past, columns, source, schema)
   return {t.name: columns_lib.encode_label(table, t) for t in schema.tasks}

@@ -299,7 +299,7 @@ class RefusedTest(parameterized.TestCase):
       self.make(visible=1)
     with self.assertRaisesRegex(ValueError, "as_of=True with ties='order'"):
       self.make(as_of=True)
-    with self.assertRaisesRegex(ValueError, "'stars' is not in history"):
+    with self.assertRaisesRegex(ValueError, "lacks column 'stars', the label"):
       past = {k: v for k, v in event.items() if k != 'stars'}
       self.make(history=[past])
 

@@ -272,14 +272,24 @@ def test_a_bad_event_is_found_first(scores_of, monkeypatch):
     scores_of(log, ending='.csv')
 
 
-@pytest.mark.parametrize('of', ['log', 'shown'])
+@pytest.mark.parametrize(
+  ('of', 'column', 'use'),
+  [
+    ('log', 'price', "feature 'price'"),
+    ('log', 'time', 'the time'),
+    ('shown', 'price', "feature 'price'"),
+    ('shown', 'user', 'the user'),
+    ('shown', 'time', 'the time, which a derived feature, .* needs'),
+  ],
+)
 def test_a_missing_column_is_found_before_any_file_is_gone_through(
-  scores_of, monkeypatch, of
+  scores_of, monkeypatch, of, column, use
 ):
   monkeypatch.setattr(files, 'digest', None)
   data = {'log': LOG, 'shown': SHOWN}
-  data[of] = {k: v for k, v in data[of].items() if k != 'price'}
-  with pytest.raises(ValueError, match=rf"'price' is not in .*{of}\."):
+  data[of] = {k: v for k, v in data[of].items() if k != column}
+  said = rf"'{column}' is not in .*{of}\..*\. It is {use}; give it$"
+  with pytest.raises(ValueError, match=said):
     scores_of(**data)
 
 
