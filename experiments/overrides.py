@@ -7,6 +7,7 @@
     --config.select.gauc=0.3                  a key of a mapping
     --config.data.source.schema.item.0.size=500      an element of a tuple
     --config.data.source.paths=a.csv,b.csv    a tuple, or as '("a.csv",)'
+    --config.data.source.schema.column_types="{'uid': 'integer'}"      pairs
     --config.data.rows="{'kind': 'request'}"  all of a dataclass
 
 Where two fields exclude each other (the field's metadata has `instead_of`),
@@ -111,7 +112,7 @@ def _set(hint, value, names: list[str], text, path: str):
     hints = typing.get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     if name not in fields:
-      raise _unknown(name, path, fields, cls.__name__)
+      raise config_lib.unknown_field(cls, name, path)
     value[name] = _set(hints[name], value.get(name), names[1:], text, at)
   elif isinstance(value, dict):
     value[name] = _set(_item(hint), value.get(name), names[1:], text, at)
@@ -256,6 +257,8 @@ def _as_tuple(args, text: str) -> list:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = None
+  if isinstance(value, dict) and typing.get_origin(item) is tuple:
+    value = tuple(value.items())
   # '1,2' are two strings where strings are due, and not two numbers.
   if isinstance(value, (tuple, list)) and (
     str not in _members(item)
@@ -317,14 +320,6 @@ def _item(hint, index: int = -1):
     if typing.get_origin(member) is tuple:
       return args[0] if args[-1] is Ellipsis else args[index]
   return Any
-
-
-def _unknown(name, path, fields, owner) -> ValueError:
-  close = difflib.get_close_matches(name, fields, n=1)
-  hint = f'did you mean {_join(path, close[0])!r}? ' if close else ''
-  return ValueError(
-    f'{_join(path, name)} is not a field of {owner}; {hint}It has {fields}'
-  )
 
 
 def _join(path: str, name: str) -> str:

@@ -21,7 +21,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar('T')
@@ -190,7 +190,7 @@ def _decode_dataclass(cls: type, value: Any, path: str) -> Any:
     value = {k: v for k, v in value.items() if k != TYPE}
   for name in value:
     if name not in fields:
-      raise ValueError(_unknown(cls, str(name), path, list(fields)))
+      raise unknown_field(cls, str(name), path)
   for name, field in fields.items():
     if name not in value and (
       field.default is dataclasses.MISSING
@@ -368,10 +368,34 @@ def _wrong_type(hint: Any, value: Any, path: str) -> ValueError:
   )
 
 
-def _unknown(cls: type, name: str, path: str, known: list[str]) -> str:
-  close = difflib.get_close_matches(name, known, n=1)
-  hint = f'did you mean {_join(path, close[0])!r}? ' if close else ''
-  return (
-    f'{_join(path, name)} is not a field of {cls.__name__}; {hint}It has '
-    f'{known}'
+def unknown_field(cls: type, name: str, path: str) -> ValueError:
+  """The error of a field that `cls` has not, with the one that was meant.
+
+  Args:
+    cls: a dataclass.
+    name: as it was given.
+    path: of `cls` in the config.
+  """
+  known = _fields(cls)
+  meant = [*_below(cls, name, path)] or [
+    _join(path, close) for close in difflib.get_close_matches(name, known, n=1)
+  ]
+  hint = f'did you mean {meant[0]!r}? It' if meant else 'it'
+  return ValueError(
+    f'{_join(path, name)} is not a field of {cls.__name__}; {hint} has {known}'
   )
+
+
+def _fields(cls: Any) -> list[str]:
+  return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def _below(cls: type, name: str, path: str) -> Iterator[str]:
+  """Fields called `name` of the dataclasses in `cls`, by their paths."""
+  for field in _fields(cls):
+    hint, at = _hints(cls)[field], _join(path, field)
+    classes = [*members(hint).values()] or [hint] * _is_dataclass(hint)
+    if any(name in _fields(inner) for inner in classes):
+      yield _join(at, name)
+    for inner in classes:
+      yield from _below(inner, name, at)

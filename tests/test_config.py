@@ -133,7 +133,8 @@ class StrictTest(parameterized.TestCase):
       r"inner\.siz is not a field of Inner; did you mean 'inner\.size'\?.*"
       r"\['size', 'rate'\]",
     ),
-    ({'needed': 1, 'zzz': 2}, r'zzz is not a field of Outer; It has'),
+    ({'needed': 1, 'zzz': 2}, r'zzz is not a field of Outer; it has'),
+    ({'needed': 1, 'rate': 2}, r"of Outer; did you mean 'inner\.rate'\?"),
     ({'needed': 1.0}, r'needed=1\.0 is of type float; it must be int'),
     ({'needed': True}, r'needed=True is of type bool; it must be int'),
     ({'needed': '1'}, r"needed='1' is of type str; it must be int"),

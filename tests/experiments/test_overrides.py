@@ -234,6 +234,17 @@ def test_elements_of_a_tuple_of_dataclasses():
     put(f'{flag}.1.size=9', base={'data': EVENTS})
 
 
+@pytest.mark.parametrize(
+  'text', ["{'uid': 'integer'}", "(('uid', 'integer'),)"]
+)
+def test_pairs(text):
+  flag = '--config.data.source.schema.column_types'
+  values = put(f'{flag}={text}', base={'data': EVENTS})
+  assert values['data']['source']['schema']['column_types'] == [
+    ['uid', 'integer']
+  ]
+
+
 def test_a_study():
   base = {'datasets': {'ml1m': {'run': BASE, 'windows': (50,)}}, 'seeds': (0,)}
   values = put(
@@ -256,6 +267,9 @@ def test_a_study():
   [
     ('optimizer.learning_rat=1', "did you mean 'optimizer.learning_rate'"),
     ('sed=1', "sed is not a field of TrainConfig; did you mean 'seed'"),
+    ('learning_rate=1', "did you mean 'optimizer.learning_rate'"),
+    ('model.window=1', "did you mean 'model.encoder.window'"),
+    ('zzz=1', 'zzz is not a field of TrainConfig; it has'),
     ('seed.x=1', "'seed' has no fields"),
     ('seed=1.5', "seed='1.5' must be int"),
     ('seed=None', "seed='None' must be int"),
