@@ -32,8 +32,8 @@ def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
   if type(events) in (list, tuple) and not events:
     return {}
   try:
-    if isinstance(events, str):
-      raise TypeError
+    if isinstance(events, str) or hasattr(events, 'keys'):
+      raise TypeError  # A data frame iterates over its columns' names.
     events = list(events)
   except TypeError:
     raise ValueError(
