@@ -1,5 +1,6 @@
 """What the README and `docs/` print runs, and what they say is there is."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import typing
 
 import matplotlib
 import numpy as np
@@ -168,6 +170,27 @@ class TestSnippets:
     assert found['changed']['data']['source']['split']['type'] == 'time_split'
     with pytest.raises(ValueError, match=r'log\.parquet'):
       datasets.load(data)
+
+  def test_derived_features(self):
+    """Each is listed with the fields that it needs."""
+    (table,) = re.findall(
+      r'\n\| `type`, with .*?\n\n', PAGES['docs/logs.md'], re.S
+    )
+    listed = {
+      name: ast.literal_eval(f'{{{fields.strip(", `")}}}')
+      for name, fields in re.findall(r'^\| `(\w+)`(, `[^`]+`)?', table, re.M)
+    }
+    del listed['type']
+    hint = typing.get_type_hints(datasets.DataConfig)['features']
+    known = config_lib.members(typing.get_args(hint)[0])
+    known = {k for k, c in known.items() if c.__module__.startswith('histjax.')}
+    assert set(listed) == known
+    for name, fields in listed.items():
+      values = {
+        'source': {'type': 'synthetic'},
+        'features': [{'type': name, **fields}],
+      }
+      config_lib.from_dict(datasets.DataConfig, values)
 
   def test_diffs(self, tmp_path):
     """The worked changes apply, and what they add runs, in one process."""

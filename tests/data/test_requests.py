@@ -5,6 +5,7 @@ import datetime
 
 import chex
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from absl.testing import absltest, parameterized
 
@@ -303,6 +304,7 @@ class MakeRowTest(parameterized.TestCase):
       "'user_age': context row 0 holds .2.",
     ),
     ('no_context', {'context': [1]}, 'context is a list; give {column: value}'),
+    ('frame', {'candidates': pd.DataFrame({'item': [1]})}, 'is a DataFrame; g'),
     ('text', {'candidates': 'abc'}, 'candidates is a str; give'),
     ('none', {'history': None}, 'history is a NoneType; give'),
     ('number', {'candidates': 5}, 'candidates is a int; give'),
