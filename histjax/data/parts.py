@@ -152,6 +152,8 @@ class Columns:
     again = ' (the header once more?)' if value == name else ''
     if isinstance(value, str) and value.lower() in _MISSING:
       again = ' (a missing value? fill it in, or drop the row)'
+    if isinstance(value, str) and value.lower() in ('true', 'false'):
+      again = ' (true and false are numbers where the column has no others)'
     raise ValueError(
       f'column {name!r}: {self.where(row)} holds {said}{again}: {problem}'
     )

@@ -347,6 +347,8 @@ _SEND = (
   (r'log needs >= 0$', 'send a value >= 0'),
   (r"outside the table of feature '.*', (\[0, \d+\))$", r'send an id in \1'),
   (r'no index of feature ', 'send an integer'),
+  (r': a number is needed', 'send a number'),
+  (r': a whole number is needed', 'send an integer'),
   (r' has no value \(', 'send a value'),
   (r'too large as feature ', 'send a smaller value'),
   (r'a label of task .* (?:is|must be) (0 or 1|a number)', r'send \1'),

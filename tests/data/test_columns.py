@@ -277,7 +277,7 @@ class DenseTest(parameterized.TestCase):
     (['1', 'NULL'], r"row 1 holds 'NULL' \(a missing value\? .*: a number is"),
     (['1', 'cheap'], "row 1 holds 'cheap': a number is needed"),
     (['1', 'x' * 10**6], 'row 1 holds .x{70,80}...: a number is needed'),
-    (['true', '1'], "row 0 holds 'true': a number is needed"),
+    (['true', '1'], r"row 0 holds 'true' \(true and .* others\): a number"),
     (['1', ''], r"row 1 has no value \(''\).*before loading$"),
     ([[1.0], [2.0]], 'of type list'),
   )

@@ -282,6 +282,7 @@ class TestRefusals:
       (histjax.Dense('x', log=True), -1.0, 'send a value >= 0'),
       (histjax.Dense('x'), 1e300, 'send a smaller value'),
       (histjax.Dense('x'), '', 'send a value'),
+      (histjax.Dense('x'), '3,0', 'send a number'),
       (histjax.Categorical('x', 9), 9, 'send an id in [0, 9)'),
       (histjax.Categorical('x', 9), 'x', 'send an integer'),
       (histjax.Categorical('x', 9, ids='hash'), '', 'send a value'),
