@@ -235,7 +235,8 @@ def serve() -> None:
       f'{port} can use it; set HISTJAX_TOKEN or --token_file',
       flush=True,
     )
-  print(f'serves {_HOST.value}:{port}', flush=True)
+  host = f'[{_HOST.value}]' if ':' in _HOST.value else _HOST.value
+  print(f'serves http://{host}:{port}', flush=True)
   server.Server(service, application, _HOST.value, port, _DRAIN.value).run(
     sockets
   )

@@ -402,7 +402,8 @@ async def _on_refusal(http, error: Any) -> Response:
 
 
 async def _on_http(http, error: Any) -> Response:
-  refused = messages.refusal(error.status_code, error.detail)
+  fix = 'GET /openapi.json lists paths and methods'
+  refused = messages.refusal(error.status_code, error.detail, fix=fix)
   response = middleware.problem(refused.problem)
   response.headers.update(error.headers or {})
   return response

@@ -424,7 +424,7 @@ class TestRefusals:
     for path in ('/nothing', '/page/../engine.py', '/page/%2e%2e/engine.py'):
       response = served.http.get(path)
       assert response.status_code == 404
-      problem_of(response)
+      assert '/openapi.json' in problem_of(response).fix
     response = served.http.get('/v1/score')
     assert response.status_code == 405
     assert response.headers['allow'] == 'POST'

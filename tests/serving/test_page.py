@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -240,3 +241,9 @@ class TestCatalogue:
     assert 'without the page: no such file' in capsys.readouterr().out
     with pytest.raises(FileNotFoundError):
       page.of_run(service, scored, 'yes')
+    own = mock.Mock()
+    own.scorer.run.config.data.source = datasets.Events(
+      ('log.csv',), scored.scorer.config.schema
+    )
+    assert page.of_run(service, own) == []
+    assert '--page=yes serves it' in capsys.readouterr().out

@@ -60,6 +60,11 @@ def of_run(
         f'titles={titles!r} are of the page, which is not served; add '
         '--page=yes, or leave them out'
       )
+    if wanted == 'auto' and of_files:
+      print(
+        'without the page: it would show all users and items of a log of your '
+        'own; --page=yes serves it, if no column is hashed or has a vocabulary'
+      )
     return []
   data = run.config.data
   names = None if titles is None else catalogue_lib.read_titles(titles)
