@@ -12,6 +12,7 @@ is not part of the config.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import sysconfig
 import traceback
@@ -81,9 +82,14 @@ class Config:
           f'AttributeError: --config: {path} has no get_config(); define it as '
           'experiments/configs/events.py does'
         ) from error
-      raise SystemExit(
-        f'{type(cause).__name__}: {cause}{_at(cause)}'
-      ) from error
+      said = f'{cause}{_at(cause)}'
+      if isinstance(error, flags.UnrecognizedFlagError):
+        meant = config_lib.paths_of(self._cls, error.flagname)
+        for path in itertools.islice(meant, 1):
+          said = (
+            f'unknown flag --{error.flagname}; did you mean --config.{path}?'
+          )
+      raise SystemExit(f'{type(cause).__name__}: {said}') from error
 
   def values(self) -> dict[str, Any]:
     """The config, with what the command line sets.

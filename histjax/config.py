@@ -377,7 +377,7 @@ def unknown_field(cls: type, name: str, path: str) -> ValueError:
     path: of `cls` in the config.
   """
   known = _fields(cls)
-  meant = [*_below(cls, name, path)] or [
+  meant = [*paths_of(cls, name, path)] or [
     _join(path, close) for close in difflib.get_close_matches(name, known, n=1)
   ]
   hint = f'did you mean {meant[0]!r}? It' if meant else 'it'
@@ -390,12 +390,11 @@ def _fields(cls: Any) -> list[str]:
   return [f.name for f in dataclasses.fields(cls) if f.init]
 
 
-def _below(cls: type, name: str, path: str) -> Iterator[str]:
-  """Fields called `name` of the dataclasses in `cls`, by their paths."""
+def paths_of(cls: type, name: str, path: str = '') -> Iterator[str]:
+  """The paths of the fields called `name`, of `cls` and what it holds."""
+  if name in _fields(cls):
+    yield _join(path, name)
   for field in _fields(cls):
-    hint, at = _hints(cls)[field], _join(path, field)
-    classes = [*members(hint).values()] or [hint] * _is_dataclass(hint)
-    if any(name in _fields(inner) for inner in classes):
-      yield _join(at, name)
-    for inner in classes:
-      yield from _below(inner, name, at)
+    hint = _hints(cls)[field]
+    for inner in [*members(hint).values()] or [hint] * _is_dataclass(hint):
+      yield from paths_of(inner, name, _join(path, field))

@@ -91,7 +91,8 @@ def encode_categorical(columns: Columns, feature: Categorical) -> np.ndarray:
     columns,
     name,
     parts.as_integers,
-    f"no index of feature {feature.name!r}; set ids='hash' or 'vocabulary'",
+    f'a whole number is needed as an index of feature {feature.name!r}; set '
+    "ids='hash' or 'vocabulary' for texts, or make quantities dense",
   )
   if feature.out_of_vocabulary:
     return known(values, feature)

@@ -321,7 +321,7 @@ def as_integers(
   values = as_floats(columns, name, start, array)
   check(columns, name, values, ~np.isfinite(values), 'it must be finite', start)
   bad = (values != np.floor(values)) | (np.abs(values) >= 2**53)
-  check(columns, name, values, bad, 'a whole number is needed', start)
+  check(columns, name, values, bad, problem, start)
   return values.astype(np.int64)
 
 

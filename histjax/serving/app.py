@@ -346,7 +346,6 @@ def respond(http: HttpRequest, media: str, message: Any) -> Response:
 _SEND = (
   (r'log needs >= 0$', 'send a value >= 0'),
   (r"outside the table of feature '.*', (\[0, \d+\))$", r'send an id in \1'),
-  (r'no index of feature ', 'send an integer'),
   (r': a number is needed', 'send a number'),
   (r': a whole number is needed', 'send an integer'),
   (r' has no value \(', 'send a value'),

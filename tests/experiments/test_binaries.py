@@ -276,6 +276,11 @@ class TestBinaries:
       'train', '--config=bad.py', '--workdir=other', expect=1, cwd=folder
     )
     assert "did you mean 'model.encoder.width'?" in output
+    output = run(
+      *('train', '--config=config.py', '--workdir=other', '--num_epochs=1'),
+      expect=1, cwd=folder,
+    )  # fmt: skip
+    assert '--num_epochs; did you mean --config.num_epochs?' in output
 
   def test_a_config_file_without_get_config(self, tmp_path):
     (tmp_path / 'bare.py').write_text("config = {'num_steps': 4}\n")

@@ -285,6 +285,7 @@ class TestRefusals:
       (histjax.Dense('x'), '3,0', 'send a number'),
       (histjax.Categorical('x', 9), 9, 'send an id in [0, 9)'),
       (histjax.Categorical('x', 9), 'x', 'send an integer'),
+      (histjax.Categorical('x', 9), 1.5, 'send an integer'),
       (histjax.Categorical('x', 9, ids='hash'), '', 'send a value'),
     ],
   )
