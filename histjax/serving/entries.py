@@ -27,6 +27,7 @@ class Entries:
   Attributes:
     pages: that states are in.
     host_bytes: of all entries.
+    num_states: entries that have a state.
   """
 
   def __init__(
@@ -44,7 +45,7 @@ class Entries:
       counts: to add to.
       clock: in seconds.
     """
-    self.pages, self.host_bytes = pages, 0
+    self.pages, self.host_bytes, self.num_states = pages, 0, 0
     self._options, self._counts, self._clock = options, counts, clock
     self._entries: collections.OrderedDict[str, Entry] = (
       collections.OrderedDict()
@@ -146,6 +147,7 @@ class Entries:
     entry = self._entries[user]
     self.pages.give(entry.pages)
     entry.pages = []
+    self.num_states -= entry.known.state is not None
     entry.known = dataclasses.replace(entry.known, state=None)
 
   def forget(self, user: str) -> None:
@@ -170,6 +172,7 @@ class Entries:
       self._counts.refused += 1
       return []
     entry.pages += self.pages.take(missing)
+    self.num_states += entry.known.state is None
     entry.known = Known(entry.known.past, entry.known.digest, state)
     return entry.pages
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import threading
 from unittest import mock
 
 import jax
@@ -306,6 +307,46 @@ class StoreTest(parameterized.TestCase):
     cache, kept = self.put(store, ['b'], 5)
     self.assertEqual(kept, [True])
     self.check(store, ['b'], cache, [0])
+
+  def test_counts_wait_for_no_program(self):
+    """`/metrics` answers while a server warms up."""
+    store, found = self.store(8), []
+    self.put(store, ['a', 'b'], 5, 5)
+    store.drop('b')
+
+    def program(pool):
+      def count():
+        found.append((len(store), store.num_states, store.used_bytes))
+
+      thread = threading.Thread(target=count, daemon=True)
+      thread.start()
+      thread.join(60)
+      return pool, None
+
+    store.warm_up_programs(program)
+    self.assertEqual(found, [(2, 1, SHAPE.nbytes)])
+
+  @parameterized.parameters(*range(3))
+  def test_the_number_of_states(self, seed):
+    store = self.store(5, ttl=9, host_bytes=20_000)
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+      users = rng.permutation([*'abcdefgh'])[:3].tolist()
+      match rng.integers(5):
+        case 0:
+          store.drop(users[0])
+        case 1:
+          store.forget(users[0])
+        case 2:
+          store.roll_over(CONFIG, MODEL, keep_events=bool(rng.integers(2)))
+        case _:
+          self.put(store, users, *rng.integers(1, 40, 3).tolist())
+      self.now += int(rng.integers(3))
+      known = [store.find(user) for user in 'abcdefgh']
+      states = [x.state for x in known if x is not None]
+      self.assertEqual(len(store), len(states))
+      wanted = sum(x is not None for x in states)
+      self.assertEqual(store.num_states, wanted)
 
   def test_update_of_a_state_that_was_lost(self):
     """Someone else's events took its place: a part alone is not kept."""
