@@ -11,6 +11,7 @@ engines into replicas of Ray Serve (the extra `ray`).
 import functools
 import importlib
 import re
+import signal
 import time
 from typing import Any
 
@@ -201,10 +202,13 @@ def serve() -> None:
   else:
     engine, warm_up = make()
 
+  began = time.monotonic()
+
   def told() -> None:
     print('warms up: compiles, and answers 503 meanwhile', flush=True)
-    began = time.monotonic()
     server.and_settle(warm_up)
+
+  def tell() -> None:
     print(f'ready after {time.monotonic() - began:.0f} s', flush=True)
 
   service = app_lib.Service(
@@ -212,6 +216,7 @@ def serve() -> None:
     lambda: Columns.of_scorer(engine.scorer),
     config,
     warm_up=told,
+    on_ready=tell,
   )
   application = app_lib.make_app(
     service,
@@ -237,6 +242,8 @@ def serve() -> None:
     )
   host = f'[{_HOST.value}]' if ':' in _HOST.value else _HOST.value
   print(f'serves http://{host}:{port}', flush=True)
+  # As SIGTERM, once all is done: at once, and without a traceback.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   server.Server(service, application, _HOST.value, port, _DRAIN.value).run(
     sockets
   )

@@ -126,6 +126,7 @@ class Service:
     config: AppConfig | None = None,
     *,
     warm_up: Callable[[], Any] = lambda: None,
+    on_ready: Callable[[], Any] = lambda: None,
   ):
     """Makes a service; `app` serves it.
 
@@ -134,6 +135,7 @@ class Service:
       columns: of the run that the engine serves now.
       config: of requests.
       warm_up: runs in a thread; requests are scored after it.
+      on_ready: called once `/health/ready` says so.
     """
     self.engine = engine
     self.columns = columns
@@ -148,7 +150,8 @@ class Service:
     self.batcher = batcher_lib.Batcher(
       engine.score, self.config.batcher, observe=self.metrics.observe_batch
     )
-    self._warm_up = warm_up
+    self._warm_up, self._on_ready = warm_up, on_ready
+    self._is_warm = False
 
   @property
   def ready(self) -> bool:
@@ -156,12 +159,12 @@ class Service:
     return self.state == 'ready'
 
   def drain(self) -> None:
-    """`/health/ready` says 503; requests are scored until the end."""
+    """`/health/ready` says 503; requests are scored until the end, if ever."""
     self.state = 'draining'
 
   def check_open(self) -> None:
     """Raises a refusal, with 503, unless requests are scored."""
-    if self.state not in ('ready', 'draining'):
+    if not self._is_warm:  # Draining or not: the engine is busy.
       raise messages.refusal(503, self.state, fix='come back later')
 
   async def run_warm_up(self) -> None:
@@ -172,8 +175,10 @@ class Service:
       logging.exception('warm-up failed')
       self.state = 'warm-up failed'
       return
+    self._is_warm = True
     if self.state == 'warming up':
       self.state = 'ready'
+      self._on_ready()
 
   async def score(self, http: HttpRequest) -> Response:
     """`POST /v1/score`."""

@@ -448,6 +448,34 @@ class TestService:
         threading.Event().wait(0.01)
       assert post(found, bodies.body()).status_code == 200
 
+  def test_tells_that_it_is_ready_when_it_is(self, scored):
+    told = []
+    service = service_of(
+      Stub(scored.scorer), on_ready=lambda: told.append(service.ready)
+    )
+    with running(service):
+      assert told == [True]
+
+  def test_a_drain_that_begins_in_the_warm_up(self, scored):
+    """Nothing is scored by an engine that still compiles."""
+    go, stub, told = threading.Event(), Stub(scored.scorer), []
+    service = service_of(
+      stub,
+      warm_up=lambda: go.wait(60),
+      on_ready=lambda: told.append('ready'),
+    )
+    with running(service, ready=False) as found:
+      service.drain()
+      response = post(found, bodies.body())
+      assert response.status_code == 503
+      assert problem_of(response).detail == 'draining'
+      assert not stub.begun.is_set()
+      go.set()
+      while post(found, bodies.body()).status_code != 200:
+        threading.Event().wait(0.01)
+      assert found.http.get('/health/ready').status_code == 503
+    assert not told
+
   def test_a_failed_warm_up(self, scored):
     def fail():
       raise RuntimeError('no memory')

@@ -498,6 +498,28 @@ class TestProcesses:
     with pytest.raises(httpx.ConnectError):
       httpx.get(f'{found.url}/health/live')
 
+  @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+  def test_a_signal_during_the_warm_up(self, workdir, tmp_path, number):
+    """Does not wait for it, even where a request came meanwhile."""
+    body = {'user': 1, **bodies.body()}
+    with Process(
+      workdir,
+      *('--warm_up=64,512,1024,512', '--page=no', '--drain_s=1'),
+      JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+    ) as found:
+      for line in found.process.stdout:
+        if line.startswith('warms up'):
+          break
+      with httpx.Client(base_url=found.url, timeout=60) as http:
+        assert 'histjax_ready 0.0' in http.get('/metrics').text
+        found.process.send_signal(number)
+        while http.get('/health/ready').json()['detail'] != 'draining':
+          pass
+        assert http.post('/v1/score', json=body).status_code == 503
+      output, _ = found.process.communicate(timeout=300)
+    assert found.process.returncode == -number
+    assert not output
+
   def test_warns_of_a_host_without_a_token(self, workdir):
     for variables in ({}, {'HISTJAX_TOKEN': 'a long one'}):
       with Process(workdir, '--host=0.0.0.0', **variables) as found:
