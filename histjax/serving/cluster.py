@@ -25,6 +25,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from histjax.scoring import Scorer
+from histjax.serving import planning
 from histjax.serving.batcher import UnavailableError
 from histjax.serving.engine import Engine, Request, Result
 from histjax.serving.server import and_settle
@@ -106,7 +107,7 @@ class RemoteEngine:
     if not 1 <= replicas <= buckets:
       raise ValueError(f'replicas={replicas} must be in [1, buckets={buckets}]')
     self._buckets, self._timeout_s = buckets, timeout_s
-    self._generation = self._lost = 0
+    self._generation = self._lost = self._roll_overs = 0
     # By replica: when it was told, when by the replica's clock, and what.
     self._told: dict[str, tuple[float, float, dict[str, float]]] = {}
     # Some more than its share, so that a new one gets some of the others'.
@@ -141,7 +142,11 @@ class RemoteEngine:
 
   def bucket(self, user: str | int) -> str:
     """The bucket of a user; 7 and '7' are one, as in a log."""
-    digest = hashlib.blake2b(str(user).encode(), digest_size=8).digest()
+    try:
+      key = planning.user_key(self.scorer.config.schema, user)
+    except ValueError:  # Any replica says why.
+      key = ''
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return str(int.from_bytes(digest) % self._buckets)
 
   def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
@@ -188,11 +193,14 @@ class RemoteEngine:
   def metrics(self) -> Mapping[str, Any]:
     """Of this frontend, and what each replica last told with its results."""
     limit = time.monotonic() - _FORGET_S
-    self._told = {k: v for k, v in self._told.items() if v[0] > limit}
+    told = self._told.copy()  # Others add to it meanwhile.
+    for replica, (when, _, _) in told.items():
+      if when <= limit:
+        self._told.pop(replica, None)
     return {
-      'roll_overs': self._generation,
+      'roll_overs': self._roll_overs,
       'lost': self._lost,
-      'replicas': {k: counts for k, (_, _, counts) in self._told.items()},
+      'replicas': {k: x[2] for k, x in told.items() if x[0] > limit},
     }
 
   def roll_over(self, scorer: Scorer) -> None:
@@ -200,6 +208,7 @@ class RemoteEngine:
     self._generation += 1
     self.wait()
     self.scorer = scorer
+    self._roll_overs += 1
 
   def stop(self) -> None:
     """Ends the replicas."""

@@ -188,18 +188,8 @@ class Model:
     return past if needed - past.first < len(past) // 4 else past.since(needed)
 
   def key(self, user: str | int) -> str:
-    """The user's canonical key: 7 and '7' are one user, as in a log."""
-    if type(user) is int and 0 <= user < 2**63:  # As below, in no time.
-      return str(user)
-    name, schema = self.schema.user, self.schema
-    if type(user) is str and user.isascii() and not schema.column_types:
-      if user not in schema.null_values:
-        return user
-    table = columns_lib.from_mapping(
-      {name: [user]}, [name], 'request.user', schema
-    )
-    _, keys = columns_lib.encode_keys(table, name)
-    return columns_lib.canonical_keys(keys)[0]
+    """See `user_key`."""
+    return user_key(self.schema, user)
 
   def plan(self, user: str, known: Known | None, request: Request) -> Job:
     """Checks a request and decides what is done for it.
@@ -399,6 +389,25 @@ class Model:
     new.until(count).update(digest)
     same = digest.digest() == known.digest.digest()
     return None if same else 0
+
+
+def user_key(schema: Schema, user: str | int) -> str:
+  """The user's canonical key: 7 and '7' are one user, as in a log.
+
+  Raises:
+    ValueError: it is no key.
+  """
+  if type(user) is int and 0 <= user < 2**63:  # As below, in no time.
+    return str(user)
+  name = schema.user
+  if type(user) is str and user.isascii() and not schema.column_types:
+    if user not in schema.null_values:
+      return user
+  table = columns_lib.from_mapping(
+    {name: [user]}, [name], 'request.user', schema
+  )
+  _, keys = columns_lib.encode_keys(table, name)
+  return columns_lib.canonical_keys(keys)[0]
 
 
 def longest_state(

@@ -1,6 +1,9 @@
 """What Ray raises, without Ray's processes."""
 
+import dataclasses
 import itertools
+import sys
+import threading
 from unittest import mock
 
 import pytest
@@ -18,7 +21,7 @@ def remote(scored):
   found = object.__new__(cluster.RemoteEngine)
   found.scorer = scored.scorer
   found._buckets, found._timeout_s = 256, 1.0
-  found._generation = found._lost = 0
+  found._generation = found._lost = found._roll_overs = 0
   found._told, found._handle = {}, mock.Mock()
   return found
 
@@ -76,3 +79,48 @@ def test_what_ray_raises_is_of_its_requests_alone(remote, error, early):
     response = found.http.post('/v1/score', json=body)
   assert response.status_code == 503
   assert response.headers['retry-after'] == '1'
+
+
+def test_a_user_has_one_bucket_however_the_key_is_written(remote):
+  """As the engine has one state; two replicas would have two."""
+  assert remote.bucket(7) == remote.bucket('7')
+  assert remote.bucket('007') != remote.bucket('7')
+  config = remote.scorer.config
+  schema = dataclasses.replace(
+    config.schema, column_types={config.schema.user: 'integer'}
+  )
+  remote.scorer = mock.Mock(config=dataclasses.replace(config, schema=schema))
+  assert len({remote.bucket(x) for x in (7, '7', '007', '+7', '7.0')}) == 1
+  assert 0 <= int(remote.bucket('no key')) < 256
+
+
+def test_metrics_while_replicas_answer(remote):
+  interval, seen = sys.getswitchinterval(), []
+  sys.setswitchinterval(1e-6)
+  try:
+    for name in range(2000):
+      remote._keep(f'r{name}', 0.0, {})
+
+    def keep():
+      for name in range(20_000):
+        remote._keep(f's{name}', 0.0, {'hits': name})
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    while thread.is_alive():
+      seen.append(len(remote.metrics()['replicas']))
+    thread.join()
+  finally:
+    sys.setswitchinterval(interval)
+  assert seen == sorted(seen)
+  assert len(remote.metrics()['replicas']) == 22_000  # None is lost.
+
+
+def test_a_roll_over_that_fails_is_not_counted(remote):
+  remote.wait = mock.Mock(side_effect=[RuntimeError('broken'), None])
+  with pytest.raises(RuntimeError, match='broken'):
+    remote.roll_over(remote.scorer)
+  assert remote.metrics()['roll_overs'] == 0
+  remote.roll_over(remote.scorer)
+  assert remote.metrics()['roll_overs'] == 1
+  assert remote._generation == 2  # Replicas reload at each new one.
