@@ -13,6 +13,7 @@ import ipaddress
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ _HEAD_S = 10.0
 _NEW_EVENTS = 16  # Of a request; with more the history is read again.
 _EVENTS = 256
 """Of a history, where the run does not bound it."""
+_RETRY_S = 300.0
+"""Between tries to serve what cannot be read, at most, as it stays the same."""
 _CPU_ROWS = 8
 """In a program: on a CPU more of them take as long as several programs."""
 
@@ -156,6 +159,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     OSError: there is no such address, or the port is taken.
   """
   found: list[socket.socket] = []
+  wanted = port
   try:
     for family, kind, protocol, _, address in socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -169,7 +173,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       if family == socket.AF_INET6:
         one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-      one.bind(address)
+      one.bind((address[0], wanted, *address[2:]))
+      wanted = one.getsockname()[1]  # One port, if any will do, for all.
       one.listen(2048)
   except OSError:
     for one in found:
@@ -292,8 +297,9 @@ async def watch(
 
   They are read in a thread, and the engine puts them in place between two
   batches: no request is dropped, and none is scored by both. What cannot be
-  read is reported, once as long as it stays so, and leaves the old ones in
-  place. A run of other columns is served, too, and reported with them.
+  read is reported, once as long as it stays so, leaves the old ones in place,
+  and is tried again after longer and longer. A run of other columns is served,
+  too, and reported with them.
 
   Args:
     service: counts roll-overs.
@@ -307,11 +313,11 @@ async def watch(
   """
   if not every_s:
     return
-  failure = ''
+  failure, failed, wait_s, again = '', None, every_s, 0.0
   while True:
     await asyncio.sleep(every_s)
     now = await asyncio.to_thread(listing, workdir)
-    if now == seen:
+    if now == seen or (now == failed and time.monotonic() < again):
       continue
     seen = now
     try:
@@ -320,13 +326,16 @@ async def watch(
       service.metrics.roll_overs.labels('failed').inc()
       if failure != (failure := f'{type(error).__name__}: {error}'):
         logging.error('%s is not served: %s', workdir, failure)
-      seen = None  # Again, with what is there then.
+      # Again, with what is there then; of the same, less and less often.
+      longest = max(every_s, _RETRY_S)
+      wait_s = min(2 * wait_s, longest) if now == failed else every_s
+      seen, failed, again = None, now, time.monotonic() + wait_s
       continue
-    failure = ''
-    for line in lines:
-      tell(line)
+    failure, failed = '', None
     if lines:
       service.metrics.roll_overs.labels('done').inc()
+    for line in lines:
+      tell(line)
 
 
 def _roll_over(

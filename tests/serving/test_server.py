@@ -307,6 +307,48 @@ def test_each_new_failure_of_a_watch_is_told_once(tmp_path, monkeypatch):
   assert logged == ['ValueError: a', 'ValueError: b']
 
 
+def test_what_stays_broken_is_read_less_and_less_often(tmp_path, monkeypatch):
+  """And at once, when something else is there."""
+  looks, reads = 0, []
+
+  def listing(workdir):
+    nonlocal looks
+    looks += 1
+    if looks == 130:
+      raise KeyboardInterrupt
+    return ('5',) if looks < 100 else ('10',)
+
+  def read(*unused):
+    reads.append(looks)
+    raise ValueError('broken')
+
+  monkeypatch.setattr(server, 'listing', listing)
+  monkeypatch.setattr(server, '_roll_over', read)
+  monkeypatch.setattr(server, '_RETRY_S', 0.016)
+  clock = mock.Mock(monotonic=lambda: 0.001 * looks + 1e-9 * len(reads))
+  monkeypatch.setattr(server, 'time', clock)
+  with pytest.raises(KeyboardInterrupt):
+    asyncio.run(server.watch(mock.MagicMock(), str(tmp_path), None, 0.001))
+  wanted = [1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 100, 101, 103, 107, 115]
+  # To the look: times are sums in floating point.
+  np.testing.assert_allclose(reads, wanted, atol=9)
+  assert len(reads) == len(wanted)
+
+
+def test_all_addresses_of_a_host_have_one_port(monkeypatch):
+  of = socket.getaddrinfo
+
+  def two(host, port, **options):
+    return of('127.0.0.1', port, **options) + of('127.0.0.2', port, **options)
+
+  monkeypatch.setattr(socket, 'getaddrinfo', two)
+  sockets = server.listen('localhost', 0)
+  assert len({x.getsockname()[1] for x in sockets}) == 1
+  assert len(sockets) == 2
+  for one in sockets:
+    one.close()
+
+
 def test_buckets():
   found = server.buckets(32, [3000, 750], 100)
   assert found.row_buckets == (1, 8, 32)
