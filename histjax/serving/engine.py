@@ -188,7 +188,8 @@ class Engine:
 
     Returns:
       Of each its result; or the error that it alone has: a ValueError if it is
-      bad, an `UnknownHistory` if the whole history must be sent.
+      bad, an `UnknownHistory` if the whole history must be sent, or what a
+      derived feature of its row or the device raised.
     """
     found: dict[int, Result | Exception] = {}
     flights: list[tuple[dict[int, Job], Pending]] = []
@@ -204,7 +205,7 @@ class Engine:
         for i, user in now:
           try:
             jobs[i] = model.plan(user, self._store.find(user), requests[i])
-          except (ValueError, UnknownHistory) as error:
+          except Exception as error:  # A derived feature's own, too.
             found[i] = error
         counts.rows_seconds += time.perf_counter() - begin
         self._run(model, requests, jobs, found, flights)
@@ -350,7 +351,7 @@ class Engine:
     for i in reversed(range(len(requests))):
       try:
         users.setdefault(model.key(requests[i].user), []).append(i)
-      except ValueError as error:
+      except Exception as error:
         found[i] = error
     return users
 
@@ -391,7 +392,7 @@ class Engine:
     for i in self._lost(model, group):
       try:
         jobs[i] = model.plan_without_state(group.pop(i), requests[i])
-      except (ValueError, UnknownHistory) as error:
+      except Exception as error:
         found[i] = error
         del jobs[i]
 

@@ -564,6 +564,24 @@ class EngineTest(parameterized.TestCase):
       engine.roll_over(other, worlds.maker('causal', False))
     self.assertLen(warmed, replayed)
 
+  def test_an_error_of_a_derived_feature_is_of_its_request_alone(self):
+    """Of any type: it is somebody else's code."""
+    engine = self.engine()
+    past = worlds.events(self.rng, 3, USER)
+    good = self.request(past, 0)
+    bad = dataclasses.replace(good, user=8)
+
+    def plan(model, user, *args, plan=planning.Model.plan):
+      if user == '8':
+        raise KeyError('a shop that it does not know')
+      return plan(model, user, *args)
+
+    with mock.patch.object(planning.Model, 'plan', plan):
+      results = engine.score([bad, good, bad])
+    worlds.check(results[1], worlds.expected('strict', True, good, past))
+    for i in (0, 2):
+      self.assertIsInstance(results[i], KeyError)
+
   @parameterized.parameters(*worlds.VARIANTS)
   def test_a_warm_up_makes_a_row(self, variant):
     """Imports, and the order of vocabularies, wait for no request."""
