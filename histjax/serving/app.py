@@ -150,6 +150,11 @@ class Service:
     self.batcher = batcher_lib.Batcher(
       engine.score, self.config.batcher, observe=self.metrics.observe_batch
     )
+    # Beside batches: what may compile, and they do not wait for.
+    self.aside = batcher_lib.Batcher(
+      lambda calls: [call() for call in calls],
+      dataclasses.replace(self.config.batcher, max_batch=1, max_wait_s=0.0),
+    )
     self._warm_up, self._on_ready = warm_up, on_ready
     self._is_warm = False
 
@@ -182,18 +187,15 @@ class Service:
 
   async def score(self, http: HttpRequest) -> Response:
     """`POST /v1/score`."""
-    self.check_open()
-    begun = time.monotonic()
-    body = await reading.read(http, self.config.limits)
-    there = time.monotonic()
-    media = messages.media_type(http.headers.get('content-type', ''))
-    message = messages.decode(media, body)
-    messages.check(message, self.columns().known, self.config.limits)
-    read_s, decode_s = there - begun, time.monotonic() - there
-    timeout_s = self.config.timeout_s
-    if message.timeout_ms is not None:
-      timeout_s = min(message.timeout_ms / 1000, 3600.0)
-    scored = await self._scored(message, timeout_s, read_s + decode_s)
+    media, message, read_s, decode_s = await self.read(http)
+    request = Request(
+      user=message.user,
+      candidates=message.candidates,
+      context=message.context,
+      events=message.events,
+      first=message.first,
+    )
+    scored = await self.run(self.batcher, request, message, read_s + decode_s)
     for phase, seconds in (('read', read_s), ('decode', decode_s)):
       self.metrics.observe_phase(phase, seconds)
     result: Result = scored.result
@@ -206,18 +208,39 @@ class Service:
     self.metrics.observe_phase('reply', time.monotonic() - begun)
     return response
 
-  async def _scored(
-    self, message: messages.ScoreRequest, timeout_s: float, spent_s: float
+  async def read(
+    self, http: HttpRequest
+  ) -> tuple[str, messages.ScoreRequest, float, float]:
+    """A body's media type, its message, and seconds to read and check it."""
+    self.check_open()
+    begun = time.monotonic()
+    body = await reading.read(http, self.config.limits)
+    there = time.monotonic()
+    media = messages.media_type(http.headers.get('content-type', ''))
+    message = messages.decode(media, body)
+    messages.check(message, self.columns().known, self.config.limits)
+    return media, message, there - begun, time.monotonic() - there
+
+  async def run(
+    self,
+    batcher: batcher_lib.Batcher,
+    request: Any,
+    message: messages.ScoreRequest,
+    spent_s: float,
   ) -> batcher_lib.Scored:
-    request = Request(
-      user=message.user,
-      candidates=message.candidates,
-      context=message.context,
-      events=message.events,
-      first=message.first,
-    )
+    """What a batcher makes of a request; its errors as refusals.
+
+    Args:
+      batcher: of this service.
+      request: for it.
+      message: it is of.
+      spent_s: of its time, what is over already.
+    """
+    timeout_s = self.config.timeout_s
+    if message.timeout_ms is not None:
+      timeout_s = min(message.timeout_ms / 1000, 3600.0)
     try:
-      return await self.batcher.score(request, timeout_s, spent_s)
+      return await batcher.score(request, timeout_s, spent_s)
     except batcher_lib.QueueFullError as error:
       refused = messages.refusal(429, str(error), fix='come back later')
       refused.retry_after_s = error.retry_after_s
@@ -304,13 +327,15 @@ def make_app(
   @contextlib.asynccontextmanager
   async def lifespan(app) -> AsyncIterator[None]:
     service.batcher.start()
+    service.aside.start()
     tasks = [asyncio.create_task(service.run_warm_up())]
-    tasks += [asyncio.create_task(each()) for each in background]
+    tasks += [asyncio.create_task(_told(each)) for each in background]
     try:
       yield
     finally:
       service.drain()
       await service.batcher.stop()
+      await service.aside.stop()
       for task in tasks:
         task.cancel()
       await asyncio.gather(*tasks, return_exceptions=True)
@@ -339,12 +364,16 @@ def make_app(
   )
 
 
+async def _told(background: Callable[[], Any]) -> None:
+  try:
+    await background()
+  except Exception:  # Nobody else waits for it.
+    logging.exception('a background task failed')
+
+
 def respond(http: HttpRequest, media: str, message: Any) -> Response:
   """A message as the client accepts it, else as it spoke itself."""
-  accepted = http.headers.get('accept', '')
-  for name in (messages.JSON, messages.MSGPACK):
-    if name in accepted:
-      media = name
+  media = messages.accepted(http.headers.get('accept', '')) or media
   return Response(messages.encode(media, message), media_type=media)
 
 

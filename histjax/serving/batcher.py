@@ -117,7 +117,6 @@ class Batcher:
     self._observe = observe
     self._queue: collections.deque[_Waiting] = collections.deque()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'score')
-    self._aside = concurrent.futures.ThreadPoolExecutor(1, 'aside')
     self._batch_s = max(self.config.max_wait_s, 1e-3)  # A moving average.
     self._task: asyncio.Task | None = None
     self._stopping = False
@@ -139,7 +138,6 @@ class Batcher:
       self._wake.set()
       await self._task
     self._thread.shutdown()
-    self._aside.shutdown(cancel_futures=True)
 
   async def score(
     self, request: Any, timeout_s: float, spent_s: float = 0.0
@@ -182,14 +180,6 @@ class Batcher:
     finally:
       item.timer.cancel()  # Of a client that is gone, too.
 
-  async def run_aside(self, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns, called in a thread for such functions.
-
-    One at a time, beside batches: it may compile, and they do not wait for it.
-    """
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(self._aside, function, *args)
-
   @staticmethod
   def _expire(future: asyncio.Future, timeout_s: float) -> None:
     if not future.done():
@@ -201,12 +191,9 @@ class Batcher:
       begun = time.monotonic()
       for item in batch:
         item.timer.cancel()
-      try:
-        results = await loop.run_in_executor(
-          self._thread, self._score, [item.request for item in batch]
-        )
-      except Exception as error:  # All in it are told.
-        results = [error] * len(batch)
+      results = await loop.run_in_executor(
+        self._thread, self._call, [item.request for item in batch]
+      )
       took = time.monotonic() - begun
       self._batch_s += 0.1 * (took - self._batch_s)
       queued = [begun - item.arrival for item in batch]
@@ -214,10 +201,19 @@ class Batcher:
       for item, result, queue_s in zip(batch, results, queued, strict=True):
         if item.future.done():  # Its client is gone.
           continue
-        if isinstance(result, Exception):
+        if isinstance(result, StopIteration):  # Which no future takes.
+          item.future.set_exception(RuntimeError(repr(result)))
+        elif isinstance(result, Exception):
           item.future.set_exception(result)
         else:
           item.future.set_result(Scored(result, queue_s, took, len(batch)))
+
+  def _call(self, requests: Sequence[Any]) -> Sequence[Any]:
+    """In the thread; an error is a result, so that the loop goes on."""
+    try:
+      return self._score(requests)
+    except Exception as error:  # All in it are told.
+      return [error] * len(requests)
 
   async def _gather(self) -> list[_Waiting]:
     """The next batch; none once it is to stop and the queue is empty."""

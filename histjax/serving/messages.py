@@ -252,6 +252,13 @@ def media_type(header: str) -> str:
   return name
 
 
+def accepted(header: str) -> str | None:
+  """The one that Accept names; of both `MSGPACK`; None: neither."""
+  names = [x.partition(';')[0].strip().lower() for x in header.split(',')]
+  names = [_ALIASES.get(name, name) for name in names]
+  return next((x for x in (MSGPACK, JSON) if x in names), None)
+
+
 def decode(media: str, body: bytes | bytearray) -> ScoreRequest:
   """The request of a body, its types checked.
 

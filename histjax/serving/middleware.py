@@ -37,7 +37,7 @@ class Authorized:
 
   def __init__(self, app: ASGIApp, token: str):
     self._app = app
-    self._wanted = f'Bearer {token}'.encode() if token else None
+    self._wanted = token.encode() if token else None
 
   async def __call__(self, scope, receive, send) -> None:
     """See ASGI."""
@@ -45,7 +45,10 @@ class Authorized:
     closed = path != '/' and not path.startswith(_OPEN)
     if scope['type'] == 'http' and self._wanted is not None and closed:
       given = dict(scope['headers']).get(b'authorization', b'')
-      if not hmac.compare_digest(given, self._wanted):
+      scheme, _, given = given.partition(b' ')
+      if scheme.lower() != b'bearer' or not hmac.compare_digest(
+        given.strip(), self._wanted
+      ):
         refused = messages.refusal(
           401,
           f'{path} needs a token',

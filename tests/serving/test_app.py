@@ -110,7 +110,22 @@ class TestScores:
     assert post(served, body).json()['num_events'] == 0
 
   def test_accepts_what_is_asked_for(self, served):
-    response = post(served, bodies.body(), accept=messages.MSGPACK)
+    for accept, wanted in (
+      (messages.MSGPACK, messages.MSGPACK),
+      ('application/msgpack', messages.MSGPACK),
+      ('Application/X-MsgPack; q=0.9, */*', messages.MSGPACK),
+      (f'{messages.JSON}, {messages.MSGPACK}', messages.MSGPACK),
+      ('application/jsonl, text/html', messages.JSON),
+    ):
+      response = post(served, bodies.body(), accept=accept)
+      assert response.headers['content-type'] == wanted
+    body = messages.encode(messages.MSGPACK, bodies.body())
+    response = post(
+      served,
+      body,
+      accept='application/json-seq',
+      **{'content-type': messages.MSGPACK},
+    )
     assert response.headers['content-type'] == messages.MSGPACK
 
   def test_are_those_of_evaluation(self, served):
@@ -476,6 +491,18 @@ class TestService:
       assert found.http.get('/health/ready').status_code == 503
     assert not told
 
+  def test_a_background_task_that_fails_is_told(self, scored, monkeypatch):
+    said = []
+    monkeypatch.setattr(app_lib.logging, 'exception', said.append)
+
+    async def fail():
+      raise BrokenPipeError('nobody reads what it prints')
+
+    service = service_of(Stub(scored.scorer))
+    with running(service, background=[fail]) as found:
+      assert post(found, bodies.body()).status_code == 200
+    assert said == ['a background task failed']
+
   def test_a_failed_warm_up(self, scored):
     def fail():
       raise RuntimeError('no memory')
@@ -553,8 +580,9 @@ class TestService:
         assert post(found, b'', **headers).status_code == 401
         response = found.http.get('/metrics', headers=headers)
         assert response.status_code == 401
-      headers = {'authorization': 'Bearer correct horse'}
-      assert found.http.get('/v1/schema', headers=headers).status_code == 200
+      for scheme in ('Bearer', 'bearer'):  # Of RFC 9110: in any case.
+        headers = {'authorization': f'{scheme} correct horse'}
+        assert found.http.get('/v1/schema', headers=headers).status_code == 200
     assert 'horse' not in repr(config)
 
   def test_metrics(self, scored):

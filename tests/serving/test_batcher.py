@@ -190,6 +190,26 @@ class BatcherTest(parameterized.TestCase):
     self.assertEqual([one.result, three.result, four.result], [1, 3, 4])
     self.assertEqual([str(x) for x in broken], ['broken', 'broken'])
 
+  def test_any_error_is_told_and_the_next_batch_is_scored(self):
+    """A StopIteration, too, which no future takes."""
+
+    def score(batch):
+      if 'all' in batch:
+        next(iter(()))
+      return [StopIteration() if x == 'one' else x for x in batch]
+
+    async def run():
+      async with batching(score, max_batch=1) as found:
+        asked = (found.score(x, 5) for x in ('all', 'one', 3))
+        calls = asyncio.gather(*asked, return_exceptions=True)
+        return await asyncio.wait_for(calls, 30)
+
+    *broken, three = asyncio.run(run())
+    for error in broken:
+      self.assertIsInstance(error, RuntimeError)
+      self.assertRegex(str(error), 'StopIteration')
+    self.assertEqual(three.result, 3)
+
   def test_stop_answers_all_and_takes_no_more(self):
     async def run():
       held = Held()

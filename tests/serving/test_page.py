@@ -1,7 +1,9 @@
 """The page in a browser."""
 
+import concurrent.futures
 import re
 import shutil
+import threading
 from unittest import mock
 
 import numpy as np
@@ -11,8 +13,9 @@ from playwright import sync_api
 from histjax.data import datasets
 from histjax.schema import Categorical, Dense, Schema, Task
 from histjax.serving import app as app_lib
-from histjax.serving import catalogue, page
+from histjax.serving import batcher, catalogue, messages, page
 from histjax.serving.catalogue import of_log, read_titles
+from tests.serving import bodies
 from tests.serving.conftest import running, service_of
 from tests.training import runs
 
@@ -141,6 +144,53 @@ class TestAttention:
       response = served.http.post('/v1/attention', json={**body, **changes})
       assert response.status_code == 422
       assert response.json()['field'] == field
+
+  def test_has_a_queue_and_deadlines(self, scored, monkeypatch):
+    """As the OpenAPI document says."""
+    go, begun = threading.Event(), threading.Event()
+
+    def slow(*unused):
+      begun.set()
+      assert go.wait(60)
+      return messages.AttentionReply([1.0], 0)
+
+    monkeypatch.setattr(page, 'attention_of', slow)
+    body = bodies.body(num_candidates=1)
+    config = app_lib.AppConfig(batcher.BatcherConfig(max_queue=1), timeout_s=60)
+    with (
+      running(service_of(scored, config), with_page=True) as found,
+      concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+
+      def post(**changes):
+        return found.http.post('/v1/attention', json={**body, **changes})
+
+      queue = found.service.aside
+      first = pool.submit(post)
+      assert begun.wait(60)
+      late = post(timeout_ms=20)
+      assert late.status_code == 504
+      assert late.json()['field'] == 'timeout_ms'
+      second = pool.submit(post)
+      while all(item.future.done() for item in [*queue._queue]):
+        threading.Event().wait(0.01)
+      refused = post()
+      assert refused.status_code == 429
+      assert int(refused.headers['retry-after']) >= 1
+      go.set()
+      assert first.result().json() == {'weights': [1.0], 'first': 0}
+      assert second.result().status_code == 200
+
+  def test_of_a_model_that_looks_at_more(self, served, monkeypatch):
+    def refuse(*unused):
+      raise NotImplementedError('candidates look elsewhere')
+
+    monkeypatch.setattr(page, 'last_attention', refuse)
+    response = served.http.post(
+      '/v1/attention', json=bodies.body(num_candidates=1)
+    )
+    assert response.status_code == 422
+    assert response.json()['detail'] == 'candidates look elsewhere'
 
 
 def log_of(schema, columns):

@@ -5,6 +5,7 @@ Plain HTML, CSS and JavaScript beside this file; no build step, no other host.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from histjax.scoring import Scorer
 from histjax.scoring.attention import last_attention
 from histjax.serving import app as app_lib
 from histjax.serving import catalogue as catalogue_lib
-from histjax.serving import messages, reading
+from histjax.serving import messages
 
 _FOLDER = pathlib.Path(__file__).parent
 _TYPES = {'html': 'text/html', 'js': 'text/javascript', 'css': 'text/css'}
@@ -99,12 +100,7 @@ def routes(
     return Response(body, media_type=messages.JSON)
 
   async def attention(http: HttpRequest):
-    service.check_open()
-    limits = service.config.limits
-    data = await reading.read(http, limits)
-    media = messages.media_type(http.headers.get('content-type', ''))
-    message = messages.decode(media, data)
-    messages.check(message, service.columns().known, limits)
+    media, message, *spent_s = await service.read(http)
     if message.first or messages.size(message.candidates) != 1:
       raise messages.refusal(
         422,
@@ -112,13 +108,9 @@ def routes(
         field='first' if message.first else 'candidates',
         fix='send one candidate, and all events with first=0',
       )
-    try:
-      reply = await service.batcher.run_aside(attention_of, scorer(), message)
-    except ValueError as error:
-      raise app_lib.of_value_error(error) from error
-    except NotImplementedError as error:
-      raise messages.refusal(422, str(error)) from error
-    return app_lib.respond(http, media, reply)
+    call = functools.partial(attention_of, scorer(), message)
+    done = await service.run(service.aside, call, message, sum(spent_s))
+    return app_lib.respond(http, media, done.result)
 
   return [
     *(Route(path, _file(name)) for path, name in _files().items()),
@@ -133,8 +125,8 @@ def attention_of(
   """The last layer's attention of the one candidate, the mean over heads.
 
   Raises:
-    ValueError: a value is bad.
-    NotImplementedError: the model's candidates attend to more than events.
+    ValueError: a value is bad, or the model's candidates attend to more than
+      events.
   """
   schema = scorer.config.schema
   row = scorer.make_row(
@@ -144,9 +136,12 @@ def attention_of(
   )
   batch = collate([row])
   cache = scorer.encode(batch.history)
-  weights = last_attention(
-    scorer.config, scorer.variables, cache, batch.candidates, batch.context
-  )
+  try:
+    weights = last_attention(
+      scorer.config, scorer.variables, cache, batch.candidates, batch.context
+    )
+  except NotImplementedError as error:
+    raise ValueError(f'{error}; serve another model') from error
   length = int(batch.history.length[0])
   mean = np.asarray(weights, float)[0, :, 0, :length].mean(axis=0)
   num_events = messages.size(message.events)
