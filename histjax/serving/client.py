@@ -208,6 +208,7 @@ def _seconds(text: str) -> float:
 
 
 _AS_THEY_ARE = {int, float, str, bool}
+_ROW = {dict}
 _BITS = -(2**63), 2**64 - 1
 
 
@@ -241,7 +242,7 @@ def _table(source: str, table: Any) -> Any:
     return {k: _column(f'{source}.{k}', x) for k, x in table.items()}
   if not isinstance(table, (list, tuple)):
     return table
-  if all(type(row) is dict for row in table):
+  if _ROW.issuperset(map(type, table)):
     values = itertools.chain.from_iterable(map(dict.values, table))
     if _AS_THEY_ARE.issuperset(map(type, values)):
       return table
@@ -256,7 +257,7 @@ def _row(source: str, row: Any) -> Any:
 
 def _column(where: str, values: Any) -> Any:
   if isinstance(values, (list, tuple)):
-    if _AS_THEY_ARE.issuperset(map(type, values)):
+    if _are_numbers(values) or _AS_THEY_ARE.issuperset(map(type, values)):
       return values
     return [_value(where, x) for x in values]
   if _kind(values) == 'M':
@@ -267,6 +268,17 @@ def _column(where: str, values: Any) -> Any:
     found = values.tolist()
     return (_column if isinstance(found, list) else _value)(where, found)
   return _value(where, values)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+  """Whether all are Python's, in less time than a look at each takes."""
+  if not values or type(values[0]) not in (int, float):
+    return False
+  try:
+    with np.errstate(all='ignore'):  # Of what is no sum that anybody reads.
+      return type(sum(values)) in (int, float)  # With one of NumPy, NumPy's.
+  except (TypeError, OverflowError):
+    return False
 
 
 def _value(where: str, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The client tries again what may be tried again."""
 
 import datetime
+import math
 import types
 
 import httpx
@@ -176,6 +177,31 @@ def test_what_would_be_something_else(slept, values, said):
     tables = {'candidates': {'item': [1]}, part: {'item': values}}
     with pytest.raises(ValueError, match=rf'{part}\.item has .*{said}'):
       make(Answers()).score(7, **tables)
+
+
+@pytest.mark.parametrize(
+  'odd',
+  [
+    *(np.int8(3), np.uint64(3), np.float32(3), np.float64(3), np.bool_(1)),
+    *(np.str_('3'), '3', True, math.nan, math.inf, 2**63, -0.0, 1e308),
+    *(datetime.datetime(2024, 1, 1), np.datetime64('2024-01-01'), pd.NaT),
+    *(datetime.timedelta(1), np.timedelta64(1, 's'), {3}, 1j, 2**64),
+    *(np.longdouble(3), np.float16(3), np.array(3), pd.Timestamp(0)),
+  ],
+  ids=repr,
+)
+def test_a_value_among_numbers_is_sent_as_alone(odd):
+  def sent(values):
+    try:
+      table = client._table('candidates', {'x': values})
+      content = client._ENCODER.encode(table)
+      return repr(msgspec.msgpack.decode(content)['x'][-1])
+    except (ValueError, OverflowError) as error:
+      return repr(error)
+
+  for others in ([], [1], [1.0], [True], [2**63, 1.5], [1e308, 1e308]):
+    assert sent([*others, odd]) == sent([odd])
+    assert sent([odd, *others, odd]) == sent([odd])
 
 
 def test_a_user_of_65_bits(slept):
