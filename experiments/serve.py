@@ -10,6 +10,7 @@ engines into replicas of Ray Serve (the extra `ray`).
 
 import functools
 import importlib
+import math
 import re
 import signal
 import time
@@ -155,6 +156,10 @@ def serve() -> None:
   if _TTL.value is not None and not _TTL.value > 0:
     raise ValueError(
       f'--ttl_s={_TTL.value} must be above 0; leave it out to forget nobody'
+    )
+  if not math.isfinite(_WATCH.value):
+    raise ValueError(
+      f'--watch_s={_WATCH.value} must be finite; give 0 to never look'
     )
   try:
     token = app_lib.read_token(_TOKEN.value)

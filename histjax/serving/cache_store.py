@@ -95,7 +95,8 @@ class CacheStore:
       clock: in seconds; for tests.
 
     Raises:
-      ValueError: the budget does not hold two pages of events.
+      ValueError: the budget does not hold two pages of events, or the device
+        does not hold the budget.
     """
     self.options = options
     self.counts = Counts()
@@ -466,7 +467,16 @@ class CacheStore:
 
   def _allocate(self, config: RankerConfig) -> pages_lib.Pages:
     shape = pages_lib.Shape.of(config, self._scorer_config)
-    return pages_lib.Pages(shape, self._number(shape), self._device)
+    number = self._number(shape)
+    try:
+      return pages_lib.Pages(shape, number, self._device)
+    except RuntimeError as error:  # JAX's has no type of its own for it.
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      raise ValueError(
+        f'device_bytes={self.options.device_bytes} are more than the device '
+        'has free; lower it (--store_mib)'
+      ) from error
 
   def _number(self, shape: pages_lib.Shape) -> int:
     """Of pages that the budget holds."""

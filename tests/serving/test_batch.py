@@ -383,6 +383,7 @@ def test_ranks(rank):
     ('top_k', 0, 'top_k=0 must be >= 1'),
     ('users_per_batch', 0, 'users_per_batch=0 must be >= 1'),
     ('users_per_shard', 0, 'users_per_shard=0 must be >= 1'),
+    ('memory', float('inf'), 'memory=inf bytes .*, and finite; give'),
     ('memory', 1000.0, r'memory=1000 bytes \(9.3\S+e-07 GiB\).*--memory=0.001'),
   ],
 )

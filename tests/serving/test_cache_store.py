@@ -428,6 +428,19 @@ class StoreTest(parameterized.TestCase):
       copy.values.scale[:, 0, :2], cache.values.scale[:, 0, :2]
     )
 
+  def test_more_than_the_device_has(self):
+    with self.assertRaisesRegex(
+      ValueError, r'^device_bytes=\d+ are more than the device.*--store_mib'
+    ):
+      self.store(device_bytes=1 << 56)
+    with (
+      mock.patch.object(
+        pages.Shape, 'zeros', side_effect=RuntimeError('it is lost')
+      ),
+      self.assertRaisesRegex(RuntimeError, 'it is lost'),
+    ):
+      self.store()
+
   def test_refused(self):
     with self.assertRaisesRegex(
       ValueError, r'two pages .* raise it \(--store_mib'
