@@ -235,7 +235,7 @@ def _read(path: pathlib.Path, limit: int) -> np.ndarray:
   size = path.stat().st_size if path.is_file() else 0
   if not 0 < size <= limit:
     raise ValueError(
-      f'{path} has {size} bytes, or is missing; expected {limit}'
+      f'{path} has {size} bytes, or is missing; expected 1 to {limit}'
     )
   return np.fromfile(path, np.uint8, size)
 
@@ -325,6 +325,6 @@ if __name__ == '__main__':
   if sys.argv[1:] != ['--check']:
     sys.exit(__doc__)
   try:
-    check(pathlib.Path(__file__).parent)
+    check(pathlib.Path(os.path.realpath(__file__)).parent)
   except ValueError as problem:
     sys.exit(f'{problem}')
