@@ -94,22 +94,33 @@ class AppConfig:
   def __post_init__(self):
     if not 0 < self.timeout_s <= 3600:
       raise ValueError(f'timeout_s={self.timeout_s} must be in (0, 3600]')
-    if self.token and (len(self.token) < 8 or not self.token.isascii()):
+    token = self.token
+    if token and (len(token) < 8 or not token.isascii()):
       raise ValueError(
         'token has fewer than 8 characters, or others than ASCII; make a '
         'longer one'
+      )
+    if token != token.strip() or not token.isprintable():
+      raise ValueError(
+        'token has white space around it, or control characters, which no '
+        'header brings; leave them out'
       )
 
 
 def read_token(path: str | None = None) -> str:
   """The token of a file, else of the environment's HISTJAX_TOKEN, else none.
 
+  Without the white space around it.
+
   Raises:
-    ValueError: the file is empty.
-    OSError: it cannot be read.
+    ValueError: the file is empty, or the variable white space.
+    OSError: the file cannot be read.
   """
   if path is None:
-    return os.environ.get('HISTJAX_TOKEN', '')
+    given = os.environ.get('HISTJAX_TOKEN', '')
+    if given and not given.strip():
+      raise ValueError('HISTJAX_TOKEN is white space; write a token into it')
+    return given.strip()
   token = pathlib.Path(path).read_text(encoding='utf-8').strip()
   if not token:
     raise ValueError(f'token_file={path!r} is empty; write a token into it')

@@ -73,12 +73,21 @@ class Client:
       backoff_s: the longest wait before the first retry; doubles each time.
       max_backoff_s: of these waits.
       transport: of httpx.
+
+    Raises:
+      ValueError: an option cannot be.
     """
     if retries < 0:
       raise ValueError(f'retries={retries} must be at least 0')
     if not 0 < backoff_s <= max_backoff_s:
       raise ValueError(
         f'backoff_s={backoff_s} must be in (0, max_backoff_s={max_backoff_s}]'
+      )
+    if not url.startswith(('http://', 'https://')):
+      raise ValueError(f"url={url!r} must begin with 'http://' or 'https://'")
+    if token != token.strip() or not (token.isascii() and token.isprintable()):
+      raise ValueError(  # Without the token: it is a secret.
+        'token must be printable ASCII without white space around it; strip it'
       )
     headers = {'authorization': f'Bearer {token}'} if token else {}
     self._http = httpx.Client(

@@ -634,6 +634,11 @@ class TestService:
     assert app_lib.read_token() == ''
     monkeypatch.setenv('HISTJAX_TOKEN', 'of the environment')
     assert app_lib.read_token() == 'of the environment'
+    monkeypatch.setenv('HISTJAX_TOKEN', 'of a file \r\n')
+    assert app_lib.read_token() == 'of a file'
+    monkeypatch.setenv('HISTJAX_TOKEN', ' ')  # Not: without a token.
+    with pytest.raises(ValueError, match='HISTJAX_TOKEN is white space'):
+      app_lib.read_token()
     path = tmp_path / 'token'
     path.write_text('of a file\n')
     assert app_lib.read_token(str(path)) == 'of a file'
@@ -652,6 +657,7 @@ class TestService:
     [
       (lambda: app_lib.AppConfig(timeout_s=0), 'timeout_s=0'),
       (lambda: app_lib.AppConfig(token='short'), 'fewer than 8'),
+      (lambda: app_lib.AppConfig(token='long enough\n'), 'no header brings'),
       (lambda: messages.Limits(candidates=0), 'candidates=0'),
       (lambda: messages.Limits.parse('events=x'), "'events=x' has no number"),
       (lambda: messages.Limits.parse('items=3'), "'items' is none of"),

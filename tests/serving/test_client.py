@@ -221,6 +221,20 @@ def test_against_a_server(served):
       one.score(8, **{**body, 'first': 5})
 
 
+@pytest.mark.parametrize('token', ['secret one\n', ' secret one', 'secr\net'])
+def test_a_token_that_no_header_takes(token):
+  """Said at once, and without it."""
+  with pytest.raises(ValueError, match=r'^token must be printable') as caught:
+    client.Client('http://127.0.0.1', token=token)
+  assert 'secr' not in str(caught.value)
+
+
+@pytest.mark.parametrize('url', ['127.0.0.1:8000', 'localhost', 'ftp://x', ''])
+def test_a_url_of_another_scheme(url):
+  with pytest.raises(ValueError, match=r'must begin with .http:'):
+    client.Client(url)
+
+
 def test_no_server(slept):
   with client.Client('http://127.0.0.1:1', retries=1) as one:
     assert not one.is_ready()
