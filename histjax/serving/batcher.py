@@ -123,8 +123,8 @@ class Batcher:
 
   @property
   def waiting(self) -> int:
-    """Requests in the queue."""
-    return len(self._queue)
+    """Requests in the queue whose time is not over."""
+    return sum(not item.future.done() for item in [*self._queue])
 
   def start(self) -> None:
     """Begins to score, in the running event loop."""

@@ -142,8 +142,12 @@ class Server(uvicorn.Server):
       return
     self._service.drain()
     self._loop.call_soon_threadsafe(
-      self._loop.call_later, self._drain_s, super().handle_exit, sig, frame
+      self._loop.call_later, self._drain_s, self._end, sig, frame
     )
+
+  def _end(self, sig: int, frame) -> None:
+    if not self.should_exit:  # Else uvicorn takes it for another signal.
+      super().handle_exit(sig, frame)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -74,6 +74,7 @@ class BatcherTest(parameterized.TestCase):
         await asyncio.to_thread(held.begun.wait)
         with self.assertRaisesRegex(lib.DeadlineError, 'within 20 ms'):
           await found.score(2, 0.02)
+        self.assertEqual(found.waiting, 0)  # As /metrics says.
         held.go.set()
         await first
       return held.batches

@@ -172,7 +172,7 @@ class TestAttention:
       assert late.status_code == 504
       assert late.json()['field'] == 'timeout_ms'
       second = pool.submit(post)
-      while all(item.future.done() for item in [*queue._queue]):
+      while not queue.waiting:
         threading.Event().wait(0.01)
       refused = post()
       assert refused.status_code == 429

@@ -485,6 +485,28 @@ class Process:
       one.wait_until_ready(300)
 
 
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_skips_the_drain_alone(scored, number):
+  """What is in flight is answered after it, too."""
+  stub = Stub(scored.scorer)
+  stub.go.clear()
+  with (
+    running(service_of(stub)) as found,
+    concurrent.futures.ThreadPoolExecutor() as pool,
+  ):
+    found.server._drain_s = 0.5
+    first = pool.submit(post, found, bodies.body())
+    assert stub.begun.wait(60)
+    found.server.handle_exit(number, None)
+    assert not found.server.should_exit
+    found.server.handle_exit(number, None)
+    assert found.server.should_exit
+    time.sleep(1)  # Longer than the drain would have been.
+    assert not found.server.force_exit
+    stub.go.set()
+    assert first.result().status_code == 200
+
+
 @pytest.mark.slow  # A process takes seconds to import everything.
 class TestProcesses:
   def test_two_servers_of_one_workdir_and_a_drain(self, workdir):
