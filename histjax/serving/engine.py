@@ -138,6 +138,8 @@ class Engine:
     self._lock = threading.Lock()
     self._model = self._load(scorer, maker)
     self._roll_overs = 0
+    # Of scorers that were served, and where that of now began to be.
+    self._compiled, self._begun = 0, self._model.scorer.num_compilations
     self._warmed: dict[str, Any] | None = None
     scorer = self._model.scorer
     self._store = CacheStore(
@@ -177,7 +179,9 @@ class Engine:
       'used_bytes': store.used_bytes,
       'host_bytes': store.host_bytes,
       'roll_overs': self._roll_overs,
-      'compilations': self._model.scorer.num_compilations,
+      'compilations': self._compiled
+      + self._model.scorer.num_compilations
+      - self._begun,
     }
 
   def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
@@ -299,6 +303,7 @@ class Engine:
       Exception: of the device: there is no memory, or a program fails.
     """
     model = self._load(scorer, maker)
+    begun = model.scorer.num_compilations
     _ = model.scorer.fingerprint  # Reads all parameters: not under the lock.
     if self._warmed is not None:
       _make_a_row(model)
@@ -318,7 +323,8 @@ class Engine:
         scorer_config=model.scorer.options,
         warm_up=warm_up,
       )
-      self._model = model
+      self._compiled += old.scorer.num_compilations - self._begun
+      self._model, self._begun = model, begun
       self._roll_overs += 1
 
   def _load(

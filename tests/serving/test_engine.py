@@ -483,6 +483,19 @@ class EngineTest(parameterized.TestCase):
       self.one(engine, self.request(past), 'hit')
     self.one(engine, self.request(past, 0), 'encoded', past)
 
+  def test_a_roll_over_keeps_the_count_of_compilations(self):
+    """A counter, of which Prometheus would see a restart."""
+    engine = self.engine()
+    one, other = engine.scorer, worlds.scorer('strict', True, 1)
+    maker = worlds.maker('strict', True)
+    numbers = [engine.metrics()['compilations']]
+    for scorer, more in ((one, 2), (other, 3), (one, 0), (other, 1)):
+      engine.roll_over(scorer, maker)
+      scorer._compilations.number += more
+      numbers.append(engine.metrics()['compilations'])
+    self.assertEqual(np.diff(numbers).tolist(), [2, 3, 0, 1])
+    self.assertEqual(numbers[0], 0)
+
   def test_a_roll_over_that_fails(self):
     """The old model stays; so do states of the same shape, and events."""
     engine = self.engine(
