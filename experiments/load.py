@@ -13,6 +13,7 @@ Writes <output>.json and, but for --check, the plot <output>.png.
 """
 
 import functools
+import math
 import pathlib
 import tempfile
 from typing import Any
@@ -79,7 +80,10 @@ def value(flag: flags.FlagHolder) -> Any:
 
 
 def check_flags() -> None:
-  """Raises a ValueError of a flag that would do nothing."""
+  """Raises a ValueError of a flag that would do nothing, or for ever."""
+  for flag in (_LIMIT, _RATE, _SECONDS):
+    if flag.value is not None and not math.isfinite(flag.value):
+      raise ValueError(f'--{flag.name}={flag.value} must be finite')
   if _SERVE.value:
     others = {*_DEFAULTS} - {'longest', 'candidates'}
     others |= {'check', 'output', 'flag', 'limit_ms', 'tries', 'rate'}

@@ -125,6 +125,12 @@ class UsageTest(absltest.TestCase):
       ({'serve': '1', 'rate': '9'}, '--rate=9.0 is not of --serve'),
     )
 
+  def test_values_of_load(self):
+    cases = ('limit_ms', 'nan'), ('seconds', 'inf'), ('rate', 'nan')
+    found = messages('load', *({'flags': {k: v}} for k, v in cases))
+    for said, (name, value) in zip(found, cases, strict=True):
+      self.assertEqual(said, f'ValueError: --{name}={value} must be finite')
+
   def test_score(self):
     files = {name: 'x' for name in ('workdir', 'events', 'candidates')}
     self.check(
@@ -147,6 +153,7 @@ class UsageTest(absltest.TestCase):
       ('warm_up', '16,x'): 'must be whole numbers above 0; give',
       ('warm_up', ''): 'must be whole numbers above 0; give',
       ('ttl_s', '-1.0'): 'must be above 0; leave it out',
+      ('watch_s', 'nan'): 'must be finite; give 0 to never look',
       ('token_file', 'nope'): 'No such file or directory; name a file',
     }
     found = messages(
