@@ -61,7 +61,7 @@ class Limits:
     if not 2**20 <= self.memory < math.inf:
       raise ValueError(
         f'memory={self.memory:.0f} bytes ({self.memory / 2**30:g} GiB) must be '
-        'at least 2**20 and finite; give --memory=0.001 or more'
+        'at least 2**20, and finite; give --memory=0.001 or more'
       )
     if self.users is not None and self.users < 1:
       raise ValueError(f'users_per_shard={self.users} must be >= 1, or None')
