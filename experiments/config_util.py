@@ -12,7 +12,6 @@ is not part of the config.
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 import sysconfig
 import traceback
@@ -85,7 +84,7 @@ class Config:
       said = f'{cause}{_at(cause)}'
       if isinstance(error, flags.UnrecognizedFlagError):
         meant = config_lib.paths_of(self._cls, error.flagname)
-        for path in itertools.islice(meant, 1):
+        if path := next(meant, None):
           said = (
             f'unknown flag --{error.flagname}; did you mean --config.{path}?'
           )

@@ -249,7 +249,10 @@ def errors(
 def updates(
   workload: workloads.TrainRows, grouped: Grouped
 ) -> list[Callable[[], Any]]:
-  """An update by Adam for each bucket, batches copied from the host."""
+  """An update by Adam for each bucket, batches copied from the host.
+
+  On a GPU XLA picks products by rules, not by timing them; see `_UNTUNED`.
+  """
   model = Ranker(config(workload))
   optimizer = optimizer_lib.make_optimizer(
     optimizer_lib.OptimizerConfig(

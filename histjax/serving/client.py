@@ -217,7 +217,6 @@ def _seconds(text: str) -> float:
 
 
 _AS_THEY_ARE = {int, float, str, bool}
-_ROW = {dict}
 _BITS = -(2**63), 2**64 - 1
 
 
@@ -251,7 +250,7 @@ def _table(source: str, table: Any) -> Any:
     return {k: _column(f'{source}.{k}', x) for k, x in table.items()}
   if not isinstance(table, (list, tuple)):
     return table
-  if _ROW.issuperset(map(type, table)):
+  if all(type(row) is dict for row in table):
     values = itertools.chain.from_iterable(map(dict.values, table))
     if _AS_THEY_ARE.issuperset(map(type, values)):
       return table

@@ -568,7 +568,7 @@ class TestProcesses:
     body = {'user': 1, **bodies.body()}
     with Process(
       workdir,
-      *('--warm_up=64,512,1024,512', '--page=no', '--drain_s=1'),
+      *('--warm_up=64,512,1024,512', '--page=no', '--drain_s=600'),
       JAX_COMPILATION_CACHE_DIR=str(tmp_path),
     ) as found:
       for line in found.process.stdout:
@@ -580,6 +580,7 @@ class TestProcesses:
         while http.get('/health/ready').json()['detail'] != 'draining':
           pass
         assert http.post('/v1/score', json=body).status_code == 503
+      found.process.send_signal(number)  # The drain is over.
       output, _ = found.process.communicate(timeout=300)
     assert found.process.returncode == -number
     assert not output
