@@ -162,8 +162,8 @@ class Columns:
 class MissingColumnError(ValueError):
   """A table has no such `column`."""
 
-  def __init__(self, column: str, message: str):
-    super().__init__(message)
+  def __init__(self, message: str, column: str = ''):
+    super().__init__(message)  # All that pickle gives back as arguments.
     self.column = column
 
 
@@ -183,8 +183,8 @@ def check_names(known: Sequence[str], wanted: Sequence[str], source: str):
       close = difflib.get_close_matches(name, texts, 1)
       hint = f'; did you mean {close[0]!r}?' if close else ''
       raise MissingColumnError(
-        name,
         f'column {name!r} is not in {source}, which has {sorted(texts)}{hint}',
+        name,
       )
 
 

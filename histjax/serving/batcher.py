@@ -22,8 +22,12 @@ class QueueFullError(Exception):
   """As many requests wait as may; `retry_after_s` until there is room."""
 
   def __init__(self, waiting: int, retry_after_s: float):
-    super().__init__(f'{waiting} requests are waiting')
+    super().__init__(waiting, retry_after_s)
+    self.waiting = waiting
     self.retry_after_s = retry_after_s
+
+  def __str__(self) -> str:
+    return f'{self.waiting} requests are waiting'
 
 
 class DeadlineError(Exception):

@@ -31,9 +31,13 @@ class ServerError(Exception):
   """
 
   def __init__(self, problem: messages.Problem):
-    said = f'{problem.status} {problem.title}: {problem.detail}'
-    super().__init__(f'{said}; {problem.fix}' if problem.fix else said)
+    super().__init__(problem)
     self.problem = problem
+
+  def __str__(self) -> str:
+    problem = self.problem
+    said = f'{problem.status} {problem.title}: {problem.detail}'
+    return f'{said}; {problem.fix}' if problem.fix else said
 
 
 class UnknownHistoryError(ServerError):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import ray
+from absl import logging
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -60,6 +61,7 @@ def _replica(most: int) -> type:
     async def score(self, requests: list[Request]) -> Told:
       await self._hold(serve.get_multiplexed_model_id())
       results = await asyncio.to_thread(self._engine.score, requests)
+      results = [_sent(x) for x in results]
       replica = serve.get_replica_context().replica_id.unique_id
       return results, replica, time.monotonic(), dict(self._engine.metrics())
 
@@ -70,6 +72,20 @@ def _replica(most: int) -> type:
       self._generation = config['generation']
 
   return Replica
+
+
+def _sent(result: Result | Exception) -> Result | Exception:
+  """What any frontend can read: an error of others' code may not be unpickled.
+
+  One that is not fails all that are sent with it.
+  """
+  if not isinstance(result, Exception):
+    return result
+  for kind in (planning.UnknownHistory, planning.TooManyEvents, ValueError):
+    if isinstance(result, kind):  # As `app` tells them apart.
+      return kind(str(result))
+  logging.error('the engine failed', exc_info=result)
+  return RuntimeError(repr(result))
 
 
 class RemoteEngine:

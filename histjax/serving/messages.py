@@ -189,9 +189,12 @@ class BadRequestError(Exception):
   """A request that is refused; `problem` says why."""
 
   def __init__(self, problem: Problem, retry_after_s: float | None = None):
-    super().__init__(problem.detail)
+    super().__init__(problem)
     self.problem = problem
     self.retry_after_s = retry_after_s
+
+  def __str__(self) -> str:
+    return self.problem.detail
 
 
 _TITLES = {

@@ -22,6 +22,15 @@ pytestmark = [
   pytest.mark.filterwarnings(r'ignore:os\.fork\(\) was called:RuntimeWarning'),
 ]
 USERS = range(12)
+FAILING = 99
+"""A `first` that a derived feature of others' code takes offence at."""
+
+
+class FeatureError(Exception):
+  """Cannot be unpickled: its arguments are not those of `Exception`."""
+
+  def __init__(self, feature, value):
+    super().__init__(f'{feature} is {value}')
 
 
 class Telling(engine.Engine):
@@ -31,8 +40,10 @@ class Telling(engine.Engine):
     return [
       dataclasses.replace(x, num_events=os.getpid())
       if isinstance(x, engine.Result)
+      else FeatureError('age', -1)
+      if request.first == FAILING
       else x
-      for x in super().score(requests)
+      for request, x in zip(requests, super().score(requests), strict=True)
     ]
 
 
@@ -69,14 +80,17 @@ def test_scores_are_those_of_one_process(remote, scored):
   ]
   bad = dataclasses.replace(requests[0], candidates={'item': [1]})
   unknown = dataclasses.replace(requests[0], user='nobody', first=3)
-  *found, error, lost = remote.score([*requests, bad, unknown])
+  failing = dataclasses.replace(requests[0], first=FAILING)
+  *found, error, lost, failed = remote.score([*requests, bad, unknown, failing])
   for one, other in zip(found, scored.score(requests), strict=True):
     # Float32, of order 1, in programs of other sizes.
     np.testing.assert_allclose(
       one.logits['click'], other.logits['click'], atol=1e-5
     )
   assert isinstance(error, ValueError)
+  assert "'category' is not in" in str(error)
   assert isinstance(lost, engine.UnknownHistory)
+  assert repr(failed) == """RuntimeError("FeatureError('age is -1')")"""
 
 
 def test_counters_by_replica(remote):
