@@ -20,7 +20,6 @@ import ast
 import collections.abc
 import copy
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -158,10 +157,10 @@ def _switch(hint, value, text, path: str) -> dict[str, Any]:
   """Another member of a union, with its defaults."""
   classes = _classes(hint)
   if text not in classes:
-    close = difflib.get_close_matches(str(text), classes, n=1)
+    close = config_lib.nearest(str(text), classes)
     raise ValueError(
       f'{path}={text!r} must be one of {list(classes)}'
-      + (f'; did you mean {close[0]!r}?' if close else '')
+      + (f'; did you mean {close!r}?' if close else '')
     )
   if isinstance(value, dict) and value.get(config_lib.TYPE) == text:
     return value

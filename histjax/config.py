@@ -21,7 +21,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar('T')
@@ -377,13 +377,21 @@ def unknown_field(cls: type, name: str, path: str) -> ValueError:
     path: of `cls` in the config.
   """
   known = _fields(cls)
-  meant = [*paths_of(cls, name, path)] or [
-    _join(path, close) for close in difflib.get_close_matches(name, known, n=1)
-  ]
+  close = nearest(name, known)
+  meant = [*paths_of(cls, name, path)]
+  if close and not meant:
+    meant = [_join(path, close)]
   hint = f'did you mean {meant[0]!r}? It' if meant else 'it'
   return ValueError(
     f'{_join(path, name)} is not a field of {cls.__name__}; {hint} has {known}'
   )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+  """The one of `known` that was probably meant, in whatever case, if any is."""
+  folded = {k.casefold(): k for k in known}
+  close = difflib.get_close_matches(name.casefold(), folded, 1)
+  return folded[close[0]] if close else None
 
 
 def _fields(cls: Any) -> list[str]:

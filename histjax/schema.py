@@ -33,11 +33,12 @@ file and in requests alike:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
+
+from histjax import config as config_lib
 
 MAX_RAW = 1e30  # Beyond are marks such as float32's largest, no quantities.
 MAX_DENSE = 1e8  # Scaled; products of four of them are finite in float32.
@@ -326,8 +327,8 @@ class Schema:
     """Raises a ValueError if `column_types` has a column not in `columns`."""
     for name in self.types:
       if name not in columns:
-        close = difflib.get_close_matches(name, columns, 1)
-        hint = f'; did you mean {close[0]!r}?' if close else ''
+        close = config_lib.nearest(name, columns)
+        hint = f'; did you mean {close!r}?' if close else ''
         raise ValueError(
           f'schema: column_types has {name!r}, a column that nothing reads'
           f'{hint}'

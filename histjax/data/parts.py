@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import difflib
 import functools
 import itertools
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from histjax import config as config_lib
 from histjax.data import parsing
 from histjax.schema import Schema
 
@@ -180,8 +180,8 @@ def check_names(known: Sequence[str], wanted: Sequence[str], source: str):
       )
     if count == 0:
       texts = [str(k) for k in known]
-      close = difflib.get_close_matches(name, texts, 1)
-      hint = f'; did you mean {close[0]!r}?' if close else ''
+      close = config_lib.nearest(name, texts)
+      hint = f'; did you mean {close!r}?' if close else ''
       raise MissingColumnError(
         f'column {name!r} is not in {source}, which has {sorted(texts)}{hint}',
         name,
@@ -342,6 +342,13 @@ def as_times(columns, name, start, array) -> tuple[np.ndarray, bool]:
     values = as_floats(columns, name, start, array)
     bad = ~np.isfinite(values)
     check(columns, name, values, bad, 'it must be finite', start)
+    if array.type.bit_width < 64:
+      whole = 2 / np.finfo(array.type.to_pandas_dtype()).eps
+      problem = (
+        f'{array.type} rounds numbers above {whole:,.0f}; write integers, '
+        'float64 or timestamps'
+      )
+      check(columns, name, values, values > whole, problem, start)
     return values, False
   try:  # Of a zone, too, this is the time in UTC.
     array = array.cast(pa.timestamp('ns')).cast(pa.int64())

@@ -7,7 +7,6 @@ values of other types; `Limits` bounds what is read at all.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+
+from histjax import config as config_lib
 
 JSON = 'application/json'
 MSGPACK = 'application/vnd.msgpack'
@@ -323,8 +324,8 @@ def _fix(what: str) -> str:
   """Of a message of msgspec."""
   if match := re.search('unknown field `(.*)`', what):
     known = ScoreRequest.__struct_fields__
-    close = difflib.get_close_matches(match[1], known, 1)
-    meant = f'rename it to {close[0]!r}' if close else 'leave it out'
+    close = config_lib.nearest(match[1], known)
+    meant = f'rename it to {close!r}' if close else 'leave it out'
     return f'{meant}; known are {sorted(known)}'
   if match := re.search('required (field `.*`)', what):
     return f'send the {match[1]}'

@@ -347,6 +347,12 @@ class BadValueTest(parameterized.TestCase):
       "'ts'.*1970 or later",
     ),
     ('short', 'price', [1.0], 'differ in length'),
+    (
+      'rounded_time',
+      'ts',
+      np.full(4, 1.7e9, np.float32),
+      "'ts'.*row 0 holds 1700000000.0: float rounds .* above 16,777,216;.*64",
+    ),
     ('far_future', 'ts', pa.array([2**40] * 4, pa.timestamp('s')), '2262'),
   )
   def test_column(self, name, values, message):
@@ -481,6 +487,8 @@ def test_bad_files(write, tmp_path):
     {('uids' if k == 'uid' else k): v for k, v in DATA.items()},
   )
   assert "did you mean 'uids'" in message(renamed)
+  capital = write('capital.parquet', {k.upper(): x for k, x in DATA.items()})
+  assert "did you mean 'UID'" in message(capital)
   (tmp_path / 'none').mkdir()
   assert 'none holds no' in message(str(tmp_path / 'none'))
   mixed = write('mixed.csv', {**DATA, 'ts': ['2022-05-01'] * 4})
