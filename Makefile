@@ -12,7 +12,7 @@ EQUIVALENCE = tests/scoring/test_scorer.py tests/scoring/test_paged.py \
   tests/ops/history_attention/test_xla.py \
   tests/ops/candidate_tower/test_backends.py
 
-.PHONY: demo serve test test-all lint docs dist notebooks clean
+.PHONY: demo serve test test-all test-oldest lint docs dist notebooks clean
 
 demo: $(VENV)/.installed-experiments,cpu
 	$(VENV)/bin/python experiments/train.py \
@@ -39,6 +39,19 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-libtpu
 	$(RANDOM_TESTS) -m '' $(EQUIVALENCE:%=--ignore=%)
 	HISTJAX_TEST_XLA=default $(RANDOM_TESTS) $(EQUIVALENCE)
 	$(RANDOM_TESTS) -m slow $(EQUIVALENCE)
+
+# Tests of what leans on other packages most, with the oldest versions of these
+# that setup.cfg allows.
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest tests/data tests/features \
+	  tests/serving tests/training
+
+$(VENV)-oldest/.installed: setup.cfg
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet uv
+	$(VENV)-oldest/bin/python -m uv pip install --quiet \
+	  --python $(VENV)-oldest/bin/python --resolution lowest-direct -e '.[test]'
+	touch $@
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -78,4 +91,4 @@ $(VENV)/.installed-libtpu: | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build dist docs/_build *.egg-info
