@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from concurrent.futures import process
 from multiprocessing import connection
 from typing import TypeVar
 
@@ -49,15 +52,48 @@ class Pool:
       tasks: likewise; begun in this order.
 
     Raises:
-      Exception: that of the first task that fails.
+      ChildProcessError: a process is lost, as one that is killed.
+      Exception: that of the first task that fails, see `portable`.
     """
     if self._pool is None:
       for task in tasks:
         yield task, function(task)
       return
-    running = {self._pool.submit(function, task): task for task in tasks}
-    for done in futures.as_completed(running):
-      yield running[done], done.result()
+    taken = functools.partial(_take, function)
+    try:
+      running = {self._pool.submit(taken, task): task for task in tasks}
+      for done in futures.as_completed(running):
+        yield running[done], done.result()
+    except process.BrokenProcessPool as error:
+      raise ChildProcessError(LOST) from error
+
+
+LOST = (
+  'a worker was killed, as when memory is short; give it more, or take fewer '
+  'workers, and run the same again to go on'
+)
+
+
+def _take(function: Callable[[T], R], task: T) -> R:
+  try:
+    return function(task)
+  except BaseException as error:
+    sent = portable(error)
+    if sent is error:
+      raise
+    raise sent from error
+
+
+def portable(error: BaseException) -> BaseException:
+  """An error, or one like it if pickle cannot bring it to another process."""
+  try:
+    if type(pickle.loads(pickle.dumps(error))) is type(error):
+      return error
+  except Exception:  # Of a class of others' code.
+    pass
+  kinds = ValueError, OSError, ImportError, RuntimeError
+  kind = next((k for k in kinds if isinstance(error, k)), None)
+  return RuntimeError(repr(error)) if kind is None else kind(str(error))
 
 
 def _end_with_parent() -> None:

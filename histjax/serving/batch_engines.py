@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from histjax.data import shards
+from histjax.data import ray_tasks, shards
 from histjax.progress import Progress
 from histjax.serving import ranked_files
 from histjax.serving.batch_worker import Load, Model, Options, Worker
@@ -97,12 +97,17 @@ class Ray:
     progress.tell('scoring', before, int(users.sum()), 'users', before)
     found = (
       ray.data.from_items(
-        [{'shard': shard} for shard in missing],
+        [{'number': shard} for shard in missing],
         override_num_blocks=len(missing),
       )
       .map_batches(
         _RayWorker,
-        fn_constructor_args=(job.load, job.parts, job.options),
+        fn_constructor_args=(
+          job.load,
+          job.parts,
+          job.options,
+          ray_tasks.count_tries(),
+        ),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
           size=min(self.num_workers, len(missing))
@@ -114,25 +119,23 @@ class Ray:
     )
     for row in found:
       stop()
-      if row['error']:
-        raise ValueError(row['error'])
-      finished += int(users[row['shard']])
+      finished += int(users[ray_tasks.finished(row)])
       progress.tell('scoring', finished, int(users.sum()), 'users', before)
 
 
 class _RayWorker:
   """A model in a process of Ray."""
 
-  def __init__(self, load: Load, parts: ranked_files.Parts, options: Options):
+  def __init__(
+    self,
+    load: Load,
+    parts: ranked_files.Parts,
+    options: Options,
+    tries: Any,
+  ):
     data = shards.Shards.load(parts.work)
     self._worker = Worker(load(), parts, data, options)
+    self._tries = tries
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-    errors = []
-    for shard in batch['shard'].tolist():
-      try:
-        self._worker.score(shard)
-        errors.append('')
-      except ValueError as error:  # As it is, not in an error of Ray's.
-        errors.append(str(error))
-    return {'shard': batch['shard'].tolist(), 'error': errors}
+    return ray_tasks.take(self._worker.score, batch, self._tries)

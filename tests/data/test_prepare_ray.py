@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -51,6 +52,34 @@ def test_what_is_wrong_is_said_as_here(cluster, tmp_path):
   config = test_prepare.config(test_prepare.write(tmp_path, columns, (0.3,)))
   with pytest.raises(ValueError, match=r'day=1/part-0\.parquet row 190 holds'):
     test_prepare.run(config, tmp_path / 'out', engine=prepare.Ray())
+
+
+def absent(number):
+  del number
+  raise FileNotFoundError(2, 'No such file', 'ages.csv')
+
+
+def killed(number):
+  if number == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings('default')
+def test_an_error_keeps_its_kind(cluster):
+  with (
+    prepare.Ray().start() as run,
+    pytest.raises(FileNotFoundError, match=r'ages\.csv'),
+  ):
+    list(run(absent, [0]))
+
+
+@pytest.mark.filterwarnings('default')
+def test_a_step_that_kills_its_process_is_not_tried_for_ever(cluster):
+  with (
+    prepare.Ray().start() as run,
+    pytest.raises(ChildProcessError, match='3 workers were lost at part 1'),
+  ):
+    list(run(killed, [0, 1]))
 
 
 if __name__ == '__main__':

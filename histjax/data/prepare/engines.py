@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from histjax.data import workers
+from histjax.data import ray_tasks, workers
 
 Step = Callable[[int], None]
 """Of a file or a shard; can be pickled."""
@@ -85,7 +85,7 @@ class Ray:
         override_num_blocks=len(numbers),
       )
       .map_batches(
-        functools.partial(_take, step=step),  # type: ignore[arg-type]
+        functools.partial(_take, step, ray_tasks.count_tries()),  # type: ignore[arg-type]
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=self.num_workers),
         num_cpus=self.num_cpus,
@@ -93,17 +93,8 @@ class Ray:
       .iter_rows()
     )
     for row in found:
-      if row['error']:
-        raise ValueError(row['error'])
-      yield int(row['number'])
+      yield ray_tasks.finished(row)
 
 
-def _take(batch: dict[str, np.ndarray], step: Step) -> dict[str, list[Any]]:
-  errors = []
-  for number in batch['number'].tolist():
-    try:
-      step(number)
-      errors.append('')
-    except ValueError as error:  # As it is, not in an error of Ray's.
-      errors.append(str(error))
-  return {'number': batch['number'].tolist(), 'error': errors}
+def _take(step: Step, tries: Any, batch: dict[str, np.ndarray]):
+  return ray_tasks.take(step, batch, tries)
