@@ -84,6 +84,32 @@ class Scored:
   batch_size: int
 
 
+def call(
+  score: Callable[[Sequence[Any]], Sequence[Any]], requests: Sequence[Any]
+) -> list[Any]:
+  """The results of requests; what the call raises is the result of each.
+
+  So nothing is raised, and every error is one that a future takes.
+  """
+  try:
+    results = list(score(requests))
+    if len(results) != len(requests):
+      raise RuntimeError(f'{len(results)} results of {len(requests)} requests')
+  except BaseException as error:  # As SystemExit in others' code.
+    results = [error] * len(requests)
+  return [_settled(x) for x in results]
+
+
+def _settled(result: Any) -> Any:
+  if not isinstance(result, BaseException):
+    return result
+  if isinstance(result, Exception) and not isinstance(result, StopIteration):
+    return result
+  error = RuntimeError(repr(result))
+  error.__cause__ = result
+  return error
+
+
 def _ms(seconds: float) -> str:
   return f'{1e3 * seconds:.7g} ms'  # Less than one is not 0.
 
@@ -196,7 +222,7 @@ class Batcher:
       for item in batch:
         item.timer.cancel()
       results = await loop.run_in_executor(
-        self._thread, self._call, [item.request for item in batch]
+        self._thread, call, self._score, [item.request for item in batch]
       )
       took = time.monotonic() - begun
       self._batch_s += 0.1 * (took - self._batch_s)
@@ -205,19 +231,10 @@ class Batcher:
       for item, result, queue_s in zip(batch, results, queued, strict=True):
         if item.future.done():  # Its client is gone.
           continue
-        if isinstance(result, StopIteration):  # Which no future takes.
-          item.future.set_exception(RuntimeError(repr(result)))
-        elif isinstance(result, Exception):
+        if isinstance(result, Exception):
           item.future.set_exception(result)
         else:
           item.future.set_result(Scored(result, queue_s, took, len(batch)))
-
-  def _call(self, requests: Sequence[Any]) -> Sequence[Any]:
-    """In the thread; an error is a result, so that the loop goes on."""
-    try:
-      return self._score(requests)
-    except Exception as error:  # All in it are told.
-      return [error] * len(requests)
 
   async def _gather(self) -> list[_Waiting]:
     """The next batch; none once it is to stop and the queue is empty."""

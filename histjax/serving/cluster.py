@@ -26,8 +26,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from histjax.scoring import Scorer
-from histjax.serving import planning
-from histjax.serving.batcher import UnavailableError
+from histjax.serving import batcher, planning
 from histjax.serving.engine import Engine, Request, Result
 from histjax.serving.server import and_settle
 
@@ -60,7 +59,9 @@ def _replica(most: int) -> type:
 
     async def score(self, requests: list[Request]) -> Told:
       await self._hold(serve.get_multiplexed_model_id())
-      results = await asyncio.to_thread(self._engine.score, requests)
+      results = await asyncio.to_thread(
+        batcher.call, self._engine.score, requests
+      )
       results = [_sent(x) for x in results]
       replica = serve.get_replica_context().replica_id.unique_id
       return results, replica, time.monotonic(), dict(self._engine.metrics())
@@ -194,10 +195,12 @@ class RemoteEngine:
 
   def _unanswered(
     self, part: Sequence[int], error: Exception
-  ) -> dict[int, UnavailableError]:
+  ) -> dict[int, batcher.UnavailableError]:
     """What these requests are told."""
     self._lost += len(part)
-    lost = UnavailableError(f'a replica does not answer: {error!r:.200}')
+    lost = batcher.UnavailableError(
+      f'a replica does not answer: {error!r:.200}'
+    )
     return dict.fromkeys(part, lost)
 
   def _keep(self, replica: str, when: float, counts: dict[str, float]) -> None:

@@ -202,6 +202,7 @@ class Model:
     Raises:
       ValueError: the request is bad.
       UnknownHistory: events before its own are needed and not known.
+      Exception: of a derived feature.
     """
     try:
       return self._plan(user, known, request)
@@ -210,6 +211,10 @@ class Model:
         raise
       # It has the events that were known once and not kept.
       return self._plan(user, None, request)
+    except (Exception, KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as error:  # A derived feature's: a panic of Rust.
+      raise RuntimeError(repr(error)) from error
 
   def plan_without_state(self, job: Job, request: Request) -> Job:
     """The request's job if the user has no state any more; see `plan`."""

@@ -191,13 +191,16 @@ class BatcherTest(parameterized.TestCase):
     self.assertEqual([one.result, three.result, four.result], [1, 3, 4])
     self.assertEqual([str(x) for x in broken], ['broken', 'broken'])
 
-  def test_any_error_is_told_and_the_next_batch_is_scored(self):
-    """A StopIteration, too, which no future takes."""
+  @parameterized.parameters(
+    StopIteration, asyncio.CancelledError, GeneratorExit, SystemExit
+  )
+  def test_any_error_is_told_and_the_next_batch_is_scored(self, kind):
+    """Those, too, which no future takes, or which end a task."""
 
     def score(batch):
       if 'all' in batch:
-        next(iter(()))
-      return [StopIteration() if x == 'one' else x for x in batch]
+        raise kind
+      return [kind() if x == 'one' else x for x in batch]
 
     async def run():
       async with batching(score, max_batch=1) as found:
@@ -208,8 +211,17 @@ class BatcherTest(parameterized.TestCase):
     *broken, three = asyncio.run(run())
     for error in broken:
       self.assertIsInstance(error, RuntimeError)
-      self.assertRegex(str(error), 'StopIteration')
+      self.assertRegex(str(error), kind.__name__)
+      self.assertIsInstance(error.__cause__, kind)
     self.assertEqual(three.result, 3)
+
+  def test_results_that_are_too_few_are_an_error(self):
+    async def run():
+      async with batching(lambda batch: []) as found:
+        return await asyncio.gather(found.score(1, 5), return_exceptions=True)
+
+    (error,) = asyncio.run(run())
+    self.assertRegex(str(error), '0 results of 1 requests')
 
   def test_stop_answers_all_and_takes_no_more(self):
     async def run():

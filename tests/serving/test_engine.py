@@ -25,6 +25,10 @@ USER = 3
 MILLION = 10**6
 
 
+class Panic(BaseException):
+  """As those of Rust: no Exception."""
+
+
 class EngineTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -577,23 +581,30 @@ class EngineTest(parameterized.TestCase):
       engine.roll_over(other, worlds.maker('causal', False))
     self.assertLen(warmed, replayed)
 
-  def test_an_error_of_a_derived_feature_is_of_its_request_alone(self):
+  @parameterized.parameters(
+    (KeyError('a shop that it does not know'), KeyError),
+    (Panic('of Rust'), RuntimeError),
+  )
+  def test_an_error_of_a_derived_feature_is_of_its_request_alone(
+    self, error, kind
+  ):
     """Of any type: it is somebody else's code."""
     engine = self.engine()
     past = worlds.events(self.rng, 3, USER)
     good = self.request(past, 0)
     bad = dataclasses.replace(good, user=8)
 
-    def plan(model, user, *args, plan=planning.Model.plan):
+    def plan(model, user, *args, plan=planning.Model._plan):
       if user == '8':
-        raise KeyError('a shop that it does not know')
+        raise error
       return plan(model, user, *args)
 
-    with mock.patch.object(planning.Model, 'plan', plan):
+    with mock.patch.object(planning.Model, '_plan', plan):
       results = engine.score([bad, good, bad])
     worlds.check(results[1], worlds.expected('strict', True, good, past))
     for i in (0, 2):
-      self.assertIsInstance(results[i], KeyError)
+      self.assertIsInstance(results[i], kind)
+      self.assertIn(str(error), str(results[i]))
 
   @parameterized.parameters(*worlds.VARIANTS)
   def test_a_warm_up_makes_a_row(self, variant):
