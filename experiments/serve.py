@@ -194,6 +194,7 @@ def serve() -> None:
     store=store,
     cache_dtype=dtype,
     which=which,
+    modules=tuple(_MODULES.value),
   )
   seen = server.listing(path)  # Before the engine reads what is there.
   engine: app_lib.RunEngine

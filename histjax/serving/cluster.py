@@ -50,7 +50,7 @@ def _replica(most: int) -> type:
     def __init__(self, make: Make, workdir: str):
       self._engine, warm_up = make()
       and_settle(warm_up)
-      self._workdir, self._generation = workdir, 0
+      self._workdir, self._rolling = workdir, asyncio.Lock()
 
     @serve.multiplexed(max_num_models_per_replica=most)
     async def _hold(self, bucket: str) -> str:
@@ -66,11 +66,15 @@ def _replica(most: int) -> type:
       replica = serve.get_replica_context().replica_id.unique_id
       return results, replica, time.monotonic(), dict(self._engine.metrics())
 
-    async def reconfigure(self, config: Mapping[str, int]) -> None:
+    async def roll_over(self, model: str) -> None:
+      """Serves what is in the workdir now, unless it is this model already."""
+      async with self._rolling:
+        if model != self._engine.fingerprint:
+          await asyncio.to_thread(self._engine.roll_over, self._workdir)
+
+    async def reconfigure(self, config: Mapping[str, str]) -> None:
       """Called with each new `user_config`, and with the first."""
-      if config['generation'] > self._generation:
-        await asyncio.to_thread(self._engine.roll_over, self._workdir)
-      self._generation = config['generation']
+      await self.roll_over(config['model'])
 
   return Replica
 
@@ -124,7 +128,7 @@ class RemoteEngine:
     if not 1 <= replicas <= buckets:
       raise ValueError(f'replicas={replicas} must be in [1, buckets={buckets}]')
     self._buckets, self._timeout_s = buckets, timeout_s
-    self._generation = self._lost = self._roll_overs = 0
+    self._lost = self._roll_overs = 0
     # By replica: when it was told, when by the replica's clock, and what.
     self._told: dict[str, tuple[float, float, dict[str, float]]] = {}
     # Some more than its share, so that a new one gets some of the others'.
@@ -137,6 +141,11 @@ class RemoteEngine:
       **{'ray_actor_options': {'num_cpus': 1}, **(options or {})},
     )
     self._arguments = make, os.path.abspath(workdir)
+    # Another run in the cluster is another application; the same one of another
+    # frontend is this one, whose replicas stay unless the arguments differ.
+    self._name = f'{_NAME}-{_digest(self._arguments[1])}'
+    asked = self._arguments, replicas, buckets, options
+    self._version = _digest(ray.cloudpickle.dumps(asked))
     if not ray.is_initialized():
       ray.init(log_to_driver=False)  # Forks: before JAX has threads.
     self.scorer: Scorer = Scorer.from_workdir(workdir, which)
@@ -147,10 +156,24 @@ class RemoteEngine:
     self._handle: Any = None
 
   def wait(self) -> None:
-    """Returns when all replicas score what is in the workdir now."""
-    config = {'generation': self._generation}
-    bound = self._deployment.options(user_config=config).bind(*self._arguments)
-    self._handle = serve.run(bound, name=_NAME, route_prefix=None)
+    """Returns when all replicas score what is in the workdir now.
+
+    Raises:
+      RuntimeError: they cannot; the message says why.
+    """
+    self._run(self.fingerprint)
+
+  def _run(self, model: str) -> None:
+    deployment = self._deployment.options(user_config={'model': model})
+    deployment._version = self._version  # With another one all begin anew.
+    bound = deployment.bind(*self._arguments)
+    try:
+      self._handle = serve.run(bound, name=self._name, route_prefix=None)
+    except RuntimeError as error:  # Which says that something failed.
+      found = serve.status().applications.get(self._name)
+      told = [] if found is None else [*found.deployments.values()]
+      lines = [x.message.strip().rpartition('\n')[2] for x in told]
+      raise RuntimeError('; '.join([str(error), *lines])) from error
 
   @property
   def fingerprint(self) -> str:
@@ -163,8 +186,7 @@ class RemoteEngine:
       key = planning.user_key(self.scorer.config.schema, user)
     except ValueError:  # Any replica says why.
       key = ''
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return str(int.from_bytes(digest) % self._buckets)
+    return str(int(_digest(key), 16) % self._buckets)
 
   def score(self, requests: Sequence[Request]) -> list[Result | Exception]:
     """Scores each where its user's state is."""
@@ -223,12 +245,31 @@ class RemoteEngine:
     }
 
   def roll_over(self, scorer: Scorer) -> None:
-    """Serves what is in the workdir now: each replica between two batches."""
-    self._generation += 1
-    self.wait()
+    """Serves what is in the workdir now: each replica between two batches.
+
+    One replica is the first: if it cannot, the others are not asked, and all
+    of them go on with what they have.
+
+    Args:
+      scorer: of the workdir.
+
+    Raises:
+      Exception: as `Engine.roll_over`.
+      RuntimeError: another replica cannot.
+    """
+    try:
+      self._handle.roll_over.remote(scorer.fingerprint).result()
+    except ray.exceptions.RayTaskError as error:  # A long story of Ray's.
+      raise getattr(error, 'cause', None) or error from None
+    self._run(scorer.fingerprint)
     self.scorer = scorer
     self._roll_overs += 1
 
   def stop(self) -> None:
     """Ends the replicas."""
-    serve.delete(_NAME)
+    serve.delete(self._name)
+
+
+def _digest(of: str | bytes) -> str:
+  data = of.encode() if isinstance(of, str) else of
+  return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import functools
 import gc
+import importlib
 import ipaddress
 import os
 import pathlib
@@ -202,6 +203,7 @@ def make_engine(
   store: StoreConfig | None = None,
   cache_dtype: Kind | None = None,
   which: Literal['best', 'latest'] = 'best',
+  modules: Sequence[str] = (),
 ) -> tuple[Engine, Callable[[], Any]]:
   """The engine of a run with few `buckets`, and what compiles all of them.
 
@@ -214,7 +216,10 @@ def make_engine(
     store: how much is kept of users.
     cache_dtype: as `ScorerConfig`.
     which: the parameters that are best on validation, or the latest.
+    modules: to import first, of derived features of your own.
   """
+  for name in modules:  # A replica has another process than a frontend.
+    importlib.import_module(name)
   run = run_lib.load(workdir, which)
   on_cpu = jax.default_backend() == 'cpu'
   rows = min(rows, _CPU_ROWS) if on_cpu else rows

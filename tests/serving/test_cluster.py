@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import os
+import pathlib
 import signal
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -24,6 +26,8 @@ pytestmark = [
 USERS = range(12)
 FAILING = 99
 """A `first` that a derived feature of others' code takes offence at."""
+BROKEN = 'broken'
+"""A file of the workdir, with which no engine rolls over."""
 
 
 class FeatureError(Exception):
@@ -35,6 +39,11 @@ class FeatureError(Exception):
 
 class Telling(engine.Engine):
   """Tells by `num_events` in which process it is."""
+
+  def roll_over(self, scorer, maker=None):
+    if pathlib.Path(scorer, BROKEN).exists():
+      raise ValueError('it cannot be served')
+    super().roll_over(scorer, maker)
 
   def score(self, requests):
     return [
@@ -151,11 +160,53 @@ def test_users_and_buckets(remote, workdir):
     cluster.RemoteEngine(lambda: None, str(workdir), replicas=3, buckets=2)
 
 
-def test_roll_over(remote):
-  remote.roll_over(remote.scorer)
+def scored_by(remote):
+  """Processes, and what was done with the states, of all users."""
+  requests = [engine.Request(**bodies.body(user=user)) for user in USERS]
+  found = remote.score(requests)
+  return {x.num_events for x in found}, {x.source for x in found}
+
+
+def test_roll_over(remote, workdir):
+  """Processes stay; where one cannot, all serve what they did."""
+  scored_by(remote)
+  processes, sources = scored_by(remote)
+  assert sources == {'hit'}
+  another = types.SimpleNamespace(
+    fingerprint='another', config=remote.scorer.config
+  )
+  before = remote.scorer
+  (workdir / BROKEN).touch()
+  with pytest.raises(ValueError, match='it cannot be served'):
+    remote.roll_over(another)
+  (workdir / BROKEN).unlink()
+  assert scored_by(remote) == (processes, {'hit'})
+  assert remote.scorer is before
+  remote.roll_over(another)
   assert remote.metrics()['roll_overs'] == 1
-  (found,) = remote.score([engine.Request(**bodies.body())])
-  assert found.source == 'encoded'
+  # Which replica a bucket is in is found anew.
+  found, sources = scored_by(remote)
+  assert found <= processes
+  assert sources == {'encoded'}
+  remote.scorer = before
+
+
+def test_what_replicas_cannot_start_with_is_told(remote, workdir, tmp_path):
+  def fails():
+    raise ValueError('max_events=64 does not do')
+
+  (tmp_path / 'other').symlink_to(workdir)
+  other = cluster.RemoteEngine(
+    fails,
+    str(tmp_path / 'other'),
+    replicas=1,
+    options={'ray_actor_options': {'num_cpus': 0}},
+  )
+  with pytest.raises(RuntimeError, match='ValueError: max_events=64 does not'):
+    other.wait()
+  other.stop()
+  processes, _ = scored_by(remote)  # One run does not end another.
+  assert processes
 
 
 def rates(url, seen, stop):

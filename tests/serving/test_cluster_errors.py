@@ -21,7 +21,7 @@ def remote(scored):
   found = object.__new__(cluster.RemoteEngine)
   found.scorer = scored.scorer
   found._buckets, found._timeout_s = 256, 1.0
-  found._generation = found._lost = found._roll_overs = 0
+  found._lost = found._roll_overs = 0
   found._told, found._handle = {}, mock.Mock()
   return found
 
@@ -117,10 +117,22 @@ def test_metrics_while_replicas_answer(remote):
 
 
 def test_a_roll_over_that_fails_is_not_counted(remote):
-  remote.wait = mock.Mock(side_effect=[RuntimeError('broken'), None])
+  remote._run = mock.Mock(side_effect=[RuntimeError('broken'), None])
   with pytest.raises(RuntimeError, match='broken'):
     remote.roll_over(remote.scorer)
   assert remote.metrics()['roll_overs'] == 0
   remote.roll_over(remote.scorer)
   assert remote.metrics()['roll_overs'] == 1
-  assert remote._generation == 2  # Replicas reload at each new one.
+
+
+@pytest.mark.parametrize(
+  'cause', [ValueError('max_events=64'), None], ids=['told', 'lost']
+)
+def test_a_roll_over_that_one_replica_refuses(remote, cause):
+  remote._run, before = mock.Mock(), remote.scorer
+  error = ray.exceptions.RayTaskError('roll_over', 'a traceback', cause)
+  remote._handle.roll_over.remote.return_value.result.side_effect = error
+  with pytest.raises(type(cause or error)):
+    remote.roll_over(mock.Mock(fingerprint='other'))
+  remote._run.assert_not_called()
+  assert remote.scorer is before
