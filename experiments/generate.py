@@ -48,6 +48,8 @@ def main(argv):
     there = event_log.write(folder, config, num_workers=_WORKERS.value)
   except (ValueError, OSError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
+  except KeyboardInterrupt as error:
+    raise SystemExit('interrupted; run the same again to go on') from error
   print(f'{folder}: {config.num_files} files, {there} of them from before')
 
 

@@ -237,6 +237,12 @@ class ResumeTest(parameterized.TestCase):
         test_prepare.run(self.config, out, num_shards=2)
       self.assertTrue((out / '.index.npz.1.tmp').exists())
 
+  def test_what_the_system_refuses_to_write(self):
+    """As on a full disk."""
+    path = self.folder / 'gone' / 'rows.array_record'
+    with self.assertRaisesRegex(OSError, f'^{path} cannot be .*; make room'):
+      stages_lib._write_records(path, None)
+
   def test_other_configs_and_logs(self):
     out = self.folder / 'out'
     test_prepare.run(self.config, out, num_shards=2)

@@ -262,11 +262,17 @@ def _rows(job, shard, log, masks, fitted, split, first_times) -> Rows:
 
 def _write_records(path: pathlib.Path, rows: Rows | None) -> None:
   def write(temporary: pathlib.Path) -> None:
-    writer = ArrayRecordWriter(str(temporary), _WRITER)
-    if rows is not None:
-      for record in RecordFormat(rows.schema).encode(rows):
+    records = () if rows is None else RecordFormat(rows.schema).encode(rows)
+    try:
+      writer = ArrayRecordWriter(str(temporary), _WRITER)
+      for record in records:
         writer.write(record)
-    writer.close()
+      writer.close()
+    except RuntimeError as error:  # What it makes of the system's errors.
+      raise OSError(
+        f'{path} cannot be written ({error}); make room, and run the same '
+        'again to go on'
+      ) from error
 
   atomic.write(path, write)
 
