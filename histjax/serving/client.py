@@ -156,7 +156,16 @@ class Client:
       content=_encode(request),
       headers={'content-type': messages.MSGPACK, 'accept': messages.MSGPACK},
     )
-    return msgspec.msgpack.decode(response.content, type=messages.ScoreReply)
+    try:
+      return msgspec.msgpack.decode(response.content, type=messages.ScoreReply)
+    except msgspec.DecodeError as error:
+      problem = messages.Problem(
+        response.reason_phrase,
+        response.status_code,
+        f'the answer is no message of a server of histjax ({error})',
+        fix='name the URL of one',
+      )
+      raise ServerError(problem) from error
 
   def schema(self) -> dict[str, Any]:
     """The columns that the model reads, and the server's limits."""
@@ -192,7 +201,7 @@ class Client:
       else:
         if response.status_code not in _RETRIED:
           return _checked(response)
-        said = f'status {response.status_code}'
+        said = str(ServerError(_problem(response)))
         least = _seconds(response.headers.get('retry-after', '0'))
       if attempt < self._retries:
         longest = min(self._backoff_s * 2**attempt, self._max_backoff_s)
@@ -205,15 +214,19 @@ class Client:
 def _checked(response: httpx.Response) -> httpx.Response:
   if response.is_success:
     return response
-  try:
-    problem = msgspec.json.decode(response.content, type=messages.Problem)
-  except msgspec.DecodeError:  # Of a proxy.
-    problem = messages.Problem(
-      response.reason_phrase, response.status_code, response.text[:200]
-    )
+  problem = _problem(response)
   if problem.status == 409:
     raise UnknownHistoryError(problem)
   raise ServerError(problem)
+
+
+def _problem(response: httpx.Response) -> messages.Problem:
+  try:
+    return msgspec.json.decode(response.content, type=messages.Problem)
+  except msgspec.DecodeError:  # Of a proxy.
+    return messages.Problem(
+      response.reason_phrase, response.status_code, response.text[:200]
+    )
 
 
 def _seconds(text: str) -> float:

@@ -66,7 +66,9 @@ def test_retries(slept):
 
 def test_gives_up(slept):
   answers = Answers(*[503] * 3)
-  with pytest.raises(client.UnavailableError, match='status 503, after 3 tri'):
+  with pytest.raises(
+    client.UnavailableError, match='503 T: what; do this, after 3 tries$'
+  ):
     make(answers, retries=2).score(7, {'item': [1]})
   assert not answers.answers
   assert len(slept) == 2
@@ -86,12 +88,16 @@ def test_unknown_history(slept):
   assert error.value.problem.status == 409
 
 
-def test_answers_of_a_proxy(slept):
+@pytest.mark.parametrize(
+  ('status', 'said'),
+  [(502, '502 Bad Gateway'), (200, '200 OK: the answer is no message')],
+)
+def test_answers_of_a_proxy(slept, status, said):
   class Proxy(httpx.BaseTransport):
     def handle_request(self, request):
-      return httpx.Response(502, text='<html>')
+      return httpx.Response(status, text='<html>')
 
-  with pytest.raises(client.ServerError, match='502 Bad Gateway'):
+  with pytest.raises(client.ServerError, match=said):
     make(Proxy()).score(7, {'item': [1]})
 
 
