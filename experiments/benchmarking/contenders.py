@@ -112,13 +112,14 @@ def difference(
   output: list[np.ndarray],
   expected: list[np.ndarray],
 ) -> float:
-  """The largest relative difference, `|x - y| / |y|`, over the results."""
+  """The largest relative difference, `|x - y| / |y|`; NaN if a result is."""
   if isinstance(workload, Tower):
     output = [_drop_padding(output[0], workload.lengths()[1])]
-  return max(
+  errors = [
     float(np.linalg.norm(x - y)) / max(float(np.linalg.norm(y)), 1e-30)
     for x, y in zip(output, expected, strict=True)
-  )
+  ]
+  return float(np.max(errors))  # Not `max`, which passes over NaN.
 
 
 def _our_attention(workload: Attention, implementation) -> jax_rivals.Attend:

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarking import rankers
 from benchmarking import scoring as scoring_suite
 from benchmarking import timing as timing_lib
 from benchmarking.machine import environment, matmul_ceiling
@@ -110,7 +111,8 @@ def run(
     `slopes`, see `slopes`.
 
   Raises:
-    ValueError: there are not two lengths, or not two numbers of candidates.
+    ValueError: there are not two lengths, or not two numbers of candidates; or
+      the ways give different scores.
   """
   for name, values in (('lengths', lengths), ('candidates', candidates)):
     if len(values) < 2 or list(values) != sorted(set(values)):
@@ -175,19 +177,24 @@ def fusions(
   Returns:
     A JSON-able report: `environment`, `unit`, `fusions`, `{fusion: median in
     that unit}`, and `results`, with each one's way and `Timing`.
+
+  Raises:
+    ValueError: cached and joint scores of a fusion differ.
   """
   found: dict[str, float] = {}
   results = []
   for name in fusion_lib.FUSIONS:
     scorer = random_scorer(config, name)
+    model = scorer.config
     batch = random_batch(config.schema, num_rows, num_events, num_candidates)
     way, call = 'joint', functools.partial(scorer.score_joint, batch)
     if scorer.config.amortizable:
       cache = scorer.encode(batch.history)
-      way = 'cached'
+      way, joint = 'cached', call()
       call = functools.partial(
         scorer.score, cache, batch.candidates, batch.context
       )
+      rankers.check(f'{name}, cached against joint', call(), joint, model.dtype)
     timing = timing_lib.measure(call, seconds=seconds)
     found[name] = 1e3 * timing.median
     results.append({'fusion': name, 'way': way, **dataclasses.asdict(timing)})

@@ -31,12 +31,6 @@ WORKLOAD = tables.Workload(
   dtype='bfloat16',
 )
 CONTENDERS = ('histjax:one', 'histjax:whole', 'histjax:split')
-_LOSSES = 5
-"""Updates whose mean loss is compared, from one state on, before any is timed.
-
-After some tens the order of sums shows, as Adam divides small gradients by
-themselves.
-"""
 _COUNTED = 50
 """Updates between two looks at the counters of the links."""
 
@@ -74,7 +68,7 @@ def run(
     `loss`, the relative difference.
 
   Raises:
-    ValueError: no such contender, or one device alone.
+    ValueError: no such contender, one device alone, or losses that differ.
   """
   names = contenders or CONTENDERS
   if unknown := set(names) - set(CONTENDERS):
@@ -106,6 +100,7 @@ def _compare(workload, size, names, repeats, seconds, progress):
     if call is not None:
       calls[name] = call
     progress(f'{size} rows  {name}: {rows[name]}')
+  tables.check_losses({name: rows[name]['loss'] for name in calls})
   _time(rows, calls, repeats, seconds)
   for name in calls:
     row = rows[name]
@@ -189,9 +184,9 @@ def _update(workload, size, batches, name):
     at += 1
     return state.window.loss
 
-  for _ in range(_LOSSES):
+  for _ in range(tables.LOSSES):
     update()
-  found['loss'] = float(state.window.loss) / _LOSSES
+  found['loss'] = float(state.window.loss) / tables.LOSSES
   return update, found
 
 
@@ -208,11 +203,11 @@ def _sent_by(call: Callable[[], Any]) -> float | None:
   """Bytes that the first device sends over its links in a call."""
   jax.block_until_ready(call())
   before = _counters()
+  if before is None:
+    return None
   _update_seconds(call, _COUNTED)
   after = _counters()
-  if before is None or after is None:
-    return None
-  return (after - before) / _COUNTED
+  return None if after is None else (after - before) / _COUNTED
 
 
 def _counters() -> int | None:

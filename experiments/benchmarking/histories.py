@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarking import cost
+from benchmarking import cost, rankers
 from benchmarking import timing as timing_lib
 from benchmarking.machine import environment
+from histjax.cache import HistoryCache
 from histjax.models.ranker import RankerConfig
 from histjax.nn import fusion as fusion_lib
 from histjax.testing import random_batch
@@ -58,7 +59,8 @@ def run(
     `cost.formula` counts them.
 
   Raises:
-    ValueError: a fusion has no cache, or a history is too short to extend.
+    ValueError: a fusion has no cache, a history is too short to extend, or one
+      that was extended gives other scores than one that was read.
   """
   for name in fusions:
     if name not in fusion_lib.amortizable():
@@ -131,12 +133,19 @@ def _measure(scorers, batch, seconds, repeats) -> dict[str, dict[str, Any]]:
   for (name, call), seen in times.items():
     found[name][call] = _timing(seen)
   for name, scorer in scorers.items():
-    found[name]['extend'] = _timing(_extends(scorer, full))
+    cache, seconds_each = _extends(scorer, full)
+    rankers.check(
+      f'{name}, extended against encoded',
+      scorer.score(cache, candidates, batch.context),
+      calls[name, 'score'](),
+      scorer.config.dtype,
+    )
+    found[name]['extend'] = _timing(seconds_each)
   return found
 
 
-def _extends(scorer, full: History) -> list[float]:
-  """Seconds of appending one event, in place, up to the whole history."""
+def _extends(scorer, full: History) -> tuple[HistoryCache, list[float]]:
+  """The whole history, of which events are appended one by one, and seconds."""
   first = full.length - _EXTENDS
   cache = scorer.encode(full.replace(length=first))
   one = np.ones_like(full.length)
@@ -148,7 +157,7 @@ def _extends(scorer, full: History) -> list[float]:
     cache = scorer.extend(cache, event)
     jax.block_until_ready(cache)
     times.append(time.perf_counter() - start)
-  return times[1:]  # The first compiles.
+  return cache, times[1:]  # The first compiles.
 
 
 def _timing(times: Sequence[float]) -> dict[str, Any]:

@@ -165,13 +165,46 @@ def expected(
 def difference(found: Logits, wanted: Logits) -> float:
   """The largest relative error over tasks, of what sets candidates apart.
 
-  That is `|x - y| / |y - mean(y)|`.
+  That is `|x - y| / |y - mean(y)|`, or of a single one `|x - y| / |y|`; NaN if
+  a logit is.
   """
-  worst = 0.0
+  if found.keys() != wanted.keys():
+    return float('inf')
+  errors = []
   for task, y in wanted.items():
-    error = np.linalg.norm(found[task].astype(np.float64) - y)
-    worst = max(worst, float(error / np.linalg.norm(y - y.mean())))
-  return worst if found.keys() == wanted.keys() else float('inf')
+    scale = np.linalg.norm(y - y.mean()) if y.size > 1 else np.linalg.norm(y)
+    error = np.linalg.norm(np.asarray(found[task], np.float64) - y)
+    errors.append(float(error / scale))
+  return float(np.max(errors))  # Not `max`, which passes over NaN.
+
+
+def check(what: str, found: Logits, wanted: Logits, dtype: str) -> float:
+  """The `difference` of what must be equal but for rounding.
+
+  Args:
+    what: is compared with what, for the error.
+    found: logits.
+    wanted: logits.
+    dtype: of the model.
+
+  Raises:
+    ValueError: it is beyond `bound`.
+  """
+  error = difference(found, wanted)
+  if not error <= bound(dtype):
+    raise ValueError(
+      f'{what}: relative error {error:.1e} of the logits, more than '
+      f'{bound(dtype):.0e}; wrong results are not timed'
+    )
+  return error
+
+
+def bound(dtype: str) -> float:
+  """Of `difference`, by a model's type."""
+  # Accelerators, by default, multiply float32 with as few bits as bfloat16.
+  if dtype == 'float32' and jax.default_backend() == 'cpu':
+    return 1e-4
+  return 5e-2  # Of 4 layers and the head, 8-bit mantissas between products.
 
 
 def _events(history: History, part: slice) -> History:

@@ -19,12 +19,6 @@ SUITES: dict[str, dict[str, Request]] = {'request': REQUEST}
 Submit = Callable[[int], Pending]
 _RING = 16  # Different requests, in turns.
 _CHECKED = (0, 1)  # Of them, against the reference: no graph may hold its ids.
-_BOUNDS = {
-  # Of 4 layers and the head with 8-bit mantissas between products.
-  'bfloat16': 5e-2,
-  # On accelerators, float32 products default to fewer bits.
-  'float32': 1e-3,
-}
 _PATIENCE = 20  # Times `seconds`, until `calls` are no longer waited for.
 
 
@@ -145,7 +139,7 @@ def _bound(contender: str, workload: Request) -> float:
   if contender == 'floor':
     return np.inf
   in_8_bits = request_calls.CACHE_DTYPES.get(contender.partition(':')[0])
-  return _BOUNDS['bfloat16' if in_8_bits else workload.dtype]
+  return rankers.bound('bfloat16' if in_8_bits else workload.dtype)
 
 
 def _told(error: Exception) -> str:
@@ -155,10 +149,11 @@ def _told(error: Exception) -> str:
 
 def _check(call: Call, expected: list[rankers.Logits], bound: float):
   """The relative error of the first requests, and whether it is too large."""
-  error = max(
+  errors = [
     rankers.difference(call.run(i, call.prepare(i)), logits)
     for i, logits in zip(_CHECKED, expected, strict=True)
-  )
+  ]
+  error = float(np.max(errors))  # NaN is an error, too.
   row: dict[str, Any] = {}
   if np.isfinite(bound):
     row['relative_error'] = error

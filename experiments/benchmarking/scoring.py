@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from benchmarking import rankers
 from benchmarking.machine import environment, matmul_ceiling
 from benchmarking.timing import measure
 from histjax import scoring
@@ -87,6 +87,10 @@ def scoring_suite(
     A JSON-able report: `environment`, `ceiling_flops`, and `results`, one
     entry per workload: for each way its `Timing` in seconds, FLOPs, fraction
     of the ceiling, and the largest difference of its scores from plain ones.
+
+  Raises:
+    ValueError: the fusion is not amortizable, or the ways give different
+      scores.
   """
   config.require_amortizable()
   scorer = scoring.Scorer(config, variables)
@@ -112,7 +116,11 @@ def scoring_suite(
 def time_ways(
   scorer: scoring.Scorer, batch: RankingBatch, ceiling: float, seconds: float
 ) -> dict[str, Any]:
-  """One entry of the `results` of `scoring_suite`."""
+  """One entry of the `results` of `scoring_suite`.
+
+  Raises:
+    ValueError: the ways give different scores; nothing was timed.
+  """
   cache = scorer.encode(batch.history)
   ways: dict[str, Callable] = {
     'plain': lambda: scorer.score_plain(batch),
@@ -120,8 +128,14 @@ def time_ways(
     'encode': lambda: scorer.encode(batch.history),
     'cached': lambda: scorer.score(cache, batch.candidates, batch.context),
   }
+  plain, differences = ways['plain'](), {'plain': 0.0}
+  for name in ('joint', 'cached'):
+    scores = ways[name]()
+    rankers.check(f'{name}, against plain', scores, plain, scorer.config.dtype)
+    differences[name] = max(
+      float(np.abs(scores[task] - plain[task]).max()) for task in plain
+    )
   counted = flops(scorer.config, batch)
-  plain = ways['plain']()
   entry: dict[str, Any] = {
     'rows': batch.history.length.shape[0],
     'history_length': batch.history.features[
@@ -135,11 +149,8 @@ def time_ways(
       'flops': counted[name],
       'fraction_of_ceiling': counted[name] / timing.median / ceiling,
     }
-    if name != 'encode':
-      scores = function()
-      entry[name]['max_difference_from_plain'] = max(
-        float(jnp.abs(scores[task] - plain[task]).max()) for task in plain
-      )
+    if name in differences:
+      entry[name]['max_difference_from_plain'] = differences[name]
   return entry
 
 

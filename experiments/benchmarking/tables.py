@@ -29,7 +29,16 @@ from histjax.training import step as step_lib
 from histjax.types import RankingBatch
 
 ROWS = (10_000, 1_000_000, 10_000_000)
+CONTENDERS = ('histjax', 'dense')
 _BATCHES = 4
+LOSSES = 5
+"""Updates whose mean loss is compared, from one state on, before any is timed.
+
+After some tens the order of sums shows, as Adam divides small gradients by
+themselves.
+"""
+LOSS_ERROR = 1e-3
+"""Of these, relative, sums in another order and in bfloat16."""
 _DENSE_SHARE = 0.6
 """Of the memory; a step that needs more is not run."""
 
@@ -71,8 +80,8 @@ def run(
   Args:
     rows: of the table of items; of users there are 10000.
     workload: the model and the batches.
-    contenders: some of 'histjax' and 'dense'; None: both. 'dense' runs if it
-      fits into the memory.
+    contenders: some of `CONTENDERS`; None: both. 'dense' runs if it fits into
+      the memory.
     repeats: rounds, in which the sizes take turns.
     seconds: the least time spent on each size, over all rounds.
     progress: called with a line at a time.
@@ -80,12 +89,18 @@ def run(
   Returns:
     A JSON-able report: `suite`, `environment`, `workload` and `results`, one
     per size: `name`, `rows`, `touched` (distinct items of the batches, the
-    mean) and `contenders`: of each `p50`, `p99` and `calls` of an update,
-    `temporary_bytes` (what it allocates beside its arguments and results),
-    `argument_bytes` (of the state and a batch), or `failed`.
+    mean) and `contenders`: of each `loss` (the mean of the first updates),
+    `p50`, `p99` and `calls` of an update, `temporary_bytes` (what it allocates
+    beside its arguments and results), `argument_bytes` (of the state and a
+    batch), or `failed`.
+
+  Raises:
+    ValueError: no such contender, or losses that differ.
   """
   workload = workload or Workload()
-  names = contenders or ('histjax', 'dense')
+  names = contenders or CONTENDERS
+  if unknown := set(names) - set(CONTENDERS):
+    raise ValueError(f'contenders={sorted(unknown)} must be of {CONTENDERS}')
   results: dict[int, dict[str, Any]] = {}
   calls: dict[int, Callable[[], Any]] = {}
   for size in rows:
@@ -99,7 +114,6 @@ def run(
     if 'histjax' in names:
       calls[size], found = _update(workload, size, batches)
       results[size]['contenders']['histjax'] = found
-      jax.block_until_ready(calls[size]())
   times: dict[int, list[float]] = {size: [] for size in calls}
   for _ in range(repeats):
     for size, call in calls.items():
@@ -109,9 +123,9 @@ def run(
     progress(line(results[size], 'histjax'))
   calls.clear()
   for size in rows if 'dense' in names else ():
-    results[size]['contenders']['dense'] = _dense(
-      workload, size, repeats, seconds
-    )
+    found = results[size]['contenders']
+    found['dense'] = _dense(workload, size, repeats, seconds)
+    check_losses({k: x['loss'] for k, x in found.items() if 'loss' in x})
     progress(line(results[size], 'dense'))
   return {
     'suite': 'tables',
@@ -119,6 +133,17 @@ def run(
     'workload': dataclasses.asdict(workload),
     'results': list(results.values()),
   }
+
+
+def check_losses(losses: Mapping[str, float]) -> None:
+  """Raises ValueError if updates of contenders are not the same."""
+  for name, loss in losses.items():
+    first, wanted = next(iter(losses.items()))
+    if not abs(loss / wanted - 1) <= LOSS_ERROR:
+      raise ValueError(
+        f'{name}: the loss of the first updates is {loss:.7g}, that of {first} '
+        f'{wanted:.7g}: these are not equal updates'
+      )
 
 
 def line(entry: dict[str, Any], name: str) -> str:
@@ -241,7 +266,9 @@ def _update(workload, size, batches):
     number += 1
     return state.window.loss
 
-  return update, memory
+  for _ in range(LOSSES):
+    update()
+  return update, memory | {'loss': float(state.window.loss) / LOSSES}
 
 
 def _dense(workload, size, repeats, seconds):
@@ -262,7 +289,8 @@ def _dense(workload, size, repeats, seconds):
     ),
   )
 
-  def create(key):
+  def create(key):  # The parameters of `create_state`.
+    key, _ = jax.random.split(key)
     variables = model.init(key, state_lib.example_batch(schema))
     return variables, transformation.init(variables)
 
@@ -297,7 +325,7 @@ def _dense(workload, size, repeats, seconds):
     number += 1
     return out
 
-  jax.block_until_ready(update())
+  found['loss'] = float(np.mean([float(update()[0]) for _ in range(LOSSES)]))
   return found | percentiles(timing.samples(update, seconds, min(repeats, 5)))
 
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarking import contenders as contenders_lib
@@ -14,6 +13,7 @@ from benchmarking import (
   machine,
   rankers,
   report,
+  tables,
   timing,
   train_rows,
   workloads,
@@ -51,8 +51,11 @@ def run(
   Returns:
     A JSON-able report: `suite`, `environment` and `results`, one per
     workload: `name`, `workload` and `contenders`, by name `runs`, the
-    implementations used, and of the call `update` `p50`, `p99` and `calls`, or
-    `failed`; of a log, see `train_rows.run`.
+    implementations used, and of the call `update` `loss`, the mean of the first
+    ones, `p50`, `p99` and `calls`, or `failed`; of a log, see `train_rows.run`.
+
+  Raises:
+    ValueError: contenders' losses differ; nothing was timed.
   """
   results = []
   for name, workload in named.items():
@@ -76,18 +79,20 @@ def run(
       continue
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
+    losses: dict[str, float] = {}
     for contender in contenders or ('histjax', 'histjax:xla'):
       try:
         implementation = contender.partition(':')[2] or None
         update, runs = _update(workload, implementation)
-        jax.block_until_ready(update())  # Compiles.
+        sums = [float(update()) for _ in range(tables.LOSSES)]
       except NotImplementedError as e:
         rows[contender] = {'failed': f'NotImplementedError: {e}'}
         continue
       rows[contender] = {'runs': runs}
-      calls[contender] = update
+      calls[contender], losses[contender] = update, sums[-1] / len(sums)
+    tables.check_losses(losses)
     for contender, row in _in_turns(calls, repeats, seconds).items():
-      rows[contender]['update'] = row
+      rows[contender]['update'] = {'loss': losses[contender], **row}
     results.append(
       {
         'name': name,

@@ -19,6 +19,7 @@ from benchmarking import (
   devices,
   histories,
   machine,
+  rankers,
   report,
   suites,
   tables,
@@ -29,6 +30,7 @@ from benchmarking import (
 )
 from histjax import testing
 from histjax.nn import interaction
+from histjax.scoring import scorer as scorer_lib
 from tests import marks, support
 
 QUICK = {'repeats': 2, 'seconds': 0.0, 'singles': 2}
@@ -138,6 +140,80 @@ class ScoringTest(absltest.TestCase):
 
 
 TINY_HEAD = interaction.InteractionConfig(kind='mlp', mlp_widths=(1,))
+
+
+class WrongScoresTest(parameterized.TestCase):
+  """What gives other scores is not timed."""
+
+  @parameterized.parameters('score', 'score_joint')
+  def test_ways(self, wrong):
+    config = support.config()
+    _, variables = support.init(config)
+    with (
+      swapped(wrong),
+      self.assertRaisesRegex(ValueError, '(cached|joint), against plain: rel'),
+    ):
+      benchmarking.scoring_suite(config, variables, [8], [4], seconds=0)
+
+  def test_fusions(self):
+    some = {'append_cross': cost.fusion_lib.FUSIONS['append_cross']}
+    with (
+      mock.patch.object(cost.fusion_lib, 'FUSIONS', some),
+      swapped('score'),
+      self.assertRaisesRegex(ValueError, 'append_cross, cached against joint'),
+    ):
+      cost.fusions(support.config(), 16, 8, seconds=0)
+
+  def test_histories(self):
+    extend = scorer_lib.Scorer.extend
+
+    def wrong(self, cache, events):
+      items = {k: 0 * v for k, v in events.features.items()}
+      return extend(self, cache, events.replace(features=items))
+
+    with (
+      mock.patch.object(scorer_lib.Scorer, 'extend', wrong),
+      self.assertRaisesRegex(ValueError, 'cross_only, extended against enc'),
+    ):
+      histories.run(
+        support.config(), [24], 8, fusions=['cross_only'], seconds=0, repeats=1
+      )
+
+  @parameterized.parameters(0, 1)
+  def test_nan_is_wrong_wherever_it_is(self, place):
+    wanted = [np.array([[1.0, 2.0]]), np.array([[3.0, 5.0]])]
+    found = [x.copy() for x in wanted]
+    found[place][0, 0] = np.nan
+    of_tasks = [dict(enumerate(x)) for x in (found, wanted)]
+    self.assertTrue(np.isnan(rankers.difference(*of_tasks)))
+    workload = workloads.ATTENTION['full_64_grad']
+    self.assertTrue(np.isnan(contenders.difference(workload, found, wanted)))
+
+  def test_difference(self):
+    wanted = {'a': np.array([[1.0, 3.0]]), 'b': np.array([[2.0]])}
+    found = {'a': np.array([[1.0, 4.0]]), 'b': np.array([[2.5]])}
+    self.assertAlmostEqual(rankers.difference(found, wanted), 0.5**0.5)
+    # Of a single logit there is no mean to be away from.
+    found['a'] = wanted['a']
+    self.assertAlmostEqual(rankers.difference(found, wanted), 0.25)
+    del found['b']
+    self.assertEqual(rankers.difference(found, wanted), np.inf)
+
+  def test_losses(self):
+    tables.check_losses({'a': 1.0, 'b': 1.0005})
+    for loss in (1.01, np.nan):
+      with self.assertRaisesRegex(ValueError, 'b: the loss of the first up'):
+        tables.check_losses({'a': 1.0, 'b': loss})
+
+
+def swapped(name):
+  """A method of `Scorer` that gives scores to other candidates."""
+  right = getattr(scorer_lib.Scorer, name)
+
+  def wrong(*args):
+    return {k: np.roll(v, 1, axis=1) for k, v in right(*args).items()}
+
+  return mock.patch.object(scorer_lib.Scorer, name, wrong)
 
 
 class CostTest(parameterized.TestCase):
@@ -354,6 +430,7 @@ class TablesTest(absltest.TestCase):
       ours, dense = (entry['contenders'][k] for k in ('histjax', 'dense'))
       self.assertLessEqual(ours['p50'], ours['p99'])
       self.assertGreater(dense['calls'], 0)
+      self.assertAlmostEqual(ours['loss'], dense['loss'], delta=1e-5)
     few, many = (
       {k: x['temporary_bytes'] for k, x in entry['contenders'].items()}
       for entry in result['results']
@@ -365,6 +442,10 @@ class TablesTest(absltest.TestCase):
     with open(paths[0]) as f:
       self.assertEqual(json.load(f), result)
     self.assertTrue(os.path.getsize(paths[1]))
+
+  def test_unknown_contenders(self):
+    with self.assertRaisesRegex(ValueError, r"contenders=\['xla'\] must be"):
+      tables.run((20,), contenders=['xla'])
 
   def test_what_does_not_fit_is_not_run(self):
     with mock.patch.object(tables, 'device_bytes', lambda: 1000):

@@ -65,7 +65,9 @@ class ServingSuiteTest(parameterized.TestCase):
 
     with (
       mock.patch.object(serving.InProcess, 'score', wrong),
-      self.assertRaisesRegex(ValueError, 'extend: relative error .* Scorer'),
+      self.assertRaisesRegex(
+        ValueError, 'extend, against Scorer .*: relative error'
+      ),
     ):
       serving.run(MODEL, (16,), (4,), users=(2,), seconds=0.0, http=False)
 
