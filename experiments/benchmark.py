@@ -78,16 +78,19 @@ _SUITE = flags.DEFINE_enum(
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
 _SECONDS = flags.DEFINE_float(
-  'seconds', None, 'Least time per measurement or sample, if not the default.'
+  'seconds',
+  None,
+  'Least time per measurement or sample, if not the default.',
+  0,
 )
 _WORKLOADS = flags.DEFINE_list('workloads', None, 'Names; None: all for here.')
 _CONTENDERS = flags.DEFINE_list(
   'contenders', None, 'Names; None: all for here.'
 )
 _CALLS = flags.DEFINE_integer(
-  'calls', None, "Of request: the least of 'score', within 20 x --seconds."
+  'calls', None, "Of request: the least of 'score', within 20 x --seconds.", 1
 )
-_REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.')
+_REPEATS = flags.DEFINE_integer('repeats', 15, 'Samples, taken in turns.', 1)
 _FUSIONS = flags.DEFINE_list(
   'fusions', [], 'Of histories: amortizable ones; empty: all.'
 )
@@ -95,10 +98,12 @@ _FUSIONS = flags.DEFINE_list(
 # serving.
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, if any.')
 _LENGTHS = flags.DEFINE_list(
-  'lengths', None, 'L; 64,256,1024, or of serving 256,1024,4096.'
+  'lengths',
+  None,
+  'L; 64,256,1024, of histories 1000,10000, of serving 256,1024,4096.',
 )
 _CANDIDATES = flags.DEFINE_list(
-  'candidates', None, 'C; 64,512, or of serving 128,512,2048.'
+  'candidates', None, 'C; 64,512, of histories 512, of serving 128,512,2048.'
 )
 _ROWS = flags.DEFINE_list(
   'rows', None, 'Users at once, 1; of tables and devices: rows of a table.'
@@ -112,9 +117,9 @@ _HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
 # Of the suites prepare and spill.
 _CONFIG = config_util.Config(TrainConfig, 'Of these.', required=False)
 _FOLDER = flags.DEFINE_string('folder', None, 'To work in.')
-_EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.')
+_EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.', 1)
 _MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB, its bound.')
-_WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.')
+_WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.', 1)
 _OF_A_MODEL = (*_OF_ONE_MODEL, _SERVING)
 _ONLY_OF = {
   'calls': ('request',),
@@ -166,17 +171,30 @@ def one_model(suite):
     )
   if _BFLOAT16.value:
     config = dataclasses.replace(config, dtype='bfloat16')
-  sizes = [
-    _integers(_LENGTHS, (64, 256, 1024)),
-    _integers(_CANDIDATES, (64, 512)),
-  ]
-  rows = _integers(_ROWS, (1,))
+  rows = flag_util.sizes(_ROWS, (1,))
   if len(rows) > 1:
     raise app.UsageError(f'suite={suite} takes one of --rows={rows}')
   options: dict[str, Any] = {
     'num_rows': rows[0],
-    'seconds': _SECONDS.value or 1.0,
+    'seconds': 1.0 if _SECONDS.value is None else _SECONDS.value,
   }
+  if suite == 'histories':
+    candidates = flag_util.sizes(_CANDIDATES, (512,))
+    if len(candidates) > 1:
+      raise app.UsageError(
+        f'suite=histories takes one of --candidates={candidates}'
+      )
+    return histories.run(
+      config,
+      flag_util.sizes(_LENGTHS, (1000, 10_000)),
+      candidates[0],
+      fusions=_FUSIONS.value,
+      **options,
+    )
+  sizes = [
+    flag_util.sizes(_LENGTHS, (64, 256, 1024)),
+    flag_util.sizes(_CANDIDATES, (64, 512)),
+  ]
   if suite == 'cost':
     return cost.run(config, *sizes, **options)
   if suite == 'fusions':
@@ -186,12 +204,6 @@ def one_model(suite):
         f'--candidates={sizes[1]}'
       )
     return cost.fusions(config, sizes[0][0], sizes[1][0], **options)
-  if suite == 'histories':
-    (candidates,) = _integers(_CANDIDATES, (512,))
-    lengths = _integers(_LENGTHS, (1000, 10_000))
-    return histories.run(
-      config, lengths, candidates, fusions=_FUSIONS.value, **options
-    )
   if variables is None:
     batch = testing.random_batch(config.schema, 1, 16, 16)
     variables = jax.jit(Ranker(config).init)(jax.random.key(0), batch)
@@ -204,12 +216,6 @@ def one_model(suite):
   return report
 
 
-def _integers(flag, default):
-  if not all(n.isdecimal() for n in flag.value or ()):
-    raise ValueError(f'--{flag.name}={flag.value} must be whole numbers')
-  return [int(n) for n in flag.value or default]
-
-
 def serving_suite(save=None):
   # It needs the packages that read data, and those of a server.
   from benchmarking import serving
@@ -220,9 +226,9 @@ def serving_suite(save=None):
       *(1, 1, 1, _WIDTH.value, _LAYERS.value, _HEADS.value),
       dtype='bfloat16' if _BFLOAT16.value else 'float32',
     ),
-    _integers(_LENGTHS, serving.LENGTHS),
-    _integers(_CANDIDATES, serving.CANDIDATES),
-    users=_integers(_USERS, serving.USERS),
+    flag_util.sizes(_LENGTHS, serving.LENGTHS),
+    flag_util.sizes(_CANDIDATES, serving.CANDIDATES),
+    users=flag_util.sizes(_USERS, serving.USERS),
     http=_HTTP.value,
     progress=lambda line: print(line, flush=True),
     save=save,
@@ -262,7 +268,7 @@ def tables_suite(module: Any):
   if _SECONDS.value is not None:
     options['seconds'] = _SECONDS.value
   return module.run(
-    _integers(_ROWS, module.ROWS),
+    flag_util.sizes(_ROWS, module.ROWS),
     contenders=_CONTENDERS.value,
     repeats=_REPEATS.value,
     **options,
@@ -302,6 +308,7 @@ def main(argv):
         f'--{name} is of --suite={" or ".join(suites_of_it)}, not of {suite}'
       )
   try:
+    flag_util.finite(_SECONDS, _MEMORY)
     if _OUTPUT.value is not None:  # Fails before the work, not after it.
       output = workdir.resolve(_OUTPUT.value, '--output')
       workdir.prepare(output.parent, '--output')

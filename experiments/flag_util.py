@@ -1,8 +1,61 @@
-"""Flags that would do nothing, which are refused."""
+"""What flags of several programs have in common: what is refused, and why."""
 
-from collections.abc import Iterable
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import flags
+
+
+def sizes(
+  flag: flags.FlagHolder[Any], default: Sequence[int] = ()
+) -> list[int]:
+  """What a flag that is a list says, or `default` if it is not given.
+
+  Raises:
+    ValueError: one is no whole number above 0, or there are none.
+  """
+  if flag.value is None:
+    return [*default]
+  text = ','.join(flag.value)
+  if not re.fullmatch(r'0*[1-9]\d*(,0*[1-9]\d*)*', text, re.ASCII):
+    raise ValueError(
+      f'--{flag.name}={text} must be whole numbers above 0, as 64,512'
+    )
+  return [int(size) for size in flag.value]
+
+
+def finite(*found: flags.FlagHolder[Any]) -> None:
+  """Raises a ValueError if one of these numbers is NaN or infinite."""
+  for flag in found:
+    if flag.value is not None and not math.isfinite(flag.value):
+      raise ValueError(f'--{flag.name}={flag.value} must be finite')
+
+
+def report(flag: flags.FlagHolder[Any], suite: str) -> dict[str, Any] | None:
+  """The JSON of a suite of benchmark.py that a flag names, if it names one.
+
+  Raises:
+    ValueError: it is none of that suite.
+    OSError: it cannot be read.
+  """
+  if flag.value is None:
+    return None
+  found: Any = pathlib.Path(flag.value).read_bytes()
+  try:
+    found = json.loads(found)
+  except ValueError:
+    pass
+  if not isinstance(found, dict) or found.get('suite') != suite:
+    what = found.get('suite') if isinstance(found, dict) else None
+    raise ValueError(
+      f'--{flag.name}={flag.value} is of suite {what!r}; give the JSON of '
+      f'benchmark.py --suite={suite}'
+    )
+  return found
 
 
 def refuse(names: Iterable[str], why: str) -> None:

@@ -13,7 +13,6 @@ Writes <output>.json and, but for --check, the plot <output>.png.
 """
 
 import functools
-import math
 import pathlib
 import tempfile
 from typing import Any
@@ -81,9 +80,7 @@ def value(flag: flags.FlagHolder) -> Any:
 
 def check_flags() -> None:
   """Raises a ValueError of a flag that would do nothing, or for ever."""
-  for flag in (_LIMIT, _RATE, _SECONDS):
-    if flag.value is not None and not math.isfinite(flag.value):
-      raise ValueError(f'--{flag.name}={flag.value} must be finite')
+  flag_util.finite(_LIMIT, _RATE, _SECONDS)
   if _SERVE.value:
     others = {*_DEFAULTS} - {'longest', 'candidates'}
     others |= {'check', 'output', 'flag', 'limit_ms', 'tries', 'rate'}

@@ -11,12 +11,11 @@ workers make the shards of a log of --events.
 """
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 from absl import app, flags
 
+import flag_util
 from benchmarking import scaling
 
 _CHIPS = flags.DEFINE_list('chips', list(scaling.CHIPS), 'Kinds of chips.')
@@ -41,12 +40,15 @@ def main(argv):
       raise app.UsageError(f'--{name} is of a log: give --prepare, too')
   try:
     numbers: dict[str, Any] = {k: flag.value for k, flag in _NUMBERS.items()}
+    if not _CHIPS.value:
+      raise ValueError(f'--chips names none; use some of {[*scaling.CHIPS]}')
     jobs = {c: scaling.Job(chip=c, **numbers) for c in _CHIPS.value}
-    print(scaling.step_table(jobs))
-    if _PREPARE.value is not None:
-      text = pathlib.Path(_PREPARE.value).read_text(encoding='utf-8')
-      report = json.loads(text)
-      print('\n' + scaling.prepare_table(report, _EVENTS.value, _HOURS.value))
+    tables = [scaling.step_table(jobs)]
+    report = flag_util.report(_PREPARE, 'prepare')
+    if report is not None:
+      events, hours = _EVENTS.value, _HOURS.value
+      tables.append(scaling.prepare_table(report, events, hours))
+    print('\n\n'.join(tables))
   except (ValueError, OSError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
 

@@ -10,9 +10,6 @@ model is named; and with --results, of `benchmark.py --suite=serving`, the
 requests a second that a device was measured to answer.
 """
 
-import json
-import pathlib
-
 from absl import app, flags, logging
 
 import flag_util
@@ -35,7 +32,7 @@ _RESULTS = flags.DEFINE_string('results', None, 'JSON of the suite serving.')
 def models():
   """Encoders with lengths, the model's type, and what to say of them."""
   layers, width, heads = _LAYERS.value, _WIDTH.value, _HEADS.value
-  lengths, note = [int(length) for length in _LENGTHS.value], None
+  lengths, note = flag_util.sizes(_LENGTHS), None
   if _WORKDIR.value is not None:
     if layers or width or heads:
       raise ValueError(
@@ -71,19 +68,13 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
+    results = flag_util.report(_RESULTS, 'serving')
     found, dtype, note = models()
     print(sizing.states(found, dtype))
     if note is not None:
       print(f'\n{note}')
-    if _RESULTS.value is not None:
-      text = pathlib.Path(_RESULTS.value).read_text(encoding='utf-8')
-      report = json.loads(text)
-      if report.get('suite') != 'serving':
-        raise ValueError(
-          f'--results={_RESULTS.value} is of suite {report.get("suite")!r}; '
-          'give one of benchmark.py --suite=serving'
-        )
-      print(f'\n{sizing.rates(report)}')
+    if results is not None:
+      print(f'\n{sizing.rates(results)}')
   except (ValueError, OSError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error
 

@@ -97,6 +97,8 @@ class Job:
       raise ValueError(f'chip={self.chip!r} must be one of {sorted(CHIPS)}')
     if not 0 < self.efficiency <= 1:
       raise ValueError(f'efficiency={self.efficiency} must be in (0, 1]')
+    if not 0 <= self.zipf < np.inf:
+      raise ValueError(f'zipf={self.zipf} must be >= 0 and finite')
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.type == 'int' and value < 1:
@@ -233,7 +235,13 @@ def prepare_table(
     report: of the suite 'prepare'.
     events: of the log.
     hours: that it may take.
+
+  Raises:
+    ValueError: either is not above 0 and finite.
   """
+  for name, value in (('events', events), ('hours', hours)):
+    if not 0 < value < np.inf:
+      raise ValueError(f'{name}={value} must be above 0 and finite')
   measured = report['prepare']
   rate = measured['events_per_second'] / measured['workers']
   workers = int(np.ceil(events / (rate * hours * 3600)))

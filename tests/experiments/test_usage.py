@@ -106,6 +106,47 @@ class UsageTest(absltest.TestCase):
       'ValueError: --width=8 is of a model without --workdir; leave it out',
     )
 
+  def test_values_of_benchmark(self):
+    whole = 'must be whole numbers above 0, as 64,512'
+    cases = (
+      ({'lengths': '8,x'}, f'--lengths=8,x {whole}'),
+      ({'lengths': ''}, f'--lengths= {whole}'),
+      ({'candidates': '0'}, f'--candidates=0 {whole}'),
+      ({'rows': '-1'}, f'--rows=-1 {whole}'),
+      ({'suite': 'serving', 'users': '1,0'}, f'--users=1,0 {whole}'),
+      ({'seconds': 'inf'}, '--seconds=inf must be finite'),
+      ({'seconds': 'nan'}, '--seconds=nan must be finite'),
+      ({'suite': 'prepare', 'memory': 'nan'}, '--memory=nan must be finite'),
+      (
+        {'suite': 'histories', 'candidates': '4,8'},
+        'suite=histories takes one of --candidates=[4, 8]',
+      ),
+    )
+    found = messages('benchmark', *({'flags': x} for x, _ in cases))
+    said = [text.removeprefix('ValueError: ') for text in found]
+    self.assertEqual(said, [text for _, text in cases])
+
+  def test_size_and_scale(self):
+    other = str(ROOT / 'benchmarks/results/2026-11-26-cost-cpu.json')
+    prepare = str(ROOT / 'benchmarks/results/2026-11-28-prepare-epyc-cpu.json')
+    model = {'num_layers': '1', 'width': '8', 'num_heads': '1'}
+    of_size = (
+      ({**model, 'lengths': '0'}, '--lengths=0 must be whole numbers above 0'),
+      ({'results': other}, "is of suite 'cost'; give the JSON of benchmark.py"),
+      ({'results': str(ROOT / 'setup.cfg')}, 'setup.cfg is of suite None'),
+    )
+    of_scale = (
+      ({'chips': ''}, '--chips names none; use some of'),
+      ({'prepare': other}, "is of suite 'cost'; give the JSON of benchmark.py"),
+      ({'prepare': prepare, 'hours': '0'}, 'hours=0.0 must be above 0'),
+      ({'prepare': prepare, 'events': 'nan'}, 'events=nan must be above 0'),
+      ({'zipf': 'nan'}, 'zipf=nan must be >= 0 and finite'),
+    )
+    for program, cases in (('size', of_size), ('scale', of_scale)):
+      found = messages(program, *({'flags': given} for given, _ in cases))
+      for text, (_, said) in zip(found, cases, strict=True):
+        self.assertIn(said, text)
+
   def test_load(self):
     self.check(
       'load',
