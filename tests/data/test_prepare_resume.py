@@ -335,6 +335,11 @@ class ResumeTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         test_prepare.prepared(self.config, out)
       path.write_bytes(whole)
+    whole = (out / 'features.npz').read_bytes()
+    features.FittedFeatures().save(out)  # Whole, and of another log.
+    with self.assertRaisesRegex(ValueError, 'features.npz is of another log'):
+      test_prepare.prepared(self.config, out)
+    (out / 'features.npz').write_bytes(whole)
     whole = records.read_bytes()
     records.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
     with self.assertRaisesRegex(ValueError, 'out/train cannot be read .*hash'):

@@ -132,6 +132,27 @@ class BatcherTest(parameterized.TestCase):
 
     self.assertEqual(asyncio.run(run()), [[0], [1, 2]])
 
+  def test_a_full_queue_says_when_there_is_room(self):
+    """As many batches as wait, each as long as those before took."""
+
+    async def run():
+      held = Held()
+      async with batching(held, max_batch=2, max_queue=4) as found:
+        found._batch_s = 7.0
+        tasks = [asyncio.create_task(found.score(0, 30))]
+        await asyncio.to_thread(held.begun.wait)
+        tasks += [asyncio.create_task(found.score(i, 30)) for i in range(1, 5)]
+        await asyncio.sleep(0)
+        with self.assertRaises(lib.QueueFullError) as refused:
+          await found.score(5, 30)
+        held.go.set()
+        await asyncio.gather(*tasks)
+        return refused.exception.retry_after_s, found._batch_s
+
+    least, after = asyncio.run(run())
+    self.assertEqual(least, 2 * 7.0)
+    self.assertLess(after, 0.95**3 * 7.0)  # Three that took no time.
+
   def test_a_queue_of_those_whose_time_is_over_has_room(self):
     async def run():
       held = Held()

@@ -150,6 +150,14 @@ class StoreTest(parameterized.TestCase):
     self.assertEqual(store.num_states, 2)
     self.assertEqual(store.used_bytes, 4 * SHAPE.nbytes)
 
+  def test_what_a_program_reads_was_used(self):
+    store = self.store(5)
+    self.put(store, ['a', 'b'], 20, 20)
+    store.use({'a': State(0, 20)}, 48, lambda pool, place: None)
+    self.put(store, ['c'], 20)
+    states = store.states(['a', 'b'], MODEL)
+    self.assertEqual(states, [State(0, 20), None])
+
   def test_too_long_evicts_nobody(self):
     store = self.store(3)
     self.put(store, ['a'], 20)
@@ -283,6 +291,7 @@ class StoreTest(parameterized.TestCase):
     store.measured('encode', 16, 1e-12)
     self.assertEqual(store.cheaper(16), 'encode')
     store.measured('copy', 16, 1e-13)
+    store.measured('copy', 16, 1.0)  # The machine was busy.
     self.assertEqual(store.cheaper(16), 'copy')
 
   def test_a_failed_write(self):

@@ -487,6 +487,24 @@ class EngineTest(parameterized.TestCase):
       self.one(engine, self.request(past), 'hit')
     self.one(engine, self.request(past, 0), 'encoded', past)
 
+  def test_a_roll_over_to_what_reads_events_otherwise(self):
+    """Of features that learnt from another log nothing is kept."""
+    engine = self.engine()
+    past = worlds.events(self.rng, 6, USER)
+    self.one(engine, self.request(past, 0), 'encoded', past)
+    maker = worlds.maker('strict', True)
+    states = [
+      {k: v + 1 if v.dtype.kind == 'f' else v for k, v in state.items()}
+      for state in maker.features.states
+    ]
+    other = dataclasses.replace(maker.features, states=tuple(states))
+    engine.roll_over(
+      worlds.scorer('strict', True, 1),
+      RowMaker(maker.schema, maker.config, other),
+    )
+    with self.assertRaises(engine_lib.UnknownHistory):
+      self.one(engine, self.request(past), 'hit')
+
   def test_a_roll_over_keeps_the_count_of_compilations(self):
     """A counter, of which Prometheus would see a restart."""
     engine = self.engine()

@@ -102,6 +102,26 @@ class RankLossTest(parameterized.TestCase):
       found = losses.rank_loss_sum(z, y, mask, same, span=span)
       np.testing.assert_allclose(found, expected, rtol=1e-5)
 
+  @parameterized.parameters(None, 2)
+  def test_packed_rows(self, span):
+    """The pairs of each segment, of which some see equally many events."""
+    z, y, mask, visible = draw(3)
+
+    def in_one(x):
+      return x.reshape(1, -1)
+
+    segment = np.repeat(np.arange(len(mask)), mask.shape[1])
+    found = losses.rank_loss_sum(
+      jax.tree.map(in_one, z),
+      jax.tree.map(in_one, y),
+      in_one(mask),
+      in_one(visible),
+      span=span,
+      segment=in_one(segment),
+    )
+    expected = pairs_in_numpy(z, y, mask, visible, span)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
   @parameterized.parameters('streaming', 'request')
   def test_rows_of_a_dataset(self, kind):
     log = runs.dataset().log
