@@ -74,6 +74,13 @@ def test_gives_up(slept):
   assert len(slept) == 2
 
 
+def test_waits_are_bounded(slept):
+  busy = (429, {'retry-after': '3600'})
+  answers = Answers(503, 503, 503, busy, 200)
+  make(answers, max_backoff_s=0.08).score(7, {'item': [1]})
+  assert slept == [0.05, 0.08, 0.08, 60.0]
+
+
 @pytest.mark.parametrize('status', [400, 401, 413, 422, 500, 504])
 def test_refusals_are_not_retried(slept, status):
   answers = Answers(status)

@@ -279,6 +279,21 @@ class UpdateTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"the tables \['rating', 'tag'"):
       train_step(create('rowwise_adagrad'), random_batches(0, 1)[0])
 
+  def test_a_row_that_is_not_touched_may_be_nan(self):
+    """Places beyond the table have the values of some row, and write none."""
+    rows = np.ones((3, 2), np.float32)
+    rows[2] = np.nan
+    tx = optimizer.scale_by_rowwise_adagrad()
+    table = tables.Table(jnp.array(rows), tx.init(rows), None)
+    index = np.array([0, tables.NO_ROW], np.int32)
+    gradient = np.array([[1.0, 1.0], [0.0, 0.0]], np.float32)
+    found, finite = tables.update(
+      tx, table, index, gradient, rate=1.0, step=0, decay=None
+    )
+    self.assertTrue(finite)
+    np.testing.assert_allclose(found.rows[0], 0, atol=1e-6)
+    np.testing.assert_array_equal(found.rows[1:], rows[1:])
+
 
 class UniqueTest(parameterized.TestCase):
   @parameterized.product(
