@@ -22,6 +22,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+import flag_util
 import overrides
 from histjax import config as config_lib
 from histjax.data import datasets
@@ -63,6 +64,7 @@ class Config:
 
   def parse(self, argv: Sequence[str]) -> list[str]:
     """Parses flags, for `app.run(flags_parser=..)`."""
+    flag_util.look_here()  # A config file imports what is beside it.
     rest, self._overrides = overrides.split_argv(argv, 'config')
     try:
       return flags.FLAGS(rest)

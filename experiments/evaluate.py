@@ -7,11 +7,11 @@ as keys and values of that type, and candidates scored from these.
 """
 
 import dataclasses
-import importlib
 from typing import Any
 
 from absl import app, flags, logging
 
+import flag_util
 from histjax import Ranker, Scorer, ScorerConfig, metrics, quantization
 from histjax.data import cold, datasets, pipeline
 from histjax.data.fingerprint import fingerprint
@@ -111,8 +111,7 @@ def run():
       f'--paths={_PATHS.value} and --prepared={_PREPARED.value} are two kinds '
       'of data; give the one that the run was trained on'
     )
-  for name in _MODULES.value:
-    importlib.import_module(name)
+  flag_util.import_modules(_MODULES)
   output = None
   if _OUTPUT.value is not None:
     output = workdir.prepare_output(_OUTPUT.value, '--output')

@@ -7,11 +7,11 @@
 One program a combination of sizes. --platform may be another machine's.
 """
 
-import importlib
 from typing import Any
 
 from absl import app, flags, logging
 
+import flag_util
 from histjax.serving import export
 
 _WORKDIR = flags.DEFINE_string(
@@ -69,8 +69,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
   try:
-    for name in _MODULES.value:
-      importlib.import_module(name)
+    flag_util.import_modules(_MODULES)
     run()
   except (ValueError, OSError, ImportError, NotImplementedError) as error:
     raise SystemExit(f'{type(error).__name__}: {error}') from error

@@ -1,9 +1,12 @@
 """What flags of several programs have in common: what is refused, and why."""
 
+import importlib
 import json
 import math
+import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -56,6 +59,34 @@ def report(flag: flags.FlagHolder[Any], suite: str) -> dict[str, Any] | None:
       f'benchmark.py --suite={suite}'
     )
   return found
+
+
+def look_here() -> None:
+  """Lets modules be imported from the working directory, after all others.
+
+  Of `python experiments/train.py` Python looks in `experiments/` alone.
+  """
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())
+
+
+def import_modules(flag: flags.FlagHolder[Any]) -> None:
+  """Imports the modules that a flag lists.
+
+  Raises:
+    ImportError: one is not there, or cannot be imported.
+  """
+  look_here()
+  for name in flag.value:
+    try:
+      importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      if error.name is None or f'{name}.'.startswith(f'{error.name}.'):
+        raise ModuleNotFoundError(
+          f'--{flag.name}: there is no module {error.name!r}; run in the '
+          'folder of its file, or name that in PYTHONPATH'
+        ) from error
+      raise
 
 
 def refuse(names: Iterable[str], why: str) -> None:

@@ -78,6 +78,7 @@ _RAY_GPUS = flags.DEFINE_float('ray_gpus', 0, 'GPUs of each.', 0)
 def rank_files() -> None:
   """Reads, ranks, writes."""
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+  flag_util.import_modules(_MODULES)
   engine: batch.Local | batch.Ray = batch.Local()
   if _ENGINE.value == 'ray':
     engine = batch.Ray(_RAY_WORKERS.value, num_gpus=_RAY_GPUS.value)

@@ -9,7 +9,6 @@ engines into replicas of Ray Serve (the extra `ray`).
 """
 
 import functools
-import importlib
 import math
 import re
 import signal
@@ -143,8 +142,7 @@ _MODULES = flags.DEFINE_list(
 
 
 def serve() -> None:
-  for name in _MODULES.value:
-    importlib.import_module(name)
+  flag_util.import_modules(_MODULES)
   if _ENGINE.value == 'local':
     flag_util.refuse(['replicas'], 'is of --engine=ray')
   sizes = ','.join(_WARM.value)

@@ -8,10 +8,10 @@ Each cell (data set, fusion, window, seed) is one training run; its JSON, under
 and the metrics. Run again to go on where it stopped: finished cells are not
 repeated. At the end, and with --report at any time, writes summary.json,
 study.md and quality.png (and cost.png, with --cost) to the workdir. --report
-of a folder with summary.json alone draws them again. Processes that share the
-workdir can share the work, --only=ml1m/concat,ml1m/none, and then --report.
---rerun=<cell>.json trains one cell again, in an empty workdir, and compares
-the metrics.
+of a folder with summary.json and no study.json draws them again. Processes that
+share the workdir can share the work, --only=ml1m/concat,ml1m/none, and then
+--report. --rerun=<cell>.json trains one cell again, in an empty workdir, and
+compares the metrics.
 """
 
 import pathlib

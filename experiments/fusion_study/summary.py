@@ -34,8 +34,8 @@ def load(
 ) -> Values:
   """The summary of a study's finished cells, written to summary.json.
 
-  Without cells, the summary.json that is there is read: it is all that tables
-  and figures need.
+  Without study.json (of a study that is kept, whose scores are not), the
+  summary.json that is there is read: it is all that tables and figures need.
 
   Args:
     workdir: of the study.
@@ -56,11 +56,11 @@ def load(
     ValueError: cells were tested on different events.
   """
   workdir = workdir_lib.resolve(workdir)
-  if not (workdir / store.FOLDER).is_dir():
+  if not (workdir / store.STUDY_FILE).exists():
     if (workdir / SUMMARY_FILE).exists():
       return report_lib.read_json(workdir / SUMMARY_FILE)
     raise FileNotFoundError(
-      f'workdir={str(workdir)!r} has neither {store.FOLDER}/ nor '
+      f'workdir={str(workdir)!r} has neither {store.STUDY_FILE} nor '
       f'{SUMMARY_FILE}: name the workdir of a study, or run one first'
     )
   study = dicts.from_dict(

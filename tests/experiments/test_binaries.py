@@ -261,12 +261,11 @@ class TestBinaries:
     text = (folder / 'config.py').read_text()
     text = text.replace("'time_gap', 'buckets': 24", "'weekday'")
     (folder / 'own.py').write_text('import my_features\n' + text)
-    with_module = {'cwd': folder, 'PYTHONPATH': f'{ROOT}:{folder}'}
     work = f'--workdir={folder}/own'
-    run('train', '--config=own.py', work, **with_module)
+    run('train', '--config=own.py', work, cwd=folder)
     message = "type='weekday' must be one of .*; import the module of a class"
     assert re.search(message, run('evaluate', work, expect=1, cwd=folder))
-    run('evaluate', work, '--modules=my_features', **with_module)
+    run('evaluate', work, '--modules=my_features', cwd=folder)
 
   def test_a_bad_config_file(self, trained):
     folder, _ = trained

@@ -126,6 +126,15 @@ class UsageTest(absltest.TestCase):
     said = [text.removeprefix('ValueError: ') for text in found]
     self.assertEqual(said, [text for _, text in cases])
 
+  def test_modules_that_are_not_there(self):
+    given = {'workdir': 'absent', 'modules': 'my_own'}
+    (found,) = messages('evaluate', {'flags': given})
+    self.assertEqual(
+      found,
+      "ModuleNotFoundError: --modules: there is no module 'my_own'; run in the "
+      'folder of its file, or name that in PYTHONPATH',
+    )
+
   def test_size_and_scale(self):
     other = str(ROOT / 'benchmarks/results/2026-11-26-cost-cpu.json')
     prepare = str(ROOT / 'benchmarks/results/2026-11-28-prepare-epyc-cpu.json')
