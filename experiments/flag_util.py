@@ -35,7 +35,10 @@ def finite(*found: flags.FlagHolder[Any]) -> None:
   """Raises a ValueError if one of these numbers is NaN or infinite."""
   for flag in found:
     if flag.value is not None and not math.isfinite(flag.value):
-      raise ValueError(f'--{flag.name}={flag.value} must be finite')
+      raise ValueError(
+        f'--{flag.name}={flag.value} must be finite; give a number, or leave '
+        'it out'
+      )
 
 
 def report(flag: flags.FlagHolder[Any], suite: str) -> dict[str, Any] | None:

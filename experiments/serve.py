@@ -9,7 +9,6 @@ engines into replicas of Ray Serve (the extra `ray`).
 """
 
 import functools
-import math
 import re
 import signal
 import time
@@ -62,6 +61,7 @@ _WAIT = flags.DEFINE_float(
   'How long a request waits for others to fill its batch, while nothing is '
   'scored.',
   0,
+  60_000,
 )
 _QUEUE = flags.DEFINE_integer(
   'max_queue', 256, 'Requests that may wait; more are refused with 429.', 1
@@ -72,6 +72,7 @@ _TIMEOUT = flags.DEFINE_float(
   'Requests that wait longer until their batch begins are refused with 504, '
   'if they do not say timeout_ms themselves.',
   1,
+  3_600_000,
 )
 _LIMITS = flags.DEFINE_string(
   'limits',
@@ -122,6 +123,7 @@ _DRAIN = flags.DEFINE_float(
   'Seconds after SIGTERM in which /health/ready says 503 and requests are '
   'still scored.',
   0,
+  3600,
 )
 _PAGE = flags.DEFINE_enum(
   'page',
@@ -155,10 +157,9 @@ def serve() -> None:
     raise ValueError(
       f'--ttl_s={_TTL.value} must be above 0; leave it out to forget nobody'
     )
-  if not math.isfinite(_WATCH.value):
-    raise ValueError(
-      f'--watch_s={_WATCH.value} must be finite; give 0 to never look'
-    )
+  flag_util.finite(_WATCH, _WAIT, _TIMEOUT, _DRAIN)
+  if _CACHE.value and '://' not in _CACHE.value:  # JAX takes URLs, too.
+    workdir.prepare(_CACHE.value, '--cache_dir')
   try:
     token = app_lib.read_token(_TOKEN.value)
   except OSError as error:

@@ -114,9 +114,18 @@ class UsageTest(absltest.TestCase):
       ({'candidates': '0'}, f'--candidates=0 {whole}'),
       ({'rows': '-1'}, f'--rows=-1 {whole}'),
       ({'suite': 'serving', 'users': '1,0'}, f'--users=1,0 {whole}'),
-      ({'seconds': 'inf'}, '--seconds=inf must be finite'),
-      ({'seconds': 'nan'}, '--seconds=nan must be finite'),
-      ({'suite': 'prepare', 'memory': 'nan'}, '--memory=nan must be finite'),
+      (
+        {'seconds': 'inf'},
+        '--seconds=inf must be finite; give a number, or leave it out',
+      ),
+      (
+        {'seconds': 'nan'},
+        '--seconds=nan must be finite; give a number, or leave it out',
+      ),
+      (
+        {'suite': 'prepare', 'memory': 'nan'},
+        '--memory=nan must be finite; give a number, or leave it out',
+      ),
       (
         {'suite': 'histories', 'candidates': '4,8'},
         'suite=histories takes one of --candidates=[4, 8]',
@@ -179,7 +188,9 @@ class UsageTest(absltest.TestCase):
     cases = ('limit_ms', 'nan'), ('seconds', 'inf'), ('rate', 'nan')
     found = messages('load', *({'flags': {k: v}} for k, v in cases))
     for said, (name, value) in zip(found, cases, strict=True):
-      self.assertEqual(said, f'ValueError: --{name}={value} must be finite')
+      self.assertStartsWith(
+        said, f'ValueError: --{name}={value} must be finite; give'
+      )
 
   def test_score(self):
     files = {name: 'x' for name in ('workdir', 'events', 'candidates')}
@@ -203,7 +214,10 @@ class UsageTest(absltest.TestCase):
       ('warm_up', '16,x'): 'must be whole numbers above 0; give',
       ('warm_up', ''): 'must be whole numbers above 0; give',
       ('ttl_s', '-1.0'): 'must be above 0; leave it out',
-      ('watch_s', 'nan'): 'must be finite; give 0 to never look',
+      ('watch_s', 'nan'): 'must be finite; give a number, or leave it out',
+      ('timeout_ms', 'nan'): 'must be finite; give a number',
+      ('drain_s', 'nan'): 'must be finite; give a number',
+      ('max_wait_ms', 'nan'): 'must be finite; give a number',
       ('token_file', 'nope'): 'No such file or directory; name a file',
     }
     found = messages(
@@ -212,6 +226,9 @@ class UsageTest(absltest.TestCase):
     for said, ((name, value), wanted) in zip(found, cases.items(), strict=True):
       self.assertStartsWith(said, f'ValueError: --{name}={value}')
       self.assertIn(wanted, said)
+    flags = {'workdir': 'x', 'cache_dir': f'{__file__}/programs'}
+    (found,) = messages('serve', {'flags': flags})
+    self.assertRegex(found, 'Error: .*--cache_dir=.*cannot be written to')
 
   def test_help_of_serve(self):
     """Enough to act on; 'Serve it.' is not."""

@@ -600,7 +600,7 @@ class TestProcesses:
     for flags, said in (
       ([f'--token_file={tmp_path / "none"}'], '/none: No such file or dir'),
       (['--store_mib=0'], '--store_mib=0: 0 is not a positive integer'),
-      (['--max_wait_ms=1e9'], 'max_wait_s='),
+      (['--max_wait_ms=1e9'], '--max_wait_ms=1e9: 1000000000.0 is not'),
       (['--watch_s=nan'], '--watch_s=nan must be finite'),
       (['--limits=items=3'], "'items' is none of"),
       (['--page=no', '--titles=a.csv'], 'not served; add --page=yes'),
