@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def check(field: str, sizes: Sequence[int]) -> tuple[int, ...]:
-  """The sizes, as a tuple; raises ValueError unless 1 <= s_1 < s_2 < .."""
-  sizes = tuple(sizes)
+def check(field: str, sizes: Sequence[int]) -> None:
+  """Raises ValueError unless 1 <= s_1 < s_2 < .."""
   if list(sizes) != sorted(set(sizes)) or (sizes and sizes[0] < 1):
     raise ValueError(f'{field}={sizes} must be positive and strictly ascending')
-  return sizes
 
 
 def bucket_size(n: int, smallest: int = 16) -> int:

@@ -60,15 +60,23 @@ def to_dict(config: Any) -> dict[str, Any]:
   return _encode(type(config), config, '')
 
 
-def check_fields(config: Any) -> None:
-  """Raises ValueError if a field of a dataclass has a value of a wrong type.
+def normalize(config: Any) -> None:
+  """Makes the fields of a dataclass what `from_dict` makes of them.
+
+  For `__post_init__`: then equal configs are equal as JSON, too.
 
   Args:
-    config: a dataclass; its fields are as `from_dict` takes them.
+    config: a dataclass, frozen or not; its fields are as `from_dict` takes
+      them.
+
+  Raises:
+    ValueError: a field has a value of a wrong type.
   """
   cls: type = type(config)
-  for name, hint in _hints(cls).items():
-    _decode(hint, getattr(config, name), name)
+  for field in dataclasses.fields(cls):
+    path = f'{cls.__name__}.{field.name}'
+    value = _decode(_hints(cls)[field.name], getattr(config, field.name), path)
+    object.__setattr__(config, field.name, value)
 
 
 def dumps(config: Any) -> str:

@@ -123,10 +123,10 @@ def extended(
   )
 
 
-def check(kind: Any, name: str = 'kind') -> None:
+def check(kind: Any) -> None:
   """Raises ValueError unless it is one of `KINDS`."""
   if kind not in KINDS:
-    raise ValueError(f'{name}={kind!r} must be one of {KINDS}')
+    raise ValueError(f'kind={kind!r} must be one of {KINDS}')
 
 
 def _of_events(scale, events: int):

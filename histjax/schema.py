@@ -35,10 +35,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
-from histjax import config as config_lib
+from histjax import config as dicts
 
 MAX_RAW = 1e30  # Beyond are marks such as float32's largest, no quantities.
 MAX_DENSE = 1e8  # Scaled; products of four of them are finite in float32.
@@ -81,16 +81,12 @@ class Categorical:
   min_count: int = 2
 
   def __post_init__(self):
+    dicts.normalize(self)
     _check_name(self)
     if not 1 <= self.size <= MAX_SIZE:
       raise ValueError(
         f'feature {self.name!r}: size={self.size} must be between 1 and '
         f'{MAX_SIZE}, the largest int32'
-      )
-    if self.ids not in ('index', 'hash', 'vocabulary'):
-      raise ValueError(
-        f"feature {self.name!r}: ids={self.ids!r} must be 'index', 'hash' or "
-        "'vocabulary'"
       )
     if self.ids == 'vocabulary' and self.size < 2:
       raise ValueError(
@@ -144,6 +140,7 @@ class Dense:
   log: bool = False
 
   def __post_init__(self):
+    dicts.normalize(self)
     _check_name(self)
     if not 0 < self.scale < math.inf or not math.isfinite(self.offset):
       raise ValueError(
@@ -174,6 +171,7 @@ class Task:
   threshold: float | None = None
 
   def __post_init__(self):
+    dicts.normalize(self)
     _check_name(self)
     if self.threshold is not None and not math.isfinite(self.threshold):
       raise ValueError(
@@ -226,18 +224,7 @@ class Schema:
   column_types: tuple[tuple[str, ColumnType], ...] = ()
 
   def __post_init__(self):
-    if isinstance(self.column_types, Mapping):
-      pairs = tuple(self.column_types.items())
-      object.__setattr__(self, 'column_types', pairs)
-    for field in (
-      *('item', 'tasks', 'action', 'context', 'hidden', 'derived'),
-      *('null_values', 'column_types'),
-    ):
-      if isinstance(getattr(self, field), str):
-        raise ValueError(
-          f'schema: {field}={getattr(self, field)!r} is one text; give a tuple'
-        )
-      object.__setattr__(self, field, tuple(getattr(self, field)))
+    dicts.normalize(self)
     if not self.item and not self.derived:
       raise ValueError('schema: item is empty; a candidate needs a feature')
     if not self.tasks:
@@ -260,11 +247,10 @@ class Schema:
     self._check_labels()
 
   def _check_types(self) -> None:
-    pairs = [(name, kind) for name, kind in self.column_types]
-    object.__setattr__(self, 'column_types', tuple(pairs))
-    if len(self.types) != len(pairs):
+    if len(self.types) != len(self.column_types):
       raise ValueError(
-        f'schema: column_types={pairs} declares a column twice; leave one'
+        f'schema: column_types={self.column_types} declares a column twice; '
+        'leave one'
       )
     uses = [(f.column, _choices(f), f'feature {f.name!r}') for f in self.logged]
     uses += [(t.column, _NUMBERS, f'task {t.name!r}') for t in self.tasks]
@@ -327,7 +313,7 @@ class Schema:
     """Raises a ValueError if `column_types` has a column not in `columns`."""
     for name in self.types:
       if name not in columns:
-        close = config_lib.nearest(name, columns)
+        close = dicts.nearest(name, columns)
         hint = f'; did you mean {close!r}?' if close else ''
         raise ValueError(
           f'schema: column_types has {name!r}, a column that nothing reads'

@@ -5,14 +5,34 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from absl.testing import absltest, parameterized
 from hypothesis import given
 from hypothesis import strategies as st
 
 from histjax import config as config_lib
+from histjax import features, scoring
 from histjax import schema as schema_lib
+from histjax.data import datasets, pipeline, rows
 from histjax.models import ranker
 from histjax.nn import encoder, interaction
+from histjax.serving import batcher, engine, export, known, messages
+from histjax.training import losses, optimizer
+
+SCHEMA = {
+  'user': 'u',
+  'time': 't',
+  'item': (schema_lib.Categorical('item', 9),),
+  'tasks': (schema_lib.Task('click'),),
+}
+FEATURES = (
+  (features.Activity, {'spans': (60,)}),
+  (features.HistoryRates, {'by': ('item',)}),
+  (features.Rates, {'by': ('item',)}),
+  (features.RecentRates, {'last': 3}),
+  (features.RecentShares, {'of': ('item@3',)}),
+  (features.TimeGap, {}),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +210,69 @@ class StrictTest(parameterized.TestCase):
           'tasks': [{'name': 'y'}],
         },
       )
+
+
+class NormalizeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (schema_lib.Categorical, {'name': 'item', 'size': 9}),
+    (schema_lib.Dense, {'name': 'price'}),
+    (schema_lib.Task, {'name': 'click'}),
+    (schema_lib.Schema, SCHEMA),
+    (ranker.RankerConfig, {'schema': schema_lib.Schema(**SCHEMA)}),
+    (encoder.EncoderConfig, {}),
+    (interaction.InteractionConfig, {}),
+    (scoring.ScorerConfig, {}),
+    (export.ExportConfig, {}),
+    (engine.EngineConfig, {}),
+    (known.StoreConfig, {}),
+    (batcher.BatcherConfig, {}),
+    (messages.Limits, {}),
+    (optimizer.OptimizerConfig, {}),
+    (losses.RankLossConfig, {}),
+    (pipeline.PipelineConfig, {}),
+    (rows.RowConfig, {}),
+    (datasets.DataConfig, {}),
+    (datasets.Synthetic, {}),
+    (
+      datasets.Events,
+      {'paths': ('a.csv',), 'schema': schema_lib.Schema(**SCHEMA)},
+    ),
+    *FEATURES,
+  )
+  def test_every_field_has_its_type(self, cls, values):
+    cls(**values)
+    for field in dataclasses.fields(cls):
+      for bad in (object(), 0.5j):
+        message = rf'{cls.__name__}\.{field.name}=.*must be'
+        with self.assertRaisesRegex(ValueError, message):
+          cls(**{**values, field.name: bad})
+
+  @parameterized.parameters(
+    (encoder.EncoderConfig, 'causal', 'no'),
+    (encoder.EncoderConfig, 'num_layers', True),
+    (encoder.EncoderConfig, 'width', 64.0),
+    (interaction.InteractionConfig, 'mlp_widths', (8.0,)),
+    (scoring.ScorerConfig, 'microbatch', float('inf')),
+    (scoring.ScorerConfig, 'row_buckets', '8'),
+    (schema_lib.Categorical, 'size', np.int64(9)),
+  )
+  def test_what_is_nearly_of_a_type(self, cls, field, bad):
+    values = {'name': 'x', 'size': 9} if cls is schema_lib.Categorical else {}
+    with self.assertRaisesRegex(ValueError, f'{cls.__name__}.{field}.*is of'):
+      cls(**{**values, field: bad})
+
+  def test_equal_configs_are_equal_as_json(self):
+    whole = schema_lib.Dense('price', scale=2, offset=-1)
+    self.assertEqual(whole, schema_lib.Dense('price', scale=2.0, offset=-1.0))
+    values = config_lib.dumps(whole)
+    back = config_lib.loads(schema_lib.Dense, values)
+    self.assertEqual(config_lib.dumps(back), values)
+
+  def test_a_dict_becomes_the_dataclass(self):
+    config = ranker.RankerConfig(
+      schema=schema_lib.Schema(**SCHEMA), encoder={'width': 32}
+    )
+    self.assertEqual(config.encoder, encoder.EncoderConfig(width=32))
 
 
 class DifferencesTest(absltest.TestCase):

@@ -90,7 +90,7 @@ class SchemaTest(parameterized.TestCase):
     ('price', 'timestamp', "as feature 'price'"),
     ('click', 'text', "as task 'click'"),
     ('time', 'text', 'as time it can be one of .*timestamp'),
-    ('item', 'int', "'item': 'int'"),
+    ('item', 'int', "column_types.item='int' must be one of"),
   )
   def test_column_types_that_do_not_fit(self, column, kind, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -102,7 +102,8 @@ class SchemaTest(parameterized.TestCase):
 
   @parameterized.parameters('null_values', 'column_types')
   def test_one_text_is_no_tuple(self, field):
-    with self.assertRaisesRegex(ValueError, f"{field}='NA' is one text"):
+    message = f"{field}='NA' is of type str; it must be a list"
+    with self.assertRaisesRegex(ValueError, message):
       schema(**{field: 'NA'})
 
 

@@ -122,7 +122,7 @@ class Events(Source):
   require_sorted: bool = False
 
   def __post_init__(self):
-    object.__setattr__(self, 'paths', tuple(self.paths))
+    config_lib.normalize(self)
     if not self.paths:
       raise ValueError('data.source.paths is empty; name the files of the log')
     if self.schema.derived:
@@ -166,8 +166,7 @@ class DataConfig:
   prepared: str = ''
 
   def __post_init__(self):
-    for field in ('tasks', 'features', 'without'):
-      object.__setattr__(self, field, tuple(getattr(self, field)))
+    config_lib.normalize(self)
     for field, rows in (('rows', self.rows), ('eval_rows', self.eval_rows)):
       if rows is not None:
         self.source.check(rows)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.data.events import EventLog
 
 
@@ -50,11 +51,7 @@ class RowConfig:
   snapshot_every: float | None = None
 
   def __post_init__(self):
-    _check_choice(
-      self, 'kind', ('pointwise', 'request', 'streaming', 'snapshot')
-    )
-    _check_choice(self, 'on_overflow', ('truncate', 'error'))
-    _check_choice(self, 'ties', ('order', 'strict'))
+    dicts.normalize(self)
     if self.history_length is not None and self.history_length < 0:
       raise ValueError(
         f'rows: history_length={self.history_length} must be >= 0, or None'
@@ -222,9 +219,3 @@ def check_context(log: EventLog, events, starts, config: RowConfig) -> None:
         f'changes within a {config.kind} row of user {user!r}, which holds '
         "one value; move it to Schema.item, or use kind='pointwise'"
       )
-
-
-def _check_choice(config, field: str, choices: tuple[str, ...]) -> None:
-  value = getattr(config, field)
-  if value not in choices:
-    raise ValueError(f'rows: {field}={value!r} must be one of {choices}')

@@ -23,6 +23,7 @@ import grain
 import numpy as np
 
 from histjax import buckets as bucket_sizes
+from histjax import config as dicts
 from histjax.data import bucketing, packing
 from histjax.data.rows import RowSource
 from histjax.types import RankingBatch
@@ -68,9 +69,9 @@ class PipelineConfig:
   prefetch: int = 8
 
   def __post_init__(self):
+    dicts.normalize(self)
     for field in ('history_buckets', 'candidate_buckets'):
-      sizes = bucket_sizes.check(f'pipeline: {field}', getattr(self, field))
-      object.__setattr__(self, field, sizes)
+      bucket_sizes.check(f'pipeline: {field}', getattr(self, field))
     wide, tall = len(self.history_buckets), len(self.candidate_buckets)
     if self.pack and wide != tall:
       raise ValueError(

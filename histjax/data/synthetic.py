@@ -25,6 +25,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax import metrics
 from histjax.data.events import EventLog
 from histjax.data.rows import Rows
@@ -69,6 +70,7 @@ class SyntheticConfig:
   like_bias: float = -0.5
 
   def __post_init__(self):
+    dicts.normalize(self)
     for field in (
       'num_users',
       'requests_per_user',

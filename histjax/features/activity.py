@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.features import base
 from histjax.schema import Dense, Feature, Schema
 
@@ -33,7 +34,7 @@ class Activity(base.DerivedFeature):
   needs_time: ClassVar[bool] = True
 
   def __post_init__(self):
-    object.__setattr__(self, 'spans', tuple(self.spans))
+    dicts.normalize(self)
     spans = self.spans
     if not spans or min(spans) < 1 or len(set(spans)) < len(spans):
       raise ValueError(

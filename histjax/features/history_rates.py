@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.features import base
 from histjax.schema import Dense, Feature, Schema
 
@@ -36,7 +37,7 @@ class HistoryRates(base.DerivedFeature):
   of_view: ClassVar[bool] = True
 
   def __post_init__(self):
-    object.__setattr__(self, 'by', tuple(self.by))
+    dicts.normalize(self)
     suffixes = [suffix for _, _, suffix in self._parts()]
     if not self.by or len(set(suffixes)) < len(suffixes):
       raise ValueError(

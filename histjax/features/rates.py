@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.features import base
 from histjax.schema import Categorical, Dense, Feature, Schema
 
@@ -43,7 +44,7 @@ class Rates(base.DerivedFeature):
   needs_user: ClassVar[bool] = True
 
   def __post_init__(self):
-    object.__setattr__(self, 'by', tuple(self.by))
+    dicts.normalize(self)
     if not self.by or len(set(self.by)) < len(self.by):
       raise ValueError(
         f'data.features: Rates.by={self.by} must name at least one, each once'

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.features import base, rates
 from histjax.schema import Dense, Feature, Schema
 
@@ -27,6 +28,7 @@ class RecentRates(base.DerivedFeature):
   last: int
 
   def __post_init__(self):
+    dicts.normalize(self)
     if self.last < 1:
       raise ValueError(
         f'data.features: RecentRates.last={self.last} must be >= 1'

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.features import base
 from histjax.schema import Dense, Feature, Schema
 
@@ -32,7 +33,7 @@ class RecentShares(base.DerivedFeature):
   of: tuple[str, ...]
 
   def __post_init__(self):
-    object.__setattr__(self, 'of', tuple(self.of))
+    dicts.normalize(self)
     for name in self.of:
       if base.feature_and_last(name, 'RecentShares.of')[1] is None:
         raise ValueError(

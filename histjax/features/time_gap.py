@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.features import base
 from histjax.schema import Categorical, Feature, Schema
 
@@ -29,6 +30,7 @@ class TimeGap(base.DerivedFeature):
   of_view: ClassVar[bool] = True
 
   def __post_init__(self):
+    dicts.normalize(self)
     if self.buckets < 1:
       raise ValueError(
         f'data.features: TimeGap.buckets={self.buckets} must be >= 1'

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from histjax import config as dicts
 from histjax import key_range as ranges
 from histjax import ops
 from histjax import schema as schema_lib
@@ -57,6 +58,7 @@ class RankerConfig:
   dtype: Literal['float32', 'bfloat16'] = 'float32'
 
   def __post_init__(self):
+    dicts.normalize(self)
     if self.fusion not in fusion.FUSIONS:
       raise ValueError(
         f'fusion={self.fusion!r} is unknown; choose from '
@@ -76,8 +78,6 @@ class RankerConfig:
       raise ValueError(
         f'embedding_dropout={self.embedding_dropout} must be in [0, 1)'
       )
-    if self.dtype not in ('float32', 'bfloat16'):
-      raise ValueError(f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 
   @property
   def hops(self) -> int:

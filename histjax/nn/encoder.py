@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from histjax import config as dicts
 from histjax import ops
 from histjax.nn import attention
 from histjax.ops import dispatch, rotary
@@ -65,6 +66,7 @@ class EncoderConfig:
   remat: str | None = None
 
   def __post_init__(self):
+    dicts.normalize(self)
     for field in ('num_layers', 'width', 'num_heads', 'num_recency'):
       value = getattr(self, field)
       if value < 1:
@@ -85,11 +87,6 @@ class EncoderConfig:
       raise ValueError(
         f'encoder.remat={self.remat!r} must be one of {REMAT_POLICIES}, or '
         'None to compute nothing twice'
-      )
-    if self.positions not in ('rotary', 'recency', 'none'):
-      raise ValueError(
-        f"encoder.positions={self.positions!r} must be 'rotary', 'recency' "
-        "or 'none'"
       )
     if self.positions == 'rotary' and self.head_dim % 2:
       raise ValueError(

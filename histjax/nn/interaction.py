@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from histjax import config as dicts
 from histjax import ops
 
 
@@ -41,11 +42,7 @@ class InteractionConfig:
   implementation: Literal['pallas_gpu', 'numba_cpu', 'xla'] | None = None
 
   def __post_init__(self):
-    object.__setattr__(self, 'mlp_widths', tuple(self.mlp_widths))
-    if self.kind not in ('dcn_v2', 'mlp'):
-      raise ValueError(
-        f"interaction.kind={self.kind!r} must be 'dcn_v2' or 'mlp'"
-      )
+    dicts.normalize(self)
     for field in ('cross_layers', 'cross_rank'):
       if getattr(self, field) < 1:
         raise ValueError(
@@ -58,11 +55,6 @@ class InteractionConfig:
       )
     if not 0 <= self.dropout < 1:
       raise ValueError(f'interaction.dropout={self.dropout} must be in [0, 1)')
-    if self.implementation not in (None, 'pallas_gpu', 'numba_cpu', 'xla'):
-      raise ValueError(
-        f'interaction.implementation={self.implementation!r} must be '
-        "'pallas_gpu', 'numba_cpu', 'xla' or None"
-      )
 
 
 class InteractionHead(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from histjax import buckets, quantization
+from histjax import config as dicts
 
 _SMALLEST_HISTORY = 16
 _SMALLEST_CANDIDATES = 16
@@ -41,6 +42,7 @@ class ScorerConfig:
   cuda_graphs: bool = True
 
   def __post_init__(self):
+    dicts.normalize(self)
     for field in ('microbatch', 'plain_microbatch'):
       if getattr(self, field) < 1:
         raise ValueError(f'{field}={getattr(self, field)} must be at least 1')
@@ -50,11 +52,7 @@ class ScorerConfig:
       'row_buckets',
       'new_event_buckets',
     ):
-      sizes = buckets.check(field, getattr(self, field))
-      object.__setattr__(self, field, sizes)
-
-    if self.cache_dtype is not None:
-      quantization.check(self.cache_dtype, 'cache_dtype')
+      buckets.check(field, getattr(self, field))
 
   def rows(self, number: int) -> int:
     """What so many rows are padded to."""

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from histjax import config as dicts
+
 
 class QueueFullError(Exception):
   """As many requests wait as may; `retry_after_s` until there is room."""
@@ -58,6 +60,7 @@ class BatcherConfig:
   max_queue: int = 256
 
   def __post_init__(self):
+    dicts.normalize(self)
     for field in ('max_batch', 'max_queue'):
       if getattr(self, field) < 1:
         raise ValueError(f'{field}={getattr(self, field)} must be at least 1')

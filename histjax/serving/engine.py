@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 
 from histjax import buckets
+from histjax import config as dicts
 from histjax.data.row_maker import RowMaker
 from histjax.scoring import ahead
 from histjax.scoring.config import ScorerConfig
@@ -73,6 +74,7 @@ class EngineConfig:
   pad_rows: bool = True
 
   def __post_init__(self):
+    dicts.normalize(self)
     if self.headroom < 0:
       raise ValueError(f'headroom={self.headroom} must be at least 0')
     for field in ('max_events', 'max_new_events', 'max_rows'):

@@ -71,10 +71,7 @@ class ExportConfig:
   repick: bool = False
 
   def __post_init__(self):
-    if self.platform not in ('cpu', 'cuda', 'tpu'):
-      raise ValueError(
-        f"platform={self.platform!r} must be 'cpu', 'cuda' or 'tpu'"
-      )
+    config_lib.normalize(self)
     if self.compute_capability is None:
       capability = '9.0' if self.platform == 'cuda' else ''
       object.__setattr__(self, 'compute_capability', capability)
@@ -90,10 +87,9 @@ class ExportConfig:
       sizes = getattr(self, field)
       if sizes is None:
         continue
-      sizes = buckets.check(field, sizes)
+      buckets.check(field, sizes)
       if not sizes and field != 'new_events':
         raise ValueError(f'{field}=() must name at least one size')
-      object.__setattr__(self, field, sizes)
     if self.new_events and self.new_events[-1] > self.events[0]:
       raise ValueError(
         f'new_events={self.new_events} must be at most the smallest of '

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+from histjax import config as dicts
 from histjax.data.past import Past
 
 _OVERHEAD = 2048
@@ -27,6 +28,7 @@ class StoreConfig:
   ttl: float | None = None
 
   def __post_init__(self):
+    dicts.normalize(self)
     for field in ('device_bytes', 'host_bytes'):
       if getattr(self, field) < 0:
         raise ValueError(f'{field}={getattr(self, field)} must be at least 0')

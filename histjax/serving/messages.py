@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from histjax import config as config_lib
+from histjax import config as dicts
 
 JSON = 'application/json'
 MSGPACK = 'application/vnd.msgpack'
@@ -150,6 +150,7 @@ class Limits:
   text: int = 1024
 
   def __post_init__(self):
+    dicts.normalize(self)
     for name, value in dataclasses.asdict(self).items():
       if not value > 0:
         raise ValueError(f'{name}={value} must be above 0')
@@ -324,7 +325,7 @@ def _fix(what: str) -> str:
   """Of a message of msgspec."""
   if match := re.search('unknown field `(.*)`', what):
     known = ScoreRequest.__struct_fields__
-    close = config_lib.nearest(match[1], known)
+    close = dicts.nearest(match[1], known)
     meant = f'rename it to {close!r}' if close else 'leave it out'
     return f'{meant}; known are {sorted(known)}'
   if match := re.search('required (field `.*`)', what):

@@ -84,7 +84,7 @@ class TrainConfig:
   tensorboard: bool = True
 
   def __post_init__(self):
-    dicts.check_fields(self)
+    dicts.normalize(self)
     if (self.num_epochs is None) == (self.num_steps is None):
       raise ValueError(
         f'num_epochs={self.num_epochs} and num_steps={self.num_steps}: set one '

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Bool, Float, Int
 
+from histjax import config as dicts
 from histjax.types import Array, RankingBatch
 
 Labelled = Mapping[str, Float[Array, 'B C']]
@@ -30,6 +31,7 @@ class RankLossConfig:
   span: int | None = None
 
   def __post_init__(self):
+    dicts.normalize(self)
     if not 0 <= self.weight < float('inf'):
       raise ValueError(
         f'rank_loss.weight={self.weight} must be >= 0 and finite'

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from histjax import config as dicts
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -50,6 +52,7 @@ class OptimizerConfig:
   table_initial: float = 0.0
 
   def __post_init__(self):
+    dicts.normalize(self)
     for field in ('learning_rate', 'eps', 'table_learning_rate', 'table_eps'):
       value = getattr(self, field)
       if not 0 < value < math.inf:
@@ -68,8 +71,6 @@ class OptimizerConfig:
       raise ValueError(
         f'optimizer.clip_norm={self.clip_norm} must be positive, or None'
       )
-    _one_of(self, 'schedule', ('constant', 'linear', 'cosine'))
-    _one_of(self, 'table_optimizer', ('rowwise_adagrad', 'lazy_adam'))
 
 
 class RowwiseAdagradState(NamedTuple):
@@ -304,9 +305,3 @@ def _in_an_array(rate: optax.Schedule) -> optax.Schedule:
 
 def _matrices(params: Any) -> Any:
   return jax.tree.map(lambda x: x.ndim >= 2, params)
-
-
-def _one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
-  value = getattr(config, field)
-  if value not in allowed:
-    raise ValueError(f'optimizer.{field}={value!r} must be one of {allowed}')

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from histjax import schema
 from histjax.scoring.fingerprint import fingerprint
 from tests import support
 
@@ -53,6 +54,15 @@ class FingerprintTest(parameterized.TestCase):
   def test_tells_configs_apart(self, **fields):
     config = support.config(**fields)
     self.assertNotEqual(fingerprint(config, self.variables), self.expected)
+
+  def test_does_not_tell_a_whole_number_from_a_float(self):
+    def of(scale):
+      items = (schema.Dense('price', scale=scale),)
+      fields = dataclasses.replace(support.SCHEMA, item=items)
+      return fingerprint(support.config(schema=fields), {})
+
+    self.assertEqual(of(2), of(2.0))
+    self.assertNotEqual(of(2), of(3))
 
   def test_does_not_tell_implementations_apart(self):
     config = support.config(

@@ -177,7 +177,7 @@ class ConfigTest(parameterized.TestCase):
     ('table_optimizer', 'sgd'),
   )
   def test_refuses(self, field, value):
-    with self.assertRaisesRegex(ValueError, f'optimizer.{field}='):
+    with self.assertRaisesRegex(ValueError, f'{field}='):
       dataclasses.replace(optimizer.OptimizerConfig(), **{field: value})
 
 
