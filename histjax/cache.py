@@ -71,6 +71,7 @@ class HistoryCache:
     """The cache whose `length` is that of `info`, 0 for padding."""
     length = np.zeros(keys.shape[1], np.int32)
     length[: info.num_users] = info.length
+    length.setflags(write=False)
     return cls(keys, values, length, info)
 
   @property
@@ -198,18 +199,31 @@ def info_of(cache: Any) -> CacheInfo:
       'transformation of JAX made of one; take it as encode or extend returned '
       'it'
     )
-  kept = isinstance(cache.keys, (jax.Array, Quantized))
-  if kept and cache.keys.is_deleted():
+  keys = _codes(cache)
+  if isinstance(keys, jax.Array) and keys.is_deleted():
     raise ValueError(
       'cache was given to extend, which wrote the new events into its memory; '
       'use the cache that extend returned, or extend with donate=False'
+    )
+  shape, users = keys.shape, cache.info.length.tolist()
+  length = np.asarray(cache.length).tolist()
+  if (
+    cache.values.shape != shape
+    or length[: len(users)] != users
+    or not (len(users) <= shape[1] == len(length))
+    or max(users, default=0) > shape[2]
+  ):
+    raise ValueError(
+      f'cache has keys {shape}, values {cache.values.shape} and length {length}'
+      f', and was made of histories of {users} events; these must be '
+      '[layers, B, L, N, H] of all users and events: pick users by take'
     )
   return cache.info
 
 
 def devices(cache: HistoryCache) -> Set[jax.Device] | None:
   """Those it is bound to; None: to none."""
-  keys = cache.keys.codes if isinstance(cache.keys, Quantized) else cache.keys
+  keys = _codes(cache)
   if not isinstance(keys, jax.Array) or not keys.committed:
     return None
   return keys.sharding.device_set
@@ -247,9 +261,13 @@ def quantize(cache: HistoryCache, kind: Kind) -> HistoryCache:
   return cache.replace(keys=keys, values=values)
 
 
+def _codes(cache: HistoryCache) -> Array:
+  """The keys, or what stands for them in 8 bits."""
+  return cache.keys.codes if isinstance(cache.keys, Quantized) else cache.keys
+
+
 def _dtype(cache: HistoryCache) -> str:
-  keys = cache.keys
-  return (keys.codes if isinstance(keys, Quantized) else keys).dtype.name
+  return _codes(cache).dtype.name
 
 
 @functools.partial(jax.jit, static_argnames='kind')

@@ -92,12 +92,14 @@ def gauc(
     ValueError: scores that are not finite, or labels other than 0 and 1.
   """
   scores, labels = _check(scores, labels)
-  if np.shape(group) != scores.shape:
+  _check_masks('group', group)
+  group = np.asarray(group)
+  if group.shape != scores.shape or group.dtype.kind not in 'iuUS':
     raise ValueError(
-      f'group has shape {np.shape(group)}; it must be that of the scores, '
-      f'{scores.shape}'
+      f'group is {group.dtype} {group.shape}; it must be of integers or texts, '
+      f'one for each of the scores, {scores.shape}'
     )
-  area, count = auc_by_group(scores, labels, np.asarray(group))
+  area, count = auc_by_group(scores, labels, group)
   defined = ~np.isnan(area)
   weight = math.fsum(count[defined])
   if not weight:
@@ -222,6 +224,7 @@ class RankingMetrics:
           raise ValueError(
             f'{name} of task {task!r} are missing; there are {sorted(values)}'
           )
+        _check_masks(f'{name} of task {task!r}', values[task])
         found = np.shape(values[task])
         shape = found if shape is None else shape
         if found != shape or len(found) != 2:
@@ -315,7 +318,15 @@ def _groups(group: np.ndarray, keep: np.ndarray) -> np.ndarray:
   return group.astype(np.int32)
 
 
+def _check_masks(what: str, values: Array) -> None:
+  """Raises ValueError if NumPy's mask hides some: it would be lost."""
+  if np.ma.is_masked(values):
+    raise ValueError(f'{what} have masked values; leave them out')
+
+
 def _check(scores, labels, where: str = ''):
+  _check_masks(f'{where}scores', scores)
+  _check_masks(f'{where}labels', labels)
   scores = np.asarray(scores, np.float64)
   labels = np.asarray(labels, np.float64)
   if scores.shape != labels.shape or scores.ndim != 1:

@@ -123,9 +123,28 @@ class FunctionsTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'one-dimensional and of one len'):
         metrics.auc(np.zeros(shape), np.zeros(other))
 
-  def test_refuses_another_number_of_groups(self):
-    with self.assertRaisesRegex(ValueError, r'group has shape \(3,\)'):
-      metrics.gauc(np.zeros(2), np.array([0, 1]), np.zeros(3))
+  @parameterized.parameters(
+    (np.zeros(3, int), r'int64 \(3,\)'),
+    # Each NaN is another user, who would be left out.
+    (np.full(2, np.nan), r'float64 \(2,\)'),
+    ([None, 'b'], r'object \(2,\)'),
+  )
+  def test_refuses_groups(self, group, message):
+    with self.assertRaisesRegex(ValueError, f'group is {message}'):
+      metrics.gauc(np.zeros(2), np.array([0, 1]), group)
+
+  def test_refuses_masked_values(self):
+    masked = np.ma.masked_array([0, 1], mask=[True, False])
+    for metric in (metrics.auc, metrics.logloss, metrics.normalized_entropy):
+      with self.assertRaisesRegex(ValueError, 'scores have masked'):
+        metric(masked, np.array([0, 1]))
+      with self.assertRaisesRegex(ValueError, 'labels have masked'):
+        metric(np.array([0.5, 1]), masked)
+    for i, name in enumerate(('scores', 'labels', 'group')):
+      given = [np.array([0, 1])] * 3
+      given[i] = masked
+      with self.assertRaisesRegex(ValueError, f'{name} have masked'):
+        metrics.gauc(*given)
 
   def test_many_users_are_quick(self):
     logits, labels, group = draw(0, 500_000, users=25_000)
@@ -207,6 +226,10 @@ class AccumulatorTest(parameterized.TestCase):
     (
       {'labels': {'a': np.zeros((2, 3)), 'b': np.zeros((2, 1))}},
       r"labels of task 'b' have shape \(2, 1\)",
+    ),
+    (
+      {'labels': {'a': np.ma.masked_array(np.ones((2, 3)), np.eye(2, 3))}},
+      "labels of task 'a' have masked",
     ),
     ({'mask': np.ones((2, 3), np.int32)}, 'mask is int32'),
     ({'mask': np.ones((2, 1), bool)}, r'mask is bool \(2, 1\)'),

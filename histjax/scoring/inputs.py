@@ -22,6 +22,8 @@ from histjax import schema as schema_lib
 from histjax.scoring import layout as layout_lib
 from histjax.types import Candidates, History, RankingBatch
 
+_PLAIN = {np.ndarray}
+
 
 def check_batch(
   schema: schema_lib.Schema, batch: RankingBatch, *, causal: bool = True
@@ -378,6 +380,8 @@ def write_together(
       parts = [features.get(name) for features in given]
       if [x.shape for x in parts] != shapes:
         return False
+      if set(map(type, parts)) != _PLAIN:  # A masked one would lose its mask.
+        return False
       np.concatenate(parts, out=out[part], casting='no')
   except (AttributeError, TypeError):  # No dict, no arrays, or other types.
     return False
@@ -393,7 +397,7 @@ def _write_converted(field, given, spec, shape, real, view) -> bool:
   good = True
   for feature in spec:
     value = given[feature.name]
-    if not isinstance(value, np.ndarray):
+    if type(value) is not np.ndarray:
       value = _host(f'{field}[{feature.name!r}]', value)
     table = feature.size if isinstance(feature, schema_lib.Categorical) else 0
     if value.shape != shape or value.dtype.kind not in ('iu' if table else 'f'):
@@ -489,6 +493,11 @@ def check_type(value: Any, cls: type, field: str) -> None:
 
 
 def _host(field: str, value: Any) -> np.ndarray:
+  if np.ma.is_masked(value):
+    raise ValueError(
+      f'{field} has masked values, which are missing; fill them in, or leave '
+      'them out'
+    )
   try:
     return np.asarray(value)
   except ValueError as error:  # A ragged list.

@@ -327,7 +327,7 @@ class RankerTest(parameterized.TestCase):
     ),
     ({'encoder__num_layers': 0}, 'encoder.num_layers=0'),
     ({'encoder__remat': 'dots'}, r"encoder.remat='dots' must be .*dots_saveab"),
-    ({'encoder__positions': 'sine'}, "encoder.positions='sine'"),
+    ({'encoder__positions': 'sine'}, "EncoderConfig.positions='sine'"),
     (
       {'encoder__causal': False, 'encoder__window': 4},
       'needs encoder.causal=True',

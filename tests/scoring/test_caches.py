@@ -1,5 +1,7 @@
 """A cache knows its users and its model."""
 
+import pickle
+
 import jax
 import numpy as np
 from absl.testing import parameterized
@@ -142,6 +144,42 @@ class CacheTest(parameterized.TestCase):
     for cache in (mapped, None, self.batch.history):
       with self.assertRaisesRegex(ValueError, 'that no Scorer made'):
         self.score(cache)
+
+  def test_one_whose_fields_were_changed(self):
+    """Scores of it would be those of other histories."""
+    keys, values = self.cache.keys, self.cache.values
+    for change in (
+      {'length': np.zeros(4, np.int32)},
+      {'length': self.cache.length[:2]},
+      {'keys': keys[:, :2], 'values': values[:, :2]},
+      {'keys': keys[:, :, :4], 'values': values[:, :, :4]},
+      {'values': values[:, :, :4]},
+    ):
+      changed = self.cache.replace(**change)
+      for use in (
+        self.score,
+        lambda x: self.s.extend(x, self.batch.history),
+        lambda x: x.take([0]),
+        lambda x: histjax.quantize(x, 'int8'),
+      ):
+        with self.assertRaisesRegex(ValueError, 'was made of histories of'):
+          use(changed)
+    with self.assertRaisesRegex(ValueError, 'read-only'):
+      self.cache.length[0] = 0
+
+  @parameterized.parameters('int8', None)
+  def test_one_that_was_kept_elsewhere(self, kind):
+    cache = histjax.quantize(self.cache, kind) if kind else self.cache
+    expected = real(self.score(cache), self.batch)
+    arrays = jax.tree.map(np.asarray, cache)
+    for kept in (
+      arrays.replace(info=cache.info),
+      pickle.loads(pickle.dumps(cache)),
+    ):
+      np.testing.assert_array_equal(
+        real(self.score(kept), self.batch), expected
+      )
+      self.assertEqual(kept.take([1]).info.length, cache.info.length[1])
 
   def test_users_make_no_programs(self):
     traced = []

@@ -13,6 +13,7 @@ from histjax.types import Candidates, History
 from tests import support
 from tests.scoring.scorers import TOLERANCE, real, rows, scorer
 
+EYE = np.eye(3, 5)
 SCALARS = st.one_of(
   st.none(),
   st.booleans(),
@@ -176,6 +177,8 @@ class BadInputTest(parameterized.TestCase):
     ('duration', [[True] * 5] * 3, 'has dtype bool, as in True'),
     ('duration', [[None] * 5] * 3, 'has dtype object'),
     ('duration', [[1j] * 5] * 3, 'has dtype complex128'),
+    ('item', np.ma.masked_array(np.ones((3, 5), np.int32), EYE), 'has masked'),
+    ('duration', np.ma.masked_array(np.ones((3, 5)), EYE), 'has masked values'),
     ('rating', np.zeros((3, 5), np.int32), 'is not in the schema, which asks'),
   )
   def test_what_is_no_feature(self, name, value, message):
@@ -192,6 +195,7 @@ class BadInputTest(parameterized.TestCase):
     ({'length': [1, 2]}, r'features have shape \(3, 9\) and length \(2,\)'),
     ({'length': [1.0, 2.0, 3.0]}, 'history.length has dtype float64; expected'),
     ({'length': None}, r'length \(\); they must be \[B, L\] and \[B\]'),
+    ({'length': np.ma.masked_equal([0, 2, 3], 0)}, 'length has masked values'),
     ({'length': [-1, 2, 3]}, r'length spans \[-1, 3\]'),
     ({'features': None}, 'history.features is a NoneType; expected a dict of'),
     ({'features': [1]}, 'history.features is a list'),

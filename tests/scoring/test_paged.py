@@ -310,12 +310,14 @@ class ManyTest(parameterized.TestCase):
 
     item = np.zeros((1, 16), np.int32)
     item[0, 3] = 40
+    masked = np.ma.masked_array(np.zeros_like(item), item == 40)
     numbers = np.zeros((1, 16), np.float32)
     numbers[0, 2] = np.nan
     for of_candidates, of_context, message in (
       (feature('item', item), {}, r"\['item'\]\[0, 3\] is 40"),
       (feature('duration', numbers), {}, r"\['duration'\]\[0, 2\] is nan"),
       (feature('item', numbers), {}, r"\['item'\] has dtype float32"),
+      (feature('item', masked), {}, r"\['item'\] has masked values"),
       (feature('tag_0', item[:, :9]), {}, r"'\] has shape \(1, 9\)"),
       (feature('other', item), {}, r"\['other'\] is not in the schema"),
       (candidates[:2], {'user': np.array([99])}, r"'user'\]\[0\] is 99"),

@@ -299,7 +299,7 @@ class StoreTest(parameterized.TestCase):
     first, _ = self.put(store, ['a'], 5)
     store.keep('b', store.find('a').past, hashlib.blake2b())
     bad = cache_of(self.rng, 5)
-    bad = bad.replace(keys=bad.keys[..., :3])
+    bad = bad.replace(keys=bad.keys[..., :3], values=bad.values[..., :3])
     with self.assertRaisesRegex(ValueError, 'must be the same'):
       store.put(['b'], bad, [0])
     self.assertIsNone(store.find('b').state)
