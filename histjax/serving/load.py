@@ -100,6 +100,7 @@ class Model:
     """Appends `count[b]` new events to each user's history."""
     count = _vector('count', count)
     length = self._length(cache, len(count)) + count
+    length.setflags(write=False)
     old = cache.keys.shape[2]
     capacity = max(old, self._fit('events', _max(length)))
     width = [(0, 0), (0, 0), (0, capacity - old), (0, 0), (0, 0)]
@@ -118,10 +119,7 @@ class Model:
     context: Mapping[str, Any],
   ) -> dict[str, np.ndarray]:
     """Logits of candidates; row b belongs to user b of the cache."""
-    shape = np.shape(next(iter(candidates.values()), ()))
-    if len(shape) != 2:
-      raise ValueError(f'candidates are {shape}; expected {{name: [B, C]}}')
-    rows, number = shape
+    rows, number = _shape('candidates', candidates)
     length = self._length(cache, rows)
     count = np.full(rows, number)
     parts: Any = {'length': {'length': length}, 'count': {'count': count}}
@@ -134,6 +132,8 @@ class Model:
     return dict(zip(self.manifest['tasks'], logits, strict=True))
 
   def _length(self, cache: Cache, rows: int) -> np.ndarray:
+    if not isinstance(cache, Cache):
+      raise ValueError(f'cache is a {type(cache).__name__}, not of encode')
     if cache.model != self.manifest['model']:
       raise ValueError('cache is of another model; encode the history again')
     if rows != len(cache.length):
@@ -182,14 +182,15 @@ class Model:
     """All features, checked and padded, one after another as int32."""
     packed = []
     for part, features in self.manifest['requests'][kind].items():
-      given = parts[part]
+      given = _mapping(part, parts[part])
       if set(given) != set(features):
-        raise ValueError(f'{part}: {sorted(given)} are not {sorted(features)}')
+        names = sorted(map(str, given))
+        raise ValueError(f'{part}: {names} are not {sorted(features)}')
       many = part in ('history', 'candidates')
-      longest = np.shape(next(iter(given.values())))[1:] if many else ()
+      longest = _shape(part, given)[1:] if many else ()
       out = np.zeros((sizes[0], sizes[-1]) if many else sizes[0], np.int32)
       for name, size in features.items():
-        x = np.asarray(given[name])
+        x = _array(f'{part}[{name!r}]', given[name])
         floats = size is None
         if x.shape != (len(real), *longest) or x.dtype.kind not in (
           'f' if floats else 'iu'
@@ -217,10 +218,36 @@ class Model:
 
 
 def _vector(name: str, x: Any) -> np.ndarray:
-  x = np.asarray(x)
+  x = _array(name, x)
   if x.ndim != 1 or x.dtype.kind not in 'iu':
     raise ValueError(f'{name} is {x.dtype} {x.shape}; expected integers [B]')
-  return x.astype(np.int64)
+  x = x.astype(np.int64)
+  x.setflags(write=False)  # It becomes the cache's.
+  return x
+
+
+def _array(name: str, x: Any) -> np.ndarray:
+  if np.ma.is_masked(x):
+    raise ValueError(f'{name} has masked values; fill them in')
+  try:
+    return np.asarray(x)
+  except ValueError as error:  # A ragged list.
+    raise ValueError(f'{name} is no array: {error}') from error
+
+
+def _mapping(part: str, given: Any) -> Mapping[str, Any]:
+  if not isinstance(given, Mapping):
+    raise ValueError(f'{part} is a {type(given).__name__}; expected a dict')
+  return given
+
+
+def _shape(part: str, given: Any) -> tuple[int, ...]:
+  """Of the first feature, which all must have."""
+  name, first = next(iter(_mapping(part, given).items()), ('', ()))
+  shape = _array(f'{part}[{name!r}]', first).shape
+  if len(shape) != 2:
+    raise ValueError(f'{part}: arrays of {shape}; expected {{name: [B, ..]}}')
+  return shape
 
 
 def _max(x: np.ndarray) -> int:

@@ -49,6 +49,10 @@ print('programs', sum(bool(model._program(x[:-4])) for x in names))
 """
 
 
+def flat(given):
+  return {k: x[:, 0] for k, x in given.items()}
+
+
 class LoadTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -237,6 +241,25 @@ class LoadTest(parameterized.TestCase):
       'inf is not finite float32',
     ),
     ('history', 'other', lambda x: 0, "'other'.* are not "),
+    ('history', '', lambda x: None, 'history is a NoneType; expected a dict'),
+    ('history', '', flat, r'arrays of \(2,\); expected'),
+    ('history', 'tag_0', lambda x: x[:, 0], r'is int32 \(2,\); expected'),
+    (
+      'history',
+      'tag_0',
+      lambda x: x[..., None],
+      r'int32 \(2, 7, 1\)',
+    ),
+    ('history', 'item', lambda x: [[1], [1, 2]], r"\['item'\] is no array"),
+    (
+      'history',
+      'item',
+      lambda x: np.ma.masked_less(x, 40),
+      'has masked values',
+    ),
+    ('candidates', '', lambda x: None, 'candidates is a NoneType'),
+    ('candidates', '', flat, r'arrays of \(2,\); expected'),
+    ('context', '', lambda x: None, 'context is a NoneType; expected a dict'),
     ('candidates', 'item', lambda x: x + 40, 'is not ids in \\[0, 40\\)'),
     ('candidates', 'tag_0', lambda x: x[:, :2], 'expected integers \\(2, 3\\)'),
     ('context', 'user', lambda x: x - 50, 'is not ids in \\[0, 50\\)'),
@@ -284,8 +307,12 @@ class LoadTest(parameterized.TestCase):
       exports.model().score(cache, exports.requests(2, 7, 5)[1], context)
     with self.assertRaisesRegex(ValueError, '4 rows are beyond'):
       exports.model().encode(exports.requests(4)[0], np.asarray([7, 4, 1, 1]))
-    with self.assertRaisesRegex(ValueError, 'candidates are .*; expected'):
+    with self.assertRaisesRegex(ValueError, r'arrays of \(0,\); expected'):
       exports.model().score(cache, {}, context)
+    with self.assertRaisesRegex(ValueError, 'cache is a tuple, not of encode'):
+      exports.model().score(tuple(cache), candidates, context)
+    with self.assertRaisesRegex(ValueError, 'read-only'):
+      cache.length[0] = 0
     with self.assertRaisesRegex(ValueError, 'is of another model'):
       exports.model().score(cache._replace(model='0' * 64), candidates, context)
     with self.assertRaisesRegex(ValueError, '1 rows, and 2 in the cache'):
