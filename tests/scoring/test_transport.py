@@ -4,8 +4,10 @@ import os
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 from absl.testing import absltest
 
+from histjax.scoring import layout as layout_lib
 from histjax.scoring import transport
 
 
@@ -24,6 +26,14 @@ class TransportTest(absltest.TestCase):
       self.assertIs(
         transport.of_device.__wrapped__(gpu).output, made.return_value
       )
+
+  def test_what_is_not_jitted_is_done(self):
+    """Under jax.disable_jit results may be NumPy's."""
+    layout = layout_lib.Layout((layout_lib.numbers('length', (2,)),))
+    carrier = transport.Transport()
+    slot = carrier.slot(layout)
+    carrier.release(layout, slot, np.zeros(1, np.int32))
+    self.assertIs(carrier.slot(layout), slot)
 
 
 if __name__ == '__main__':
