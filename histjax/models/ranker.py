@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 
 from histjax import config as dicts
 from histjax import key_range as ranges
-from histjax import ops
+from histjax import ops, testing
 from histjax import schema as schema_lib
 from histjax.cache import HistoryCache
 from histjax.nn import embedding, fusion, interaction
@@ -411,6 +412,48 @@ class Ranker(nn.Module):
       np.asarray(length),
       None if mask is None else np.asarray(mask),
     )
+
+
+def check_variables(config: RankerConfig, variables: Any) -> None:
+  """Raises ValueError unless these are what `Ranker.init` of `config` makes.
+
+  Flax reads those that it finds: with more layers or tasks than the config has
+  another model's logits would come out.
+
+  Args:
+    config: of the model.
+    variables: arrays of any floating type.
+  """
+  plain = dataclasses.replace(
+    config.encoder, attention='reference', candidate_tower=None
+  )
+  wanted = _shapes(dataclasses.replace(config, encoder=plain))
+  leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+  found = {jax.tree_util.keystr(path): x for path, x in leaves}
+  for name in sorted(wanted.keys() | found.keys()):
+    if name not in found:
+      problem = 'is missing'
+    elif name not in wanted:
+      problem = 'is not of this config'
+    elif np.shape(found[name]) != wanted[name]:
+      problem = f'has shape {np.shape(found[name])}, not {wanted[name]}'
+    elif not jnp.issubdtype(jnp.result_type(found[name]), jnp.floating):
+      problem = f'is {jnp.result_type(found[name])}, no floating type'
+    else:
+      continue
+    raise ValueError(
+      f'variables{name} {problem}; give what Ranker(config).init returns, or '
+      'training made of it, with the config that it was made with'
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(config: RankerConfig) -> dict[str, tuple[int, ...]]:
+  """Of the variables, by their paths; nothing is computed."""
+  batch = testing.random_batch(config.schema, 1, 1, 1)
+  shapes = jax.eval_shape(Ranker(config).init, jax.random.key(0), batch)
+  leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
+  return {jax.tree_util.keystr(path): x.shape for path, x in leaves}
 
 
 def pack(config: RankerConfig, variables: Mapping[str, Any]) -> dict[str, Any]:

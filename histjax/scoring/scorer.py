@@ -84,9 +84,17 @@ class Scorer:
         where they are, if they were put on a device, else on JAX's default
         device.
       scorer_config: padding and microbatches.
+
+    Raises:
+      ValueError: the variables are not of this config.
     """
+    if scorer_config is None:
+      scorer_config = ScorerConfig()
+    inputs.check_type(config, ranker.RankerConfig, 'config')
+    inputs.check_type(scorer_config, ScorerConfig, 'scorer_config')
+    ranker.check_variables(config, variables)
     self.config = config
-    self.options = scorer_config or ScorerConfig()
+    self.options = scorer_config
     self._tasks = tuple(task.name for task in config.schema.tasks)
     self._run: run_lib.Run | None = None
     self._compilations = compilations.Counter()
@@ -333,7 +341,7 @@ class Scorer:
 
   def score_many(
     self,
-    requests: Sequence[tuple[HistoryCache, Candidates, Mapping[str, Any]]],
+    requests: Iterable[tuple[HistoryCache, Candidates, Mapping[str, Any]]],
   ) -> list[Logits]:
     """Scores several requests as one: what waits at a server.
 
@@ -355,9 +363,10 @@ class Scorer:
 
   def score_many_async(
     self,
-    requests: Sequence[tuple[HistoryCache, Candidates, Mapping[str, Any]]],
+    requests: Iterable[tuple[HistoryCache, Candidates, Mapping[str, Any]]],
   ) -> list[Pending]:
     """As `score_many`, but does not wait."""
+    requests = list(requests)
     checked = [self._check_request(*request) for request in requests]
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (cache, _, _) in enumerate(requests):
@@ -537,10 +546,8 @@ class Scorer:
       ('candidates', candidates),
       ('requests', requests),
     ):
-      if size < 1:
-        raise ValueError(f'{name}={size} must be at least 1')
-    if new_events < 0:
-      raise ValueError(f'new_events={new_events} must be at least 0')
+      _check_size(name, size, 1)
+    _check_size('new_events', new_events, 0)
     if isinstance(calls, str) or not set(calls) <= set(ahead.CALLS):
       raise ValueError(f'calls={calls!r} must be some of {ahead.CALLS}')
     self.config.require_amortizable()
@@ -1000,3 +1007,8 @@ class Scorer:
     if program not in self._told:
       self._log(program)
     return flight.Flight(program, slot, logits, self._carrier(slot))
+
+
+def _check_size(name: str, size: int, least: int) -> None:
+  if not isinstance(size, (int, np.integer)) or size < least:
+    raise ValueError(f'{name}={size!r} must be an integer >= {least}')

@@ -185,6 +185,7 @@ def export_model(
   output = directory.check_output(output)
   _check_packages()
   options = _with_new_events(config, options)
+  ranker.check_variables(config, variables)
   if options.repick:
     config = _without_names(config)
   try:

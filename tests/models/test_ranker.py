@@ -311,6 +311,49 @@ class RankerTest(parameterized.TestCase):
       jax.eval_shape(model.apply, variables, batch)
 
   @parameterized.parameters(
+    (lambda x: None, r"^variables\['params'\]\['fusion'\].* is missing"),
+    (lambda x: x['params'], r"^variables\['fusion'\].* is not of this config"),
+    (lambda x: {'params': x['params']}, r"\['tables'\].* is missing"),
+    (lambda x: {**x, 'tower': np.ones(1)}, r"\['tower'\] is not of this"),
+    (lambda x: jax.tree.map(np.int32, x), 'is int32, no floating type'),
+  )
+  def test_check_variables(self, change, message):
+    config = support.config()
+    _, variables = support.init(config)
+    ranker.check_variables(config, variables)
+    with self.assertRaisesRegex(ValueError, message):
+      ranker.check_variables(config, change(variables))
+
+  @parameterized.parameters(
+    ({'encoder__num_layers': 1}, r"'blocks_1'.*\] is not of this config"),
+    ({'encoder__num_layers': 3}, r"'blocks_2'.*\] is missing"),
+    ({'encoder__width': 8}, r'has shape \(16,\), not \(8,\)'),
+    (
+      {'schema': support.SCHEMA.with_tasks(['like'])},
+      r'shape \(2,\), not \(1,',
+    ),
+    (
+      {
+        'interaction': support.interaction.InteractionConfig(
+          kind='mlp', mlp_widths=(16, 8)
+        )
+      },
+      r"'cross_.*\] is not of this config",
+    ),
+  )
+  def test_check_variables_of_another_config(self, fields, message):
+    """Some of which would be scored, as another model's."""
+    _, variables = support.init(support.config())
+    with self.assertRaisesRegex(ValueError, message):
+      ranker.check_variables(support.config(**fields), variables)
+
+  def test_check_variables_of_kernels_that_are_not_here(self):
+    config = support.config(
+      encoder__attention='pallas_gpu', encoder__candidate_tower='pallas_gpu'
+    )
+    ranker.check_variables(config, support.init(support.config())[1])
+
+  @parameterized.parameters(
     ({'fusion': 'append'}, "fusion='append' is unknown.*append_cross"),
     ({'dtype': 'float16'}, "dtype='float16' must be"),
     ({'embedding_dim': 0}, 'embedding_dim=0'),

@@ -189,11 +189,12 @@ class WarmUpTest(parameterized.TestCase):
     self.assertEmpty(compiled)
 
   @parameterized.parameters(
-    ({'rows': 0}, 'rows=0 must be at least 1'),
-    ({'events': 0}, 'events=0 must be at least 1'),
-    ({'candidates': -1}, 'candidates=-1 must be at least 1'),
-    ({'requests': 0}, 'requests=0 must be at least 1'),
-    ({'new_events': -1}, 'new_events=-1 must be at least 0'),
+    ({'rows': 1.5}, 'rows=1.5 must be an integer'),
+    ({'rows': 0}, 'rows=0 must be an integer >= 1'),
+    ({'events': 0}, 'events=0 must be an integer >= 1'),
+    ({'candidates': -1}, 'candidates=-1 must be an integer >= 1'),
+    ({'requests': 0}, 'requests=0 must be an integer >= 1'),
+    ({'new_events': -1}, 'new_events=-1 must be an integer >= 0'),
     ({'calls': ('score', 'joint')}, "calls=.*'joint'.* must be some of"),
     ({'calls': 'score'}, "calls='score' must be some of"),
     ({'rows': 9}, '9 rows do not fit the largest bucket, 3'),

@@ -219,6 +219,16 @@ class BadInputTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       self.s.score_joint(self.batch.replace(candidates=candidates))
 
+  def test_scorers_of_something_else(self):
+    config, variables = self.s.config, self.s.variables
+    for arguments, message in (
+      (({}, variables), 'config is a dict; expected a histjax.RankerConfig'),
+      ((config, variables['params']), 'is not of this config'),
+      ((config, variables, {}), 'scorer_config is a dict; expected a'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        scoring.Scorer(*arguments)
+
   def test_what_is_of_another_class(self):
     s, batch = self.s, self.batch
     two = rows(batch.candidates, slice(0, 2))

@@ -81,7 +81,7 @@ class ManyTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(ValueError, r"\['item'\]\[0, 0\] is 40"):
       s.score_many([many[0], (cache, bad, context)])
-    self.assertEqual(s.score_many([]), [])
+    self.assertEqual(s.score_many(iter([])), [])
 
 
 class Batch:
