@@ -48,6 +48,8 @@ def to_array(values: Any) -> pa.Array:
   if isinstance(values, np.ndarray):
     if values.ndim != 1:
       raise ValueError(f'it has {values.ndim} dimensions; give one')
+    if not values.dtype.isnative:  # Which Arrow does not read.
+      values = values.astype(values.dtype.newbyteorder('='))
     if values.dtype.kind == 'M':
       unit, count = np.datetime_data(values.dtype)
       if unit in _COARSE:

@@ -135,6 +135,11 @@ class RowMaker:
       if name and name not in shown and name in context:
         shown[name] = [context[name]] * number
         shared[name] = [context[name]]  # Read once.
+    if not isinstance(as_of, (bool, np.bool_)):
+      raise ValueError(
+        f'as_of={as_of!r} must be True or False; the time of the request is '
+        f'the column {schema.time!r} of context or candidates'
+      )
     if as_of and self.config.ties != 'strict':
       raise ValueError(
         f'as_of=True with ties={self.config.ties!r}: a log does not say which '
@@ -459,10 +464,15 @@ def _view(
   """The view of candidates that have `[least, most]` events `before` them."""
   sees = before
   if visible is not None:
-    if not 0 <= visible <= num_events:
+    is_count = isinstance(visible, (int, np.integer))
+    if (
+      not is_count
+      or isinstance(visible, bool)
+      or not 0 <= visible <= num_events
+    ):
       raise ValueError(
-        f'visible={visible} must be in [0, {num_events}], the events of the '
-        'history'
+        f'visible={visible!r} must be an integer in [0, {num_events}], the '
+        'events of the history'
       )
     least, most = min(least, visible), min(most, visible)
     sees = np.minimum(before, visible)

@@ -47,6 +47,8 @@ def read(events: Events, source: str) -> dict[str, Sequence[Any]]:
         '{column: value}'
       )
   names = dict.fromkeys(name for event in events for name in event)
+  if events and not names:  # Without columns they would be no events.
+    raise ValueError(f'{source} row 0 is empty; give {{column: value}}')
   for row, event in enumerate(events):
     for name in names:
       if name not in event:

@@ -62,6 +62,17 @@ class MakeRowTest(parameterized.TestCase):
     row = make_row(context={'user_age': 2, 'ts': 500})
     self.assertEqual(row.candidates['time_gap'].tolist(), [2])  # 5 s.
 
+  def test_arrays_of_another_byte_order(self):
+    shown = {'ts': [500], 'item_id': [1], 'price': [1.5]}
+    swapped = {
+      'ts': np.array([500], '>i8'),
+      'item_id': np.array([1], '>u2'),
+      'price': np.array([1.5], '>f4'),
+    }
+    a, b = make_row(candidates=shown), make_row(candidates=swapped)
+    for name, values in a.candidates.items():
+      np.testing.assert_array_equal(values, b.candidates[name])
+
   def test_request_may_be_the_context_s(self):
     history = [{**e, 'rid': i} for i, e in enumerate(PAST)]
     for context, shown, visible in (
@@ -329,7 +340,24 @@ class MakeRowTest(parameterized.TestCase):
       {'candidates': {'ts': [9], 'item_id': np.array(1), 'price': [1.0]}},
       r"'item_id' of candidates is array\(1\), a ndarray; give one value",
     ),
-    ('negative_visible', {'visible': -1}, r'visible=-1 must be in \[0, 2\]'),
+    ('negative_visible', {'visible': -1}, 'visible=-1 must be an integer in'),
+    ('true_visible', {'visible': True}, 'visible=True must be an integer in'),
+    ('visible_of_each', {'visible': [0]}, r'visible=\[0\] must be an integer'),
+    ('half_visible', {'visible': 0.5}, 'visible=0.5 must be an integer in'),
+    (
+      'as_of_a_time',
+      {
+        'as_of': 9,
+        'config': RowConfig('pointwise', ties='strict'),
+      },
+      "as_of=9 must be True or False; the time .* is the column 'ts'",
+    ),
+    ('empty_event', {'history': [{}]}, 'history row 0 is empty; give'),
+    (
+      'empty_candidate',
+      {'candidates': [{}]},
+      'candidates row 0 is empty; give',
+    ),
     (
       'lengths',
       {'candidates': {'ts': [9], 'item_id': [1, 2], 'price': [1.0]}},

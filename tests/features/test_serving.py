@@ -295,7 +295,7 @@ class RefusedTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "candidates lacks column 'ts'"):
       without = {k: v for k, v in event.items() if k != 'ts'}
       self.make(candidates=[without], context={'uid': 1, 'age': 0})
-    with self.assertRaisesRegex(ValueError, r'visible=1 must be in \[0, 0\]'):
+    with self.assertRaisesRegex(ValueError, r'visible=1 must be .*\[0, 0\]'):
       self.make(visible=1)
     with self.assertRaisesRegex(ValueError, "as_of=True with ties='order'"):
       self.make(as_of=True)
