@@ -96,7 +96,9 @@ _FUSIONS = flags.DEFINE_list(
 )
 # Of the suites scoring, cost, fusions, histories and, but for the first, of
 # serving.
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run, if any.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Of a training run, whose model is timed, if any.'
+)
 _LENGTHS = flags.DEFINE_list(
   'lengths',
   None,
@@ -111,15 +113,27 @@ _ROWS = flags.DEFINE_list(
 _WIDTH = flags.DEFINE_integer('width', 64, 'Without a workdir: D.')
 _LAYERS = flags.DEFINE_integer('num_layers', 2, 'Without a workdir: layers.')
 _HEADS = flags.DEFINE_integer('num_heads', 4, 'Without a workdir: N.')
-_BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'In bfloat16.')
-_USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: at once.')
-_HTTP = flags.DEFINE_bool('http', True, 'Of serving: through HTTP, too.')
+_BFLOAT16 = flags.DEFINE_bool(
+  'bfloat16', False, 'Whether the model computes in bfloat16.'
+)
+_USERS = flags.DEFINE_list('users', ['1', '32'], 'Of serving: users at once.')
+_HTTP = flags.DEFINE_bool(
+  'http', True, 'Of serving: whether through HTTP, too.'
+)
 # Of the suites prepare and spill.
-_CONFIG = config_util.Config(TrainConfig, 'Of these.', required=False)
-_FOLDER = flags.DEFINE_string('folder', None, 'To work in.')
-_EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of the log.', 1)
-_MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB, its bound.')
-_WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.', 1)
+_CONFIG = config_util.Config(
+  TrainConfig, 'The run of prepare and spill.', required=False
+)
+_FOLDER = flags.DEFINE_string(
+  'folder', None, 'Folder to work in, of prepare and spill.'
+)
+_EVENTS = flags.DEFINE_integer(
+  'events', 1_000_000, 'Events of the log of prepare and spill.', 1
+)
+_MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB that prepare may take.')
+_WORKERS = flags.DEFINE_integer(
+  'workers', 2, 'Processes of prepare and spill.', 1
+)
 _OF_A_MODEL = (*_OF_ONE_MODEL, _SERVING)
 _ONLY_OF = {
   'calls': ('request',),

@@ -29,6 +29,8 @@ from histjax.data import datasets
 from histjax.schema import Categorical, Schema, Task
 from histjax.training.config import TrainConfig
 
+flags.disclaim_key_flags()  # --config is the binaries'; --help shows it.
+
 _LATE = ('select', 'task_weights', 'max_unique_ids')
 _ANY_SCHEMA = Schema(
   user='user', time='time', item=(Categorical('item', 1),), tasks=(Task('y'),)

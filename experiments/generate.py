@@ -17,16 +17,26 @@ import event_log
 from histjax.training import workdir
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to fill.', required=True)
-_EVENTS = flags.DEFINE_integer('events', 1_000_000, 'Of all files.')
-_USERS = flags.DEFINE_integer('users', 10_000, 'Who may have events.')
-_ITEMS = flags.DEFINE_integer('items', 100_000, 'That may be shown.')
-_FILES = flags.DEFINE_integer('files', 8, 'To write.')
-_ITEM = flags.DEFINE_float('item_exponent', 1.0, "Of items' Zipf distribution.")
-_USER = flags.DEFINE_float('user_exponent', 0.5, "Of users'.")
-_DAYS = flags.DEFINE_integer('days', 30, 'That the log spans.')
+_EVENTS = flags.DEFINE_integer(
+  'events', 1_000_000, 'Events of all files together.'
+)
+_USERS = flags.DEFINE_integer(
+  'users', 10_000, 'Users among whom events are drawn.'
+)
+_ITEMS = flags.DEFINE_integer(
+  'items', 100_000, 'Items among which events are drawn.'
+)
+_FILES = flags.DEFINE_integer('files', 8, 'Files to write.')
+_ITEM = flags.DEFINE_float(
+  'item_exponent', 1.0, "Exponent of items' Zipf distribution."
+)
+_USER = flags.DEFINE_float(
+  'user_exponent', 0.5, "Exponent of users' Zipf distribution."
+)
+_DAYS = flags.DEFINE_integer('days', 30, 'Days that the log spans.')
 _HIVE = flags.DEFINE_bool('hive', False, 'Files in folders day=<date>.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of everything drawn.')
-_WORKERS = flags.DEFINE_integer('workers', 1, 'Processes.', 1)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of everything drawn.')
+_WORKERS = flags.DEFINE_integer('workers', 1, 'Processes that write.', 1)
 
 
 def main(argv):

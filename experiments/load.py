@@ -36,31 +36,55 @@ from histjax.serving.columns import Columns
 from histjax.serving.engine import EngineConfig
 from histjax.training import workdir
 
-_CHECK = flags.DEFINE_bool('check', False, 'Every score, and roll-overs.')
+_CHECK = flags.DEFINE_bool(
+  'check',
+  False,
+  'Compare every score with Scorer, over roll-overs, in place of rates.',
+)
 _WORKDIR = flags.DEFINE_multi_string(
   'workdir', [], 'Of a run, with --check of several; none: runs are made.'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Path without ending, if any.')
 _ENGINES = flags.DEFINE_multi_enum(
-  'engine', load_suite.ENGINES, load_suite.ENGINES, 'To compare.'
+  'engine', load_suite.ENGINES, load_suite.ENGINES, 'Engines to compare.'
 )
 _SERVE = flags.DEFINE_integer('serve', 0, 'Only serve --engine, at this port.')
-_FLAGS = flags.DEFINE_multi_string('flag', [], "Of serve.py: 'ttl_s=60'.")
+_FLAGS = flags.DEFINE_multi_string(
+  'flag', [], "Flags for serve.py, as 'ttl_s=60'."
+)
 _BATCH = flags.DEFINE_integer('max_batch', 8, 'Requests scored at once.', 1)
-_LIMIT = flags.DEFINE_float('limit_ms', 50.0, 'Of p99.', 0)
+_LIMIT = flags.DEFINE_float(
+  'limit_ms', 50.0, 'Milliseconds that the p99 of a good rate has at most.', 0
+)
 _TRIES = flags.DEFINE_integer('tries', 7, 'Rates to try, at most.', 1)
 _RATE = flags.DEFINE_float('rate', 40.0, 'Requests a second of --check.', 0.1)
-# Where --check has another default than the comparison, it comes second.
-_SECONDS = flags.DEFINE_float('seconds', None, 'Of each rate; 10, 36.', 1)
-_STORE = flags.DEFINE_integer('store_mib', None, 'Of states; 768, 2.', 1)
-_USERS = flags.DEFINE_integer('users', None, "By Zipf's law; 500, 400.", 1)
-_HISTORY = flags.DEFINE_integer('history', None, 'At first; 900, 60.', 1)
-_LONGEST = flags.DEFINE_integer('longest', None, 'Later; 1024, 128.', 1)
-_CANDIDATES = flags.DEFINE_integer(
-  'candidates', None, 'Of a request; 100, or 20 with --check.', 1
+_SECONDS = flags.DEFINE_float(
+  'seconds', None, 'Seconds of each rate; 10, or 36 with --check.', 1
 )
-_WIDTH = flags.DEFINE_integer('width', None, 'D of runs made; 64, 32.', 8)
-_LAYERS = flags.DEFINE_integer('layers', None, 'Of runs made; 4, 2.', 1)
+_STORE = flags.DEFINE_integer(
+  'store_mib', None, 'MiB for states; 768, or 2 with --check.', 1
+)
+_USERS = flags.DEFINE_integer(
+  'users', None, "Users, by Zipf's law; 500, or 400 with --check.", 1
+)
+_HISTORY = flags.DEFINE_integer(
+  'history', None, 'Events of a user at first; 900, or 60 with --check.', 1
+)
+_LONGEST = flags.DEFINE_integer(
+  'longest',
+  None,
+  'Events of a user later, at most; 1024, or 128 with --check.',
+  1,
+)
+_CANDIDATES = flags.DEFINE_integer(
+  'candidates', None, 'Candidates of a request; 100, or 20 with --check.', 1
+)
+_WIDTH = flags.DEFINE_integer(
+  'width', None, 'D of runs made; 64, or 32 with --check.', 8
+)
+_LAYERS = flags.DEFINE_integer(
+  'layers', None, 'Layers of runs made; 4, or 2 with --check.', 1
+)
 _DEFAULTS = {
   'seconds': (10.0, 36.0),
   'store_mib': (768, 2),

@@ -26,9 +26,13 @@ from histjax.training.config import TrainConfig
 
 _CONFIG = config_util.Config(TrainConfig, 'Of the training run.')
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to fill.', required=True)
-_MEMORY = flags.DEFINE_float('memory', 4.0, 'GiB of all processes.')
+_MEMORY = flags.DEFINE_float(
+  'memory', 4.0, 'GiB that all processes together may take.'
+)
 _SHARDS = flags.DEFINE_integer(
-  'shards', None, 'Of users; None: as many as --memory asks for.'
+  'shards',
+  None,
+  'Parts that users are cut into; None: as many as --memory asks for.',
 )
 _ENGINE = flags.DEFINE_enum(
   'engine', 'local', ['local', 'ray'], 'Where the work is done.'

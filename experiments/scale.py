@@ -11,6 +11,7 @@ workers make the shards of a log of --events.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from absl import app, flags
@@ -19,17 +20,21 @@ import flag_util
 from benchmarking import scaling
 
 _CHIPS = flags.DEFINE_list('chips', list(scaling.CHIPS), 'Kinds of chips.')
+_JOB = scaling.Job.__doc__ or ''
 _NUMBERS: dict[str, flags.FlagHolder[Any]] = {}
 for _field in dataclasses.fields(scaling.Job):
-  _help = f'See scaling.Job.{_field.name}.'
+  # Of its docstring.
+  (_help,) = re.findall(rf'^    {_field.name}: (.*)$', _JOB, re.MULTILINE)
   _default: Any = _field.default
   if _field.type == 'float':
     _NUMBERS[_field.name] = flags.DEFINE_float(_field.name, _default, _help)
   elif _field.type == 'int':
     _NUMBERS[_field.name] = flags.DEFINE_integer(_field.name, _default, _help)
-_PREPARE = flags.DEFINE_string('prepare', None, 'JSON of the suite prepare.')
+_PREPARE = flags.DEFINE_string(
+  'prepare', None, 'JSON of benchmark.py --suite=prepare.'
+)
 _EVENTS = flags.DEFINE_float('events', 1e11, 'Events of the log.')
-_HOURS = flags.DEFINE_float('hours', 6, 'To make shards in.')
+_HOURS = flags.DEFINE_float('hours', 6, 'Hours to make shards in.')
 
 
 def main(argv):

@@ -44,14 +44,23 @@ _CANDIDATES = flags.DEFINE_list(
 _OUTPUT = flags.DEFINE_string(
   'output', None, 'A .csv or .parquet to write, or a folder.', required=True
 )
-_TASK = flags.DEFINE_string('task', None, 'Rank by it; None: the first one.')
-_TOP_K = flags.DEFINE_integer('top_k', 10, 'Candidates a user.', 1)
-_USERS = flags.DEFINE_integer('users_per_batch', 32, 'Scored at once.', 1)
+_TASK = flags.DEFINE_string(
+  'task', None, 'Task to rank by; None: the first one.'
+)
+_TOP_K = flags.DEFINE_integer(
+  'top_k', 10, 'Candidates to write of each user, at most.', 1
+)
+_USERS = flags.DEFINE_integer(
+  'users_per_batch', 32, 'Users who are scored at once.', 1
+)
 _MEMORY = flags.DEFINE_float(
   'memory', 2.0, 'GiB for the rows of a shard, beside the model and batches.'
 )
 _SHARD = flags.DEFINE_integer(
-  'users_per_shard', None, 'At most; None: as many as --memory holds.', 1
+  'users_per_shard',
+  None,
+  'Users of a shard, at most; None: as many as --memory holds.',
+  1,
 )
 _ALLOW_NEW_USERS = flags.DEFINE_bool(
   'allow_new_users', False, 'Rank even if no user at all is in the log.'
@@ -71,8 +80,10 @@ _AS_OF = flags.DEFINE_bool(
 _ENGINE = flags.DEFINE_enum(
   'engine', 'local', ['local', 'ray'], 'Where shards are scored.'
 )
-_RAY_WORKERS = flags.DEFINE_integer('ray_workers', 1, 'Processes of Ray.', 1)
-_RAY_GPUS = flags.DEFINE_float('ray_gpus', 0, 'GPUs of each.', 0)
+_RAY_WORKERS = flags.DEFINE_integer(
+  'ray_workers', 1, 'Processes that score, with --engine=ray.', 1
+)
+_RAY_GPUS = flags.DEFINE_float('ray_gpus', 0, 'GPUs of each of these.', 0)
 
 
 def rank_files() -> None:

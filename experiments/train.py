@@ -42,9 +42,13 @@ _TABLE_AXIS = flags.DEFINE_integer(
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address', None, 'host:port of the first process.'
 )
-_COUNT = flags.DEFINE_integer('num_processes', None, 'How many there are.')
+_COUNT = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes there are.'
+)
 _ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
-_ID = flags.DEFINE_integer('process_id', None, 'Of this one, from 0.')
+_ID = flags.DEFINE_integer(
+  'process_id', None, 'Number of this process, from 0.'
+)
 
 
 def joined() -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """What programs of experiments/ refuse before they work."""
 
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -229,6 +230,17 @@ class UsageTest(absltest.TestCase):
     flags = {'workdir': 'x', 'cache_dir': f'{__file__}/programs'}
     (found,) = messages('serve', {'flags': flags})
     self.assertRegex(found, 'Error: .*--cache_dir=.*cannot be written to')
+
+  def test_help_shows_the_config(self):
+    done = subprocess.run(
+      [sys.executable, 'experiments/train.py', '--help'],
+      cwd=ROOT,
+      env={**os.environ, 'PYTHONPATH': str(ROOT)},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    self.assertIn('\n  --config: The run. Every field can be', done.stdout)
 
   def test_help_of_serve(self):
     """Enough to act on; 'Serve it.' is not."""
