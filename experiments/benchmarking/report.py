@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +17,18 @@ from benchmarking import (
   tables,
   train_rows,
 )
+from histjax.training import report as run_report
 
 
 def write_report(report: Mapping[str, Any], output: str) -> list[str]:
-  """Writes `<output>.json` and the plot `<output>.png`; returns their paths."""
+  """Writes `<output>.json` and the plot `<output>.png`; returns their paths.
+
+  What is not finite, as the error of wrong results, becomes null.
+  """
   path = pathlib.Path(output)
   path.parent.mkdir(parents=True, exist_ok=True)
   json_path = path.with_name(path.name + '.json')
-  json_path.write_text(json.dumps(report, indent=2) + '\n')
+  run_report.write_json(json_path, report)
   plots = {
     'attention': roofline,
     'tower': roofline,

@@ -378,6 +378,11 @@ class SuitesTest(parameterized.TestCase):
     (line,) = report.broken(result)
     self.assertStartsWith(line, 'full_32 histjax: wrong: ')
     self.assertNotEmpty(report.roofline(result).axes)
+    entry['contenders']['histjax']['relative_error'] = np.nan
+    paths = benchmarking.write_report(result, temporary(self, 'attention'))
+    with open(paths[0]) as f:  # JSON has no NaN.
+      (entry,) = json.load(f, parse_constant=self.fail)['results']
+    self.assertIsNone(entry['contenders']['histjax']['relative_error'])
 
   def test_ratios_are_to_the_best_rival(self):
     def row(throughput, latency):
