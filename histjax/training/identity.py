@@ -141,8 +141,9 @@ def of_run(
   except ValueError as e:
     raise ValueError(
       f'workdir={str(workdir)!r}: the config of this run is not one of this '
-      f'version of histjax ({e}): train again in another workdir, or use the '
-      'version that it was trained with'
+      f'version of histjax ({e}): import the modules of classes of your own '
+      'first (--modules), train again in another workdir, or use the version '
+      'that it was trained with'
     ) from e
 
 
