@@ -79,6 +79,12 @@ class PackTest(parameterized.TestCase):
         used = np.add.reduceat(sizes[part.rows], part.offsets[:-1])
         self.assertLessEqual(used.max(), room)
 
+  def test_a_bin_is_filled_to_the_brim(self):
+    length, count = np.array([9, 7]), np.array([3, 5])
+    rng = np.random.default_rng(0)
+    (bins,) = packing.pack(length, count, [(16, 8)], rng)
+    self.assertEqual(bins.offsets.tolist(), [0, 2])
+
   def test_the_same_again(self):
     length = np.random.default_rng(0).integers(0, 50, 300)
     into = packing.shapes(length, length + 1, most=100, limit=4)

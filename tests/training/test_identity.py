@@ -81,7 +81,8 @@ class TestSameRun:
       type(runs.CONFIG), stored()
     )
     with pytest.raises(
-      ValueError, match=r'not one of this version.*momentum.*--modules.*train again'
+      ValueError,
+      match=r'not one of this version.*momentum.*--modules.*train again',
     ):
       identity.of_run({**stored(), 'momentum': 1}, '/tmp/run')
 
