@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -69,9 +70,17 @@ class Pool:
 
 
 LOST = (
-  'a worker was killed, as when memory is short; give it more, or take fewer '
-  'workers, and run the same again to go on'
+  'a worker ended; if nothing above says why, it was killed, as when memory is '
+  'short: give it more, or take fewer workers, and run the same again to go on'
 )
+
+
+def is_importable(module: str) -> bool:
+  """Whether another process can import it by its name; not a file's code."""
+  top = module.partition('.')[0]
+  return top == '__main__' or any(
+    finder.find_spec(top, None) for finder in sys.meta_path
+  )
 
 
 def _take(function: Callable[[T], R], task: T) -> R:

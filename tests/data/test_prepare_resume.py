@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 from pyarrow import parquet
 
 from histjax import features
-from histjax.data import datasets, locks
+from histjax.data import datasets, locks, prepare
 from histjax.data import splits as splits_lib
 from histjax.data.prepare import plan
 from histjax.data.prepare import run as run_lib
@@ -131,6 +131,17 @@ class ErrorsTest(parameterized.TestCase):
     data = test_prepare.config(self._log_again(), features=(_Shuffled(),))
     with self.assertRaisesRegex(ValueError, 'give _Shuffled.counted'):
       test_prepare.run(data, self.folder / 'out')
+
+  def test_a_feature_that_other_processes_cannot_import(self):
+    """As one in a config file, which is code without a name."""
+    data = test_prepare.config(self._log())
+    engine = prepare.Local(2)
+    with (
+      mock.patch.object(type(data.features[0]), '__module__', 'config_config'),
+      self.assertRaisesRegex(ValueError, "is defined in 'config_config', whic"),
+    ):
+      test_prepare.run(data, self.folder / 'out', engine=engine)
+    self.assertFalse((self.folder / 'out').exists())
 
   def _log_again(self):
     return (str(self.folder / 'log'),)

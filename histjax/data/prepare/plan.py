@@ -14,7 +14,15 @@ import numpy as np
 from histjax import config as config_lib
 from histjax import features as features_lib
 from histjax import vocabulary
-from histjax.data import atomic, datasets, files, grouping, locks, prepared
+from histjax.data import (
+  atomic,
+  datasets,
+  files,
+  grouping,
+  locks,
+  prepared,
+  workers,
+)
 from histjax.data.events import EventLog, columns_of
 from histjax.data.parts import Columns
 from histjax.data.prepare.engines import Local, Ray
@@ -109,6 +117,18 @@ def check(config: datasets.DataConfig) -> list[pathlib.Path]:
     without = config.without  # Of one event nothing is learnt to leave out.
   datasets.model_schema(head.schema, fitted, without)  # Hidden ones are read.
   return paths
+
+
+def check_importable(config: datasets.DataConfig) -> None:
+  """Raises a ValueError if other processes cannot import what is derived."""
+  for i, feature in enumerate(config.features):
+    module = type(feature).__module__
+    if not workers.is_importable(module):
+      raise ValueError(
+        f'data.features.{i}: {type(feature).__name__} is defined in {module!r}'
+        ', which other processes cannot import; move it from the config file '
+        'into a module that the config imports, or take one worker'
+      )
 
 
 def _entries(

@@ -93,6 +93,8 @@ def prepare(
   engine.check()
   folder = pathlib.Path(output).expanduser()
   paths = plan.check(config)
+  if engine != Local():
+    plan.check_importable(config)
   finished = folder / prepared.DATASET
   spill_bytes, seconds, num_resumed = 0, {}, None
   if finished.exists() and not (folder / WORK).exists():
