@@ -104,20 +104,23 @@ def rank_files(
     progress = Progress()
     identity = _identity(model, events, candidates, options, progress)
     parts = ranked_files.Parts.open(lock, identity)
-    with Interrupt() as interrupt:
-      stop = functools.partial(_stop, interrupt)
-      try:
-        if not parts.complete:
-          data = _prepare(
-            parts, model, events, candidates, options, progress, stop
-          )
-          engine.run(Job(parts, data, options, model, load), progress, stop)
-      except _StoppedError:
-        signal = int(interrupt.signal or 0)
-        return Summary(0, parts.num_shards, parts.num_resumed, signal)
-      except BaseException:
-        parts.discard(lock)
-        raise
+    try:
+      if not parts.complete:
+        engine.start()
+      with Interrupt() as interrupt:
+        stop = functools.partial(_stop, interrupt)
+        try:
+          if not parts.complete:
+            data = _prepare(
+              parts, model, events, candidates, options, progress, stop
+            )
+            engine.run(Job(parts, data, options, model, load), progress, stop)
+        except _StoppedError:
+          signal = int(interrupt.signal or 0)
+          return Summary(0, parts.num_shards, parts.num_resumed, signal)
+    except BaseException:
+      parts.discard(lock)
+      raise
     num_shards, num_resumed = parts.num_shards, parts.num_resumed
     return Summary(target.finish(parts, lock), num_shards, num_resumed)
 

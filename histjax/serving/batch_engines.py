@@ -40,6 +40,9 @@ class Local:
   def check(self) -> None:
     """Nothing can be missing."""
 
+  def start(self) -> None:
+    """Nothing has to be there."""
+
   def run(self, job: Job, progress: Progress, stop: Callable[[], None]) -> None:
     """Scores the shards that are missing."""
     users = np.diff(job.data.bounds)
@@ -85,6 +88,13 @@ class Ray:
         f"engine 'ray' needs Ray, which cannot be imported ({error}); install "
         "the extra: pip install 'histjax[ray]'"
       ) from error
+
+  def start(self) -> None:
+    """Joins the cluster: before handlers of signals, which Ray replaces."""
+    import ray
+
+    if not ray.is_initialized():
+      ray.init()
 
   def run(self, job: Job, progress: Progress, stop: Callable[[], None]) -> None:
     """Scores the shards that are missing."""

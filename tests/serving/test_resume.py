@@ -66,6 +66,42 @@ def test_killed_and_interrupted(tmp_path, paths):
   assert not parts.exists()
 
 
+class Starting(batch.Local):
+  """Replaces handlers of signals when it starts, as Ray; gets one later."""
+
+  def start(self):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+
+  def run(self, job, progress, stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop()
+
+
+class Unreachable(batch.Local):
+  def start(self):
+    raise ConnectionError('there is no cluster')
+
+
+def test_an_engine_that_replaces_handlers_is_interrupted(tmp_path, paths):
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    done = batch.rank_files(
+      many_users.model, *paths, tmp_path / 'ranked', engine=Starting()
+    )
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert done.signal == signal.SIGTERM
+  assert (tmp_path / 'ranked' / '_work').exists()  # It goes on from there.
+
+
+def test_an_engine_that_cannot_start_leaves_nothing(tmp_path, paths):
+  with pytest.raises(ConnectionError, match='there is no cluster'):
+    batch.rank_files(
+      many_users.model, *paths, tmp_path / 'ranked', engine=Unreachable()
+    )
+  assert not (tmp_path / 'ranked').exists()
+
+
 def test_parts_are_written_once(tmp_path, paths, monkeypatch):
   output = tmp_path / 'ranked'
   first = batch.rank_files(many_users.model, *paths, output, many_users.OPTIONS)
