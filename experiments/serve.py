@@ -247,8 +247,10 @@ def serve() -> None:
     )
   host = f'[{_HOST.value}]' if ':' in _HOST.value else _HOST.value
   print(f'serves http://{host}:{port}', flush=True)
-  # As SIGTERM, once all is done: at once, and without a traceback.
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  # Once all is done they end it at once: handlers of Ray and of Python raise
+  # errors, after which it would wait for a warm-up.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
   server.Server(service, application, _HOST.value, port, _DRAIN.value).run(
     sockets
   )

@@ -134,11 +134,12 @@ class RemoteEngine:
     # Some more than its share, so that a new one gets some of the others'.
     most = -(-5 * buckets // (4 * replicas))
     deployment: Any = serve.deployment(_replica(most))
+    all_options = {'ray_actor_options': {'num_cpus': 1}, **(options or {})}
     self._deployment = deployment.options(
       name='engine',
       num_replicas=replicas,
       max_ongoing_requests=64,
-      **{'ray_actor_options': {'num_cpus': 1}, **(options or {})},
+      **all_options,
     )
     self._arguments = make, os.path.abspath(workdir)
     # Another run in the cluster is another application; the same one of another
@@ -148,6 +149,7 @@ class RemoteEngine:
     self._version = _digest(ray.cloudpickle.dumps(asked))
     if not ray.is_initialized():
       ray.init(log_to_driver=False)  # Forks: before JAX has threads.
+    _tell_what_lacks(replicas, all_options['ray_actor_options'])
     self.scorer: Scorer = Scorer.from_workdir(workdir, which)
     serve.start(
       proxy_location='Disabled',
@@ -268,6 +270,19 @@ class RemoteEngine:
   def stop(self) -> None:
     """Ends the replicas."""
     serve.delete(self._name)
+
+
+def _tell_what_lacks(replicas: int, each: Mapping[str, Any]) -> None:
+  """Ray waits for it without a word: a cluster may grow."""
+  there = ray.cluster_resources()
+  for option, name in (('num_cpus', 'CPU'), ('num_gpus', 'GPU')):
+    wanted = replicas * (each.get(option) or 0)
+    if wanted > there.get(name, 0):
+      logging.error(
+        'replicas=%d take %g %ss, and the Ray cluster has %g: it waits for '
+        'more; add nodes, or start fewer replicas',
+        *(replicas, wanted, name, there.get(name, 0)),
+      )
 
 
 def _digest(of: str | bytes) -> str:

@@ -136,3 +136,22 @@ def test_a_roll_over_that_one_replica_refuses(remote, cause):
     remote.roll_over(mock.Mock(fingerprint='other'))
   remote._run.assert_not_called()
   assert remote.scorer is before
+
+
+@pytest.mark.parametrize(
+  ('each', 'said'),
+  [
+    ({'num_cpus': 1}, 'replicas=3 take 3 CPUs, and the Ray cluster has 2: it'),
+    ({'num_gpus': 0.5}, 'replicas=3 take 1.5 GPUs, and the Ray cluster has 0'),
+    ({'num_cpus': 0.5}, ''),
+  ],
+)
+def test_what_a_cluster_lacks_is_told(each, said):
+  with (
+    mock.patch.object(ray, 'cluster_resources', lambda: {'CPU': 2.0}),
+    mock.patch.object(cluster.logging, 'error') as error,
+  ):
+    cluster._tell_what_lacks(3, each)
+  lines = [call.args[0] % call.args[1:] for call in error.call_args_list]
+  assert len(lines) == bool(said)
+  assert said in ''.join(lines)

@@ -568,10 +568,16 @@ class TestProcesses:
   def test_a_signal_during_the_warm_up(self, workdir, tmp_path, number):
     """Does not wait for it, even where a request came meanwhile."""
     body = {'user': 1, **bodies.body()}
+    (tmp_path / 'like_ray.py').write_text(  # Has a handler of its own.
+      f'import signal, sys\nsignal.signal({number:d}, lambda n, _: sys.exit(n))'
+    )
+    path = [str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])]
     with Process(
       workdir,
       *('--warm_up=64,512,1024,512', '--page=no', '--drain_s=600'),
+      '--modules=like_ray',
       JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+      PYTHONPATH=os.pathsep.join(path),
     ) as found:
       for line in found.process.stdout:
         if line.startswith('warms up'):
