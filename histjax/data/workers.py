@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +34,7 @@ class Pool:
       self._pool = futures.ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context('spawn'),
-        initializer=_end_with_parent,
+        initializer=_begin,
       )
 
   def __enter__(self) -> Pool:
@@ -62,13 +63,18 @@ class Pool:
       return
     taken = functools.partial(_take, function)
     try:
-      running = {self._pool.submit(taken, task): task for task in tasks}
+      before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+      try:  # Processes that begin now inherit that.
+        running = {self._pool.submit(taken, task): task for task in tasks}
+      finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
       for done in futures.as_completed(running):
         yield running[done], done.result()
     except process.BrokenProcessPool as error:
       raise ChildProcessError(LOST) from error
 
 
+_INTERRUPTS = {signal.SIGINT}
 LOST = (
   'a worker ended; if nothing above says why, it was killed, as when memory is '
   'short: give it more, or take fewer workers, and run the same again to go on'
@@ -105,8 +111,10 @@ def portable(error: BaseException) -> BaseException:
   return RuntimeError(repr(error)) if kind is None else kind(str(error))
 
 
-def _end_with_parent() -> None:
-  """Ends this process when the one that started it is killed."""
+def _begin() -> None:
+  """Ends this process with the one that started it, and by Ctrl-C silently."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # The other one tells of it.
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
   parent = multiprocessing.parent_process()
   assert parent is not None
   # It would wait for a next task for ever.

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from absl.testing import absltest
 
 from histjax.data import workers
+from tests import children
 
 
 class FeatureError(Exception):
@@ -53,6 +57,34 @@ def test_errors_come_back(number, kind, said):
 def test_here_errors_are_what_they_were():
   with workers.Pool(1) as pool, pytest.raises(FeatureValueError):
     list(pool.each(task, [2]))
+
+
+def sleep(number):
+  print(f'sleeps {number}', flush=True)
+  time.sleep(60)
+
+
+def test_an_interrupt_is_told_once():
+  """Ctrl-C is sent to all processes of a terminal."""
+  code = """
+from histjax.data import workers
+from tests.data import test_workers
+with workers.Pool(2) as pool:
+  list(pool.each(test_workers.sleep, range(8)))
+"""
+  parent = children.start(
+    [sys.executable, '-c', code],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  for _ in range(2):
+    assert parent.stdout.readline().startswith('sleeps')
+  os.killpg(parent.pid, signal.SIGINT)
+  _, said = parent.communicate(timeout=50)
+  assert said.rstrip().endswith('KeyboardInterrupt')
+  assert said.count('KeyboardInterrupt') == 1
 
 
 if __name__ == '__main__':
