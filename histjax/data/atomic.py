@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -10,13 +11,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: NumPy's.
+
 
 def write(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
   """Writes a file beside its place, then puts it there."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    write(temporary)
-    sync(temporary)
+    with named(path):
+      write(temporary)
+      sync(temporary)
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
@@ -37,9 +41,10 @@ def folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   try:
-    yield temporary
-    for file in temporary.iterdir():
-      sync(file)
+    with named(path):
+      yield temporary
+      for file in temporary.iterdir():
+        sync(file)
     try:
       os.rename(temporary, path)
     except OSError:
@@ -47,6 +52,25 @@ def folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+class FullDiskError(OSError):
+  """What could not be written, and what to do."""
+
+
+@contextlib.contextmanager
+def named(path: pathlib.Path) -> Iterator[None]:
+  """A full disk is a FullDiskError, with the path that libraries leave out."""
+  try:
+    yield
+  except FullDiskError:
+    raise
+  except OSError as error:
+    if error.filename is not None or error.errno not in _FULL:
+      raise
+    raise FullDiskError(
+      f'{path} cannot be written ({error}); make room, and run the same again'
+    ) from error
 
 
 def clean(path: pathlib.Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from histjax.data import atomic
+
 Values: TypeAlias = np.ndarray | pa.Array
 _SHARD = '/shard'
 
@@ -74,7 +76,8 @@ class Runs:
     shards, starts = np.unique(shard[order], return_index=True)
     meta = {'shards': json.dumps(shards.tolist())}
     path = self._folder / f'{self._name}-{self._number:06d}.arrow'
-    with pa.ipc.new_file(path, table.schema.with_metadata(meta)) as writer:
+    schema = table.schema.with_metadata(meta)
+    with atomic.named(path), pa.ipc.new_file(path, schema) as writer:
       stops = np.append(starts, len(order))[1:]
       for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         part = table.slice(start, stop - start).combine_chunks()

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from histjax.data import atomic, files
 from histjax.data import columns as columns_lib
-from histjax.data import files
 from histjax.data.joins import Join, Table
 from histjax.data.parts import Columns, MissingColumnError
 from histjax.data.runs import Runs, read_runs
@@ -250,9 +249,9 @@ def _write_plan(
   folder: pathlib.Path, users: Users, bounds, lengths, counts, pass_: _Pass
 ) -> None:
   keys = pa.array(users.keys)
-  with pa.ipc.new_file(
-    folder / _USERS, pa.schema([('user', keys.type)])
-  ) as writer:
+  path = folder / _USERS
+  schema = pa.schema([('user', keys.type)])
+  with atomic.named(path), pa.ipc.new_file(path, schema) as writer:
     writer.write_table(pa.table({'user': keys}))
   quantiles = np.linspace(0, len(users) - 1, min(len(users), 1000)).astype(int)
   plan = {
@@ -265,9 +264,7 @@ def _write_plan(
     'time_type': np.result_type(*pass_.time_types).str,
     'sources': pass_.sources,
   }
-  temporary = folder / f'{PLAN}.tmp'
-  temporary.write_text(json.dumps(plan))
-  os.replace(temporary, folder / PLAN)
+  atomic.write_json(folder / PLAN, plan)
 
 
 class _Pass:

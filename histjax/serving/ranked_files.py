@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from histjax.data import locks
+from histjax.data import atomic, locks
 from histjax.schema import Schema
 from histjax.training import workdir as workdir_lib
 
@@ -153,18 +153,16 @@ class Target:
     if self.file is None:
       parts.close()
       return num_rows
-    temporary = self.file.with_name(f'{self.file.name}.{os.getpid()}.tmp')
-    try:
-      schema = parquet.read_schema(paths[0]).remove_metadata()
-      is_csv = self.file.suffix == '.csv'
-      writer = csv.CSVWriter if is_csv else parquet.ParquetWriter
+    schema = parquet.read_schema(paths[0]).remove_metadata()
+    is_csv = self.file.suffix == '.csv'
+    writer = csv.CSVWriter if is_csv else parquet.ParquetWriter
+
+    def write(temporary: pathlib.Path) -> None:
       with writer(str(temporary), schema) as file:
         for path in paths:
           file.write_table(parquet.read_table(path).cast(schema))
-      _sync(temporary)
-      os.replace(temporary, self.file)
-    finally:
-      temporary.unlink(missing_ok=True)
+
+    atomic.write(self.file, write)
     lock.clear()
     return num_rows
 
@@ -237,10 +235,8 @@ class Parts:
   def plan(self, num_shards: int) -> None:
     """Writes the manifest."""
     self.num_shards = num_shards
-    text = json.dumps(
-      {'identity': self._identity, 'num_shards': num_shards}, indent=2
-    )
-    _replace(self.folder / MANIFEST, lambda path: path.write_text(text))
+    values = {'identity': self._identity, 'num_shards': num_shards}
+    atomic.write_json(self.folder / MANIFEST, values)
 
   def path(self, shard: int) -> pathlib.Path:
     """Of a part."""
@@ -257,7 +253,8 @@ class Parts:
   def write(self, shard: int, table: pa.Table) -> None:
     """Writes a part, whole or not at all."""
     table = table.replace_schema_metadata({_KEY: self._key})
-    _replace(self.path(shard), lambda path: parquet.write_table(table, path))
+    path = self.path(shard)
+    atomic.write(path, lambda temporary: parquet.write_table(table, temporary))
 
   def close(self) -> None:
     """Deletes what is no longer needed."""
@@ -312,19 +309,3 @@ def _changes(before, wanted, names) -> str:
     else:
       said.append(f'{name}: {str(old)[:12]} then, {str(new)[:12]} now')
   return '; '.join(said)
-
-
-def _replace(path: pathlib.Path, write) -> None:
-  """Writes a file whole or not at all, whatever ends the process."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    write(temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def _sync(path: pathlib.Path) -> None:
-  with open(path, 'rb+') as file:
-    os.fsync(file.fileno())

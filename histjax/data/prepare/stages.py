@@ -269,10 +269,7 @@ def _write_records(path: pathlib.Path, rows: Rows | None) -> None:
         writer.write(record)
       writer.close()
     except RuntimeError as error:  # What it makes of the system's errors.
-      raise OSError(
-        f'{path} cannot be written ({error}); make room, and run the same '
-        'again to go on'
-      ) from error
+      raise OSError(str(error)) from error
 
   atomic.write(path, write)
 
