@@ -41,8 +41,8 @@ def check_batch(
 
   Raises:
     ValueError: something is missing or not in the schema, of another shape or
-      type, an id outside its table, not finite, or a candidate that sees more
-      than the history has.
+      type, an id outside its table, a dense value beyond `schema.MAX_DENSE`, or
+      a candidate that sees more than the history has.
   """
   check_type(batch, RankingBatch, 'batch')
   check_not_packed(batch)
@@ -434,8 +434,9 @@ def _check_values(field, given, spec, real) -> None:
       wanted = f'an id in [0, {feature.size})'
     else:
       with np.errstate(over='ignore'):
-        bad = ~np.isfinite(value.astype(np.float32, copy=False))
-      wanted = 'a finite number in float32'
+        size = np.abs(value.astype(np.float32, copy=False))
+      bad = ~(size <= schema_lib.MAX_DENSE)
+      wanted = f'a finite number of at most {schema_lib.MAX_DENSE:g}'
     if real is not None:
       bad &= real
     if bad.any():

@@ -22,6 +22,7 @@ from histjax import schema as schema_lib
 _FEW = 2**14
 """Values that are looked at all at once: of more, a pass for each part of them
 takes less time, of fewer, its calls take more."""
+_TOO_LARGE = np.nextafter(np.float32(schema_lib.MAX_DENSE), np.float32(np.inf))
 _AS_LIST = 32
 """Values of which a list is looked at in less time than an array."""
 
@@ -110,7 +111,7 @@ class View:
     return ids.reshape(len(sizes), each), sizes, dense
 
   def is_good(self) -> bool:
-    """Whether ids are of their tables and dense values finite, if features.
+    """Whether ids are of their tables and dense values small, if features.
 
     Only of a whole part: some of its rows are not one piece of memory.
     """
@@ -120,8 +121,8 @@ class View:
       if not all(map(operator.lt, largest.tolist(), sizes)):
         return False
     if len(dense) <= _AS_LIST:
-      return all(map(math.isfinite, dense.tolist()))
-    return bool(np.logical_and.reduce(np.isfinite(dense)))
+      return all(map(schema_lib.MAX_DENSE.__ge__, map(abs, dense.tolist())))
+    return bool(np.logical_and.reduce(np.abs(dense) <= schema_lib.MAX_DENSE))
 
   def clear(self) -> None:
     """Writes zeros."""
@@ -169,11 +170,11 @@ class Layout:
         view.ids[i] = 2**32 - 1  # An id below 0 is a large one.
         below.ids[i] = size
       view.dense.view(np.uint32)[...] = 2**31 - 1  # All but the sign.
-      below.dense[...] = np.inf
+      below.dense[...] = _TOO_LARGE
     return mask, limit
 
   def is_good(self, buffer: np.ndarray, views: dict[str, View]) -> bool:
-    """Whether all ids are of their tables and all dense values finite.
+    """Whether all ids are of their tables and all dense values small.
 
     Args:
       buffer: int32 `[size]`.

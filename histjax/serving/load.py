@@ -37,6 +37,8 @@ import numpy as np
 
 _LIMIT = 2**24
 """Bytes of a manifest, and of the header of tensors."""
+_MAX = 1e8
+"""Of dense features, as `histjax.schema.MAX_DENSE`."""
 _DTYPES = {'F32': np.float32, 'BF16': jnp.bfloat16, 'I32': np.int32}
 
 
@@ -206,9 +208,11 @@ class Model:
           x = x[:, : sizes[-1]]
         with np.errstate(over='ignore'):  # What overflows is not finite.
           x = x.astype(np.float32) if floats else x
-        good = np.isfinite(x) if floats else (0 <= x) & (x < size)
+        good = np.abs(x) <= _MAX if floats else (0 <= x) & (x < size)
         if not good.all():
-          limit = 'finite float32' if floats else f'ids in [0, {size})'
+          limit = (
+            f'in [-{_MAX:g}, {_MAX:g}]' if floats else f'ids in [0, {size})'
+          )
           raise ValueError(f'{part}[{name!r}]: {x[~good][0]} is not {limit}')
         padded = out.copy()
         here = tuple(map(slice, x.shape))

@@ -1,11 +1,13 @@
 """Scorers of small models, one of each for all tests of a process."""
 
 import contextlib
+from unittest import mock
 
 import jax
 import numpy as np
 
 from histjax import scoring
+from histjax.scoring import transport
 from tests import support
 
 # Sums run in another order in each way of scoring; logits are of order 1.
@@ -61,6 +63,37 @@ def scorer(variant='causal', **options) -> scoring.Scorer:
       config, variables, scoring.ScorerConfig(**options)
     )
   return _SCORERS[key]
+
+
+BAD_ITEM = 39
+"""What `poisoned` scores of it, or of who did it, is not finite."""
+
+
+def poisoned(s: scoring.Scorer) -> scoring.Scorer:
+  """A scorer as `s`, one of whose embeddings is not finite."""
+  variables = jax.tree.map(np.array, support.init(s.config)[1])
+  variables['tables']['tables']['item'][BAD_ITEM] = np.nan
+  with mock.patch.object(transport, 'of_device', return_value=s._transport):
+    return scoring.Scorer(s.config, variables, s.options)
+
+
+def without_bad(batch):
+  """A batch with another item in its place."""
+
+  def part(x):
+    item = np.where(x.features['item'] == BAD_ITEM, 0, x.features['item'])
+    return x.replace(features={**x.features, 'item': item})
+
+  return batch.replace(
+    history=part(batch.history), candidates=part(batch.candidates)
+  )
+
+
+def with_bad(candidates, *where):
+  """Candidates of which some are that item."""
+  item = candidates.features['item'].copy()
+  item[where] = BAD_ITEM
+  return candidates.replace(features={**candidates.features, 'item': item})
 
 
 @contextlib.contextmanager

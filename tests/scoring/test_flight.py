@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 from histjax import scoring
 from histjax.scoring import transport
 from tests import support
+from tests.scoring import scorers
 from tests.scoring.scorers import TOLERANCE, rows, scorer
 
 _SCORERS: dict = {}
@@ -119,12 +120,9 @@ class FlightTest(parameterized.TestCase):
       check(found, longer, s)
 
   def test_refused_logits_free_their_slot_once(self, pinned):
-    s = of_memory(pinned)
-    first, second = batches(2)
-    duration = np.full((3, 5), 3e38, np.float32)
-    bad = first.candidates.replace(
-      features={**first.candidates.features, 'duration': duration}
-    )
+    s = scorers.poisoned(of_memory(pinned))
+    first, second = map(scorers.without_bad, batches(2))
+    bad = scorers.with_bad(first.candidates, ...)
     caches = [s.encode(x.history) for x in (first, second)]
     pending = s.score_async(caches[0], bad, first.context)
     for _ in range(2):
@@ -139,15 +137,11 @@ class FlightTest(parameterized.TestCase):
 
   def test_the_mask_is_that_of_the_request(self, pinned):
     """It says which logits must be finite, also when it is changed later."""
-    s = of_memory(pinned)
-    batch = batches(1)[0]
-    duration = np.zeros((3, 5), np.float32)
-    duration[0, 1] = 3e38
+    s = scorers.poisoned(of_memory(pinned))
+    batch = scorers.without_bad(batches(1)[0])
     mask = np.ones((3, 5), bool)
     mask[2, 4] = False
-    candidates = batch.candidates.replace(
-      features={**batch.candidates.features, 'duration': duration}, mask=mask
-    )
+    candidates = scorers.with_bad(batch.candidates, 0, 1).replace(mask=mask)
     cache = s.encode(batch.history)
     pending = s.score_async(cache, candidates, batch.context)
     mask[0, 1] = False
@@ -198,12 +192,10 @@ class ManyTest(parameterized.TestCase):
         check(found, made[0], s)
 
   def test_a_bad_logit_is_of_its_request(self):
-    s = of_memory(False)
-    made = batches(2, seed=5)
-    duration = np.full((3, 5), 3e38, np.float32)
+    s = scorers.poisoned(of_memory(False))
+    made = [scorers.without_bad(x) for x in batches(2, seed=5)]
     requests = self.requests(s, made)
-    features = {**made[1].candidates.features, 'duration': duration}
-    bad = made[1].candidates.replace(features=features)
+    bad = scorers.with_bad(made[1].candidates, ...)
     first, second = s.score_many_async(
       [requests[0], (requests[1][0], bad, made[1].context)]
     )

@@ -1,16 +1,20 @@
 """What a scorer refuses, and what it takes."""
 
+import re
+
 import jax
 import numpy as np
 from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from histjax import schema as schema_lib
 from histjax import scoring
 from histjax.models import ranker
 from histjax.scoring import inputs
 from histjax.types import Candidates, History
 from tests import support
+from tests.scoring import scorers
 from tests.scoring.scorers import TOLERANCE, real, rows, scorer
 
 EYE = np.eye(3, 5)
@@ -135,24 +139,29 @@ class BadInputTest(parameterized.TestCase):
         items = np.asarray(part.features['item'])
         self.assertEqual(set(items[padding]), {0})
 
-  @parameterized.parameters(3e38, -3e38)
-  def test_a_value_that_the_network_cannot_take(self, value):
-    values = self.batch.candidates.features['duration'].copy()
-    values[1, 0] = value
-    batch = self.feature('candidates', 'duration', values)
-    for score in (self.s.score_joint, self.s.score_plain):
+  def test_a_parameter_that_is_not_finite(self):
+    s, batch = scorers.poisoned(self.s), scorers.without_bad(self.batch)
+    s.score_joint(batch)
+    batch = batch.replace(candidates=scorers.with_bad(batch.candidates, 1, 0))
+    for score in (s.score_joint, s.score_plain):
       with self.assertRaisesRegex(
         ValueError, "logit 'click' of row 1, candidate 0 is .*too large"
       ):
         score(batch)
 
-  def test_a_value_beyond_float32(self):
+  @parameterized.parameters(-1e39, 3e38, 1.0001e8, np.nan, -np.inf)
+  def test_a_value_that_the_network_cannot_take(self, value):
     values = self.batch.candidates.features['duration'].astype(np.float64)
-    values[1, 0] = 1e39
-    with self.assertRaisesRegex(
-      ValueError, r"\['duration'\]\[1, 0\] is 1e\+39; expected a finite number"
-    ):
-      self.s.score_joint(self.feature('candidates', 'duration', values))
+    for largest in (schema_lib.MAX_DENSE, -schema_lib.MAX_DENSE):
+      values[1, 0] = largest
+      batch = self.feature('candidates', 'duration', values)
+      inputs.check_batch(support.SCHEMA, batch)
+    values[1, 0] = value
+    batch = self.feature('candidates', 'duration', values)
+    said = re.escape(f"['duration'][1, 0] is {value}; expected a finite number")
+    for check in (self.s.score_joint, self.s.score_plain):
+      with self.assertRaisesRegex(ValueError, f'{said} of at most 1e'):
+        check(batch)
 
   @parameterized.parameters(
     ('item', 'x', r'has shape \(\); expected \(3, 5\)'),

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from histjax import schema as schema_lib
+from histjax.schema import MAX_DENSE
 from histjax.scoring import layout as layout_lib
 
 
@@ -68,7 +69,8 @@ class LayoutTest(absltest.TestCase):
     ids=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4),
     bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4),
   )
-  @example(size=3, ids=[2], bits=[0x7F7FFFFF])  # The largest of each.
+  @example(size=3, ids=[2], bits=[0xCCBEBC20])  # The largest of each, negated.
+  @example(size=3, ids=[2], bits=[0x4CBEBC21])
   @example(size=3, ids=[3], bits=[0])
   @example(size=3, ids=[-1], bits=[0])
   @example(size=3, ids=[0], bits=[0xFF800000])  # Minus infinity.
@@ -91,7 +93,9 @@ class LayoutTest(absltest.TestCase):
     views['a'].features['w'][...] = 0
     views['a'].features['x'][...] = ids
     views['b'].features['y'][...] = dense
-    good = all(0 <= i < size for i in ids) and bool(np.isfinite(dense).all())
+    good = all(0 <= i < size for i in ids) and bool(
+      (np.abs(dense) <= MAX_DENSE).all()
+    )
     # All at once; part by part, as arrays and as lists.
     for few, as_list in ((2**13, 0), (0, 0), (0, 32)):
       with mock.patch.multiple(layout_lib, _FEW=few, _AS_LIST=as_list):

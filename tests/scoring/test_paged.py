@@ -340,11 +340,12 @@ class ManyTest(parameterized.TestCase):
       self.assertLen(x.result(), 2)
 
   def test_a_bad_logit_is_of_its_request(self):
+    self.p = paged.PagedScorer(scorers.poisoned(self.s))
     made = self.batches(np.random.default_rng(0), [(1, 16)] * 2)
+    made = [scorers.without_bad(x) for x in made]
     pool, places, place = self.encode(made)
     good, bad = (x.candidates.replace(visible=None, mask=None) for x in made)
-    duration = np.full((1, 16), 3e38, np.float32)
-    bad = bad.replace(features={**bad.features, 'duration': duration})
+    bad = scorers.with_bad(bad, ...)
     first, second = self.p.score_many(
       pool, place, [(good, made[0].context), (bad, made[1].context)]
     )
