@@ -182,6 +182,39 @@ def test_study():
         assert result['compared']['auc_seeds']['verdict'] in cell
 
 
+def test_cross_only():
+  """AUC and GAUC of both fusions, and the differences with both intervals."""
+  summaries = {
+    rows: load(f'2026-11-30-study-cross-only{name}-cpu/summary')['datasets']
+    for rows, name in (
+      ('pointwise', '-pointwise-epyc'),
+      ('streaming', '-xeon'),
+    )
+  }
+  seen = 0
+  for cells in tables('docs/results/fusions.md'):
+    title, _, rows = cells[0].partition(', ')
+    if len(cells) != 7 or rows not in summaries:
+      continue
+    found = [
+      x
+      for x in summaries[rows][DATASETS[title]]
+      if x['window'] == int(cells[1])
+    ]
+    (one,) = [x for x in found if x['fusion'] == 'cross_only']
+    (other,) = [x for x in found if x['fusion'] == 'append_cross']
+    check(cells[0], numbers(cells[2]), [len(x['seeds']) for x in (one, other)])
+    for cell, x in zip(cells[3:5], (one, other), strict=True):
+      values = [x[m][k] for m in ('auc', 'gauc') for k in ('mean', 'deviation')]
+      check(cells[0], numbers(cell), values)
+    for cell, metric in zip(cells[5:], ('auc', 'gauc'), strict=True):
+      of, seeds = (one['compared'][k] for k in (metric, f'{metric}_seeds'))
+      values = [of['difference'], of['low'], of['high']]
+      check(cells[0], numbers(cell), [*values, seeds['low'], seeds['high']])
+    seen += 1
+  assert seen == 4
+
+
 def test_cost_of_fusions():
   found = load('2026-11-26-fusions-cpu')['fusions']
   rows = [c for c in tables('README.md') if c[-1].endswith(' ms')]
