@@ -23,8 +23,8 @@ _CHIPS = flags.DEFINE_list('chips', list(scaling.CHIPS), 'Kinds of chips.')
 _JOB = scaling.Job.__doc__ or ''
 _NUMBERS: dict[str, flags.FlagHolder[Any]] = {}
 for _field in dataclasses.fields(scaling.Job):
-  # Of its docstring.
-  (_help,) = re.findall(rf'^    {_field.name}: (.*)$', _JOB, re.MULTILINE)
+  # Of its docstring, which Python 3.13 dedents.
+  (_help,) = re.findall(rf'^ *{_field.name}: (.*)$', _JOB, re.MULTILINE)
   _default: Any = _field.default
   if _field.type == 'float':
     _NUMBERS[_field.name] = flags.DEFINE_float(_field.name, _default, _help)

@@ -687,7 +687,7 @@ class TestBinaries:
   ('flag', 'message'),
   [
     ('--suite=towers', 'flag --suite=towers: value should be one of'),
-    ('--lengths=64,x', "--lengths=['64', 'x'] must be whole numbers"),
+    ('--lengths=64,x', '--lengths=64,x must be whole numbers above 0'),
   ],
 )
 def test_a_message_names_the_flag(flag, message):
