@@ -113,7 +113,8 @@ def portable(error: BaseException) -> BaseException:
 
 def _begin() -> None:
   """Ends this process with the one that started it, and by Ctrl-C silently."""
-  signal.signal(signal.SIGINT, signal.SIG_DFL)  # The other one tells of it.
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # As of nohup.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # The other one tells of it.
   signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
   parent = multiprocessing.parent_process()
   assert parent is not None

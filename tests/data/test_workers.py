@@ -67,8 +67,11 @@ def sleep(number):
 def test_an_interrupt_is_told_once():
   """Ctrl-C is sent to all processes of a terminal."""
   code = """
+import signal
 from histjax.data import workers
 from tests.data import test_workers
+# A shell ignores it for what it starts in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with workers.Pool(2) as pool:
   list(pool.each(test_workers.sleep, range(8)))
 """
