@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+from histjax.data import atomic
 from histjax.training import workdir as workdir_lib
 
 
@@ -74,11 +75,11 @@ def write_whole(
     )
     write(folder)
     for path in folder.iterdir():
-      _sync(path)
+      atomic.sync(path)
     folder.chmod(0o755)
-    _sync(folder)
+    atomic.sync(folder)
     os.rename(folder, output)  # An empty directory is replaced.
-    _sync(output.parent)
+    atomic.sync(output.parent)
   except (OSError, safetensors.SafetensorError) as error:
     number = getattr(error, 'errno', None)
     raise OSError(
@@ -89,11 +90,3 @@ def write_whole(
   finally:
     if folder is not None:
       shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: pathlib.Path) -> None:
-  number = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(number)
-  finally:
-    os.close(number)

@@ -61,7 +61,7 @@ def test_here_errors_are_what_they_were():
 
 def sleep(number):
   print(f'sleeps {number}', flush=True)
-  time.sleep(60)
+  time.sleep(600)
 
 
 def test_an_interrupt_is_told_once():
@@ -85,7 +85,7 @@ with workers.Pool(2) as pool:
   for _ in range(2):
     assert parent.stdout.readline().startswith('sleeps')
   os.killpg(parent.pid, signal.SIGINT)
-  _, said = parent.communicate(timeout=50)
+  _, said = parent.communicate()
   assert said.rstrip().endswith('KeyboardInterrupt')
   assert said.count('KeyboardInterrupt') == 1
 
