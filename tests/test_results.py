@@ -121,6 +121,33 @@ def test_kernels():
     check('README.md', said, [time['histjax'], other, other / time['histjax']])
 
 
+def test_train_rows():
+  page = 'docs/results/gpu.md'
+  found = load('2026-12-01-train-step-rows-h200')['results'][0]['contenders']
+  rate = {name: x['impressions_per_second'] for name, x in found.items()}
+  seconds = {
+    name: [1e3 * shape['seconds'] for shape in x['shapes']]
+    for name, x in found.items()
+  }
+  rows = {c[0].partition(':')[0]: c for c in tables(page) if len(c) == 5}
+  for kind in ('pointwise', 'packed'):
+    name = f'histjax:{kind}'
+    times = sorted({min(seconds[name]), max(seconds[name])})
+    expected = [rate[name], rate[name] / rate['histjax:pointwise'], *times]
+    if kind == 'pointwise':
+      rival = seconds['torch:pointwise']
+      expected += [rate['torch:pointwise'], min(rival), max(rival)]
+    check(kind, numbers(' '.join(rows[kind][1:])), expected)
+  ratio = rate['histjax:packed'] / rate['torch:pointwise']
+  assert f'train {ratio:.0f} times as many' in PAGES[page]
+  times = rate['histjax:packed'] / rate['histjax:pointwise']
+  said = ' '.join(PAGES['README.md'].split())
+  assert f'trains {times:.0f} times as many' in said
+  assert f'{ratio:.0f} times PyTorch' in said
+  share = found['histjax:packed']['input_share']
+  assert f'batches in {share:.0%}'.replace('%', ' %') in PAGES[page]
+
+
 @pytest.mark.parametrize(
   'page',
   ['README.md', 'docs/results/movielens.md', 'docs/results/kuairand.md'],

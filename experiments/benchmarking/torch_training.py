@@ -61,7 +61,8 @@ def updates(
       return _loss(config, tensors, values)
 
   if device.type == 'cuda':
-    loss_of = torch.compile(loss_of)
+    # A program a shape, as ours; with unknown sizes Inductor of 2.11 fails.
+    loss_of = torch.compile(loss_of, dynamic=False)
 
   def update(batch):
     def call():
