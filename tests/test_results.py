@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 
 import pytest
 from absl.testing import absltest
@@ -240,6 +241,21 @@ def test_cross_only():
       check(cells[0], numbers(cell), [*values, seeds['low'], seeds['high']])
     seen += 1
   assert seen == 4
+  of: dict[str, list[dict[str, float]]] = {}
+  for path in (ROOT / 'benchmarks/results').glob(
+    '*-study-cross-only-*/cells/ml1m/*/window50-seed?.json'
+  ):
+    cell = json.loads(path.read_text())
+    of.setdefault(cell['fusion'], []).append(cell['test'])
+  page = ' '.join(PAGES['docs/results/fusions.md'].split())
+  for fusion in ('cross_only', 'append_cross'):
+    assert len(of[fusion]) == 5
+    said = re.search(rf'`{fusion}` (\S+ \+- \S+) and (\S+ \+- \S+?)[,.] ', page)
+    assert said
+    for text, metric in zip(said.groups(), ('auc', 'gauc'), strict=True):
+      values = [test[f'like/{metric}'] for test in of[fusion]]
+      expected = [statistics.mean(values), statistics.stdev(values)]
+      check(fusion, numbers(text), expected)
 
 
 def test_cost_of_fusions():
