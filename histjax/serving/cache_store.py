@@ -35,6 +35,7 @@ from histjax.cache import CacheInfo, HistoryCache, info_of
 from histjax.data.past import Past
 from histjax.models.ranker import RankerConfig
 from histjax.quantization import Quantized
+from histjax.scoring import pages as scoring_pages
 from histjax.scoring.config import ScorerConfig
 from histjax.scoring.paged import Place, Pool
 from histjax.scoring.pages import EVENTS
@@ -448,6 +449,17 @@ class CacheStore:
         'both (Engine.warm_up does)'
       )
     return 'encode' if encode <= copy else 'copy'
+
+  def check_room(self, capacity: int) -> None:
+    """Raises a ValueError if no state of so many events can ever be kept."""
+    needed = scoring_pages.number(capacity)
+    nbytes = self._pages.shape.nbytes
+    if needed > self.num_pages:
+      raise ValueError(
+        f'a state of {capacity} events takes {needed} pages of {nbytes} bytes, '
+        f'and the store has {self.num_pages}; raise device_bytes (--store_mib) '
+        f'to {(needed + 1) * nbytes} or more, or serve shorter histories'
+      )
 
   def warm_up(self, rows: Sequence[int], capacities: Sequence[int]) -> None:
     """Compiles `get` and `put` for these buckets."""

@@ -254,7 +254,8 @@ class Engine:
       cache_dir: as `Scorer.warm_up`.
 
     Raises:
-      ValueError: a size is not positive or beyond the largest bucket.
+      ValueError: a size is not positive or beyond the largest bucket, or the
+        store has no room for one state of so many events.
     """
     options = self.options
     asked = {
@@ -272,6 +273,7 @@ class Engine:
     _make_a_row(self._model)
     with self._lock:
       sizes = _sizes(self._model, asked)
+      self._store.check_room(self._model.scorer.options.events(sizes['events']))
       if cache_dir is not None:
         ahead.keep_in(cache_dir)
       done = self._warm_up(self._model, sizes)

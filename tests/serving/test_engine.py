@@ -660,6 +660,21 @@ class EngineTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'{name}=0 must be at least 1'):
       self.engine().warm_up(**sizes)
 
+  def test_a_warm_up_for_states_that_the_store_cannot_hold(self):
+    events = 10**11  # Whose programs would take all memory.
+    config = worlds.scorer('causal', False).config
+    buckets = dataclasses.replace(worlds.BUCKETS, history_buckets=(16, events))
+    engine = Engine(
+      scoring.Scorer(config, support.init(config)[1], buckets),
+      EngineConfig(StoreConfig(device_bytes=1 << 18), max_rows=4),
+      maker=worlds.maker('causal', False),
+    )
+    with self.assertRaisesRegex(
+      ValueError, f'a state of {events} events .*--store_mib. to [0-9]+ or'
+    ):
+      engine.warm_up(candidates=4, events=events)
+    engine.warm_up(candidates=4, events=16, rows=1)
+
   def test_a_warm_up_that_fails_is_not_repeated(self):
     engine = self.engine('causal', False)
     with self.assertRaisesRegex(ValueError, '64 events in a history do not'):
