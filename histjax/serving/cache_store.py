@@ -458,7 +458,8 @@ class CacheStore:
       raise ValueError(
         f'a state of {capacity} events takes {needed} pages of {nbytes} bytes, '
         f'and the store has {self.num_pages}; raise device_bytes (--store_mib) '
-        f'to {(needed + 1) * nbytes} or more, or serve shorter histories'
+        f'to {(needed + 1) * nbytes} or more, or serve shorter '
+        'histories (--warm_up)'
       )
 
   def warm_up(self, rows: Sequence[int], capacities: Sequence[int]) -> None:

@@ -217,6 +217,10 @@ def make_engine(
     cache_dtype: as `ScorerConfig`.
     which: the parameters that are best on validation, or the latest.
     modules: to import first, of derived features of your own.
+
+  Raises:
+    ValueError: as `buckets` and `Engine`, or the store can hold no state of so
+      many events.
   """
   for name in modules:  # A replica has another process than a frontend.
     importlib.import_module(name)
@@ -238,6 +242,7 @@ def make_engine(
     scorer_config=config,
     which=which,
   )
+  engine.store.check_room(config.history_buckets[-1])
   made = run.config.data.eval_rows or run.config.data.rows
   # Without the run, whose parameters are not served for ever.
   return engine, functools.partial(

@@ -366,6 +366,8 @@ def test_nothing_compiles_after_the_warm_up(workdir):
   """What is no larger than it was warmed up for; the rest is refused."""
   with pytest.raises(ModuleNotFoundError, match='my_own'):  # In a replica, too.
     server.make_engine(str(workdir), 3, [8, 16], 8, modules=['my_own'])
+  with pytest.raises(ValueError, match='a state of 100000000000 events'):
+    server.make_engine(str(workdir), 3, [8, 10**11], 8)
   scoring, warm_up = server.make_engine(str(workdir), 3, [8, 16], 8)
   warm_up()
   compiled = scoring.metrics()['compilations']
