@@ -455,11 +455,12 @@ class CacheStore:
     needed = scoring_pages.number(capacity)
     nbytes = self._pages.shape.nbytes
     if needed > self.num_pages:
+      least = (needed + 1) * nbytes
       raise ValueError(
         f'a state of {capacity} events takes {needed} pages of {nbytes} bytes, '
-        f'and the store has {self.num_pages}; raise device_bytes (--store_mib) '
-        f'to {(needed + 1) * nbytes} or more, or serve shorter '
-        'histories (--warm_up)'
+        f'and the store has {self.num_pages}; raise device_bytes to {least} '
+        f'(--store_mib={-(-least >> 20)}), or serve shorter histories '
+        '(--warm_up)'
       )
 
   def warm_up(self, rows: Sequence[int], capacities: Sequence[int]) -> None:

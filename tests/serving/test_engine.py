@@ -670,7 +670,7 @@ class EngineTest(parameterized.TestCase):
       maker=worlds.maker('causal', False),
     )
     with self.assertRaisesRegex(
-      ValueError, f'a state of {events} events .*--store_mib. to [0-9]+ or'
+      ValueError, f'a state of {events} events .*--store_mib=[0-9]+'
     ):
       engine.warm_up(candidates=4, events=events)
     engine.warm_up(candidates=4, events=16, rows=1)
