@@ -127,7 +127,7 @@ class Arrays:
     self._scorer = _scorer(implementation, workload, variables)
     self._old = rankers.old_events(requests[0].history)
     self._cache = self._scorer.encode(requests[0].history)
-    self._scorer.warm_up(
+    self._done = self._scorer.warm_up(
       rows=workload.num_rows,
       events=workload.num_events,
       candidates=workload.num_candidates,
@@ -137,9 +137,10 @@ class Arrays:
 
   @property
   def runs(self) -> dict[str, str]:
-    """See `Contender`."""
-    first = self._requests[0]
-    return self._scorer.backends(self._cache, first.candidates, first.context)
+    """See `Contender`; and how many programs are replayed as graphs."""
+    first, done = self._requests[0], self._done
+    found = self._scorer.backends(self._cache, first.candidates, first.context)
+    return {**found, 'replayed': f'{done.num_recorded} of {done.num_programs}'}
 
   def call(self, name: str) -> Call:
     """See `Contender`."""
