@@ -192,6 +192,7 @@ class TestSnippets:
       }
       config_lib.from_dict(datasets.DataConfig, values)
 
+  @pytest.mark.slow
   def test_diffs(self, tmp_path):
     """The worked changes apply, and what they add runs, in one process."""
     shutil.copytree(

@@ -155,6 +155,7 @@ class WrongScoresTest(parameterized.TestCase):
     ):
       benchmarking.scoring_suite(config, variables, [8], [4], seconds=0)
 
+  @pytest.mark.slow
   def test_fusions(self):
     some = {'append_cross': cost.fusion_lib.FUSIONS['append_cross']}
     with (
