@@ -337,7 +337,7 @@ class _Refs(NamedTuple):
   count: Any  # int32 [B].
   candidates: Any  # [1, c, D]
   seen: Any  # int32 [1, 3, c]: start, stop, position.
-  frequency: Any  # [H / 2, 1]
+  frequency: Any  # int32 [H / 2, 1]
   key: Any  # [1, 1, k, D]
   value: Any
   query_weight: Any  # [1, D, D]
@@ -403,7 +403,7 @@ def _kernel(*refs, plan: _Plan):
 
 def _make_tables(r: _Refs, plan: _Plan):
   """Cosines and sines of each candidate's angles, for all lanes."""
-  angle = r.frequency[...] * r.seen[0, 2:3].astype(jnp.float32)  # [H / 2, c]
+  angle = rotary.radians(r.seen[0, 2:3], r.frequency[...])  # [H / 2, c]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   r.cos[...] = jnp.concatenate([cos, cos] * plan.num_heads, axis=0).T
   r.sin[...] = jnp.concatenate([-sin, sin] * plan.num_heads, axis=0).T
