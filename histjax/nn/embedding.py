@@ -110,7 +110,10 @@ class EventTokens(nn.Module):
     self.item = nn.Dense(self.width, dtype=self.dtype)
     self.action = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
     self.undecided = self.param(
-      'undecided', nn.initializers.normal(stddev=0.05), (self.width,)
+      'undecided',
+      nn.initializers.normal(stddev=0.05),
+      (self.width,),
+      jnp.float32,
     )
 
   def events(

@@ -175,6 +175,15 @@ class RankerTest(parameterized.TestCase):
         logits[task][mask], exact[task][mask], rtol=0.1, atol=0.1
       )
 
+  def test_parameters_are_float32_with_x64(self):
+    config = support.config(encoder__positions='recency')
+    with jax.enable_x64(True):
+      batch = support.batch(np.random.default_rng(0), shared_visible=True)
+      init = ranker.Ranker(config).init
+      found = jax.eval_shape(init, jax.random.key(0), batch)
+    for path, x in jax.tree_util.tree_leaves_with_path(found):
+      self.assertEqual(x.dtype, jnp.float32, path)
+
   def test_parameters_are_shared_by_every_way_to_score(self):
     config = support.config()
     model, variables = support.init(config)

@@ -149,6 +149,7 @@ class Transformer(Fusion):
         'recency',
         nn.initializers.normal(stddev=0.05),
         (config.num_recency, config.width),
+        jnp.float32,
       )
 
   def _layer_function(self, function, train: bool):
