@@ -318,14 +318,14 @@ class BatchIterator(Iterator[RankingBatch]):
     self._next = epoch * self.batches_per_epoch + place
     self._iterator = self._start()
 
-  def whole(self, ago: int) -> RankingBatch:
-    """A batch that was given, made again, with the rows of all hosts.
+  def whole(self, number: int) -> RankingBatch:
+    """A batch, made again, with the rows of all hosts.
 
     Args:
-      ago: which one; 1: the last that was given.
+      number: which one, from 0 on, of all epochs, wherever the position is.
     """
     load = dataclasses.replace(self._load, shard_index=0, shard_count=1)
-    return load(self._batches[self._next - ago])
+    return load(self._batches[number])
 
   def close(self) -> None:
     """Ends the threads. The iterator cannot be used any more."""

@@ -533,7 +533,7 @@ class _Run:
     bounds = self.config.max_unique_ids
     if not bounds:
       return
-    batch = self.batches.whole(self.step - step + 1)
+    batch = self.batches.whole(step - 1)  # Each step takes the next one.
     found = tables_lib.num_touched(self.config.model.schema, batch)
     for table, bound in bounds.items():
       if found[table] > bound:

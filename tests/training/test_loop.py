@@ -22,7 +22,7 @@ import pytest
 
 from histjax import config as config_lib
 from histjax import metrics
-from histjax.data import cold, locks
+from histjax.data import cold, datasets, locks
 from histjax.data import rows as rows_lib
 from histjax.data.rows import make_rows
 from histjax.models import ranker
@@ -444,6 +444,27 @@ class TestFailures:
     pipeline = dataclasses.replace(CONFIG.pipeline, pack=True)
     with pytest.raises(ValueError, match=message):
       runs.run(tmp_path, pipeline=pipeline, max_unique_ids={'item': 3})
+
+  def test_more_distinct_ids_before_a_new_shape(self, tmp_path):
+    # What the first step did is found out while the second one is compiled.
+    rows = dataclasses.replace(CONFIG.data.rows, kind='pointwise')
+    data = dataclasses.replace(CONFIG.data, rows=rows)
+    pipeline = dataclasses.replace(
+      CONFIG.pipeline,
+      batch_events=30,
+      history_buckets=(2, 20),
+      candidate_buckets=(1,),
+      seed=48,
+    )
+    with pytest.raises(ValueError, match='step 1 has 15 distinct ids'):
+      runs.run(
+        tmp_path,
+        data=data,
+        data_of=datasets.load(data),
+        pipeline=pipeline,
+        log_every=1,
+        max_unique_ids={'item': 10},
+      )
 
   def test_other_schema_than_the_dataset(self, tmp_path):
     schema = dataclasses.replace(
