@@ -14,6 +14,7 @@ from histjax.features import base
 from histjax.schema import Categorical, Dense, Feature, Schema
 
 PREFIX = 'rate_'
+_LEAST_PRIOR = 1e-100  # Counts divided by it are finite.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Rates(base.DerivedFeature):
   Attributes:
     by: categorical features of items, or crosses as 'item*hour'. Each adds
       the feature `rate_item`, `rate_item_x_hour`.
-    prior: events at the overall rate that each value begins with, > 0.
+    prior: events at the overall rate that each value begins with, at least
+      1e-100.
   """
 
   by: tuple[str, ...]
@@ -49,9 +51,10 @@ class Rates(base.DerivedFeature):
       raise ValueError(
         f'data.features: Rates.by={self.by} must name at least one, each once'
       )
-    if not 0 < self.prior < math.inf:
+    if not _LEAST_PRIOR <= self.prior < math.inf:
       raise ValueError(
-        f'data.features: Rates.prior={self.prior} must be > 0 and finite'
+        f'data.features: Rates.prior={self.prior} must be at least '
+        f'{_LEAST_PRIOR:g}, and finite; 10 is the default'
       )
 
   def reads(self) -> tuple[str, ...]:
@@ -192,8 +195,10 @@ class Rates(base.DerivedFeature):
     return found
 
   def _rate(self, count, positive, mean) -> np.ndarray:
-    smoothed = (positive + self.prior * mean) / (count + self.prior)
-    return (_logit(smoothed) - _logit(mean)).astype(np.float32)
+    # As the class has it, without a probability, which could round to 1.
+    odds = np.log1p(positive / (self.prior * mean))
+    odds -= np.log1p((count - positive) / (self.prior * (1 - mean)))
+    return odds.astype(np.float32)
 
 
 def _name(by: str) -> str:
@@ -226,7 +231,3 @@ def _lookup(known: np.ndarray, wanted: np.ndarray):
 def _label(events: base.Events) -> np.ndarray:
   """Of the first task, float64 `[n]`."""
   return events.labels[events.schema.tasks[0].name].astype(np.float64)
-
-
-def _logit(p):
-  return np.log(p) - np.log1p(-p)

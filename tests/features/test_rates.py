@@ -1,5 +1,6 @@
 """Rates count other users' training labels that come before, and no others."""
 
+import fractions
 import math
 
 import numpy as np
@@ -35,6 +36,10 @@ def _columns(draw):
     'tab': rng.integers(0, 2, n),
     'click': np.append(rng.integers(0, 2, n - 2), [0, 1]),
   }
+
+
+def _log(x: fractions.Fraction) -> float:
+  return math.log(x.numerator) - math.log(x.denominator)
 
 
 def _logit(p):
@@ -88,6 +93,35 @@ class RatesTest(parameterized.TestCase):
           row.candidates[name], found[rows.candidate_events(r)]
         )
 
+  @parameterized.parameters(1e-100, 1e-17, 1e-9, 1e300)
+  def test_any_prior_gives_finite_rates(self, prior):
+    # Of others: a click, a miss, one of each, two clicks.
+    log = EventLog.from_columns(
+      {
+        'user': [0, 1, 0, 1, 0, 1, 2],
+        'time': range(7),
+        'age': [0] * 7,
+        'item': [0, 0, 1, 1, 2, 2, 2],
+        'tab': [0] * 7,
+        'click': [1, 1, 0, 0, 1, 0, 1],
+      },
+      SCHEMA,
+    )
+    log, fitted = logs.derive(log, Rates(('item',), prior))
+    found = fitted.of_events(log.events(), None)['rate_item']
+    mean = 4 / 7
+
+    def expected(k, n):
+      p, m = fractions.Fraction(prior), fractions.Fraction(mean)
+      odds = (k + p * m) * (1 - m) / ((n - k + p * (1 - m)) * m)
+      return _log(odds)
+
+    # By user.
+    seen = [(1, 1), (0, 1), (1, 2), (1, 1), (0, 1), (2, 2), (1, 2)]
+    np.testing.assert_allclose(
+      found, [expected(k, n) for k, n in seen], rtol=1e-6, atol=1e-6
+    )
+
   def test_a_rate_does_not_tell_the_label(self):
     # One value, every event of another user, so that a mean over the others
     # is lower where the label is 1: within the value it would tell the label.
@@ -115,8 +149,8 @@ class RatesTest(parameterized.TestCase):
       logs.derive(log, Rates((rate,)))
 
   def test_bad_fields(self):
-    for prior in (0.0, -1.0, math.nan, math.inf):
-      with self.assertRaisesRegex(ValueError, 'prior=.* must be > 0'):
+    for prior in (0.0, -1.0, 1e-101, math.nan, math.inf):
+      with self.assertRaisesRegex(ValueError, 'prior=.* must be at least'):
         Rates(('item',), prior)
     for by in ((), ('item', 'item')):
       with self.assertRaisesRegex(ValueError, 'at least one, each once'):
