@@ -340,6 +340,13 @@ class Schema:
     """Every feature that is a column of the log, `hidden` ones included."""
     return (*self.context, *self.item, *self.hidden, *self.action)
 
+  @functools.cached_property
+  def columns(self) -> tuple[str, ...]:
+    """The columns of a log that are read, each once."""
+    names = [self.user, self.time, *filter(None, [self.request])]
+    names += [x.column for x in (*self.logged, *self.tasks)]
+    return tuple(dict.fromkeys(names))
+
   def with_tasks(self, names: Sequence[str]) -> Schema:
     """This schema with the tasks `names` alone, in that order.
 

@@ -246,12 +246,7 @@ def _plain(key) -> int | str:
 
 def columns_of(schema: Schema, extra: Sequence[str] = ()) -> list[str]:
   """The columns that are read of a log, each once."""
-  names = [schema.user, schema.time]
-  if schema.request:
-    names.append(schema.request)
-  names += [f.column for f in schema.logged]
-  names += [t.column for t in schema.tasks]
-  names = list(dict.fromkeys([*names, *extra]))
+  names = list(dict.fromkeys([*schema.columns, *extra]))
   schema.check_types_of(names)
   return names
 

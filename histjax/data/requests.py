@@ -31,8 +31,8 @@ def make_row(
 ) -> rows_lib.Row:
   """A row to score, checked and encoded as a log would be.
 
-  Keys are the log's columns, as the schema names them; others are ignored, so
-  that a log's own records can be passed.
+  Keys are the log's columns, as the schema names them. Any of these may be in
+  each part, so that a log's own records can be passed; others are refused.
 
   Args:
     schema: of the model: which columns are read, and what is derived.
@@ -56,8 +56,9 @@ def make_row(
     of their own request, and under ties='strict' those of their own time.
 
   Raises:
-    ValueError: a value is missing or bad, events are out of order, a
-      candidate is earlier than one of them, or `features` are not given.
+    ValueError: a value is missing or bad, a column unknown, events are out of
+      order, a candidate is earlier than one of them, or `features` are not
+      given.
   """
   maker = RowMaker(schema, config, features)
   past_columns = values_lib.read(history, 'history')

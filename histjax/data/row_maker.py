@@ -88,6 +88,7 @@ class RowMaker:
     self.needs_time = (
       self.features.needs('time') or self.config.ties == 'strict'
     )
+    self._known = frozenset(schema.columns)
     self._needs_user = self.features.needs('user')
     self._items = schema.item + schema.hidden
     self._shown_as_read = (
@@ -123,10 +124,12 @@ class RowMaker:
       as_of: as `make_row`.
 
     Raises:
-      ValueError: a value is missing or bad.
+      ValueError: a value is missing or bad, or a column unknown.
     """
     schema, context = self.schema, values_lib.one(context)
+    values_lib.check_known(self._known, context, 'context')
     shown = values_lib.read(candidates, 'candidates')
+    values_lib.check_known(self._known, shown, 'candidates')
     number = values_lib.length_of(shown)
     if not number:
       raise ValueError('candidates is empty; give at least one item to score')
@@ -211,7 +214,8 @@ class RowMaker:
     """Encodes events; what depends on those before them is not there yet.
 
     Raises:
-      ValueError: a value is missing or bad, or they are out of order.
+      ValueError: a value is missing or bad, a column unknown, or they are out
+        of order.
     """
     columns = values_lib.read(events, 'events')
     past = self.impressions(columns, source='events')
@@ -362,6 +366,7 @@ class RowMaker:
       with_request: whether their request is, if it is given.
       source: what to call them in messages.
     """
+    values_lib.check_known(self._known, columns, source)
     schema, number = self.schema, values_lib.length_of(columns)
     with_time = self.needs_time if with_time is None else with_time
     time, is_timestamp = values_lib.times(

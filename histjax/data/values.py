@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from histjax import config as dicts
 from histjax.data import columns as columns_lib
 from histjax.data import hashing, plain
 from histjax.schema import Categorical, Feature, Schema
@@ -80,6 +81,24 @@ def _equal_columns(columns: Mapping[str, Any], source: str):
       f'columns of {source} differ in length: {lengths}; make them equal'
     )
   return found
+
+
+def check_known(
+  known: frozenset[str], columns: Mapping[str, Any], source: str
+) -> None:
+  """Raises a ValueError if there are columns that are not known.
+
+  What is misspelt would be as good as not given: a request, a time.
+  """
+  if columns.keys() <= known:
+    return
+  name = next(name for name in columns if name not in known)
+  close = dicts.nearest(str(name), known)
+  fix = f'rename it to {close!r}, or leave it out' if close else 'leave it out'
+  raise ValueError(
+    f'{source} has column {name!r}, which the model does not know; {fix}; '
+    f'known are {sorted(known)}'
+  )
 
 
 def length_of(columns: Mapping[str, Sequence[Any]]) -> int:

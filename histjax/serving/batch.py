@@ -19,7 +19,6 @@ from typing import Any
 
 from histjax import config as config_lib
 from histjax.data import files, locks, shards
-from histjax.data.events import columns_of
 from histjax.progress import Progress
 from histjax.scoring.scorer import Scorer
 from histjax.serving import ranked_files
@@ -136,7 +135,7 @@ def _identity(
 
   def digest(what: str, paths: Sequence[str]) -> str:
     tell = functools.partial(progress.bytes, f'digest of the {what}')
-    return files.digest(paths, columns_of(model.join.schema), tell=tell)
+    return files.digest(paths, model.join.schema.columns, tell=tell)
 
   return {
     'version': _VERSION,

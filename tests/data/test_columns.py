@@ -249,6 +249,23 @@ class LabelTest(parameterized.TestCase):
     self.assertEqual(found.tolist(), [0, 0])
 
 
+class DecimalTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2, 3, 6, 9)
+  def test_as_the_text_of_it(self, scale):
+    texts = [f'{k / 10:.1f}' for k in range(300)]
+    found = columns_lib.numbers(
+      table(pa.array(texts).cast(pa.decimal128(18, scale))), 'item'
+    )
+    np.testing.assert_array_equal(found, [float(text) for text in texts])
+
+  def test_a_threshold_is_reached(self):
+    for text in ('0.1', '4.4'):
+      values = pa.array([text]).cast(pa.decimal128(18, 6))
+      task = Task('item', threshold=float(text))
+      found = columns_lib.encode_label(table(values), task)
+      self.assertEqual(found.tolist(), [1.0])
+
+
 class DenseTest(parameterized.TestCase):
   @parameterized.parameters(
     ([1, 2],),

@@ -117,12 +117,15 @@ def test_rows_are_those_of_requests(case):
     asked = {k: v[own] for k, v in shown.items()}
     if not join.timed:
       del asked['ts']
-    if not as_of:
+    if not (as_of and request):
       del asked['rid']
     wanted = requests.make_row(
       plain,
       context={'uid': asked['uid'][0], 'user_age': asked['user_age'][0]},
-      history=users.get(asked['uid'][0], []),
+      history=[
+        {name: event[name] for name in plain.columns}
+        for event in users.get(asked['uid'][0], [])
+      ],
       candidates=asked,
       config=config,
       features=fitted,

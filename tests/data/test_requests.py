@@ -233,8 +233,19 @@ class MakeRowTest(parameterized.TestCase):
     (
       'unknown',
       {'context': {'user_aeg': 1}},
-      "'user_age' is not in context.*did you mean 'user_aeg'",
+      "context has column 'user_aeg', which .*; rename it to 'user_age', or",
     ),
+    (
+      'unknown_of_a_candidate',
+      {'candidates': [{**SHOWN, 'sku': 1}]},
+      "candidates has column 'sku', .*; leave it out; known are .*'item_id'",
+    ),
+    (
+      'unknown_of_an_event',
+      {'history': [{**e, 7: 1} for e in PAST]},
+      'history has column 7, which the model does not know; leave it out',
+    ),
+    ('no_context_column', {'context': {}}, "'user_age' is not in context"),
     (
       'id',
       {'candidates': [SHOWN, {**SHOWN, 'item_id': 64}]},

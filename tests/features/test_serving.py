@@ -98,9 +98,9 @@ def load(data, request: bool, seed: int, without=('shop',)):
 
 def records(data, log):
   """Events as dicts, in the order of the log."""
+  names = log.schema.columns
   return [
-    {name: values[n].item() for name, values in data.items()}
-    | {'ts': data['ts'][n]}
+    {name: data[name][n].item() for name in names} | {'ts': data['ts'][n]}
     for n in log.extra['n']
   ]
 
@@ -253,7 +253,7 @@ class OwnTest(absltest.TestCase):
       found = row.candidates['shown'] - row.candidates['activity_2']
       np.testing.assert_array_equal(found, np.arange(4))
     *past, event = (
-      {k: v[i].item() for k, v in data.items()} for i in (0, 2, 4)
+      {k: data[k][i].item() for k in log.schema.columns} for i in (0, 2, 4)
     )
     row = requests.make_row(
       log.schema,

@@ -67,7 +67,6 @@ def event(rng: np.random.Generator, time: int, user: int) -> dict:
   return {
     'uid': user,
     'ts': time,
-    'rid': int(rng.integers(1000)),
     'age': user % 9,
     'item': int(rng.integers(8)),
     'page': int(rng.integers(3)),
@@ -90,6 +89,7 @@ def fitted(derived: bool, request: bool = False):
   rng = np.random.default_rng(0)
   rows = [e for user in range(9) for e in events(rng, 20, user)]
   data = {name: np.array([r[name] for r in rows]) for name in rows[0]}
+  data['rid'] = rng.integers(1000, size=len(rows))
   log = EventLog.from_columns(data, test_serving.schema(request))
   configs = DERIVED if derived else ()
   found = features.fit(configs, log.events(), np.ones(len(log), bool))
