@@ -2,6 +2,8 @@
 
 What `requests.make_row` makes of one request, made of whole tables: each
 user's candidates of one context are a row, and the user's events its history.
+With `as_of` candidates are grouped as those of a log's split are, by what
+`RowConfig.kind` says: it decides where histories of a bounded length begin.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Join:
     schema: of the model.
     config: how a row's history is cut.
     features: what is derived of both.
-    as_of: candidates may be earlier than events, and see what was before; needs
-      ties='strict'.
+    as_of: candidates may be earlier than events, and see what was before, in
+      rows as evaluation makes them; needs ties='strict'.
   """
 
   schema: Schema
@@ -199,10 +201,10 @@ def make_rows(
   """
   config = join.config
   log = _log(join, keys, events, is_timestamp)
-  order, starts = _groups(join, shown)
-  shown = {name: values[order] for name, values in shown.items()}
-  user = shown['user']
   before = _before(join, log, shown)
+  order, starts = _groups(join, shown, before)
+  shown = {name: values[order] for name, values in shown.items()}
+  user, before = shown['user'], before[order]
   counts = np.diff(np.append(starts, len(order)))
   sees = before
   if config.kind == 'snapshot' and len(order):
@@ -267,16 +269,27 @@ def _log(join: Join, keys, events: Arrays, is_timestamp: bool) -> EventLog:
   )
 
 
-def _groups(join: Join, shown: Arrays) -> tuple[np.ndarray, np.ndarray]:
-  """Candidates by user and context, and where each of these begins."""
+def _groups(
+  join: Join, shown: Arrays, before: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Candidates by row, and where each of these begins; see the module."""
+  config = join.config
   labels = [shown['user']]
   labels += [shown[f'feature/{f.name}'] for f in join.schema.context]
-  order = np.lexsort(labels[::-1])  # Stable; by user first.
+  if join.as_of and config.kind in ('pointwise', 'request'):
+    labels.append(before)  # A row each, or as good as that: they see the same.
+  cut = join.as_of and config.kind == 'streaming' and config.max_candidates
+  within = [shown['time']] if cut else []
+  order = np.lexsort([*within, *labels[::-1]])  # Stable; by user first.
   new = np.zeros(len(order), bool)
   new[:1] = True
   for label in labels:
     new[1:] |= np.diff(label[order]) != 0
-  return order, np.flatnonzero(new)
+  starts = np.flatnonzero(new)
+  if cut:
+    place = np.arange(len(order)) - starts[np.cumsum(new) - 1]
+    starts = np.flatnonzero(place % cut == 0)
+  return order, starts
 
 
 def _before(join: Join, log: EventLog, shown: Arrays) -> np.ndarray:

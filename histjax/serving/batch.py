@@ -35,7 +35,7 @@ __all__ = [
   'Worker',
   'rank_files',
 ]
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,13 @@ def test_rows_are_those_of_requests(case):
     same = (shown['uid'] == shown['uid'][own[0]]) & (
       shown['user_age'] == shown['user_age'][own[0]]
     )
-    np.testing.assert_array_equal(own, np.flatnonzero(same))
+    if as_of and config.kind == 'pointwise':  # And of one view, see below.
+      assert same[own].all()
+      assert (
+        len(set(found.visible[found.offsets[r] : found.offsets[r + 1]])) == 1
+      )
+    else:
+      np.testing.assert_array_equal(own, np.flatnonzero(same))
     asked = {k: v[own] for k, v in shown.items()}
     if not join.timed:
       del asked['ts']
@@ -145,6 +151,54 @@ def test_rows_are_those_of_requests(case):
           np.testing.assert_equal(getattr(mine, field), getattr(theirs, field))
       if part == 'context':
         np.testing.assert_equal(mine, theirs)
+
+
+@pytest.mark.parametrize('request_column', [False, True])
+@pytest.mark.parametrize(
+  ('kind', 'max_candidates'),
+  [
+    ('pointwise', None),
+    ('request', None),
+    ('streaming', None),
+    ('streaming', 3),
+    ('snapshot', 3),
+  ],
+)
+@hypothesis.given(logs.columns(max_users=3, max_events=40), st.integers(0, 5))
+def test_as_of_rows_are_those_of_a_split(
+  request_column, kind, max_candidates, data, length
+):
+  """To the bit, whatever is before the candidates that see the least."""
+  # Both labels occur; a user's context is one.
+  data = {k: np.append(v, v[:1]) for k, v in data.items()}
+  data['stars'][[0, -1]], data['click'][[0, -1]] = (1, 5), (0, 1)
+  data['shop'] = data['item_id'] % 4
+  # The order of the log, which is that of rows.
+  order = np.lexsort((data['ts'], data['uid']))
+  data = {k: v[order] for k, v in data.items()}
+  shop = Categorical('shop', 4)
+  plain = logs.schema(request=request_column)
+  plain = dataclasses.replace(plain, item=(*plain.item, shop))
+  log, fitted = logs.derive(EventLog.from_columns(data, plain), *CONFIGS)
+  config = RowConfig(kind, length, max_candidates=max_candidates, ties='strict')
+  late = data['ts'] >= np.median(data['ts'])
+  wanted = rows.make_rows(log, late, config, fitted)
+  join = joins.Join(log.schema, config, fitted, as_of=True)
+  found, order = joined(join, data, {k: v[late] for k, v in data.items()})
+  events = np.flatnonzero(late)[order]
+  seen = []
+  for part, shown, number in (
+    (found, events, found.events[0]),
+    (wanted, wanted.events, len(log)),
+  ):
+    user = part.log.user
+    begin = np.searchsorted(user[:number], user[part.events])
+    start = np.repeat(part.start, np.diff(part.offsets)) - begin
+    values = {'start': start, 'visible': part.visible - begin}
+    for feature in join.schema.item_features:
+      values[feature.name] = part.of_candidates(feature.name, slice(None))
+    seen.append({k: v[np.argsort(shown)] for k, v in values.items()})
+  np.testing.assert_equal(*seen)
 
 
 def test_a_history_that_is_too_long():
