@@ -1,7 +1,7 @@
 """Ranks candidates from files for each user, from the user's log.
 
   python experiments/score.py --workdir=/tmp/run --events=log.parquet \
-    --candidates=candidates.parquet --top_k=10 --output=ranked.csv
+    --candidates=candidates.parquet --top_k=10 --keep=item --output=ranked.csv
 
 Both are Parquet or CSV with the columns that the run's schema names, files or
 folders of them, and may be larger than memory. The log needs users, times,
@@ -14,8 +14,8 @@ All of a user's events in the log are history, and a candidate that is earlier
 than the last of them is refused; with --as_of each candidate sees what was
 before it, as validation and test do (of a run with snapshots, what was before
 the user's first candidate), which needs a run with rows.ties='strict'. Written,
-best first: the user, the rank, the candidate's row in its files, and the score
-of each task, a probability.
+best first: the user, the rank, the candidate's row in its files, the columns of
+--keep, such as the item's id, and the score of each task, a probability.
 
 Users are scored shard by shard. --output=ranked/ is a folder of Parquet files,
 one a shard; of a .csv or .parquet the shards are in a folder beside it until
@@ -49,6 +49,11 @@ _TASK = flags.DEFINE_string(
 )
 _TOP_K = flags.DEFINE_integer(
   'top_k', 10, 'Candidates to write of each user, at most.', 1
+)
+_KEEP = flags.DEFINE_list(
+  'keep',
+  [],
+  'Columns of the candidates to write, too: ids, as integers or texts.',
 )
 _USERS = flags.DEFINE_integer(
   'users_per_batch', 32, 'Users who are scored at once.', 1
@@ -100,6 +105,7 @@ def rank_files() -> None:
       batch.Model.from_workdir,
       _WORKDIR.value,
       as_of=_AS_OF.value,
+      keep=tuple(_KEEP.value),
       modules=tuple(_MODULES.value),
       which='latest' if _LATEST.value else 'best',
     ),

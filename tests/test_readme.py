@@ -57,7 +57,8 @@ RUN: dict[str, list[str]] = {
   'python experiments/train.py --config=my_log.py --workdir=runs/mine': MY_LOG,
   'python experiments/evaluate.py --workdir=runs/mine --split=test': [],
   'python experiments/score.py --workdir=runs/mine --events=log.parquet '
-  '--candidates=candidates.parquet --top_k=10 --output=ranked.csv': [],
+  '--candidates=candidates.parquet --top_k=10 --keep=item '
+  '--output=ranked.csv': [],
   'python experiments/export.py --workdir=runs/demo --platform=cpu '
   '--output=/tmp/model': [],
   'python /tmp/model/load.py --check': [],

@@ -348,14 +348,11 @@ def encode_keys(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray]:
   return rank[encoded.indices.to_numpy()], keys[order]
 
 
-def digest_keys(
-  columns: Columns, name: str
-) -> tuple[np.ndarray | pa.Array, np.ndarray]:
-  """A column of keys as it is, and the digest of each.
+def keys(columns: Columns, name: str) -> np.ndarray | pa.Array:
+  """A column of keys as it is.
 
   Returns:
-    `[n]`, int64 or uint64 if all are integers, else large_string; and uint64
-    `[n]`, `hashing.digests`.
+    `[n]`, int64 or uint64 if all are integers, else large_string.
 
   Raises:
     ValueError: a value is neither integer nor text.
@@ -365,11 +362,27 @@ def digest_keys(
   if not any(pa.types.is_large_string(p.type) for p in found):
     whole = _concatenate([p.to_numpy() for p in found])
     if whole.dtype.kind in 'iu':
-      return whole, hashing.digests(whole)
-  texts = pa.concat_arrays([p.cast(pa.large_string()) for p in found])
+      return whole
+  return pa.concat_arrays([p.cast(pa.large_string()) for p in found])
+
+
+def digest_keys(
+  columns: Columns, name: str
+) -> tuple[np.ndarray | pa.Array, np.ndarray]:
+  """A column of keys as it is, and the digest of each.
+
+  Returns:
+    `keys`, and uint64 `[n]`, `hashing.digests`.
+
+  Raises:
+    ValueError: a value is neither integer nor text.
+  """
+  texts = keys(columns, name)
+  if isinstance(texts, np.ndarray):
+    return texts, hashing.digests(texts)
   encoded = texts.dictionary_encode()
-  keys = np.array([*encoded.dictionary.to_pylist(), None], object)[:-1]
-  return texts, hashing.digests(keys)[encoded.indices.to_numpy()]
+  distinct = np.array([*encoded.dictionary.to_pylist(), None], object)[:-1]
+  return texts, hashing.digests(distinct)[encoded.indices.to_numpy()]
 
 
 def order_of_keys(keys: np.ndarray) -> np.ndarray:

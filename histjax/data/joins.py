@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,9 @@ from histjax.features import FittedFeatures, Impressions
 from histjax.schema import Feature, Schema
 from histjax.vocabulary import Vocabulary
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, Any]
+"""`{name: [n]}`, of NumPy; texts that are kept are Arrow's."""
+KEEP = 'keep/'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,12 +39,14 @@ class Join:
     features: what is derived of both.
     as_of: candidates may be earlier than events, and see what was before, in
       rows as evaluation makes them; needs ties='strict'.
+    keep: columns of keys of the candidates that nothing reads, for the output.
   """
 
   schema: Schema
   config: RowConfig
   features: FittedFeatures
   as_of: bool = False
+  keep: tuple[str, ...] = ()
 
   def __post_init__(self):
     missing = set(self.schema.derived) - set(self.features.derived)
@@ -90,6 +95,7 @@ class Join:
       request=self.as_of and bool(schema.request),
       labels=False,
       vocabularies=self.features.vocabularies,
+      keep=self.keep,
     )
 
 
@@ -104,6 +110,7 @@ class Table:
     request: whether the request is.
     labels: whether the tasks' labels are.
     vocabularies: as `columns.encode`.
+    keep: columns of keys that are kept as they are.
   """
 
   schema: Schema
@@ -112,6 +119,7 @@ class Table:
   request: bool
   labels: bool
   vocabularies: Mapping[str, Vocabulary] | None = None
+  keep: tuple[str, ...] = ()
 
   @property
   def columns(self) -> list[str]:
@@ -124,7 +132,7 @@ class Table:
       names.append(schema.request)
     if self.labels:
       names += [task.column for task in schema.tasks]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys([*names, *self.keep]))
 
   def use(self, column: str) -> str:
     """What a column is, to say why it is needed."""
@@ -137,19 +145,23 @@ class Table:
         return f'feature {feature.name!r}'
     if column == self.schema.time:
       return 'the time'
+    if column in self.keep:
+      return 'to be kept'
     return 'a label, which a derived feature counts'
 
-  def encode(self, columns: Columns) -> tuple[dict[str, np.ndarray], bool]:
+  def encode(self, columns: Columns) -> tuple[dict[str, Any], bool]:
     """The columns but for the user's, checked, and if times are timestamps.
 
     Returns:
-      `{name: [n]}`: 'time', 'request' (uint64 digests), 'feature/<name>' and
-      'label/<task>', those that the table has.
+      `{name: [n]}`: 'time', 'request' (uint64 digests), 'feature/<name>',
+      'label/<task>' and 'keep/<column>' (`columns.keys`), those that the table
+      has.
 
     Raises:
       ValueError: a value is missing or bad; the message says where.
     """
-    found, is_timestamp = {}, False
+    found: dict[str, Any] = {}
+    is_timestamp = False
     if self.time:
       found['time'], is_timestamp = columns_lib.encode_time(
         columns, self.schema.time
@@ -162,6 +174,8 @@ class Table:
         found[f'label/{task.name}'] = columns_lib.encode_label(columns, task)
     encoded = columns_lib.encode(columns, self.features, self.vocabularies)
     found |= {f'feature/{name}': values for name, values in encoded.items()}
+    for name in self.keep:
+      found[f'{KEEP}{name}'] = columns_lib.keys(columns, name)
     return found, is_timestamp
 
   def split(self, arrays: Arrays, kind: str) -> dict[str, np.ndarray]:
@@ -203,7 +217,11 @@ def make_rows(
   log = _log(join, keys, events, is_timestamp)
   before = _before(join, log, shown)
   order, starts = _groups(join, shown, before)
-  shown = {name: values[order] for name, values in shown.items()}
+  shown = {
+    name: values[order]
+    for name, values in shown.items()
+    if not name.startswith(KEEP)
+  }
   user, before = shown['user'], before[order]
   counts = np.diff(np.append(starts, len(order)))
   sees = before

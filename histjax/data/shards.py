@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from histjax.data import atomic, files
 from histjax.data import columns as columns_lib
-from histjax.data.joins import Join, Table
+from histjax.data.joins import KEEP, Join, Table
 from histjax.data.parts import Columns, MissingColumnError
 from histjax.data.runs import Runs, read_runs
 from histjax.data.users import Users
@@ -35,6 +35,9 @@ _COPIES = 4
 
 _HEAD = 1024
 """Rows of each file that are read before all others."""
+
+_TEXT = 32
+"""Bytes of a key that is kept, about."""
 
 _MAX_ROWS = 2**17
 """Of a file, read at once."""
@@ -100,6 +103,7 @@ class Shards:
     is_timestamp: whether times are timestamps.
     time_type: of times.
     sources: the first row of each file of candidates, and its name.
+    kept: `{column: Arrow's type}` of `joins.Join.keep`, the same in all shards.
   """
 
   folder: pathlib.Path
@@ -112,6 +116,7 @@ class Shards:
   is_timestamp: bool
   time_type: str
   sources: list[tuple[int, str]]
+  kept: dict[str, str]
 
   def __len__(self) -> int:
     return len(self.bounds) - 1
@@ -263,6 +268,10 @@ def _write_plan(
     'is_timestamp': pass_.kinds.get('the log', False),
     'time_type': np.result_type(*pass_.time_types).str,
     'sources': pass_.sources,
+    'kept': {
+      name: kinds.copy().pop() if len(kinds) == 1 else 'large_string'
+      for name, kinds in pass_.kept.items()
+    },
   }
   atomic.write_json(folder / PLAN, plan)
 
@@ -277,6 +286,7 @@ class _Pass:
       self.kinds['the training log'] = fitted
     self.time_types: set[np.dtype] = set()
     self.sources: list[tuple[int, str]] = []
+    self.kept: dict[str, set[str]] = {name: set() for name in join.keep}
     self._folder, self._join, self._users = folder, join, users
     self._bounds, self._max_bytes = bounds, int(limits.memory / 16)
     self._max_rows = _piece(join, limits)
@@ -307,6 +317,8 @@ class _Pass:
         if columns.first[0] == 0:
           self.sources.append((first, columns.sources[0]))
         first += len(columns)
+        for name, kinds in self.kept.items():
+          kinds.add(str(pa.array(arrays[f'{KEEP}{name}']).type))
         self._check_order(columns, rows)
       runs.add(rows)
     runs.close()
@@ -356,7 +368,8 @@ def _count(users: Users, paths, schema: Schema, tell, max_rows) -> np.ndarray:
 
 def _width(join: Join, table: Table) -> int:
   """Bytes of a row of a shard: its codes, offsets and values."""
-  return 48 + 4 * (len(table.features) + len(join.features.derived) + 4)
+  width = 48 + 4 * (len(table.features) + len(join.features.derived) + 4)
+  return width + _TEXT * len(table.keep)
 
 
 def _piece(join: Join, limits: Limits) -> int:

@@ -67,10 +67,10 @@ def rank_files(
   """Scores candidates and writes the best ones of each user.
 
   Of each user the output has the best `top_k`, best first: the user, the rank
-  from 1, the candidate's row in the files of candidates, and the score of each
-  task, a probability. Users are in order. They are ranked by logits, which
-  differ where probabilities are all 1; of equal ones the earlier row is the
-  better one.
+  from 1, the candidate's row in the files of candidates, the columns of
+  `Join.keep`, and the score of each task, a probability. Users are in order.
+  They are ranked by logits, which differ where probabilities are all 1; of
+  equal ones the earlier row is the better one.
 
   Args:
     load: makes the model.
@@ -96,7 +96,7 @@ def rank_files(
   target = ranked_files.Target.of(output, [*events, *candidates])
   with locks.FolderLock(target.folder, '--output') as lock:
     model = load()
-    ranked_files.check_columns(model.join.schema)
+    ranked_files.check_columns(model.join.schema, model.join.keep)
     options.task_of(model.join.schema)
     model.config.require_amortizable()
     shards.check(model.join, events, candidates)
@@ -135,7 +135,8 @@ def _identity(
 
   def digest(what: str, paths: Sequence[str]) -> str:
     tell = functools.partial(progress.bytes, f'digest of the {what}')
-    return files.digest(paths, model.join.schema.columns, tell=tell)
+    columns = [*model.join.schema.columns, *model.join.keep]
+    return files.digest(paths, columns, tell=tell)
 
   return {
     'version': _VERSION,
@@ -143,6 +144,7 @@ def _identity(
     'features': model.join.features.digest(),
     'rows': config_lib.to_dict(model.join.config),
     'as_of': model.join.as_of,
+    'keep': list(model.join.keep),
     'log': digest('log', events),
     'candidates': digest('candidates', candidates),
     'options': config_lib.to_dict(options),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from histjax import buckets
 from histjax.data import joins, shards
@@ -45,6 +46,7 @@ class Model:
     workdir: str | os.PathLike[str],
     *,
     as_of: bool = False,
+    keep: tuple[str, ...] = (),
     modules: Sequence[str] = (),
     which: Literal['best', 'latest'] = 'best',
   ) -> Model:
@@ -53,6 +55,7 @@ class Model:
     Args:
       workdir: of the run.
       as_of: see `joins.Join`.
+      keep: likewise.
       modules: to import first, of derived features of your own.
       which: the parameters that are best on validation, or the latest.
 
@@ -65,7 +68,7 @@ class Model:
     run = run_lib.load(workdir, which)
     config = run.config
     rows = config.data.eval_rows or config.data.rows
-    join = joins.Join(config.model.schema, rows, run.features, as_of)
+    join = joins.Join(config.model.schema, rows, run.features, as_of, keep)
     return cls(config.model, run.variables, join)
 
 
@@ -153,6 +156,10 @@ class Worker:
     )
     user, row = data.shown['user'][order], data.shown['row'][order]
     logits = self._logits(rows, row, tell)
+    kept = {
+      name: pa.array(data.shown[f'{joins.KEEP}{name}']).cast(kind).take(order)
+      for name, kind in self._data.kept.items()
+    }
     scores = {
       name: np.exp(-np.logaddexp(0, -logit)) for name, logit in logits.items()
     }
@@ -161,7 +168,14 @@ class Worker:
     self._parts.write(
       shard,
       ranked_files.ranked(
-        schema.user, data.keys, user, row, scores, by, self._options.top_k
+        schema.user,
+        data.keys,
+        user,
+        row,
+        scores,
+        by,
+        self._options.top_k,
+        kept=kept,
       ),
     )
 

@@ -26,14 +26,27 @@ _WORK = '_work'
 _KEY = b'histjax.scores'
 
 
-def check_columns(schema: Schema) -> None:
-  """Raises a ValueError if the output would have a column twice."""
+def check_columns(schema: Schema, keep: Sequence[str] = ()) -> None:
+  """Raises a ValueError if the output would have a column twice.
+
+  Args:
+    schema: of the model.
+    keep: as `joins.Join`.
+  """
   taken = ['rank', 'row', *(f'score_{t.name}' for t in schema.tasks)]
   if schema.user in taken:
     raise ValueError(
       f'the column of users is named {schema.user!r}, as one of the output, '
       f'{taken}; train with another name of it'
     )
+  taken.append(schema.user)
+  for name in keep:
+    if name in taken:
+      raise ValueError(
+        f'--keep={",".join(keep)}: the output has a column {name!r} already, '
+        f'of {taken}; leave it out, or rename it in the candidates'
+      )
+    taken.append(name)
 
 
 def ranked(
@@ -44,6 +57,8 @@ def ranked(
   scores: Mapping[str, np.ndarray],
   by: np.ndarray,
   top_k: int,
+  *,
+  kept: Mapping[str, pa.Array] | None = None,
 ) -> pa.Table:
   """The best `top_k` of each user, best first.
 
@@ -55,9 +70,10 @@ def ranked(
     scores: `{task: [c]}`, to write.
     by: float32 `[c]`, to rank by.
     top_k: of a user.
+    kept: `{column: [c]}`, to write, too.
   """
-  kept = _candidates_of(user, by, top_k)
-  best = kept[np.lexsort((row[kept], -by[kept], user[kept]))]
+  some = _candidates_of(user, by, top_k)
+  best = some[np.lexsort((row[some], -by[some], user[some]))]
   user = user[best]
   rank = np.arange(len(best)) - np.searchsorted(user, user)
   best, user, rank = (x[rank < top_k] for x in (best, user, rank))
@@ -66,6 +82,7 @@ def ranked(
       name: keys[user],
       'rank': rank + 1,
       'row': row[best],
+      **{name: values.take(best) for name, values in (kept or {}).items()},
       **{f'score_{name}': values[best] for name, values in scores.items()},
     }
   )

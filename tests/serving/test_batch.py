@@ -171,6 +171,70 @@ def order_of(key):
     return (1, 0, key)
 
 
+@pytest.mark.parametrize(
+  ('values', 'kind', 'ending'),
+  [
+    ([5, -7, 2**62, 0, 5], pa.int64(), '.parquet'),
+    (np.array([5, 7, 2**64 - 1, 0, 5], np.uint64), pa.uint64(), '.parquet'),
+    (['007', 'a,"b"', 'NA', '1e5', '7'], pa.large_string(), '.csv'),
+  ],
+)
+def test_columns_to_keep(trained, rank, values, kind, ending):
+  """Each candidate's own, whatever its shard, as the files have them."""
+  keep = ('gtin', 'sku')
+  model = dataclasses.replace(
+    trained, join=dataclasses.replace(trained.join, keep=keep)
+  )
+  shown = with_columns(SHOWN, gtin=values)
+  plain = rank(shown=shown, ending=ending)
+  found = rank(shown=shown, ending=ending, model=model, users_per_shard=1)
+  rows = found['row'].to_numpy()
+  assert found['sku'].to_pylist() == [SHOWN['sku'][r] for r in rows]
+  assert found['gtin'].to_pylist() == [values[r] for r in rows]
+  assert found.schema.field('gtin').type == kind
+  assert found.column_names[:5] == ['user', 'rank', 'row', *keep]
+  assert found.drop_columns(keep).column_names == plain.column_names
+  assert rows.tolist() == plain['row'].to_pylist()
+
+
+def test_columns_to_keep_of_files_that_differ(trained, tmp_path):
+  keep = ('gtin',)
+  paths = []
+  for name, values in (('a', [1, 2, 3, 4, 5]), ('b', list('vwxyz'))):
+    paths.append(str(tmp_path / f'{name}.parquet'))
+    parquet.write_table(pa.table({**SHOWN, 'gtin': values}), paths[-1])
+  parquet.write_table(pa.table(LOG), tmp_path / 'log.parquet')
+  model = dataclasses.replace(
+    trained, join=dataclasses.replace(trained.join, keep=keep)
+  )
+  args = [str(tmp_path / 'log.parquet')], paths, tmp_path / 'out.csv'
+  batch.rank_files(lambda: model, *args, batch.Options(users_per_shard=1))
+  found = csv.read_csv(tmp_path / 'out.csv')
+  wanted = [*'12345', *'vwxyz']
+  assert found['gtin'].to_pylist() == [
+    wanted[r] for r in found['row'].to_pylist()
+  ]
+
+
+@pytest.mark.parametrize(
+  ('keep', 'message'),
+  [
+    (('user',), "--keep=user: the output has a column 'user' already"),
+    (('row',), "has a column 'row' already"),
+    (('sku', 'sku'), "--keep=sku,sku: the output has a column 'sku' already"),
+    (('skuu',), r"'skuu' is not in .*mean 'sku'\?. It is to be kept; give it"),
+    (('price',), "'price': .*row 0 holds 0.1: of type double, which is no key"),
+  ],
+)
+def test_columns_that_cannot_be_kept(trained, rank, tmp_path, keep, message):
+  model = dataclasses.replace(
+    trained, join=dataclasses.replace(trained.join, keep=keep)
+  )
+  with pytest.raises(ValueError, match=message):
+    rank(model=model)
+  assert not list(tmp_path.glob('out*'))
+
+
 def test_no_user_is_known(scores_of, tmp_path):
   with pytest.raises(
     ValueError, match=r"none of the 5 users.*'a', is in the log.*'1'.*--allow"
