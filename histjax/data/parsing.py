@@ -69,7 +69,8 @@ def text_to_numbers(text: pa.Array) -> tuple[pa.Array | None, int]:
       'true' and 'false' (in any case) instead, which are 1 and 0.
 
   Returns:
-    The numbers and -1; or None and the first row that is no number.
+    The numbers and -1; or None and the first row that is neither number nor
+    true or false; if there are both, the first of the latter.
   """
   if _all(pc.match_substring_regex(text, _INTEGER)):
     for kind in (pa.int64(), pa.uint64()):
@@ -81,9 +82,12 @@ def text_to_numbers(text: pa.Array) -> tuple[pa.Array | None, int]:
     return text.cast(pa.float64()), -1
   except pa.ArrowInvalid:
     lower = pc.utf8_lower(text)
-    if _all(pc.is_in(lower, pa.array(['true', 'false'], text.type))):
+    word = pc.is_in(lower, pa.array(['true', 'false'], text.type))
+    if _all(word):
       return pc.equal(lower, pa.scalar('true', text.type)).cast('int64'), -1
-    return None, _first(pc.invert(pc.match_substring_regex(text, _NUMBER)))
+    number = pc.match_substring_regex(text, _NUMBER)
+    either = pc.or_(word, number)
+    return None, _first(pc.invert(number if _all(either) else either))
 
 
 def text_to_times(text: pa.Array) -> tuple[pa.Array | None, int]:

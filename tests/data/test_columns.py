@@ -295,6 +295,8 @@ class DenseTest(parameterized.TestCase):
     (['1', 'cheap'], "row 1 holds 'cheap': a number is needed"),
     (['1', 'x' * 10**6], 'row 1 holds .x{70,80}...: a number is needed'),
     (['true', '1'], r"row 0 holds 'true' \(true and .* others\): a number"),
+    (['true', 'maybe'], "row 1 holds 'maybe': a number"),
+    (['true', '1', 'x'], "row 2 holds 'x': a number"),
     (['1', ''], r"row 1 has no value \(''\).*before loading$"),
     ([[1.0], [2.0]], 'of type list'),
   )
