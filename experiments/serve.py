@@ -254,6 +254,10 @@ def serve() -> None:
   server.Server(service, application, _HOST.value, port, _DRAIN.value).run(
     sockets
   )
+  if (failure := service.failure) is not None:
+    raise SystemExit(
+      f'the warm-up failed: {type(failure).__name__}: {failure}'
+    ) from failure
 
 
 def main(argv):

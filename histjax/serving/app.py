@@ -1,7 +1,7 @@
 """The ASGI application: one engine behind HTTP.
 
     GET  /                 the page               (`serving/page`)
-    GET  /health/live      the process answers
+    GET  /health/live      the process answers; 503 if its warm-up failed
     GET  /health/ready     503 until it is warm, and again when it drains
     GET  /metrics          for Prometheus
     GET  /openapi.json     the messages
@@ -128,7 +128,11 @@ def read_token(path: str | None = None) -> str:
 
 
 class Service:
-  """The application's state: an engine, its queue, what is counted of it."""
+  """The application's state: an engine, its queue, what is counted of it.
+
+  Attributes:
+    failure: what the warm-up raised, after which nothing is ever scored.
+  """
 
   def __init__(
     self,
@@ -166,6 +170,7 @@ class Service:
       lambda calls: [call() for call in calls],
       dataclasses.replace(self.config.batcher, max_batch=1, max_wait_s=0.0),
     )
+    self.failure: Exception | None = None
     self._warm_up, self._on_ready = warm_up, on_ready
     self._is_warm = False
 
@@ -187,9 +192,9 @@ class Service:
     """Warms up, in a thread: `/health/live` answers meanwhile."""
     try:
       await asyncio.to_thread(self._warm_up)
-    except Exception:
+    except Exception as error:
       logging.exception('warm-up failed')
-      self.state = 'warm-up failed'
+      self.failure, self.state = error, 'warm-up failed'
       return
     self._is_warm = True
     if self.state == 'warming up':

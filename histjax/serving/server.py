@@ -81,12 +81,13 @@ class _Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-  """Drains at SIGTERM or SIGINT.
+  """Drains at SIGTERM or SIGINT, and ends if the warm-up fails.
 
   At first `/health/ready` says 503 and requests are scored as before, so that
   a balancer can look elsewhere; after `drain_s` no connection is accepted, what
   is in flight is answered, and the process ends. A second signal skips that
-  wait.
+  wait. After a warm-up that failed `run` returns, and `Service.failure` says
+  why: nothing would ever be scored.
   """
 
   def __init__(
@@ -135,6 +136,10 @@ class Server(uvicorn.Server):
     """See uvicorn."""
     self._loop = asyncio.get_running_loop()
     await super().startup(sockets)
+
+  async def on_tick(self, counter: int) -> bool:
+    """See uvicorn; whether to end."""
+    return await super().on_tick(counter) or self._service.failure is not None
 
   def handle_exit(self, sig: int, frame) -> None:
     """See uvicorn; a handler of signals."""

@@ -1,5 +1,6 @@
 """The application, over HTTP on the loopback interface."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import gzip
@@ -7,6 +8,7 @@ import json
 import threading
 import types
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -508,13 +510,41 @@ class TestService:
       raise RuntimeError('no memory')
 
     service = service_of(Stub(scored.scorer), warm_up=fail)
+    app = app_lib.make_app(service)
+
+    async def asked():
+      transport = httpx.ASGITransport(app)
+      async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url='http://x') as http,
+      ):
+        while service.state == 'warming up':
+          await asyncio.sleep(0.01)
+        return [await http.get(f'/health/{x}') for x in ('live', 'ready')]
+
+    for response in asyncio.run(asked()):
+      assert response.status_code == 503
+      assert problem_of(response).detail == 'warm-up failed'
+    assert str(service.failure) == 'no memory'
+
+  def test_a_server_ends_after_a_failed_warm_up(self, scored):
+    """It would answer 503 for ever."""
+    go = threading.Event()
+
+    def fail():
+      go.wait(60)
+      raise RuntimeError('no memory')
+
+    service = service_of(Stub(scored.scorer), warm_up=fail)
     with running(service, ready=False) as found:
-      while service.state == 'warming up':
-        threading.Event().wait(0.01)
-      for path in ('/health/live', '/health/ready'):
-        response = found.http.get(path)
-        assert response.status_code == 503
-        assert problem_of(response).detail == 'warm-up failed'
+      assert found.http.get('/health/live').status_code == 200
+      go.set()
+      with pytest.raises(httpx.ConnectError):
+        while True:
+          try:
+            found.http.get('/health/live')
+          except httpx.ReadError:  # As it closed.
+            pass
 
   def test_engine_errors(self, scored):
     with running(service_of(Stub(scored.scorer))) as found:

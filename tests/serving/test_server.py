@@ -595,6 +595,23 @@ class TestProcesses:
     assert found.process.returncode == -number
     assert not output
 
+  def test_a_warm_up_that_fails(self, workdir, tmp_path):
+    """Ends the process: whoever started it sees why, or starts it again."""
+    (tmp_path / 'no_memory.py').write_text(
+      'from histjax.serving import engine\n'
+      'def fail(self, **unused):\n'
+      "  raise RuntimeError('no memory')\n"
+      'engine.Engine.warm_up = fail\n'
+    )
+    path = [str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])]
+    with Process(
+      workdir, '--modules=no_memory', PYTHONPATH=os.pathsep.join(path)
+    ) as found:
+      output, _ = found.process.communicate(timeout=300)
+    assert found.process.returncode == 1
+    assert output.endswith('the warm-up failed: RuntimeError: no memory\n')
+    assert 'ready' not in output
+
   def test_warns_of_a_host_without_a_token(self, workdir):
     for variables in ({}, {'HISTJAX_TOKEN': 'a long one'}):
       with Process(workdir, '--host=0.0.0.0', **variables) as found:
