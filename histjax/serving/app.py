@@ -24,11 +24,12 @@ import re
 import time
 from collections.abc import (
   AsyncIterator,
+  Awaitable,
   Callable,
   Mapping,
   Sequence,
 )
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from absl import logging
@@ -46,6 +47,8 @@ from histjax.serving import metrics as metrics_lib
 from histjax.serving.columns import Columns
 from histjax.serving.engine import Request, Result, UnknownHistory
 from histjax.serving.planning import TooManyEvents
+
+T = TypeVar('T')
 
 
 class ScoringEngine(Protocol):
@@ -211,7 +214,9 @@ class Service:
       events=message.events,
       first=message.first,
     )
-    scored = await self.run(self.batcher, request, message, read_s + decode_s)
+    scored = await self.run(
+      self.batcher, http, request, message, read_s + decode_s
+    )
     for phase, seconds in (('read', read_s), ('decode', decode_s)):
       self.metrics.observe_phase(phase, seconds)
     result: Result = scored.result
@@ -240,6 +245,7 @@ class Service:
   async def run(
     self,
     batcher: batcher_lib.Batcher,
+    http: HttpRequest,
     request: Any,
     message: messages.ScoreRequest,
     spent_s: float,
@@ -248,6 +254,7 @@ class Service:
 
     Args:
       batcher: of this service.
+      http: whose body was read; once its client is gone, nothing is scored.
       request: for it.
       message: it is of.
       spent_s: of its time, what is over already.
@@ -256,7 +263,11 @@ class Service:
     if message.timeout_ms is not None:
       timeout_s = min(message.timeout_ms / 1000, 3600.0)
     try:
-      return await batcher.score(request, timeout_s, spent_s)
+      return await _while_there(
+        http, batcher.score(request, timeout_s, spent_s)
+      )
+    except messages.BadRequestError:
+      raise
     except batcher_lib.QueueFullError as error:
       refused = messages.refusal(429, str(error), fix='come back later')
       refused.retry_after_s = error.retry_after_s
@@ -378,6 +389,32 @@ def make_app(
     },
     lifespan=lifespan,
   )
+
+
+async def _while_there(http: HttpRequest, work: Awaitable[T]) -> T:
+  """What the work returns; it is cancelled once the client is gone.
+
+  One that gave up has sent its request again by now: while too many come,
+  those that nobody waits for would take the place of others.
+  """
+  task = asyncio.current_task()
+  assert task is not None
+
+  async def leave():
+    while (await http.receive())['type'] != 'http.disconnect':
+      pass
+    task.cancel()
+
+  left = asyncio.create_task(leave())
+  try:
+    return await work
+  except asyncio.CancelledError:
+    if not left.done():  # The server ends.
+      raise
+    task.uncancel()
+    raise messages.refusal(499, 'the client is gone') from None
+  finally:
+    left.cancel()
 
 
 async def _told(background: Callable[[], Any]) -> None:

@@ -49,7 +49,7 @@ async def read(request: Request, limits: messages.Limits) -> bytearray:
       fix='send it faster, or less of it',
     ) from None
   except ClientDisconnect:
-    raise messages.refusal(400, 'the client is gone') from None
+    raise messages.refusal(499, 'the client is gone') from None
   return body
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -114,6 +115,40 @@ class TestSlowClients:
           b'\r\n{}'
         )
       assert post(found, bodies.body()).status_code == 200
+
+  def test_who_leaves_the_queue_is_not_scored(self, scored):
+    stub = Stub(scored.scorer)
+    stub.go.clear()
+    seen = mock.Mock(side_effect=stub.score)
+    stub.score = seen
+    service = service_of(stub)
+    sent = json.dumps(bodies.body(user='gone')).encode()
+    with (
+      running(service) as found,
+      concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+      first = pool.submit(post, found, bodies.body(user='first'))
+      assert stub.begun.wait(60)
+      with connect(found) as connection:
+        connection.sendall(
+          HEAD + b'Content-Type: application/json\r\n'
+          b'Content-Length: %d\r\n\r\n' % len(sent) + sent
+        )
+        while not service.batcher.waiting:
+          time.sleep(0.01)
+      for _ in range(1000):
+        if not service.batcher.waiting:
+          break
+        time.sleep(0.01)
+      last = pool.submit(post, found, bodies.body(user='last'))
+      while not service.batcher.waiting:
+        time.sleep(0.01)
+      stub.go.set()
+      assert first.result().status_code == last.result().status_code == 200
+      told = 'histjax_requests_total{path="/v1/score",status="499"} 1.0'
+      assert told in found.http.get('/metrics').text
+    users = [[x.user for x in call.args[0]] for call in seen.call_args_list]
+    assert users == [['first'], ['last']]
 
   def test_too_many_connections(self, scored):
     stub = Stub(scored.scorer)

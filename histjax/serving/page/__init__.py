@@ -109,7 +109,7 @@ def routes(
         fix='send one candidate, and all events with first=0',
       )
     call = functools.partial(attention_of, scorer(), message)
-    done = await service.run(service.aside, call, message, sum(spent_s))
+    done = await service.run(service.aside, http, call, message, sum(spent_s))
     return app_lib.respond(http, media, done.result)
 
   return [
