@@ -1,6 +1,7 @@
 """The page in a browser."""
 
 import concurrent.futures
+import dataclasses
 import re
 import shutil
 import threading
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from playwright import sync_api
 
+import histjax
 from histjax.data import datasets
+from histjax.data.rows import RowConfig
 from histjax.schema import Categorical, Dense, Schema, Task
 from histjax.serving import app as app_lib
 from histjax.serving import batcher, catalogue, messages, page
@@ -144,6 +147,25 @@ class TestAttention:
       response = served.http.post('/v1/attention', json={**body, **changes})
       assert response.status_code == 422
       assert response.json()['field'] == field
+
+  def test_of_events_that_the_candidate_does_not_see(self, scored):
+    """Those of its own time are the last ones."""
+    run = scored.scorer.run
+    rows = RowConfig('pointwise', 2, ties='strict')
+    data = dataclasses.replace(run.config.data, rows=rows)
+    config = dataclasses.replace(run.config, data=data)
+    scorer = histjax.Scorer.of_run(dataclasses.replace(run, config=config))
+    body = bodies.body(num_candidates=1, num_events=5)
+    body['events']['time'] = [1, 2, 3, 4, 4]
+    for time, first, seen in ((5, 3, 2), (4, 1, 2), (1, 0, 0)):
+      late = {k: x[: seen + first] for k, x in body['events'].items()}
+      events = body['events'] if time == 4 else late
+      candidates = {**body['candidates'], 'time': [time]}
+      message = messages.ScoreRequest(
+        **{**body, 'events': events, 'candidates': candidates}
+      )
+      found = page.attention_of(scorer, message)
+      assert (found.first, len(found.weights)) == (first, seen)
 
   def test_has_a_queue_and_deadlines(self, scored, monkeypatch):
     """As the OpenAPI document says."""

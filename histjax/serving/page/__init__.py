@@ -128,11 +128,10 @@ def attention_of(
     ValueError: a value is bad, or the model's candidates attend to more than
       events.
   """
-  schema = scorer.config.schema
+  maker = scorer.row_maker()
+  context = {**message.context, maker.schema.user: message.user}
   row = scorer.make_row(
-    context={**message.context, schema.user: message.user},
-    history=message.events,
-    candidates=message.candidates,
+    context=context, history=message.events, candidates=message.candidates
   )
   batch = collate([row])
   cache = scorer.encode(batch.history)
@@ -144,8 +143,10 @@ def attention_of(
     raise ValueError(f'{error}; serve another model') from error
   length = int(batch.history.length[0])
   mean = np.asarray(weights, float)[0, :, 0, :length].mean(axis=0)
-  num_events = messages.size(message.events)
-  return messages.AttentionReply(mean.tolist(), num_events - length)
+  # The last events may be unseen: of the candidate's own time or request.
+  asked = maker.ask(context, message.candidates)
+  past = maker.extend(maker.start(), maker.read(message.events), asked.user)
+  return messages.AttentionReply(mean.tolist(), maker.view(past, asked).start)
 
 
 def _files() -> dict[str, str]:
