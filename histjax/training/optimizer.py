@@ -28,8 +28,8 @@ class OptimizerConfig:
     clip_norm: the gradient, that of the tables included, is scaled down to this
       norm; None: never.
     warmup_steps: both learning rates grow linearly to their peak over these.
-    schedule: 'constant' after the warmup, or down to 0 at the last step,
-      'linear' or along a half 'cosine'.
+    schedule: 'constant' after the warmup, or down to 0, which comes after the
+      last step, 'linear' or along a half 'cosine'.
     table_optimizer: 'rowwise_adagrad' (one more float per row), or 'lazy_adam'
       (two more per parameter, with `b1`, `b2` and `eps`). Both move the rows of
       a batch alone.

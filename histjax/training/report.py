@@ -50,6 +50,7 @@ class Reporter:
       ImportError: `tensorboard` without tensorboardX.
     """
     self._num_steps = num_steps
+    self._reported = start
     self._stream = sys.stdout if stream is None else stream
     self._quiet = quiet
     self._open_line = False
@@ -85,18 +86,22 @@ class Reporter:
     Args:
       step: updates made so far.
       loss: the mean over these steps.
-      steps: how many.
+      steps: how many; some may be of before the run went on, whose time is
+        not known.
       candidates: how many were trained on.
       shapes: batch shapes seen, each of which was compiled.
     """
     self.pause()
     seconds, self._busy = max(self._busy, 1e-9), 0.0
     self.resume()
-    left = (self._num_steps - step) * seconds / steps
+    steps_rate = (step - self._reported) / seconds
+    candidates_rate = candidates / steps * steps_rate
+    self._reported = step
+    left = (self._num_steps - step) / steps_rate
     share = step / self._num_steps
     self._line(
       f'step {step}/{self._num_steps} ({share:.0%})  loss {loss:.4f}  '
-      f'{_si(candidates / seconds)} candidates/s  {_si(steps / seconds)} '
+      f'{_si(candidates_rate)} candidates/s  {_si(steps_rate)} '
       f'steps/s  {shapes} shapes  ETA {clock(left)}',
       last=step >= self._num_steps,
     )
@@ -104,8 +109,8 @@ class Reporter:
       step,
       {
         'train/loss': loss,
-        'train/candidates_per_second': candidates / seconds,
-        'train/steps_per_second': steps / seconds,
+        'train/candidates_per_second': candidates_rate,
+        'train/steps_per_second': steps_rate,
       },
     )
 

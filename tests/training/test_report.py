@@ -76,6 +76,21 @@ class TestLines:
     assert '  100 candidates/s  1 steps/s  2 shapes  ETA 1:01:30' in first
     assert '  50 candidates/s  0.5 steps/s  2 shapes  ETA 2:02:40' in second
 
+  def test_rate_of_a_run_that_goes_on(self, tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(report.time, 'monotonic', lambda: now[0])
+    stream = io.StringIO()
+    with report.Reporter(
+      tmp_path, 40, start=16, tensorboard=False, stream=stream
+    ) as reporter:
+      now[0] += 2
+      progress(reporter, 20)  # Of whose 10 steps 4 took this time.
+      now[0] += 5
+      progress(reporter, 30)
+    first, second = stream.getvalue().splitlines()
+    assert '  200 candidates/s  2 steps/s  2 shapes  ETA 0:00:10' in first
+    assert '  200 candidates/s  2 steps/s  2 shapes  ETA 0:00:05' in second
+
 
 class TestTensorBoard:
   def test_scalars(self, tmp_path):
