@@ -143,14 +143,18 @@ def cost_figure(summary: Values, cost: Values):
         f'{sorted({row["variant"] for row in rows})}'
       )
     for row in shown:
-      auc = row['auc']
+      auc, interval = row['auc'], None
+      if auc['mean'] is None:
+        continue
+      if auc['low'] is not None:  # Or it is undefined on some resamples.
+        interval = [
+          [max(auc['mean'] - auc['low'], 0)],
+          [max(auc['high'] - auc['mean'], 0)],
+        ]
       axis.errorbar(
         costs[row['variant']],
         auc['mean'],
-        [
-          [max(auc['mean'] - auc['low'], 0)],
-          [max(auc['high'] - auc['mean'], 0)],
-        ],
+        interval,
         fmt='o' if row['amortizable'] else 's',
         capsize=2,
         label=row['variant'],
