@@ -233,6 +233,7 @@ class Schema:
       raise ValueError(
         f'schema: time_unit={self.time_unit} must be positive and finite'
       )
+    self._check_keys()
     self._check_types()
     for group in (self.features + self.hidden, self.tasks):
       names = [f.name for f in group]
@@ -245,6 +246,17 @@ class Schema:
     _ = self.tables  # Conflicting sizes are found here.
     self._check_vocabularies()
     self._check_labels()
+
+  def _check_keys(self) -> None:
+    for field in ('user', 'time'):
+      if not getattr(self, field):
+        raise ValueError(f'schema: {field} is empty; name its column')
+    for field in ('time', 'request'):
+      if getattr(self, field) == self.user:
+        raise ValueError(
+          f'schema: user and {field} are one column, {self.user!r}, so that a '
+          'user would have no past; name two'
+        )
 
   def _check_types(self) -> None:
     if len(self.types) != len(self.column_types):

@@ -1,5 +1,7 @@
 """What a schema refuses, and what it makes of column types."""
 
+import dataclasses
+
 from absl.testing import absltest, parameterized
 
 from histjax import config as config_lib
@@ -49,6 +51,16 @@ class SchemaTest(parameterized.TestCase):
       Task('y', threshold=float('nan'))
     with self.assertRaisesRegex(ValueError, 'time_unit=inf must be positive'):
       schema(time_unit=float('inf'))
+
+  @parameterized.parameters(
+    ({'user': ''}, 'user is empty; name its column'),
+    ({'time': ''}, 'time is empty; name its column'),
+    ({'user': 'a', 'time': 'a'}, "user and time are one column, 'a'"),
+    ({'user': 'a', 'request': 'a'}, "user and request are one column, 'a'"),
+  )
+  def test_keys_are_columns_of_their_own(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      dataclasses.replace(schema(), **fields)
 
   @parameterized.parameters(
     ('item', "feature 'y' of item"),
