@@ -261,6 +261,13 @@ class NormalizeTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'{cls.__name__}.{field}.*is of'):
       cls(**{**values, field: bad})
 
+  @parameterized.parameters('attention', 'candidate_tower')
+  def test_an_unknown_implementation(self, field):
+    with self.assertRaisesRegex(
+      ValueError, f"encoder.{field}='flash' is unknown; use one of .*'xla'"
+    ):
+      encoder.EncoderConfig(**{field: 'flash'})
+
   def test_equal_configs_are_equal_as_json(self):
     whole = schema_lib.Dense('price', scale=2, offset=-1)
     self.assertEqual(whole, schema_lib.Dense('price', scale=2.0, offset=-1.0))

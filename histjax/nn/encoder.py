@@ -15,6 +15,8 @@ from histjax import config as dicts
 from histjax import ops
 from histjax.nn import attention
 from histjax.ops import dispatch, rotary
+from histjax.ops.candidate_tower import api as tower_api
+from histjax.ops.history_attention import api as attention_api
 from histjax.types import KeyRange
 
 REMAT_POLICIES = (
@@ -88,6 +90,8 @@ class EncoderConfig:
         f'encoder.remat={self.remat!r} must be one of {REMAT_POLICIES}, or '
         'None to compute nothing twice'
       )
+    attention_api.check_name(self.attention, 'encoder.attention')
+    tower_api.check_name(self.candidate_tower, 'encoder.candidate_tower')
     if self.positions == 'rotary' and self.head_dim % 2:
       raise ValueError(
         f'encoder.width / encoder.num_heads = {self.head_dim} must be even '

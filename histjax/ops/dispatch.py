@@ -113,12 +113,14 @@ def target_of(x: Any = None) -> devices.Target:
 
 
 def check_implementation(
-  backends: Mapping[str, Backend], implementation: str | None
+  backends: Mapping[str, Backend],
+  implementation: str | None,
+  field: str = 'implementation',
 ) -> None:
-  """Raises ValueError at a name that no backend has."""
+  """Raises ValueError, of this field, at a name that no backend has."""
   if implementation is not None and implementation not in backends:
     raise ValueError(
-      f'implementation={implementation!r} is unknown; use one of '
+      f'{field}={implementation!r} is unknown; use one of '
       f'{", ".join(map(repr, backends))}, or None for the fastest'
     )
 

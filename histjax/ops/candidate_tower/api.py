@@ -102,6 +102,11 @@ _BACKENDS = {
 }
 
 
+def check_name(implementation: str | None, field: str) -> None:
+  """Raises ValueError, of this field, at a name that no backend has."""
+  dispatch.check_implementation(_BACKENDS, implementation, field)
+
+
 class Call(NamedTuple):
   """The arrays of a call, or their shapes; see `candidate_tower`."""
 

@@ -30,6 +30,11 @@ _BACKENDS = {
 }
 
 
+def check_name(implementation: str | None, field: str) -> None:
+  """Raises ValueError, of this field, at a name that no backend has."""
+  dispatch.check_implementation(_BACKENDS, implementation, field)
+
+
 def history_attention(
   query: Float[Array, 'B Q N H'],
   key: Float[Array, 'B L N H'],
