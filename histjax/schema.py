@@ -245,7 +245,7 @@ class Schema:
           )
     _ = self.tables  # Conflicting sizes are found here.
     self._check_vocabularies()
-    self._check_labels()
+    self._check_roles()
 
   def _check_keys(self) -> None:
     for field in ('user', 'time'):
@@ -294,8 +294,9 @@ class Schema:
             f'{theirs}; make them equal'
           )
 
-  def _check_labels(self) -> None:
-    uses = [
+  def _check_roles(self) -> None:
+    """Raises ValueError if what is known when is said in two ways."""
+    shown = [
       (f.column, f'feature {f.name!r} of {kind}')
       for kind, group in (
         ('context', self.context),
@@ -304,17 +305,28 @@ class Schema:
       )
       for f in group
     ]
-    uses += [(self.user, 'the user'), (self.time, 'the time')]
-    uses += [(self.request, 'the request')]
-    for task in self.tasks:
-      for column, use in uses:
-        if column == task.column:
-          raise ValueError(
-            f'schema: column {column!r} is the label of task {task.name!r} and '
-            f'{use}, which is known when the item is shown: the model would '
-            'read what it is to predict. List it in `action`, which only '
-            'later events read, or name another column'
-          )
+    keys = [(self.user, 'the user'), (self.time, 'the time')]
+    keys += [(self.request, 'the request')]
+    tasks = [(t.column, f'the label of task {t.name!r}') for t in self.tasks]
+    actions = [(f.column, f'feature {f.name!r} of action') for f in self.action]
+    for outcomes, uses in ((tasks, shown + keys), (actions, shown)):
+      for column, outcome in outcomes:
+        for other, use in uses:
+          if column == other:
+            raise ValueError(
+              f'schema: column {column!r} is {outcome} and {use}, which is '
+              'known when the item is shown: the model would read what it is '
+              'to predict. List it in `action` alone, which only later events '
+              'read, or name another column'
+            )
+    for name in ('user', 'time'):
+      if not getattr(self, name):
+        raise ValueError(f'schema: {name} is empty; name its column')
+    for name in ('time', 'request'):
+      if self.user == getattr(self, name):
+        raise ValueError(
+          f'schema: user and {name} are both column {self.user!r}; name another'
+        )
 
   @functools.cached_property
   def types(self) -> dict[str, ColumnType]:

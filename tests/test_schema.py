@@ -85,6 +85,32 @@ class SchemaTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       Schema(**{**fields, part: value})
 
+  @parameterized.parameters('context', 'item', 'hidden')
+  def test_an_action_is_no_input(self, part):
+    fields = {'item': (Categorical('item', 9),), 'tasks': (Task('like'),)}
+    action = (Dense('seconds', column='dwell'),)
+    if part == 'item':
+      fields[part] += (Dense('dwell'),)
+    else:
+      fields[part] = (Categorical('dwell', 9),)
+    Schema('user', 'time', **fields)
+    message = f"'dwell' is feature 'seconds' of action and .* of {part}, which"
+    with self.assertRaisesRegex(ValueError, message):
+      Schema('user', 'time', action=action, **fields)
+
+  @parameterized.parameters(
+    ({'user': ''}, 'user is empty; name its column'),
+    ({'time': ''}, 'time is empty; name its column'),
+    ({'time': 'user'}, "user and time are both column 'user'"),
+    ({'request': 'user'}, "user and request are both column 'user'"),
+  )
+  def test_columns_of_one_use(self, change, message):
+    fields = {'user': 'user', 'time': 'time', 'tasks': (Task('like'),)}
+    fields['item'] = (Categorical('item', 9),)
+    Schema(**fields, request='time')  # Events of one time are one.
+    with self.assertRaisesRegex(ValueError, message):
+      Schema(**{**fields, **change})
+
   def test_column_types(self):
     found = schema(column_types={'user': 'integer', 'time': 'timestamp'})
     self.assertEqual(found.types, {'user': 'integer', 'time': 'timestamp'})
