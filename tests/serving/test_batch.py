@@ -235,6 +235,16 @@ def test_columns_that_cannot_be_kept(trained, rank, tmp_path, keep, message):
   assert not list(tmp_path.glob('out*'))
 
 
+def test_a_type_of_a_column_that_the_model_does_not_read(trained, rank):
+  """As of a feature in `data.without`, or the label of another task."""
+  wanted = rank()
+  schema = dataclasses.replace(
+    trained.join.schema, column_types={'gone': 'integer'}
+  )
+  join = dataclasses.replace(trained.join, schema=schema)
+  assert rank(model=dataclasses.replace(trained, join=join)) == wanted
+
+
 def test_no_user_is_known(scores_of, tmp_path):
   with pytest.raises(
     ValueError, match=r"none of the 5 users.*'a', is in the log.*'1'.*--allow"
