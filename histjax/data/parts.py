@@ -321,6 +321,10 @@ def as_integers(
       )
   values = as_floats(columns, name, start, array)
   check(columns, name, values, ~np.isfinite(values), 'it must be finite', start)
+  whole = _exact(array.type)
+  rounded = (np.abs(values) >= whole) & (np.abs(values) < 2**53)
+  said = f'{array.type} rounds numbers from {whole:,.0f} on; write integers'
+  check(columns, name, values, rounded, said, start)
   bad = (values != np.floor(values)) | (np.abs(values) >= 2**53)
   check(columns, name, values, bad, problem, start)
   return values.astype(np.int64)
@@ -344,7 +348,7 @@ def as_times(columns, name, start, array) -> tuple[np.ndarray, bool]:
     bad = ~np.isfinite(values)
     check(columns, name, values, bad, 'it must be finite', start)
     if array.type.bit_width < 64:
-      whole = 2 / np.finfo(array.type.to_pandas_dtype()).eps
+      whole = _exact(array.type)
       problem = (
         f'{array.type} rounds numbers above {whole:,.0f}; write integers, '
         'float64 or timestamps'
@@ -359,6 +363,12 @@ def as_times(columns, name, start, array) -> tuple[np.ndarray, bool]:
       'must lie between 1970 and 2262'
     ) from error
   return array.to_numpy(), True
+
+
+def _exact(kind: pa.DataType) -> float:
+  """Whole numbers below are told apart; of a text it is as of float64."""
+  is_float = pa.types.is_floating(kind)
+  return 2 / np.finfo(kind.to_pandas_dtype() if is_float else np.float64).eps
 
 
 def _is_timestamp(kind: pa.DataType) -> bool:

@@ -249,6 +249,33 @@ class LabelTest(parameterized.TestCase):
     self.assertEqual(found.tolist(), [0, 0])
 
 
+class RoundedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (np.float16, 2**11), (np.float32, 2**24), (np.float64, 2**53)
+  )
+  def test_ids_that_floats_do_not_tell_apart(self, dtype, whole):
+    feature = Categorical('item', SIZE, out_of_vocabulary=True)
+    below = table(np.array([whole - 1], dtype))
+    self.assertEqual(
+      columns_lib.encode_categorical(below, feature).tolist(),
+      [min(whole - 1, SIZE - 1)],
+    )
+    for value in (whole, -whole):
+      with self.assertRaisesRegex(ValueError, "'item': memory row 1 holds"):
+        found = table(np.array([0, value], dtype))
+        columns_lib.encode_categorical(found, feature)
+      with self.assertRaisesRegex(ValueError, "'item': memory row 1 holds"):
+        hashed(np.array([0, value], dtype), column_types={'item': 'integer'})
+
+  def test_says_why(self):
+    with self.assertRaisesRegex(
+      ValueError, 'float rounds numbers from 16,777,2'
+    ):
+      columns_lib.encode_categorical(
+        table(np.array([2**24 + 1], np.float32)), Categorical('item', SIZE)
+      )
+
+
 class DecimalTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 3, 6, 9)
   def test_as_the_text_of_it(self, scale):
