@@ -203,7 +203,7 @@ def test_requests_of_a_published_model(tmp_path_factory):
   values['eval_rows']['max_candidates'] = None
   data = datasets.load(config_lib.from_dict(datasets.DataConfig, values))
   rows = data.splits['test']
-  columns = kuairand.load_columns(**places)
+  columns, names = kuairand.load_columns(**places), data.schema.columns
   order = np.lexsort((columns['time_ms'], columns['user_id']))
   starts = np.searchsorted(columns['user_id'][order], rows.keys)
   stops = np.searchsorted(columns['user_id'][order], rows.keys, 'right')
@@ -213,9 +213,9 @@ def test_requests_of_a_published_model(tmp_path_factory):
     shown = mine[columns['date'][mine] >= kuairand.TEST_DATE]
     row = requests.make_row(
       data.schema,
-      context={name: x[shown[0]] for name, x in columns.items()},
-      history={name: x[mine] for name, x in columns.items()},
-      candidates={name: x[shown] for name, x in columns.items()},
+      context={name: columns[name][shown[0]] for name in names},
+      history={name: columns[name][mine] for name in names},
+      candidates={name: columns[name][shown] for name in names},
       config=rows.config,
       features=data.features,
       as_of=True,
