@@ -204,7 +204,7 @@ def no_events(paths: Sequence[str]) -> NoEvents:
   """What to raise if files hold no events."""
   names = [str(path) for path, _ in _expand(paths)]
   more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-  return NoEvents(f'{names[0]}{more} holds no events; name files with some')
+  return NoEvents(f'{names[0]}{more} holds no rows; name files with some')
 
 
 def _expand(

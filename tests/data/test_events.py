@@ -469,7 +469,7 @@ def test_bad_files(write, tmp_path):
   assert 'empty.csv cannot be read as csv' in message(str(empty))
   header = tmp_path / 'header.csv'
   header.write_text(','.join(DATA) + '\n')
-  assert 'header.csv holds no events' in message(str(header))
+  assert 'header.csv holds no rows' in message(str(header))
   broken = tmp_path / 'broken.parquet'
   broken.write_bytes(b'PAR1 not really')
   assert 'broken.parquet cannot be read as parquet' in message(str(broken))

@@ -147,7 +147,7 @@ def test_empty_parts(tmp_path):
   pq.write_table(nothing, tmp_path / 'a.parquet')
   text_file(tmp_path, '', name='b.csv')
   text_file(tmp_path, ','.join(COLUMNS), name='c.csv')
-  with pytest.raises(ValueError, match=r'a.parquet and 2 more holds no events'):
+  with pytest.raises(ValueError, match=r'a.parquet and 2 more holds no rows'):
     keys(tmp_path)
   write(tmp_path / 'd.parquet', events())
   assert keys(tmp_path) == ['a', 'b']

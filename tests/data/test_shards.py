@@ -216,7 +216,7 @@ def test_a_stream_with_an_event_larger_than_a_block(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('user,time\n', 'holds no events; name files with some'),
+    ('user,time\n', 'holds no rows; name files with some'),
     ('user,time\n1,2\n"3,4\n5,6\n', 'every line must have a value'),
     ('user,item\n1,2\n', "column 'time' is not in"),
     ('time,user\n1,2\n3,"4\n5,6\n', "column 'user' begins with a quote that"),
