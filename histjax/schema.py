@@ -319,14 +319,6 @@ class Schema:
               'to predict. List it in `action` alone, which only later events '
               'read, or name another column'
             )
-    for name in ('user', 'time'):
-      if not getattr(self, name):
-        raise ValueError(f'schema: {name} is empty; name its column')
-    for name in ('time', 'request'):
-      if self.user == getattr(self, name):
-        raise ValueError(
-          f'schema: user and {name} are both column {self.user!r}; name another'
-        )
 
   @functools.cached_property
   def types(self) -> dict[str, ColumnType]:
