@@ -1,7 +1,5 @@
 """What a schema refuses, and what it makes of column types."""
 
-import dataclasses
-
 from absl.testing import absltest, parameterized
 
 from histjax import config as config_lib
