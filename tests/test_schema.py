@@ -1,5 +1,7 @@
 """What a schema refuses, and what it makes of column types."""
 
+import dataclasses
+
 from absl.testing import absltest, parameterized
 
 from histjax import config as config_lib
@@ -49,6 +51,52 @@ class SchemaTest(parameterized.TestCase):
       Task('y', threshold=float('nan'))
     with self.assertRaisesRegex(ValueError, 'time_unit=inf must be positive'):
       schema(time_unit=float('inf'))
+
+  @parameterized.parameters(
+    ({'user': ''}, 'user is empty; name its column'),
+    ({'time': ''}, 'time is empty; name its column'),
+    ({'user': 'a', 'time': 'a'}, "user and time are one column, 'a'"),
+    ({'user': 'a', 'request': 'a'}, "user and request are one column, 'a'"),
+  )
+  def test_keys_are_columns_of_their_own(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message):
+      dataclasses.replace(schema(), **fields)
+
+  @parameterized.parameters(
+    ('item', "feature 'y' of item"),
+    ('context', "feature 'y' of context"),
+    ('hidden', "feature 'y' of hidden"),
+    ('user', 'the user'),
+    ('time', 'the time'),
+    ('request', 'the request'),
+  )
+  def test_a_label_is_no_input(self, part, use):
+    value = 'liked'
+    if part in ('item', 'context', 'hidden'):
+      value = (Categorical('y', 2, column='liked'),)
+    fields = {
+      'user': 'user',
+      'time': 'time',
+      'item': (Categorical('item', 10),),
+      'tasks': (Task('click'), Task('like', column='liked')),
+    }
+    Schema(**fields, action=(Categorical('y', 2, column='liked'),))
+    message = f"'liked' is the label of task 'like' and {use}, which is known"
+    with self.assertRaisesRegex(ValueError, message):
+      Schema(**{**fields, part: value})
+
+  @parameterized.parameters('context', 'item', 'hidden')
+  def test_an_action_is_no_input(self, part):
+    fields = {'item': (Categorical('item', 9),), 'tasks': (Task('like'),)}
+    action = (Dense('seconds', column='dwell'),)
+    if part == 'item':
+      fields[part] += (Dense('dwell'),)
+    else:
+      fields[part] = (Categorical('dwell', 9),)
+    Schema('user', 'time', **fields)
+    message = f"'dwell' is feature 'seconds' of action and .* of {part}, which"
+    with self.assertRaisesRegex(ValueError, message):
+      Schema('user', 'time', action=action, **fields)
 
   def test_column_types(self):
     found = schema(column_types={'user': 'integer', 'time': 'timestamp'})
