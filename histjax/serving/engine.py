@@ -237,7 +237,7 @@ class Engine:
     events: int | None = None,
     rows: int | None = None,
     new_events: int | None = None,
-    visible: bool = False,
+    visible: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
   ) -> ahead.WarmUp:
     """Compiles ahead of time what requests up to these sizes need.
@@ -250,7 +250,8 @@ class Engine:
       rows: users at once; None: `EngineConfig.max_rows`.
       new_events: of a request; None: `EngineConfig.max_new_events`.
       visible: candidates may see less than the whole history, which takes
-        events of their own time or request.
+        events of their own time or request. None: if the model's rows have
+        such, of `ties='strict'` or of a schema with requests.
       cache_dir: as `Scorer.warm_up`.
 
     Raises:
@@ -521,11 +522,15 @@ def _sizes(model: Model, asked: Mapping[str, Any]) -> dict[str, Any]:
       'events=None, and nothing bounds a state; name the longest history'
     )
   new_events = asked['new_events'] if model.is_extendable else 0
+  visible = asked['visible']
+  if visible is None:
+    visible = model.maker.config.ties == 'strict' or bool(model.schema.request)
   options = model.scorer.options
   options.rows(asked['rows'])
   options.candidates(asked['candidates'], options.microbatch)
   options.new_events(min(new_events, options.events(events)))
-  return {**asked, 'events': events, 'new_events': new_events}
+  sizes = {'events': events, 'new_events': new_events, 'visible': visible}
+  return {**asked, **sizes}
 
 
 def _programs(model: Model, sizes: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -248,14 +248,12 @@ def make_engine(
     which=which,
   )
   engine.store.check_room(config.history_buckets[-1])
-  made = run.config.data.eval_rows or run.config.data.rows
   # Without the run, whose parameters are not served for ever.
   return engine, functools.partial(
     engine.warm_up,
     rows=rows,
     events=config.history_buckets[-1],
     candidates=candidates,
-    visible=made.ties == 'strict' or bool(run.config.model.schema.request),
     cache_dir=cache_dir,
   )
 
@@ -376,7 +374,25 @@ def _roll_over(
       f'warning: it reads other columns than the model before: {found}; '
       'requests that do not have them are refused with 422'
     )
+  if _is_beyond(scorer) and not _is_beyond(old):
+    lines.append(
+      'warning: its rows may be longer than the '
+      f'{scorer.options.history_buckets[-1]} events that programs are made '
+      'for; such histories are refused with 413 until the server is started '
+      'again for them (--warm_up)'
+    )
   return lines
+
+
+def _is_beyond(scorer: Scorer) -> bool:
+  """Whether rows of the run may be longer than programs are made for."""
+  length, largest = (
+    scorer.row_maker().config.history_length,
+    scorer.options.history_buckets[-1:],
+  )
+  if not largest or scorer.config.receptive_field is not None:
+    return False  # Of a window states that are too short are an error.
+  return length is None or length > largest[0]
 
 
 def listing(workdir: str) -> tuple:

@@ -770,6 +770,25 @@ class EngineTest(parameterized.TestCase):
         self.assertEqual(result.source, 'encoded')
     self.assertEmpty(compiled)
 
+  def test_compiles_what_rows_of_another_run_need(self):
+    """Those of strict ties see less than all, which is another program."""
+    engine = self.engine('causal', max_events=16)
+    engine.warm_up(candidates=4, events=16)
+    engine.roll_over(
+      worlds.scorer('strict', True, 1), worlds.maker('strict', True)
+    )
+    past = worlds.events(self.rng, 5, 1)
+    request = worlds.request(self.rng, 1, past, 0)
+    for item in request.candidates:
+      item['ts'] = past[-1]['ts']
+    again = dataclasses.replace(request, events=())
+    with scorers.count_compilations() as compiled:
+      results = engine.score([request]) + engine.score([again])
+    self.assertEmpty(compiled)
+    wanted = worlds.expected('strict', True, request, past, seed=1)
+    for result in results:
+      worlds.check(result, wanted)
+
   def test_users_are_padded_or_not(self):
     def parts(number, rows, **options):
       config, found = EngineConfig(max_rows=rows[-1], **options), []

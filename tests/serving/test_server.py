@@ -320,6 +320,35 @@ def test_a_roll_over_tells_of_the_model_and_of_other_columns(
   assert '422' in line
 
 
+def test_a_roll_over_tells_of_longer_rows(scored, monkeypatch):
+  """Who is refused with 413 from now on was served before."""
+  run = scored.scorer.run
+
+  def of(length):
+    rows = rows_lib.RowConfig('pointwise', length)
+    data = dataclasses.replace(run.config.data, rows=rows)
+    config = dataclasses.replace(run.config, data=data)
+    return histjax.Scorer.of_run(
+      dataclasses.replace(run, config=config), server.buckets(1, [16], 4)
+    )
+
+  for before, after, warned in (
+    (16, 16, False),
+    (16, 17, True),
+    (8, None, True),
+    (17, 18, False),  # As whoever started it wanted it.
+    (None, None, False),
+  ):
+    stub = mock.Mock(scorer=of(before), fingerprint='another')
+    load = mock.Mock(return_value=of(after))
+    monkeypatch.setattr(server.Scorer, 'from_workdir', load)
+    _, *more = server._roll_over('run', stub, 'best')
+    assert len(more) == warned
+    for line in more:
+      assert 'longer than the 16 events' in line
+      assert '413' in line
+
+
 def test_each_new_failure_of_a_watch_is_told_once(tmp_path, monkeypatch):
   """That of a folder without checkpoints, too."""
   failures = iter('aaabbb')
