@@ -257,11 +257,18 @@ def media_type(header: str) -> str:
   return name
 
 
+_QUALITY = re.compile(r';\s*q=([01]\.?\d*)\s*(?:;|$)')
+
+
 def accepted(header: str) -> str | None:
-  """The one that Accept names; of both `MSGPACK`; None: neither."""
-  names = [x.partition(';')[0].strip().lower() for x in header.split(',')]
-  names = [_ALIASES.get(name, name) for name in names]
-  return next((x for x in (MSGPACK, JSON) if x in names), None)
+  """The one that Accept prefers; of equals `MSGPACK`; None: neither."""
+  weights: dict[str, float] = {}
+  for part in header.lower().split(','):
+    name = part.partition(';')[0].strip()
+    match = _QUALITY.search(part)
+    weights[_ALIASES.get(name, name)] = float(match[1]) if match else 1.0
+  best = max((MSGPACK, JSON), key=lambda x: weights.get(x, 0.0))
+  return best if weights.get(best) else None
 
 
 def decode(media: str, body: bytes | bytearray) -> ScoreRequest:
@@ -330,6 +337,8 @@ def _fix(what: str) -> str:
     return f'{meant}; known are {sorted(known)}'
   if match := re.search('required (field `.*`)', what):
     return f'send the {match[1]}'
+  if what == 'Number out of range':
+    return 'send a number that a float64 holds'
   match = re.match('Expected (.*?)(?:, got .*)?$', what)
   return f'send {match[1]}' if match else what
 

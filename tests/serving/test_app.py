@@ -117,6 +117,8 @@ class TestScores:
       ('application/msgpack', messages.MSGPACK),
       ('Application/X-MsgPack; q=0.9, */*', messages.MSGPACK),
       (f'{messages.JSON}, {messages.MSGPACK}', messages.MSGPACK),
+      (f'{messages.JSON}, {messages.MSGPACK};q=0.5', messages.JSON),
+      (f'{messages.MSGPACK}; q=0., {messages.JSON};q=0.1', messages.JSON),
       ('application/jsonl, text/html', messages.JSON),
     ):
       response = post(served, bodies.body(), accept=accept)
@@ -272,6 +274,7 @@ class TestRefusals:
     ('name', 'fix'),
     [
       ('no user', 'send the field `user`'),
+      ('huge float', 'send a number that a float64 holds'),
       ('negative first', 'send `int` >= 0'),
       ('null value', 'send `bool | int | float | str`'),
       ('outside the table', 'send an id in [0, 20)'),
