@@ -546,7 +546,7 @@ class TestService:
         while True:
           try:
             found.http.get('/health/live')
-          except httpx.ReadError:  # As it closed.
+          except (httpx.ReadError, httpx.RemoteProtocolError):  # It closed.
             pass
 
   def test_engine_errors(self, scored):
