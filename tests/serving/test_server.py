@@ -136,9 +136,7 @@ class TestSlowClients:
         )
         while not service.batcher.waiting:
           time.sleep(0.01)
-      for _ in range(1000):
-        if not service.batcher.waiting:
-          break
+      while service.batcher.waiting:
         time.sleep(0.01)
       last = pool.submit(post, found, bodies.body(user='last'))
       while not service.batcher.waiting:
