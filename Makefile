@@ -21,9 +21,9 @@ demo: $(VENV)/.installed-experiments,cpu
 	  --workdir=$(DEMO_DIR) --lengths=256 --candidates=512 \
 	  --output=$(DEMO_DIR)/benchmark
 
-# What `make demo` trained; first trains it if there is none.
+# What `make demo` trained; first trains it if there is none, or to its end.
 serve: $(VENV)/.installed-experiments,cpu,serving
-	test -d $(DEMO_DIR)/checkpoints || $(VENV)/bin/python \
+	test -f $(DEMO_DIR)/metrics.json || $(VENV)/bin/python \
 	  experiments/train.py --config=experiments/configs/synthetic.py \
 	  --workdir=$(DEMO_DIR)
 	$(VENV)/bin/python experiments/serve.py --workdir=$(DEMO_DIR) \

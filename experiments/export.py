@@ -7,6 +7,8 @@
 One program a combination of sizes. --platform may be another machine's.
 """
 
+import signal
+import sys
 from typing import Any
 
 from absl import app, flags, logging
@@ -68,6 +70,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every file.
+  # As an error ends it, so that nothing is left beside the output.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     flag_util.import_modules(_MODULES)
     run()

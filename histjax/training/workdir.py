@@ -87,7 +87,7 @@ def prepare(
 
 @contextlib.contextmanager
 def prepared(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """`prepare`; after an error the folder is removed if it is new and empty.
+  """`prepare`; after an error a new folder without a file in it is removed.
 
   Args:
     path: see `resolve`.
@@ -98,8 +98,9 @@ def prepared(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     yield folder
   except BaseException:
     if is_new:
-      with contextlib.suppress(OSError):  # It is not empty.
-        folder.rmdir()
+      for inner, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # It is not empty.
+          os.rmdir(inner)
     raise
 
 

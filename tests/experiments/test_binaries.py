@@ -7,8 +7,10 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -658,6 +660,28 @@ class TestBinaries:
     )
     assert message in output
     assert not (folder / 'refused').exists()
+
+  @pytest.mark.slow
+  def test_export_that_is_ended_leaves_nothing(self, trained, tmp_path):
+    folder, _ = trained
+    export = children.start(
+      [
+        sys.executable,
+        ROOT / 'experiments' / 'export.py',
+        f'--workdir={folder}/work',
+        '--platform=cpu',
+        f'--output={tmp_path}/model',
+      ],
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+    )
+    while not os.listdir(tmp_path):
+      assert export.poll() is None
+      time.sleep(0.01)
+    export.terminate()
+    assert export.communicate()[1] == b''
+    assert export.returncode == 128 + signal.SIGTERM
+    assert not os.listdir(tmp_path)
 
   @pytest.mark.slow
   def test_benchmark(self, trained):

@@ -69,13 +69,20 @@ class TestPrepare:
       with pytest.raises(ValueError, match='bad'):
         with workdir.prepared(path) as folder:
           for name in files:
-            (folder / name).touch()
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith('/'):
+              (folder / name).mkdir()
+            else:
+              (folder / name).touch()
           raise ValueError('bad')
 
     fail(tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
-    fail(tmp_path / 'begun', 'file')
-    assert (tmp_path / 'begun/file').exists()
+    fail(tmp_path / 'folders', 'empty/', 'checkpoints/empty/')
+    assert not (tmp_path / 'folders').exists()
+    fail(tmp_path / 'begun', 'empty/', 'checkpoints/file')
+    assert os.listdir(tmp_path / 'begun') == ['checkpoints']
+    assert (tmp_path / 'begun/checkpoints/file').exists()
     (tmp_path / 'old').mkdir()
     fail(tmp_path / 'old')
     assert (tmp_path / 'old').is_dir()
