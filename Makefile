@@ -49,7 +49,7 @@ test-oldest: $(VENV)-oldest/.installed
 $(VENV)-oldest/.installed: setup.cfg
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet uv
-	$(VENV)-oldest/bin/python -m uv pip install --quiet \
+	$(VENV)-oldest/bin/python -m uv pip install --quiet --compile-bytecode \
 	  --python $(VENV)-oldest/bin/python --resolution lowest-direct -e '.[test]'
 	touch $@
 

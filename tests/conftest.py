@@ -49,10 +49,10 @@ _COMMON = {
 hypothesis.settings.register_profile(
   'histjax', derandomize=True, max_examples=15, **_COMMON
 )
-# Others in every run, and more; its seed is printed.
+# Others in every run; its seed is printed.
 hypothesis.settings.register_profile(
   'random',
-  max_examples=20 if _XLA == 'fast' else 15,
+  max_examples=12 if _XLA == 'fast' else 10,
   print_blob=True,
   **_COMMON,
 )

@@ -68,6 +68,11 @@ def test_load(trained, which, step):
   chex.assert_trees_all_equal(found.variables, variables(config.model, step))
 
 
+def test_of_remote_storage():
+  with pytest.raises(ValueError, match="workdir='s3://bucket/run' is a URL"):
+    run.load('s3://bucket/run')
+
+
 def test_features_of_another_run(trained, tmp_path):
   shutil.copytree(trained[0], tmp_path / 'run')
   FittedFeatures().save(tmp_path / 'run')

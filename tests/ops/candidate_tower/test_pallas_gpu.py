@@ -323,7 +323,9 @@ class InterpretedProductsTest(_InterpretedInLayers):
 
   @pytest.mark.slow
   def test_layer_by_layer(self):
-    call = suite.make_call(0, (2, 9, 24, 8, 64), num_layers=2, dtype='bfloat16')
+    call = suite.make_call(
+      0, (2, 9, 24, 8, 64), num_layers=2, dtype='bfloat16', mlp_width=512
+    )
     suite.assert_equals_oracle(
       lambda call: suite.layer_by_layer(
         call, 'of all', lambda c: np.asarray(tower(c, 'products'))
