@@ -67,6 +67,22 @@ def of_request(result, unit):
   yield mine, other, mine / other
 
 
+def test_demo():
+  """The three ways to score, as `make demo` compares them."""
+  (result,) = load('2026-12-01-demo-epyc-cpu')['results']
+  rows = {c[0]: c for c in tables('README.md') if c[0] in result}
+  times = {name: 1e3 * result[name]['median'] for name in ('encode', *rows)}
+  assert list(rows) == ['plain', 'joint', 'cached']
+  for name, (_, runs, time, difference) in rows.items():
+    ratio = [times['plain'] / times[name]] if name != 'plain' else []
+    check(name, numbers(time), [times[name], *ratio])
+    expected = {'plain': [result['candidates']], 'cached': [times['encode']]}
+    check(name, numbers(runs), expected.get(name, []))
+    assert float(difference) == float(
+      f'{result[name]["max_difference_from_plain"]:.0e}'
+    )
+
+
 @pytest.mark.parametrize(
   'page', ['README.md', 'docs/results/gpu.md', 'docs/results/cpu.md']
 )
