@@ -69,7 +69,13 @@ def of_request(result, unit):
 
 def test_demo():
   """The three ways to score, as `make demo` compares them."""
-  (result,) = load('2026-12-01-demo-epyc-cpu')['results']
+  found = load('2026-12-01-demo-epyc-cpu')
+  (result,) = found['results']
+  said = f'{found["num_layers"]} layers, width {found["width"]}, one user with '
+  said += (
+    f'{result["history_length"]} events, {result["candidates"]} candidates'
+  )
+  assert result['rows'] == 1 and said in ' '.join(PAGES['README.md'].split())
   rows = {c[0]: c for c in tables('README.md') if c[0] in result}
   times = {name: 1e3 * result[name]['median'] for name in ('encode', *rows)}
   assert list(rows) == ['plain', 'joint', 'cached']

@@ -97,9 +97,10 @@ def prepared(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   try:
     yield folder
   except BaseException:
-    if is_new:
-      for inner, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # It is not empty.
+    inside = [*os.walk(folder, topdown=False)] if is_new else []
+    if not any(files for _, _, files in inside):  # As another run's lock.
+      with contextlib.suppress(OSError):  # Another run begins there.
+        for inner, _, _ in inside:
           os.rmdir(inner)
     raise
 
