@@ -12,7 +12,7 @@ from tests.docs_pages import PAGES, ROOT
 REQUESTS = {
   '2026-11-30-request-128-last-h200': 1e6,
   '2026-11-30-request-64-last-h200': 1e6,
-  '2026-11-30-request-512-last-h200': 1e6,
+  '2026-12-01-request-512-last-h200': 1e6,
   '2026-12-01-request-batch-last-h200': 1e6,
   '2026-12-01-request-256-last-h200': 1e6,
   '2026-11-30-request-epyc-cpu': 1e3,
@@ -118,12 +118,27 @@ def test_requests(page):
 def test_serving():
   """Requests a second are what `size.py --results` prints of the files."""
   page = PAGES['docs/serving.md']
-  name = r'(\d{4}-\d\d-\d\d-serving-(?:h200|\w+-cpu)).json\)'
-  found = set(re.findall(name, page))
-  assert len(found) == 4
+  name = r'(\d{4}-\d\d-\d\d-serving-(?:(?:\d+-)?h200|\w+-cpu)).json\)'
+  found = set(re.findall(name, page)) - {'2026-11-28-serving-h200'}
+  assert len(found) == 5
+  cells = {}
   for name in found:
-    for row in sizing.rates(load(name)).splitlines():
+    report = load(name)
+    for row in sizing.rates(report).splitlines():
       assert row in page, (name, row)
+    for cell in report['results'] if name.endswith('h200') else ():
+      cells[str(cell['length']), str(cell['candidates'])] = cell
+  rows = [c for c in tables('docs/serving.md') if c[2].count(',') == 3]
+  rows = [c for c in rows if (c[0], c[1]) in cells]
+  assert len(rows) == 9
+  ways = (('device', '1'), ('in process', '1'), ('http', '1'), ('device', '32'))
+  for length, candidates, *texts in rows:
+    for (way, users), text in zip(ways, texts, strict=True):
+      found = cells[length, candidates][way][users]
+      part = 'call' if way == 'device' else 'p50'
+      kinds = ('hit', 'extend', 'miss', 'no cache')
+      values = [1e3 * found[kind][part] for kind in kinds]
+      check((length, candidates, way), numbers(text), values)
 
 
 def towers():

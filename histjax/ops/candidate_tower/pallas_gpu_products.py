@@ -16,12 +16,11 @@ At this width neither a row of sums nor a layer's weights fit a multiprocessor,
 and what passes between kernels stays in L2. A norm costs no pass over x: with
 the moments m and v of a row, `norm(x) W = (x W - m sum(W)) / sqrt(v)`, where
 `sum` is over W's rows. So that x in bfloat16 is as good a factor as its norm,
-each layer subtracts the mean before from x, which no norm can see. What
-bfloat16 leaves of x is a second array beside it, read by 'residual' alone.
+each layer subtracts the mean before from x, which no norm can see.
 
 A block has two computing warpgroups of 64 candidates by 256 columns and one
-that streams factors; clusters of two share the weights. NOTES.md has the
-measurements.
+that streams factors. At D = 512, 'hidden' has four of 64 by 128: while two
+multiply the others finish what they have. NOTES.md has the measurements.
 """
 
 from __future__ import annotations
@@ -47,13 +46,14 @@ TILE = ROWS * WORKERS  # Candidates of a block.
 COLUMNS = 256  # Of a product.
 STEP = 64  # Rows of the weights in a slot of the ring.
 SLOTS = 4
-BLOCKS = 2  # Of a cluster.
 MULTIPROCESSORS = 132
-REGISTERS = (240, 24)  # Of a thread that computes and of one that loads.
+# Of a thread that computes and of one that loads, by the computing warpgroups.
+REGISTERS = {2: (240, 24), 4: (112, 32)}
 PIECE = 64  # Columns that are finished at once.
 MOST_COPIED = 256  # Numbers that the copy engine moves at once.
 FEW = 512  # Tiles, of which one warpgroup finds those that count.
-CHUNK = 128  # Columns of hidden channels that a warpgroup computes at once.
+CHUNK = 128  # Columns of hidden channels that two warpgroups compute at once.
+STRIP = 32  # Columns of it that are finished at once.
 
 
 class _Kind(NamedTuple):
@@ -68,7 +68,6 @@ class _Kind(NamedTuple):
     head_dim: H.
     bias: where the product's bias begins.
     sums: where the sums of the weights' rows begin.
-    exact: whether the residual stream has no low half yet.
     num_pages: of a layer's pool that is written; 0: there is none.
     page: events of a page.
   """
@@ -81,19 +80,13 @@ class _Kind(NamedTuple):
   head_dim: int
   bias: int
   sums: int
-  exact: bool
   num_pages: int = 0
   page: int = 0
 
   @property
-  def blocks(self) -> int:
-    """Of a cluster."""
-    return BLOCKS
-
-  @property
   def num_tiles(self) -> int:
-    """Of the candidates of a cluster."""
-    return pl.cdiv(self.rows, TILE * self.blocks)
+    """Of the candidates."""
+    return pl.cdiv(self.rows, TILE)
 
   @property
   def resident(self) -> bool:
@@ -101,16 +94,20 @@ class _Kind(NamedTuple):
     return self.then == 'hidden' and self.width == 512
 
   @property
+  def workers(self) -> int:
+    """Computing warpgroups of a block."""
+    return 2 * WORKERS if self.resident else WORKERS
+
+  @property
   def span(self) -> int:
     """Columns of a tile: those with which the last block ends first."""
     if not self.resident:
       return COLUMNS
-    clusters = MULTIPROCESSORS // self.blocks
     # What begins and ends a tile takes as long as some columns.
     return min(
       (n for n in (1024, 512, 256) if not self.columns % n),
       key=lambda n: (
-        pl.cdiv(self.num_tiles * self.columns // n, clusters) * (n + 96)
+        pl.cdiv(self.num_tiles * self.columns // n, MULTIPROCESSORS) * (n + 96)
       ),
     )
 
@@ -121,21 +118,19 @@ class _Kind(NamedTuple):
 
   @property
   def grid(self) -> int:
-    return min(self.num_tiles * self.parts, MULTIPROCESSORS // self.blocks)
+    return min(self.num_tiles * self.parts, MULTIPROCESSORS)
 
 
 class _Stream(NamedTuple):
   """A residual stream.
 
   Attributes:
-    high: bfloat16 `[rows, D]`.
-    low: bfloat16 `[rows, D]`, what `high` lacks; None: nothing.
+    rows: bfloat16 `[rows, D]`.
     moments: float32 `[parts, 2, rows]`, padded: the mean and the sum of squared
       deviations over each 256 columns.
   """
 
-  high: Any
-  low: Any
+  rows: Any
   moments: Any
 
 
@@ -284,7 +279,7 @@ class _Layers:
     self.tiles = _tiles(plgpu, self.users, count)
     self.place = None
     if position is not None:  # Registers are loaded by whole tiles.
-      after = -self.rows % (TILE * BLOCKS)
+      after = -self.rows % TILE
       self.place = jnp.pad(position.reshape(self.rows), (0, after))
 
   def layer(self, i, x, weights, sums, attend):
@@ -299,12 +294,12 @@ class _Layers:
     """
     width, hidden = weights.mlp_in.shape[1:]
     run = functools.partial(self._run, layer=i, vector=weights.bias)
-    query = run('query', x.high, weights.query, x, 0, sums=sums)[0]
+    query = run('query', x.rows, weights.query, x, 0, sums=sums)[0]
     attended = attend(query.reshape(*self.users, *self.heads))
     attended = attended.reshape(self.rows, width)
     mean = self._mean(x)
     x = _Stream(*run('residual', attended, weights.output, x, width)[1:])
-    u = run('hidden', x.high, weights.mlp_in, x, 2 * width, sums=sums)[0]
+    u = run('hidden', x.rows, weights.mlp_in, x, 2 * width, sums=sums)[0]
     mean += self._mean(x)
     at = 2 * width + hidden
     x = _Stream(*run('residual', u, weights.mlp_out, x, at)[1:])
@@ -317,12 +312,12 @@ class _Layers:
     are read where they are, they are pools.
     """
     shape = cache[0].shape
-    operands = (x.high, matrix, bias, sums, pages)
-    high, matrix, bias, sums, pages = hopper.no_slices(operands)
+    operands = (x.rows, matrix, bias, sums, pages)
+    rows, matrix, bias, sums, pages = hopper.no_slices(operands)
 
     def write(caches):
       self._run(
-        'keys_values', high, matrix, x, 0, layer, bias, sums, caches, pages
+        'keys_values', rows, matrix, x, 0, layer, bias, sums, caches, pages
       )
 
     # Both are results and operands of the call, in one place.
@@ -338,14 +333,11 @@ class _Layers:
   ):  # fmt: skip
     """A kernel's results; `vector` holds its bias, from `bias` on."""
     depth, columns = right.shape[1:]
-    residual = then == 'residual'
-    exact = residual and x.low is None
     of = (0, 0)
     if pages is not None:
       of = caches[0].shape[1:3]
-      pages = jnp.pad(
-        pages.reshape(-1), (0, -pages.size % (TILE * BLOCKS // of[1]))
-      )
+      pages = jnp.pad(pages.reshape(-1), (0, -pages.size % (TILE // of[1])))
+    stream = x.rows if then == 'residual' else None
     kind = _Kind(
       then,
       self.rows,
@@ -355,11 +347,8 @@ class _Layers:
       self.heads[1],
       bias,
       self.width if then == 'hidden' else 0,
-      exact,
       *of,
     )
-    if residual:
-      caches = (x.high, x.high if exact else x.low)  # Something must be there.
     kernel = _kernel(self.plgpu, kind)
     if then != 'keys_values':
       kernel = jax.jit(kernel)  # Layers share what is built for one of them.
@@ -374,6 +363,7 @@ class _Layers:
       self.place if then in ('query', 'keys_values') else None,
       pages,
       *(caches or (None, None)),
+      stream,
     )
 
   def _mean(self, x):
@@ -385,11 +375,10 @@ def _begin(plgpu, x):
   rows, width = x.shape
   if x.dtype == jnp.bfloat16:
     moments = _moments(plgpu, rows, width)(x)
-    return _Stream(x, None, moments), jnp.zeros((rows,), jnp.float32)
+    return _Stream(x, moments), jnp.zeros((rows,), jnp.float32)
   mean = x.mean(axis=1)
   x = x - mean[:, None]
-  high = x.astype(jnp.bfloat16)
-  low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+  rounded = x.astype(jnp.bfloat16)
   # Both moments in one pass, about a value that is among the others.
   x = x.reshape(rows, width // COLUMNS, COLUMNS)
   pivot = x[:, :, :1]
@@ -397,14 +386,14 @@ def _begin(plgpu, x):
   means = gap.mean(axis=2)
   squares = jnp.square(gap).sum(axis=2) - COLUMNS * jnp.square(means)
   moments = jnp.stack([(means + pivot[:, :, 0]).T, squares.T], axis=1)
-  moments = jnp.pad(moments, [(0, 0), (0, 0), (0, -rows % (TILE * BLOCKS))])
-  return _Stream(high, low, moments), mean
+  moments = jnp.pad(moments, [(0, 0), (0, 0), (0, -rows % TILE)])
+  return _Stream(rounded, moments), mean
 
 
 def _end(x: _Stream, mean, weights, final_norm):
   """The last norm, or the residual stream with `mean` put back."""
-  rows, width = x.high.shape
-  y = x.high.astype(jnp.float32) + x.low.astype(jnp.float32)
+  rows, width = x.rows.shape
+  y = x.rows.astype(jnp.float32)
   if not final_norm:
     return y + mean[:, None]
   means, squares = x.moments[:, 0, :rows], x.moments[:, 1, :rows]
@@ -417,7 +406,7 @@ def _end(x: _Stream, mean, weights, final_norm):
 
 def _tiles(plgpu, users, count):
   """As `hopper.tiles`, of candidates that count."""
-  rows, tile = users[0] * users[1], TILE * BLOCKS
+  rows, tile = users[0] * users[1], TILE
   if count is None:
     return hopper.tiles(rows, tile, None)
   if pl.cdiv(rows, tile) <= FEW:
@@ -432,7 +421,7 @@ def _tiles(plgpu, users, count):
 def _tiles_kernel(plgpu, users):
   """The kernel of `_tiles` with a count; XLA would launch three."""
   num_rows, num_candidates = users
-  rows, tile = num_rows * num_candidates, TILE * BLOCKS
+  rows, tile = num_rows * num_candidates, TILE
   number = pl.cdiv(rows, tile)
 
   def body(count_ref, out_ref, *, count_smem, ready):
@@ -500,8 +489,8 @@ def _norm(plgpu, shape, counted):
   pieces = COLUMNS // PIECE
 
   def body(
-    high_ref, low_ref, moments_ref, scale_ref, shift_ref, count_ref, out_ref,
-    *, high, low, ready,
+    x_ref, moments_ref, scale_ref, shift_ref, count_ref, out_ref,
+    *, x_smem, ready,
   ):  # fmt: skip
     dependent.wait(plgpu)
     block = lax.axis_index('block')
@@ -513,8 +502,7 @@ def _norm(plgpu, shape, counted):
       return pl.ds(part * COLUMNS + n * PIECE, PIECE)
 
     for n in range(pieces):
-      for ref, smem in ((high_ref, high), (low_ref, low)):
-        plgpu.copy_gmem_to_smem(ref.at[mine, columns(n)], smem.at[n], ready)
+      plgpu.copy_gmem_to_smem(x_ref.at[mine, columns(n)], x_smem.at[n], ready)
     worker = hopper.Warpgroup(plgpu)
     mean, scale = _norm_of(worker, moments_ref, first, width)
     if counted:
@@ -531,26 +519,24 @@ def _norm(plgpu, shape, counted):
       plgpu.load, layout=worker.column_layout, optimized=False
     )
     for n in range(pieces):
-      y = load(high.at[n]).astype(jnp.float32)
-      y = y + load(low.at[n]).astype(jnp.float32)
+      y = load(x_smem.at[n]).astype(jnp.float32)
       y = (y - worker.down(mean, PIECE)) * worker.down(scale, PIECE)
       y = y * worker.across(vector(scale_ref.at[columns(n)]))
       y = y + worker.across(vector(shift_ref.at[columns(n)]))
       if counted:
         y = jnp.where(live, y, 0.0)
       plgpu.commit_smem()  # All have loaded before anybody stores.
-      high.at[n][...] = y.astype(jnp.bfloat16)
+      x_smem.at[n][...] = y.astype(jnp.bfloat16)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(high.at[n], out_ref.at[mine, columns(n)])
+      plgpu.copy_smem_to_gmem(x_smem.at[n], out_ref.at[mine, columns(n)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   return plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
     scratch_types=dict(
-      high=hopper.swizzled(plgpu, (pieces, ROWS, PIECE)),
-      low=hopper.swizzled(plgpu, (pieces, ROWS, PIECE)),
-      ready=plgpu.Barrier(num_arrivals=2 * pieces),
+      x_smem=hopper.swizzled(plgpu, (pieces, ROWS, PIECE)),
+      ready=plgpu.Barrier(num_arrivals=pieces),
     ),
     **_of_one_warpgroup(plgpu, rows // ROWS * parts, 'candidate_norm'),
   )
@@ -575,7 +561,7 @@ def _norm_of(worker, moments_ref, first, width):
 def _moments(plgpu, rows, width):
   """The kernel of `_Stream.moments` of `[rows, D]` bfloat16."""
   parts = width // COLUMNS
-  tiles = pl.cdiv(rows, TILE * BLOCKS) * (TILE * BLOCKS) // ROWS
+  tiles = pl.cdiv(rows, TILE) * TILE // ROWS
 
   def body(x_ref, out_ref, *, x_smem, out_smem, ready):
     dependent.wait(plgpu)
@@ -631,35 +617,29 @@ def _kernel(plgpu, kind):
   bf16, f32 = jnp.bfloat16, jnp.float32
   out: tuple[Any, ...] = (
     jax.ShapeDtypeStruct((kind.rows, kind.columns), bf16),
-    *[None] * 3,
+    *[None] * 2,
   )
   residual = kind.then == 'residual'
   if kind.then == 'keys_values':  # Which it is given.
     out = ()
   if residual:
     stream = jax.ShapeDtypeStruct((kind.rows, kind.width), bf16)
-    padded = kind.num_tiles * kind.blocks * TILE
-    moments = jax.ShapeDtypeStruct((kind.parts, 2, padded), f32)
-    out = (None, stream, stream, moments)
-  free = functools.partial(plgpu.Barrier)
-  grouped: dict[str, Any] = {}
-  if kind.blocks > 1:
-    grouped = dict(cluster=(kind.blocks,), cluster_names=('part',))
-    free = functools.partial(plgpu.ClusterBarrier, collective_axes=('part',))
+    moments = (kind.parts, 2, kind.num_tiles * TILE)
+    out = (None, stream, jax.ShapeDtypeStruct(moments, f32))
   if kind.resident:
     memory = dict(
       left=swizzled((kind.width // STEP, TILE, STEP)),
       right=swizzled((SLOTS, STEP, CHUNK)),
-      out_smem=swizzled((WORKERS, ROWS, PIECE)),
+      out_smem=swizzled((kind.workers, ROWS, STRIP), columns=STRIP),
       left_full=plgpu.Barrier(num_barriers=kind.width // STEP),
-      left_free=plgpu.Barrier(num_arrivals=WORKERS),
+      left_free=plgpu.Barrier(num_arrivals=kind.workers),
     )
   else:
     memory = dict(
       left=swizzled((SLOTS, TILE, STEP)),
       right=plgpu.RefUnion(
         swizzled((SLOTS, STEP, COLUMNS)),  # Weights.
-        swizzled((SLOTS, 2, TILE, PIECE)),  # The residual stream's low half.
+        swizzled((SLOTS, 2, TILE, PIECE)),  # Of the residual stream.
       ),
       out_smem=None if residual else swizzled((WORKERS, 2, ROWS, PIECE)),
       left_full=None,
@@ -674,20 +654,17 @@ def _kernel(plgpu, kind):
       bias_smem=plgpu.SMEM((2, kind.span), f32),
       full=plgpu.Barrier(
         num_arrivals=1 if kind.resident else 2,
-        num_barriers=SLOTS * (WORKERS if kind.resident else 1),
+        num_barriers=SLOTS * kind.workers // WORKERS,
       ),
-      free=free(
-        num_arrivals=1 if kind.resident else WORKERS, num_barriers=SLOTS
-      ),
+      free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=SLOTS),
       bias_full=plgpu.Barrier(
         num_arrivals=(1 if residual else 2) * kind.span // COLUMNS
       ),
-      bias_free=plgpu.Barrier(num_arrivals=WORKERS),
+      bias_free=plgpu.Barrier(num_arrivals=kind.workers),
     ),
     grid=(kind.grid,),
     grid_names=('block',),
-    **grouped,
-    num_threads=WORKERS + 1,
+    num_threads=kind.workers + 1,
     thread_name='wg',
     compiler_params=plgpu.CompilerParams(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -698,24 +675,20 @@ def _kernel(plgpu, kind):
 
 def _body(
   layer_ref, tiles_ref, left_ref, right_ref, bias_ref, sums_ref, moments_ref,
-  place_ref, pages_ref, high_ref, low_ref, y_ref=None, high_out_ref=None,
-  low_out_ref=None, moments_out_ref=None,
+  place_ref, pages_ref, keys_ref, values_ref, stream_ref, y_ref=None,
+  stream_out_ref=None, moments_out_ref=None,
   *, plgpu, kind, left, right, out_smem, moments_smem, bias_smem, full, free,
   bias_full, bias_free, left_full, left_free,
 ):  # fmt: skip
-  """One block: some tiles, one after the other.
-
-  Of 'keys_values' `high_ref` and `low_ref` are the cache's.
-  """
+  """One block: some tiles, one after the other."""
   dependent.wait(plgpu)
   block, wg = lax.axis_index('block'), lax.axis_index('wg')
-  peer = lax.axis_index('part') if kind.blocks > 1 else 0
   grid, parts = jnp.int32(kind.grid), jnp.int32(kind.parts)
   count = lax.div(tiles_ref[0] * parts - 1 - block + grid, grid)
   layer = layer_ref[0]
   outs = [(0, y_ref)]
   if kind.then == 'keys_values':
-    outs = [(0, high_ref.at[layer]), (kind.width, low_ref.at[layer])]
+    outs = [(0, keys_ref.at[layer]), (kind.width, values_ref.at[layer])]
   ring = _Ring(
     plgpu, kind, left, right, full, free, left_full, left_free, count
   )
@@ -724,14 +697,13 @@ def _body(
     """The first candidate and the first column of a tile."""
     number = block + i * grid
     tile = tiles_ref[1 + lax.div(number, parts)]
-    return (
-      (tile * kind.blocks + peer) * TILE,
-      lax.rem(number, parts) * kind.span,
-    )
+    return tile * TILE, lax.rem(number, parts) * kind.span
 
-  @pl.when(wg < WORKERS)
+  registers = REGISTERS[kind.workers]
+
+  @pl.when(wg < kind.workers)
   def _():
-    plgpu.set_max_registers(REGISTERS[0], action='increase')
+    plgpu.set_max_registers(registers[0], action='increase')
     worker = _Worker(ring, wg, bias_smem, bias_full, bias_free, moments_ref)
 
     @pl.loop(0, count)
@@ -743,7 +715,7 @@ def _body(
           first + wg * ROWS,
           column,
           moments_smem.at[wg],
-          (high_out_ref, low_out_ref, moments_out_ref),
+          (stream_out_ref, moments_out_ref),
         )
       elif kind.resident:
         worker.hidden(i * ring.per_tile, first, column, out_smem.at[wg], y_ref)
@@ -769,9 +741,9 @@ def _body(
       )
     plgpu.wait_smem_to_gmem(0)
 
-  @pl.when(wg == WORKERS)
+  @pl.when(wg == kind.workers)
   def _():
-    plgpu.set_max_registers(REGISTERS[1], action='decrease')
+    plgpu.set_max_registers(registers[1], action='decrease')
 
     @plgpu.warp_map
     def _(warp):
@@ -800,14 +772,14 @@ def _body(
                 put(sums_ref.at[layer, there], bias_smem.at[1, here])
 
           if kind.resident:
-            ring.fill_resident(i, rows, left_ref)
-            fill_bias()
-            ring.fill_chunks(number, column, right_ref.at[layer])
+            ring.fill_resident(
+              i, number, rows, column, left_ref, right_ref.at[layer], fill_bias
+            )
           else:
             ring.fill(number, rows, column, left_ref, right_ref.at[layer])
             fill_bias()
           if kind.then == 'residual':
-            ring.fill_residual(number, rows, column, high_ref, low_ref)
+            ring.fill_residual(number, rows, column, stream_ref)
 
 
 class _Ring:
@@ -822,13 +794,13 @@ class _Ring:
     self.plgpu, self.kind = plgpu, kind
     self.left, self.right = left, right
     if not kind.resident:
-      self.right, self.low = right
+      self.right, self.stream = right
     self.full, self.free = full, free
     self.left_full, self.left_free = left_full, left_free
     self.deep = kind.depth // STEP
-    self.per_tile = self.deep
-    if kind.then == 'residual':
-      self.per_tile += COLUMNS // PIECE
+    # Slots of the residual stream, with two pieces each.
+    self.of_stream = COLUMNS // PIECE // 2 if kind.then == 'residual' else 0
+    self.per_tile = self.deep + self.of_stream
     if kind.resident:
       self.per_tile *= kind.span // CHUNK
     self.total = count * self.per_tile
@@ -842,13 +814,13 @@ class _Ring:
     self.plgpu.barrier_wait(self.full.at[slot + SLOTS * who])
     return slot
 
-  def release(self, number):
-    """Says that this warpgroup has read the slot."""
+  def release(self, number, slot=None):
+    """Says that this warpgroup has read the slot, which may be known."""
+    slot = self.slot(number) if slot is None else slot
 
-    # A block that nobody tells anything may end before its peer.
-    @pl.when(number + SLOTS < self.total)
+    @pl.when(number + SLOTS < self.total)  # Somebody waits.
     def _():
-      self.plgpu.barrier_arrive(self.free.at[self.slot(number)])
+      self.plgpu.barrier_arrive(self.free.at[slot])
 
   def claim(self, number, who=0):
     """The slot, once all have read what was in it before; `who` as above."""
@@ -862,7 +834,6 @@ class _Ring:
 
   def fill(self, number, rows, column, left_ref, right):
     """Starts the copies of a tile's factors."""
-    shared = {'collective_axes': 'part'} if self.kind.blocks > 1 else {}
 
     @pl.loop(0, self.deep)
     def _(k):
@@ -872,53 +843,58 @@ class _Ring:
         right.at[depth, pl.ds(column, COLUMNS)],
         self.right.at[slot],
         full,
-        **shared,
       )
       self.plgpu.copy_gmem_to_smem(
         left_ref.at[rows, depth], self.left.at[slot], full
       )
 
-  def fill_resident(self, i, rows, left_ref):
-    """Starts the copies of a tile's candidates, as its `i`th."""
+  def fill_resident(self, i, number, rows, column, left_ref, right, fill_bias):
+    """Starts the copies of a tile, as its `i`th, whose candidates stay.
+
+    The first products' factors come first, and what their end needs after them.
+    """
+    copy = self.plgpu.copy_gmem_to_smem
+
+    def weights(n):
+      chunk = lax.div(n, jnp.int32(self.deep))
+      slot, full = self.claim(number + n, lax.rem(chunk, jnp.int32(WORKERS)))
+      depth = pl.ds((n - chunk * self.deep) * STEP, STEP)
+      columns = pl.ds(column + chunk * CHUNK, CHUNK)
+      copy(right.at[depth, columns], self.right.at[slot], full)
+
+    def candidates(k):
+      depth = pl.ds(k * STEP, STEP)
+      copy(left_ref.at[rows, depth], self.left.at[k], self.left_full.at[k])
 
     @pl.when(i > 0)
     def _():
       self.plgpu.barrier_wait(self.left_free)
 
-    for k in range(self.deep):
-      self.plgpu.copy_gmem_to_smem(
-        left_ref.at[rows, pl.ds(k * STEP, STEP)],
-        self.left.at[k],
-        self.left_full.at[k],
-      )
+    @pl.loop(0, SLOTS)
+    def _(k):
+      weights(k)
+      candidates(k)
 
-  def fill_chunks(self, number, column, right):
-    """Starts the copies of a tile's weights, some columns after others."""
-    shared = {'collective_axes': 'part'} if self.kind.blocks > 1 else {}
+    pl.loop(SLOTS, self.deep)(candidates)
+    pl.loop(SLOTS, self.deep)(weights)
+    fill_bias()
+    pl.loop(self.deep, self.per_tile)(weights)
 
-    @pl.loop(0, self.per_tile)
-    def _(n):
-      chunk = lax.div(n, jnp.int32(self.deep))
-      slot, full = self.claim(number + n, lax.rem(chunk, jnp.int32(WORKERS)))
-      depth = (n - chunk * self.deep) * STEP
-      at = column + chunk * CHUNK
-      self.plgpu.copy_gmem_to_smem(
-        right.at[pl.ds(depth, STEP), pl.ds(at, CHUNK)],
-        self.right.at[slot],
-        full,
-        **shared,
-      )
+  def pieces(self, slot):
+    """Of a slot, where pieces of the residual stream `[128, 64]` are."""
+    return self.left.at[slot], self.stream.at[slot, 0]
 
-  def fill_residual(self, number, rows, column, high_ref, low_ref):
+  def fill_residual(self, number, rows, column, stream_ref):
     """Starts the copies of a tile's residual stream."""
 
-    @pl.loop(0, COLUMNS // PIECE)
+    @pl.loop(0, self.of_stream)
     def _(n):
       slot, full = self.claim(number + self.deep + n)
-      at = rows, pl.ds(column + n * PIECE, PIECE)
-      copy = self.plgpu.copy_gmem_to_smem
-      copy(high_ref.at[at], self.left.at[slot], full)
-      copy(low_ref.at[at], self.low.at[slot, 0], full)
+      for i, piece in enumerate(self.pieces(slot)):
+        at = column + (2 * n + i) * PIECE
+        self.plgpu.copy_gmem_to_smem(
+          stream_ref.at[rows, pl.ds(at, PIECE)], piece, full
+        )
 
 
 class _Worker(hopper.Warpgroup):
@@ -1063,58 +1039,69 @@ class _Worker(hopper.Warpgroup):
   def hidden(self, number, first, column, out_smem, y_ref):
     """Puts hidden channels of the norm into `y_ref`.
 
-    Of a tile's chunks of 128 columns each warpgroup computes every other one,
-    so that one multiplies while the other finishes its chunk.
+    Of a tile's chunks of 128 columns each pair of warpgroups computes every
+    other one, so that one pair multiplies while the other finishes its chunk.
     """
     plgpu, ring = self.plgpu, self.ring
-    deep, halves = ring.deep, range(WORKERS)
-    moments = [self.moments(first + h * ROWS) for h in halves]
-    plgpu.barrier_wait(self.bias_full)
+    deep = ring.deep
+    pair, half = lax.div(self.wg, WORKERS), lax.rem(self.wg, WORKERS)
+    mine = pl.ds(half * ROWS, ROWS)
+    rows = pl.ds(first + half * ROWS, ROWS)
+    mean, scale = self.moments(first + half * ROWS)
+    rounds = self.kind.span // (CHUNK * WORKERS)
 
-    @pl.loop(0, self.kind.span // (CHUNK * WORKERS))
+    @pl.loop(0, rounds)
     def _(i):
       # Hidden from the compiler, which would keep all addresses that follow.
-      c = i * WORKERS + lax.optimization_barrier(self.wg)
+      c = i * WORKERS + lax.optimization_barrier(pair)
       at = lax.optimization_barrier(number + c * deep)
 
-      def run(*accs):
-        @pl.loop(0, deep)
-        def _(k):
-          @pl.when(i == 0)
-          def _():
-            plgpu.barrier_wait(ring.left_full.at[k])
+      def run(acc):
+        # To find a slot takes as long as a step of so few columns, so they are
+        # known.
+        @pl.loop(0, deep, step=SLOTS)
+        def _(begin):
+          zero = lax.optimization_barrier(jnp.int32(0))
+          for slot in range(SLOTS):
+            k = begin + slot
 
-          slot = ring.wait(at + k, self.wg)
-          for h, acc in enumerate(accs):
-            rows = pl.ds(h * ROWS, ROWS)
-            plgpu.wgmma(acc, ring.left.at[k, rows], ring.right.at[slot])
-          plgpu.wgmma_wait(WORKERS)  # All but these have been read.
+            @pl.when(i == 0)
+            def _(k=k):
+              plgpu.barrier_wait(ring.left_full.at[k])
 
-          @pl.when(k > 0)
-          def _():
-            ring.release(at + k - 1)
+            plgpu.barrier_wait(ring.full.at[slot + SLOTS * pair])
+            plgpu.wgmma(acc, ring.left.at[k, mine], ring.right.at[slot])
+            plgpu.wgmma_wait(1)  # All but this one have been read.
+            before = (slot - 1) % SLOTS + zero
+            release = functools.partial(ring.release, at + k - 1, before)
+            release() if slot else pl.when(begin > 0)(release)
 
         plgpu.wgmma_wait(0)
-        ring.release(at + deep - 1)
-        return tuple(acc[...] for acc in accs)
+        ring.release(at + deep - 1, (deep - 1) % SLOTS)
+        return acc[...]
 
-      acc = plgpu.ACC((ROWS, CHUNK), jnp.float32)
-      x = pl.run_scoped(run, *[acc] * WORKERS)
-      for n in range(CHUNK // PIECE):
-        m = c * (CHUNK // PIECE) + n
-        sums, bias = self.row(1, m), self.row(0, m)
-        for h, (mean, scale) in enumerate(moments):
-          y = x[h][:, n * PIECE : (n + 1) * PIECE]
-          y = y - self.down(mean, PIECE) * sums
-          y = hopper.gelu(y * self.down(scale, PIECE) + bias)
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          out_smem[...] = y.astype(jnp.bfloat16)
-          plgpu.commit_smem()
-          rows = pl.ds(first + h * ROWS, ROWS)
-          columns = pl.ds(column + m * PIECE, PIECE)
-          plgpu.copy_smem_to_gmem(out_smem, y_ref.at[rows, columns])
+      x = pl.run_scoped(run, plgpu.ACC((ROWS, CHUNK), jnp.float32))
 
-    plgpu.barrier_arrive(ring.left_free)
+      @pl.when(i == 0)
+      def _():
+        plgpu.barrier_wait(self.bias_full)
+
+      @pl.when(i == rounds - 1)
+      def _():
+        plgpu.barrier_arrive(ring.left_free)
+
+      for n in range(CHUNK // STRIP):
+        m = c * (CHUNK // STRIP) + n
+        y = x[:, n * STRIP : (n + 1) * STRIP]
+        y = y - self.down(mean, STRIP) * self.row(1, m, STRIP)
+        y = y * self.down(scale, STRIP) + self.row(0, m, STRIP)
+        y = hopper.gelu(y).astype(jnp.bfloat16)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_smem[...] = y
+        plgpu.commit_smem()
+        columns = pl.ds(column + m * STRIP, STRIP)
+        plgpu.copy_smem_to_gmem(out_smem, y_ref.at[rows, columns])
+
     plgpu.barrier_arrive(self.bias_free)
 
   def residual(self, number, first, column, moments_smem, out_refs):
@@ -1122,34 +1109,31 @@ class _Worker(hopper.Warpgroup):
     plgpu, ring = self.plgpu, self.ring
     rows = pl.ds(first, ROWS)
     mine = pl.ds(self.wg * ROWS, ROWS)
-    high_ref, low_ref, moments_ref = out_refs
+    stream_ref, moments_ref = out_refs
     mean, _ = self.moments(first)
     x = self.product(number)
     plgpu.barrier_wait(self.bias_full)
-    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)
-    pieces = []
-    for n in range(COLUMNS // PIECE):
-      at = number + ring.deep + n
-      slot = ring.wait(at)
-      refs = ring.left.at[slot, mine], ring.low.at[slot, 0, mine]
-      old = load(refs[0]).astype(jnp.float32)
-      if not self.kind.exact:
-        old += load(refs[1]).astype(jnp.float32)
-      y = x[:, n * PIECE : (n + 1) * PIECE] + self.row(0, n)
-      y = y + old - self.down(mean, PIECE)
+    pieces: list[Any] = []
+    for m in range(ring.of_stream):
+      at = number + ring.deep + m
+      refs = [ref.at[mine] for ref in ring.pieces(ring.wait(at))]
+      begin = len(pieces)
+      for n, ref in enumerate(refs, begin):
+        y = x[:, n * PIECE : (n + 1) * PIECE] + self.row(0, n)
+        old = plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        pieces.append(y + old - self.down(mean, PIECE))
       plgpu.commit_smem()  # All have loaded before anybody stores.
-      high = y.astype(jnp.bfloat16)
-      refs[0][...] = high
-      refs[1][...] = (y - high.astype(jnp.float32)).astype(jnp.bfloat16)
+      for n, ref in enumerate(refs, begin):
+        ref[...] = pieces[n].astype(jnp.bfloat16)
       plgpu.commit_smem()
-      columns = pl.ds(column + n * PIECE, PIECE)
-      for ref, out in zip(refs, (high_ref, low_ref), strict=True):
-        plgpu.copy_smem_to_gmem(ref, out.at[rows, columns], commit_group=False)
+      for n, ref in enumerate(refs, begin):
+        columns = pl.ds(column + n * PIECE, PIECE)
+        out = stream_ref.at[rows, columns]
+        plgpu.copy_smem_to_gmem(ref, out, commit_group=False)
       plgpu.commit_smem_to_gmem_group()
-      if n:
+      if m:
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         ring.release(at - 1)
-      pieces.append(y)
     plgpu.barrier_arrive(self.bias_free)
     moments = _row_moments(pieces)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
