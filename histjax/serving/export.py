@@ -37,7 +37,7 @@ from histjax.models import ranker
 from histjax.ops import devices
 from histjax.scoring import fingerprint as fingerprint_lib
 from histjax.scoring import programs, scorer
-from histjax.serving import directory, lowering
+from histjax.serving import directory, exported, lowering
 from histjax.serving import load as load_lib
 
 _GOLDEN_ROWS, _GOLDEN_CANDIDATES = 3, 16
@@ -213,6 +213,7 @@ def export_model(
     (folder / 'config.json').write_text(json.dumps(model, indent=1) + '\n')
     (fitted or features.FittedFeatures()).save(folder)
     shutil.copyfile(load_lib.__file__, folder / 'load.py')
+    shutil.copyfile(exported.__file__, folder / 'exported.py')
     directory.copy_flatbuffers(folder / 'flatbuffers.zip')
     for path in sorted(folder.iterdir()):
       path.chmod(0o644)

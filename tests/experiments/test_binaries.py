@@ -602,7 +602,7 @@ class TestBinaries:
     assert re.search(r'score-1x16x8: \d+ bytes', output)
     assert re.search(r'score 1 x 16 x 8: first .* s, then .* ms', output)
     assert re.search(r'buy: off by .*, at most 0.0001', output)
-    assert f'12 files in {folder}/model' in output
+    assert f'13 files in {folder}/model' in output
     config = json.loads((folder / 'model' / 'config.json').read_text())
     assert config['rows']['kind'] == 'streaming'
     assert features.load(folder / 'model').configs == (

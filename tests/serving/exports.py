@@ -47,7 +47,10 @@ def model():
   folder, _, _ = exported()
   spec = importlib.util.spec_from_file_location('load', folder / 'load.py')
   module = importlib.util.module_from_spec(spec)
-  with mock.patch.dict(sys.modules, {'load': module}):
+  with (
+    mock.patch.dict(sys.modules, {'load': module}),
+    mock.patch.object(sys, 'dont_write_bytecode', True),
+  ):
     spec.loader.exec_module(module)
   return module.load(folder)
 

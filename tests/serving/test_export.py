@@ -28,7 +28,7 @@ class ExportTest(parameterized.TestCase):
     names = {
       'encode-3x8.jax', 'extend-3x8x2.jax', 'score-3x8x4.jax', 'prepare.jax',
       'parameters.safetensors', 'golden.safetensors', 'config.json',
-      'features.npz', 'load.py', 'flatbuffers.zip',
+      'features.npz', 'load.py', 'exported.py', 'flatbuffers.zip',
     }  # fmt: skip
     self.assertEqual(set(manifest['files']), names)
     names |= {'manifest.json', 'manifest.sha256'}

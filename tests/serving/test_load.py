@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from histjax.serving import directory
+from histjax.serving import directory, exported
 from histjax.serving import load as load_lib
 from histjax.types import Candidates, History
 from tests.serving import exports
@@ -216,7 +216,7 @@ class LoadTest(parameterized.TestCase):
     ):
       files = {'x.safetensors': np.frombuffer(data, np.uint8)}
       with self.assertRaisesRegex(ValueError, 'x.safetensors has a header of'):
-        load_lib._tensors(files, 'x.safetensors')
+        exported._tensors(files, 'x.safetensors')
 
   def test_a_wrong_golden_output_is_found(self):
     folder = self.copy()
