@@ -15,8 +15,9 @@ What reads a history also computes, of each layer,
 At this width neither a row of sums nor a layer's weights fit a multiprocessor,
 and what passes between kernels stays in L2. A norm costs no pass over x: with
 the moments m and v of a row, `norm(x) W = (x W - m sum(W)) / sqrt(v)`, where
-`sum` is over W's rows. So that x in bfloat16 is as good a factor as its norm,
-each layer subtracts the mean before from x, which no norm can see.
+`sum` is over W's rows. Between kernels x is bfloat16, as between the layers of
+`nn.encoder`; so that it is as good a factor as its norm, each layer subtracts
+the mean before from it, which no norm can see.
 
 A block has two computing warpgroups of 64 candidates by 256 columns and one
 that streams factors. At D = 512, 'hidden' has four of 64 by 128: while two
