@@ -89,11 +89,11 @@ def _read(path: pathlib.Path, limit: int) -> np.ndarray:
 def _module(source: np.ndarray) -> types.ModuleType:
   """What was checked, run once."""
   name = f'_exported_{hashlib.sha256(source.data).hexdigest()}'
-  if name not in sys.modules:
-    module = types.ModuleType(name)
-    exec(compile(bytes(source), 'exported.py', 'exec'), module.__dict__)
-    sys.modules[name] = module
-  return sys.modules[name]
+  if name in sys.modules:
+    return sys.modules[name]
+  module = types.ModuleType(name)
+  exec(compile(bytes(source), 'exported.py', 'exec'), module.__dict__)
+  return sys.modules.setdefault(name, module)
 
 
 if __name__ == '__main__':

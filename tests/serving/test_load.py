@@ -194,6 +194,25 @@ class LoadTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'manifest.json has SHA-256'):
       load_lib.load(folder, digest)
 
+  def test_an_older_directory(self):
+    folder = self.copy()
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    del manifest['files']['exported.py']
+    exports.restamp(folder, 'manifest.json', json.dumps(manifest).encode())
+    with self.assertRaisesRegex(
+      ValueError, 'names no exported.py; use its own'
+    ):
+      load_lib.load(folder)
+
+  def test_models_share_what_they_run(self):
+    """So that a cache of one is a cache of the other."""
+    other = load_lib.load(self.copy())
+    history, candidates, context = exports.requests()
+    cache = exports.model().encode(history, np.asarray([5, 0]))
+    found = other.score(cache, candidates, context)
+    wanted = exports.model().score(cache, candidates, context)
+    np.testing.assert_array_equal(found['click'], wanted['click'])
+
   def test_no_file_outside_is_opened(self):
     folder = self.copy()
     manifest = json.loads((folder / 'manifest.json').read_text())

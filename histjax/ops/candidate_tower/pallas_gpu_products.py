@@ -407,23 +407,23 @@ def _end(x: _Stream, mean, weights, final_norm):
 
 def _tiles(plgpu, users, count):
   """As `hopper.tiles`, of candidates that count."""
-  rows, tile = users[0] * users[1], TILE
+  rows = users[0] * users[1]
   if count is None:
-    return hopper.tiles(rows, tile, None)
-  if pl.cdiv(rows, tile) <= FEW:
+    return hopper.tiles(rows, TILE, None)
+  if pl.cdiv(rows, TILE) <= FEW:
     # A warpgroup copies 128 bytes or more.
     count = jnp.pad(jnp.maximum(count, 0), (0, -users[0] % 32))
     return _tiles_kernel(plgpu, users)(count)
   index = jnp.arange(users[1], dtype=jnp.int32)
-  return hopper.tiles(rows, tile, index[None, :] < count[:, None])
+  return hopper.tiles(rows, TILE, index[None, :] < count[:, None])
 
 
 @functools.lru_cache(maxsize=64)
 def _tiles_kernel(plgpu, users):
   """The kernel of `_tiles` with a count; XLA would launch three."""
   num_rows, num_candidates = users
-  rows, tile = num_rows * num_candidates, TILE
-  number = pl.cdiv(rows, tile)
+  rows = num_rows * num_candidates
+  number = pl.cdiv(rows, TILE)
 
   def body(count_ref, out_ref, *, count_smem, ready):
     dependent.wait(plgpu)
@@ -434,8 +434,8 @@ def _tiles_kernel(plgpu, users):
     plgpu.barrier_wait(ready)
 
     def of_tile(i, alive):
-      first = i * tile
-      last = jnp.minimum(first + tile, rows) - 1
+      first = i * TILE
+      last = jnp.minimum(first + TILE, rows) - 1
 
       def of_row(b, some):
         begin = jnp.maximum(first - b * num_candidates, 0)
@@ -1062,6 +1062,7 @@ class _Worker(hopper.Warpgroup):
         # known.
         @pl.loop(0, deep, step=SLOTS)
         def _(begin):
+          # Opaque, or addresses of all slots are kept, and spilled.
           zero = lax.optimization_barrier(jnp.int32(0))
           for slot in range(SLOTS):
             k = begin + slot
